@@ -1,0 +1,167 @@
+"""The command line: `python -m fedal_utils reproduce`, `run 11_fedavg --profile smoke`, `publish`, `doctor`, ..."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__, notebooks, record
+from .config import PROFILES
+
+
+def seed_list(text: str) -> list[int] | None:
+    """ "0,1,2" as [0, 1, 2]; "" as None."""
+    if not text.strip():
+        return None
+    try:
+        seeds = [int(part) for part in text.replace(" ", ",").split(",") if part]
+    except ValueError:
+        raise ValueError(f"seeds are whole numbers with commas between, got {text!r}") from None
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be different and from 0 up, got {text!r}")
+    return seeds
+
+
+def settings(texts: Sequence[str]) -> dict[str, Any]:
+    """["cycles=3", "detector=ssd"] as {"cycles": 3, "detector": "ssd"}: Python literals where they are, else text."""
+    out: dict[str, Any] = {}
+    for text in texts:
+        name, mark, value = text.partition("=")
+        if not mark or not name.isidentifier():
+            raise ValueError(f"--set takes name=value, got {text!r}")
+        if name in out:
+            raise ValueError(f"--set {name} is given twice")
+        try:
+            out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[name] = value
+    return out
+
+
+def profile_name(text: str) -> str | None:
+    """A known profile, or None for "" (the one that fits the machine)."""
+    if text and text not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {text!r}")
+    return text or None
+
+
+def data_folder() -> Path:
+    """$FEDAL_DATA, or `data/` of the checkout."""
+    return Path(os.environ.get("FEDAL_DATA") or record.home() / "data").expanduser()
+
+
+def doctor() -> None:
+    """Print what a bug report needs, and what the suite would do here."""
+    import torch
+
+    facts = record.environment()
+    machine = facts.pop("machine")
+    print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        print(f"GPU memory {free / 2**30:.1f} GiB free of {total / 2**30:.1f}")
+    else:
+        print("no CUDA GPU")
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        print(f"memory {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB")
+    place = data_folder()
+    there = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+    print(f"data in {place}: {', '.join(there) or 'none (DigitScenes needs none; `make data` fetches BCCD and CARLA)'}")
+    print(f"notebooks: {', '.join(p.stem for p in notebooks.find())}")
+    print(f"profile chosen without PROFILE=: {notebooks.default_profile()}")
+
+
+def fetch(names: Sequence[str]) -> None:
+    """Download data sets into $FEDAL_DATA, or `data/` of the checkout."""
+    from . import download
+
+    known = {name.lower(): name for name in download.PINNED}
+    for name in names:
+        print(f"{name}: {download.fetch(known.get(name.lower(), name), data_folder())}")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m fedal_utils", description=__doc__.partition(":")[0] + ".")
+    top.add_argument("--version", action="version", version=f"fedal {__version__}")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    def add_size(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--profile", default="", help=f"{', '.join(PROFILES)}; default: what fits the machine")
+        command.add_argument("--data", default="", help="a data set's name, or the path of a folder")
+        command.add_argument("--seeds", default="", help="whole numbers with commas between: 0,1,2")
+
+    command = add("reproduce", "run every notebook headless, rebuild every table and figure")
+    command.add_argument("--nb", default="", help="11_fedavg, or 11, or several with commas between")
+    add_size(command)
+    command = add("run", "run one notebook headless and show what it prints")
+    command.add_argument("name", help="11_fedavg, or 11")
+    add_size(command)
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter or a setting")
+    command.add_argument("--minutes", type=float, help="wall limit; default: that of the profile")
+    command.add_argument("--quiet", action="store_true", help="do not pass on what the cells print")
+    command = add("publish", "copy the last executed notebook, outputs in, to results/notebooks")
+    command.add_argument("name", nargs="+")
+    add("navigation", "bring badges and previous/next links in the notebooks up to date")
+    add("doctor", "versions, GPU, memory, data found, profile chosen")
+    command = add("data", "download data sets into $FEDAL_DATA or data/")
+    command.add_argument("name", nargs="+")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if all went well, 1 if a notebook failed, 2 for a wrong argument or missing file."""
+    given = parser().parse_args(arguments)
+    try:
+        return _obey(given)
+    except notebooks.NotebookFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _obey(given: argparse.Namespace) -> int:
+    if given.command == "reproduce":
+        profile, seeds = profile_name(given.profile), seed_list(given.seeds)
+        return int(bool(notebooks.reproduce(given.nb or None, profile, seeds, given.data or None)))
+    if given.command == "run":
+        wishes = settings(given.set)
+        taken = set(wishes) & {"profile", "data", "seeds", "minutes", "root", "show", "bar"}
+        if taken:
+            raise ValueError(f"--set {sorted(taken)[0]}: that is an argument of its own, see `run --help`")
+        if given.data:
+            wishes["data"] = notebooks.data_place(given.data)
+        if given.seeds:
+            wishes["seeds"] = seed_list(given.seeds)
+        profile = profile_name(given.profile)
+        done = notebooks.run(given.name, profile, minutes=given.minutes, show=not given.quiet, **wishes)
+        print(f"{done.name}  {done.minutes:.1f} min  {done.output}")
+    elif given.command == "publish":
+        for name in given.name:
+            print(notebooks.publish(name))
+    elif given.command == "navigation":
+        print("changed:", ", ".join(notebooks.navigation()) or "none")
+    elif given.command == "doctor":
+        doctor()
+    elif given.command == "data":
+        fetch(given.name)
+    return 0
+
+
+def console() -> None:
+    """Entry point of the `fedal` command."""
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    console()

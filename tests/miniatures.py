@@ -1,0 +1,167 @@
+"""Writers of tiny data sets in the layouts of the real ones: a few small pictures with boxes, written by the tests.
+
+A picture's pixels depend on its id alone; its objects are drawn as bright rectangles where the annotation says.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """id; size (height, width); objects (class, (x1, y1, x2, y2)) in pixels counted from 0, the far edge excluded."""
+
+    id: str
+    size: tuple[int, int] = (40, 60)
+    objects: tuple[tuple[str, tuple[float, float, float, float]], ...] = (("cat", (10, 5, 30, 25)),)
+
+
+THREE = (
+    Picture("a", (40, 60), (("cat", (10, 5, 30, 25)), ("dog", (40, 10, 58, 38)))),
+    Picture("b", (60, 40), (("dog", (4, 8, 36, 50)),)),
+    Picture("c", (50, 50), (("cat", (0, 0, 25, 50)),)),
+)
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    """uint8 (H, W, 3): a dark gradient and grain of the picture's own, objects bright."""
+    height, width = picture.size
+    rng = np.random.default_rng(zlib.crc32(picture.id.encode()))
+    canvas = rng.integers(0, 40, (height, width, 3)) + np.linspace(0, 60, width)[None, :, None]
+    for _, (x1, y1, x2, y2) in picture.objects:
+        box = np.clip(np.nan_to_num([x1, y1, x2, y2], posinf=0, neginf=0), 0, 10_000).astype(int)
+        canvas[box[1] : box[3], box[0] : box[2]] = rng.integers(180, 255, 3)
+    return canvas.astype(np.uint8)
+
+
+def image(picture: Picture, folder: Path, suffix: str = ".png") -> Path:
+    path = folder / f"{picture.id}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(picture)).save(path)
+    return path
+
+
+def xml(picture: Picture, file: Path, one_based: bool = False, difficult: Sequence[int] = ()) -> Path:
+    """A Pascal VOC annotation; the objects numbered in `difficult` carry the flag."""
+    height, width = picture.size
+    shift = 1 if one_based else 0
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>{int(i in difficult)}</difficult><bndbox><xmin>{x1 + shift}</xmin>"
+        f"<ymin>{y1 + shift}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+        for i, (name, (x1, y1, x2, y2)) in enumerate(picture.objects)
+    )
+    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"<annotation><filename>{picture.id}.png</filename>{size}{objects}</annotation>")
+    return file
+
+
+def voc(
+    root: Path,
+    pictures: Sequence[Picture] = THREE,
+    splits: dict[str, Sequence[str]] | None = None,
+    suffix: str = ".png",
+    one_based: bool = False,
+    difficult: Sequence[int] = (),
+) -> Path:
+    """JPEGImages, Annotations and, with `splits`, ImageSets/Main, as BCCD, NEU-DET and VOCdevkit/VOC20xx have it."""
+    for picture in pictures:
+        image(picture, root / "JPEGImages", suffix)
+        xml(picture, root / "Annotations" / f"{picture.id}.xml", one_based, difficult)
+    for split, ids in (splits or {}).items():
+        file = root / "ImageSets" / "Main" / f"{split}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{i}\n" for i in ids))
+    return root
+
+
+def voc_flat(root: Path, pictures: Sequence[Picture] = THREE) -> Path:
+    """Each image with an XML of the same name beside it."""
+    for picture in pictures:
+        image(picture, root, ".jpg")
+        xml(picture, root / f"{picture.id}.xml")
+    return root
+
+
+def carla(root: Path, train: Sequence[str], test: Sequence[str], suffix: str = ".png") -> Path:
+    """CARLA as published: images/{train,test}, labels/{train,test}; names like Town01_000100."""
+    for split, ids in (("train", train), ("test", test)):
+        for i in ids:
+            picture = Picture(i, (38, 64), (("vehicle", (8, 6, 40, 30)), ("traffic_light", (50, 2, 53, 8))))
+            image(picture, root / "images" / split, suffix)
+            xml(picture, root / "labels" / split / f"{i}.xml")
+    return root
+
+
+def coco_content(pictures: Sequence[Picture] = THREE, suffix: str = ".png", **extra: dict[str, object]) -> dict:
+    """COCO's dictionary; `extra` maps an image's id to further fields, such as a town."""
+    names = sorted({name for picture in pictures for name, _ in picture.objects})
+    images, annotations = [], []
+    for i, picture in enumerate(pictures, start=1):
+        height, width = picture.size
+        entry = {"id": i, "file_name": f"{picture.id}{suffix}", "height": height, "width": width}
+        images.append(entry | dict(extra.get(picture.id, {})))
+        for name, (x1, y1, x2, y2) in picture.objects:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": i, "category_id": 10 * (1 + names.index(name)), "bbox": box}
+                | {"iscrowd": 0, "area": box[2] * box[3]}
+            )
+    categories = [{"id": 10 * (1 + k), "name": name} for k, name in enumerate(names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def coco(
+    root: Path, pictures: Sequence[Picture] = THREE, file: str = "annotations/instances.json", images: str = "images"
+) -> Path:
+    """Images in one folder and one JSON file."""
+    for picture in pictures:
+        image(picture, root / images)
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(json.dumps(coco_content(pictures)))
+    return root
+
+
+def yolo(
+    root: Path, pictures: Sequence[Picture] = THREE, split: str = "", names: Sequence[str] | None = ("cat", "dog")
+) -> Path:
+    """images/<split>, labels/<split> and, with `names`, data.yaml; a picture without objects gets no txt file."""
+    numbers = names or sorted({name for picture in pictures for name, _ in picture.objects})
+    for picture in pictures:
+        image(picture, root / "images" / split)
+        height, width = picture.size
+        lines = [
+            f"{list(numbers).index(name)} {(x1 + x2) / 2 / width} {(y1 + y2) / 2 / height} "
+            f"{(x2 - x1) / width} {(y2 - y1) / height}\n"
+            for name, (x1, y1, x2, y2) in picture.objects
+        ]
+        if lines:
+            file = root / "labels" / split / f"{picture.id}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(lines))
+    if names:
+        listed = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
+        (root / "data.yaml").write_text(f"train: images\nnames:\n{listed}")
+    return root
+
+
+def folder(root: Path, pictures: Sequence[Picture] = THREE, suffix: str = ".jpg") -> Path:
+    """Images and nothing else."""
+    for picture in pictures:
+        image(picture, root, suffix)
+    return root
+
+
+def cut(file: Path, part: float = 0.6) -> Path:
+    """Truncate a file to a part of its bytes, as a broken copy leaves it."""
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * part)])
+    return file

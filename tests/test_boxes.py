@@ -1,0 +1,115 @@
+"""Letterbox by hand and as a law, padding, flips, and the padded batch of detections."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedal_utils import boxes as b
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas", "inner", "offset", "box", "expected"),
+    [
+        # 640 wide into 320: scale 1/2, 380 -> 190, one grey row above and below
+        ((380, 640), (192, 320), (190, 320), (1, 0), (100, 50, 300, 250), (50, 26, 150, 126)),
+        # 480 x 640 into 192 x 256: scale 2/5, no margin
+        ((480, 640), (192, 256), (192, 256), (0, 0), (10, 20, 640, 480), (4, 8, 256, 192)),
+        # portrait: scale 64/100, 50 -> 32, 16 columns on either side; the whole image becomes the whole inner part
+        ((100, 50), (64, 64), (64, 32), (0, 16), (0, 0, 50, 100), (16, 0, 48, 64)),
+        # odd margin of 17 rows: 8 above, 9 below
+        ((33, 100), (50, 100), (33, 100), (8, 0), (1, 2, 3, 4), (1, 10, 3, 12)),
+        # enlarged: scale 3
+        ((10, 20), (60, 60), (30, 60), (15, 0), (1, 1, 2, 10), (3, 18, 6, 45)),
+    ],
+)
+def test_letterbox_worked_by_hand(size, canvas, inner, offset, box, expected):
+    sizes = torch.tensor([size])
+    fit_inner, fit_offset = b.letterbox_fit(sizes, canvas)
+    assert tuple(fit_inner[0].tolist()) == inner
+    assert tuple(fit_offset[0].tolist()) == offset
+    assert b.letterbox_boxes(torch.tensor([[box]]).float(), sizes, canvas)[0, 0].tolist() == pytest.approx(expected)
+    assert b.to_original(torch.tensor([expected]).float(), sizes, canvas)[0].tolist() == pytest.approx(box, abs=1e-4)
+
+
+def test_a_size_of_zero_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"\[\[0, 5\]\]"):
+        b.letterbox_fit(torch.tensor([[0, 5]]), (8, 8))
+
+
+side = st.integers(1, 2000)
+canvas_side = st.integers(1, 700)
+fraction = st.floats(0, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(side, side, canvas_side, canvas_side, st.lists(fraction, min_size=4, max_size=4))
+def test_letterbox_fits_fills_and_is_undone_by_to_original(h, w, canvas_h, canvas_w, fractions):
+    sizes, canvas = torch.tensor([[h, w]]), (canvas_h, canvas_w)
+    inner, offset = b.letterbox_fit(sizes, canvas)
+    for axis in (0, 1):
+        before = int(offset[0, axis])
+        after = canvas[axis] - before - int(inner[0, axis])
+        assert before >= 0 and after - before in (0, 1)  # inside and centred
+    assert any(int(inner[0, axis]) == canvas[axis] for axis in (0, 1))  # one side is used up
+    x1, x2 = sorted(f * w for f in fractions[:2])
+    y1, y2 = sorted(f * h for f in fractions[2:])
+    box = torch.tensor([[[x1, y1, x2, y2]]])
+    there = b.letterbox_boxes(box, sizes, canvas)
+    assert (there >= -1e-3).all() and (there[..., 0::2] <= canvas_w + 1e-3).all()
+    assert (there[..., 1::2] <= canvas_h + 1e-3).all()
+    # float32 keeps 24 bits of a letterboxed coordinate; on the way back that error grows by the scale
+    error = 4 * 2**-24 * max(canvas) * max(h / int(inner[0, 0]), w / int(inner[0, 1])) + 1e-3
+    torch.testing.assert_close(b.to_original(there, sizes, canvas), box, rtol=0, atol=error)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=4, max_size=4), st.integers(1, 300))
+def test_flip_twice_is_the_identity_and_keeps_sides(values, width):
+    box = torch.tensor([values]).float()
+    once = b.flip_boxes(box, width)
+    assert torch.equal(b.flip_boxes(once, width), box)
+    assert torch.equal(once[:, 2] - once[:, 0], box[:, 2] - box[:, 0])
+    assert torch.equal(once[:, 0], width - box[:, 2])
+
+
+def test_clip_cuts_at_the_edges_and_leaves_nothing_of_a_box_outside():
+    boxes = torch.tensor([[-5.0, -1.0, 3.0, 99.0], [20.0, 2.0, 30.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+    clipped = b.clip_boxes(boxes, (10, 16))
+    assert clipped.tolist() == [[0, 0, 3, 10], [16, 2, 16, 4], [1, 2, 3, 4]]
+
+
+def test_padding_keeps_rows_in_front_and_the_dtype():
+    rows = [torch.tensor([[1, 2]]), torch.zeros(0, 2, dtype=torch.int64), torch.tensor([[3, 4], [5, 6]])]
+    out = b.pad_boxes(rows, fill=-1)
+    assert out.tolist() == [[[1, 2], [-1, -1]], [[-1, -1], [-1, -1]], [[3, 4], [5, 6]]]
+    assert out.dtype == torch.int64
+    with pytest.raises(ValueError, match="empty"):
+        b.pad_boxes([])
+
+
+def _detections(count: int, scores: list[float]) -> b.Detections:
+    k = len(scores)
+    return b.Detections(
+        torch.rand(count, k, 4, generator=torch.Generator().manual_seed(k)),
+        torch.tensor([scores] * count),
+        torch.ones(count, k, dtype=torch.int64),
+        torch.full((count, k, 3), 0.5),
+    )
+
+
+def test_detections_below_a_score_become_padding_and_shapes_stay():
+    kept = _detections(2, [0.9, 0.5, 0.1]).above(0.5)
+    assert kept.valid.tolist() == [[True, False, False]] * 2
+    assert kept.scores.tolist()[0] == pytest.approx([0.9, 0, 0])
+    assert kept.boxes.shape == (2, 3, 4) and not kept.boxes[:, 1:].any() and not kept.probs[:, 1:].any()
+
+
+def test_joined_detections_keep_their_rows_and_pad_the_shorter():
+    short, long = _detections(2, [0.9]), _detections(1, [0.8, 0.7])
+    joined = b.cat([short, long])
+    assert len(joined) == 3 and joined.boxes.shape == (3, 2, 4) and joined.probs.shape == (3, 2, 3)
+    assert torch.equal(joined.boxes[:2, :1], short.boxes) and torch.equal(joined.boxes[2:], long.boxes)
+    assert joined.valid.tolist() == [[True, False], [True, False], [True, True]]
+    with pytest.raises(ValueError, match="empty"):
+        b.cat([])

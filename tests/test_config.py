@@ -1,0 +1,129 @@
+"""The frozen dataclass of an experiment: what it refuses, and a digest that moves with every number that matters."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fedal_utils import config
+from fedal_utils.config import Config, Recipe, checked
+
+
+def test_a_config_is_frozen_and_a_recipe():
+    c = Config()
+    assert isinstance(c, Recipe)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.lr = 1.0
+
+
+def another(name, value):
+    """A different, allowed value of the same type."""
+    if name == "profile":
+        return "quick"
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.125
+    if isinstance(value, str):
+        return value + "x"
+    if value is None:
+        return 7
+    return (*value, *value[-1:]) if value else ((1,),)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config) if f.name not in ("methods", "seeds")])
+def test_every_number_moves_the_digest(field):
+    base = Config()
+    changed = dataclasses.replace(base, **{field: another(field, getattr(base, field))})
+    assert getattr(changed, field) != getattr(base, field)
+    assert changed.digest() != base.digest()
+
+
+def test_methods_and_seeds_do_not_move_the_digest():
+    base = Config()
+    assert base.replace(methods=["random"], seeds=[5]).digest() == base.digest()
+    assert int(base.digest(), 16) >= 0 and len(base.digest()) >= 8
+
+
+def test_a_config_goes_through_json_and_back():
+    base = Config(missing=((0, 1), (2,)), lr=1 / 3, seeds=(3,))
+    there = checked(json.loads(json.dumps(base.as_dict())))
+    assert Config(**there) == base
+    assert Config(**there).digest() == base.digest()
+
+
+def test_an_integer_for_a_float_is_the_same_config():
+    assert checked({"lr": 1}) == {"lr": 1.0} and isinstance(checked({"lr": 1})["lr"], float)
+    assert Config().replace(alpha=1).digest() == Config().replace(alpha=1.0).digest()
+    assert Config().replace(zoom=[1, 2]).digest() == Config().replace(zoom=(1.0, 2.0)).digest()
+
+
+def test_lists_become_tuples_all_the_way_down():
+    assert checked({"missing": [[0], [1, 2]], "image_size": [64, 96]}) == {
+        "missing": ((0,), (1, 2)), "image_size": (64, 96),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"roundz": 3}, "unknown parameter 'roundz'; did you mean 'rounds'"),
+        ({"qqqqqq": 3}, "unknown parameter 'qqqqqq'.* Known: .*alpha"),
+        ({"rounds": "3"}, "parameter 'rounds' must be int, got '3'"),
+        ({"rounds": 3.0}, "parameter 'rounds' must be int, got 3.0"),
+        ({"rounds": True}, "parameter 'rounds' must be int, got True"),
+        ({"lr": "fast"}, "parameter 'lr' must be float, got 'fast'"),
+        ({"frozen": 1}, "parameter 'frozen' must be bool, got 1"),
+        ({"methods": "random"}, "parameter 'methods' must be tuple, got 'random'"),
+        ({"methods": ["random", 3]}, "parameter 'methods' must hold values of type str"),
+        ({"seeds": [0.5]}, "parameter 'seeds' must hold values of type int"),
+        ({"image_size": 64}, "parameter 'image_size' must be tuple, got 64"),
+        ({"data": None}, "parameter 'data' must be str, got None"),
+    ],
+)
+def test_unknown_names_and_wrong_types_are_refused_with_a_hint(values, message):
+    with pytest.raises(ValueError, match=message):
+        checked(values)
+    with pytest.raises(ValueError, match=message):
+        Config().replace(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"profile": "huge"}, r"profile must be one of \('smoke', 'quick', 'paper'\), got 'huge'"),
+        *(
+            ({name: 0}, f"{name} must be 1 or more, got 0")
+            for name in ("batch", "clients", "cycles", "rounds", "first", "budget", "start_images")
+        ),
+        ({"seeds": ()}, "seeds must be"),
+        ({"seeds": (1, 1)}, "seeds must be a list of different integers"),
+        ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+        ({"lr": float("nan")}, "lr must be > 0, got nan"),
+        *(({name: 1.5}, rf"{name} must be in \[0, 1\], got 1.5") for name in ("flip", "score_above", "nms_iou")),
+        ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
+        ({"fraction": 1.5}, r"fraction must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_impossible_numbers_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**values)
+
+
+def test_labels_needed_is_the_first_ones_and_the_budget_of_every_later_cycle():
+    assert Config(first=8, budget=5, cycles=4).labels_needed() == 8 + 3 * 5
+    assert Config(first=8, budget=5, cycles=1).labels_needed() == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [({}, False), ({"flip": 1.0}, False), ({"colour": 0.1}, True), ({"zoom": (0.9, 1.1)}, True), ({"shift": 0.1}, True)],
+)
+def test_a_flip_alone_does_not_change_pixels(change, answer):
+    assert Recipe(**change).changes_pixels() is answer
+
+
+def test_fields_lists_what_a_config_has():
+    assert set(config.fields()) == {f.name for f in dataclasses.fields(Config)}

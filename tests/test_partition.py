@@ -1,0 +1,166 @@
+"""Splits over clients: exact cover without overlap as laws, the skews by their statistics, van Bommel's split at scale."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedal_utils import partition
+from fedal_utils.seeding import rng_for
+
+# van Bommel's 8-class split over 9 devices (released code): what each device must miss
+CLASSES = ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
+MISSING = [
+    ("Cyclist",), ("Person_sitting",), ("Cyclist", "Person_sitting"), ("Tram", "Person_sitting"), ("Pedestrian", "Truck"),
+    ("Truck", "Cyclist"), ("Tram", "Cyclist"), ("Pedestrian",), ("Pedestrian", "Cyclist"),
+]  # fmt: skip
+COLUMNS = [[CLASSES.index(name) for name in names] for names in MISSING]
+
+
+def assert_exact_cover(parts, images, left_over=()):
+    everything = np.concatenate([*parts, np.asarray(left_over, dtype=np.int64)])
+    assert np.array_equal(np.sort(everything), np.arange(images))  # each once: nothing lost, nothing shared
+    for part in parts:
+        assert len(part) > 0 and np.issubdtype(part.dtype, np.integer) and np.array_equal(part, np.sort(part))
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 5))
+def test_iid_covers_exactly_with_sizes_within_one(images, clients, seed):
+    clients = min(clients, images)
+    parts = partition.iid(images, clients, rng_for(seed, "p"))
+    assert len(parts) == clients
+    assert_exact_cover(parts, images)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=60), st.integers(1, 4), st.floats(0.05, 50), st.integers(0, 5))
+def test_dirichlet_covers_exactly_and_leaves_nobody_empty(dominant, clients, alpha, seed):
+    parts = partition.dirichlet(np.array(dominant), clients, alpha, rng_for(seed, "p"))
+    assert len(parts) == clients
+    assert_exact_cover(parts, len(dominant))
+
+
+@given(st.data())
+def test_missing_class_covers_exactly_and_nobody_holds_what_it_must_miss(data):
+    classes, clients = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 4))
+    rows = data.draw(st.lists(st.lists(st.booleans(), min_size=classes, max_size=classes), min_size=8, max_size=40))
+    missing = [data.draw(st.lists(st.integers(0, classes - 1), max_size=1)) for _ in range(clients)]
+    present = np.array([[False] * classes] * clients + rows)  # empty images fit everybody, so nobody ends empty
+    parts, left_over = partition.missing_class(present, missing, rng_for(0, "p"))
+    assert_exact_cover(parts, len(present), left_over)
+    for part, columns in zip(parts, missing, strict=True):
+        assert not present[np.ix_(part, columns)].any()
+    for image in left_over:  # left over only because every client must miss something in it
+        assert all(present[image, columns].any() for columns in missing)
+
+
+def test_the_same_generator_gives_the_same_split_and_another_a_different_one():
+    dominant = np.arange(80) % 4
+    present = np.eye(4, dtype=bool)[dominant]
+    for split in (
+        lambda rng: partition.iid(80, 3, rng),
+        lambda rng: partition.dirichlet(dominant, 3, 0.5, rng),
+        lambda rng: partition.missing_class(present, [[0], [1], []], rng)[0],
+    ):
+        a, b, c = (split(rng_for(seed, "p")) for seed in (0, 0, 1))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+def shares_of_class(parts, dominant):
+    """(M, C) part of each client's images that each class makes up."""
+    counts = np.stack([np.bincount(dominant[part], minlength=dominant.max() + 1) for part in parts])
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def test_dirichlet_with_a_large_alpha_is_iid_and_with_a_small_one_is_skewed():
+    dominant = np.repeat(np.arange(5), 400)
+    even = shares_of_class(partition.dirichlet(dominant, 4, 1e4, rng_for(0, "p")), dominant)
+    assert np.abs(even - 0.2).max() < 0.02
+    skewed = shares_of_class(partition.dirichlet(dominant, 4, 0.05, rng_for(0, "p")), dominant)
+    assert skewed.max(axis=1).mean() > 0.5  # on average one class is more than half of what a client holds
+
+
+def test_dirichlet_shares_have_the_variance_that_alpha_says():
+    # Dirichlet(alpha, ..., alpha) over M: Var(share) = (1/M)(1 - 1/M) / (M alpha + 1); here M = 4, alpha = 1 -> 0.0375
+    dominant = np.repeat(np.arange(400), 100)
+    parts = partition.dirichlet(dominant, 4, 1.0, rng_for(0, "p"))
+    shares = np.stack([np.bincount(dominant[part], minlength=400) for part in parts]) / 100
+    assert shares.mean() == pytest.approx(0.25)
+    assert shares.var() == pytest.approx(0.0375, rel=0.12)
+
+
+def test_dirichlet_keeps_the_least_that_it_was_asked_for():
+    parts = partition.dirichlet(np.arange(90) % 3, 3, 0.3, rng_for(0, "p"), least=15)
+    assert min(len(part) for part in parts) >= 15
+
+
+def test_missing_class_by_hand():
+    # columns a, b. Groups: {a}: rows 0-3, {b}: rows 4, 5, {a, b}: row 6, {}: rows 7-9. Clients miss a, b, and both.
+    # Rarest first: row 6 fits nobody. {b} may go to client 0 only (1 misses b): 0 has 2. {} (3 rows) tops up clients
+    # 1 and 2 first: sizes 2, 2, 1 or 2, 1, 2. {a} fits client 1 only: 4 more.
+    present = np.zeros((10, 2), dtype=bool)
+    present[[0, 1, 2, 3, 6], 0] = True
+    present[[4, 5, 6], 1] = True
+    parts, left_over = partition.missing_class(present, [[0], [1], [0, 1]], rng_for(0, "p"))
+    assert left_over.tolist() == [6]
+    assert parts[0].tolist() == [4, 5]
+    assert set(parts[1]) >= {0, 1, 2, 3} and set(parts[1]) <= {0, 1, 2, 3, 7, 8, 9}
+    assert sorted(len(part) for part in (parts[1], parts[2])) in ([1, 6], [2, 5])
+    assert len(parts[0]) + len(parts[1]) + len(parts[2]) == 9
+
+
+def test_missing_class_at_the_papers_scale_ends_nearly_equal():
+    # Presence of KITTI's classes in 5,212 images, drawn at about the real frequencies.
+    rng = rng_for(0, "presence")
+    often = np.array([0.89, 0.15, 0.1, 0.24, 0.013, 0.047, 0.14, 0.29])
+    present = rng.random((5212, 8)) < often
+    parts, left_over = partition.missing_class(present, COLUMNS, rng_for(0, "p"))
+    assert_exact_cover(parts, 5212, left_over)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1  # the paper: 580 + 8 x 579
+    for part, columns in zip(parts, COLUMNS, strict=True):
+        assert not present[np.ix_(part, columns)].any()
+    for image in left_over:
+        assert all(present[image, columns].any() for columns in COLUMNS)
+    fits_nobody = np.array([all(row[columns].any() for columns in COLUMNS) for row in present])
+    assert fits_nobody.sum() == len(left_over) > 0
+    counts = partition.class_counts(present * np.arange(1, 9), parts, 8)
+    for row, columns in zip(counts, COLUMNS, strict=True):
+        assert set(np.flatnonzero(row == 0)) == set(columns)  # every other class is there
+
+
+def test_natural_groups_come_back_sorted_by_name():
+    parts, names = partition.natural(["Town02", "Town01", "Town02", "Town10"])
+    assert names == ["Town01", "Town02", "Town10"]
+    assert [part.tolist() for part in parts] == [[1], [0, 2], [3]]
+
+
+def test_class_counts_by_hand():
+    classes = np.array([[1, 1, 2], [2, 0, 0], [0, 0, 0], [3, 3, 3]])
+    assert partition.class_counts(classes, [np.array([0, 2]), np.array([1, 3])], 3).tolist() == [[2, 1, 0], [0, 1, 3]]
+    assert partition.class_counts(classes, [np.array([2])], 3).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda rng: partition.iid(3, 4, rng), "4 clients cannot share 3 images"),
+        (lambda rng: partition.iid(3, 0, rng), "clients must be 1 or more, got 0"),
+        (lambda rng: partition.dirichlet(np.zeros(3), 4, 1.0, rng), "4 clients cannot share 3 images"),
+        (lambda rng: partition.dirichlet(np.zeros(9), 2, 0.0, rng), "alpha must be > 0 and finite, got 0.0"),
+        (lambda rng: partition.dirichlet(np.zeros(9), 2, float("nan"), rng), "alpha must be > 0 and finite, got nan"),
+        (lambda rng: partition.dirichlet(np.zeros(9), 2, float("inf"), rng), "alpha must be > 0 and finite, got inf"),
+        (lambda rng: partition.dirichlet(np.zeros(9), 2, 1.0, rng, least=5), "2 clients with at least 5 images need more"),
+        (lambda rng: partition.dirichlet(np.zeros(9), 9, 0.01, rng, tries=3), r"no Dirichlet\(0.01\) draw in 3 .*raise alpha"),
+        (lambda rng: partition.missing_class(np.ones((1, 2), bool), [[], []], rng), "2 clients cannot share 1 images"),
+        (lambda rng: partition.missing_class(np.ones((4, 2), bool), [[], [2]], rng), "client 1 misses class column 2"),
+        (lambda rng: partition.missing_class(np.ones((4, 2), bool), [[], [0]], rng), r"clients \[1\] get no image"),
+        (lambda rng: partition.natural(None), "needs a group for each image"),
+        (lambda rng: partition.natural([]), "needs a group for each image"),
+    ],
+)
+def test_what_cannot_be_split_is_an_error_that_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(rng_for(0, "p"))

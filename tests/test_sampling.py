@@ -1,0 +1,244 @@
+"""Scores by hand with their equation numbers, the laws between reductions, and selection with seeded ties."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedal_utils import sampling
+from fedal_utils.boxes import Detections
+from fedal_utils.sampling import Scores, score, top_k
+from fedal_utils.seeding import rng_for, torch_rng_for
+
+VALUES = ("confidence", "entropy", "margin")
+REDUCED = [name for name in sampling.STRATEGIES if name not in ("random", "count")]
+
+
+def detections(images, columns=4, length=None):
+    """images: for each image a list of (confidence, class distribution); padding of `length` holds rubbish."""
+    length = max([len(image) for image in images] + [length or 0])
+    boxes = torch.full((len(images), length, 4), 7.0)
+    scores = torch.full((len(images), length), 0.123)  # rubbish where padded: only labels may say what is real
+    labels = torch.zeros(len(images), length, dtype=torch.int64)
+    probs = torch.full((len(images), length, columns), 0.321)
+    for i, image in enumerate(images):
+        for j, (confidence, p) in enumerate(image):
+            scores[i, j], labels[i, j], probs[i, j] = confidence, 1, torch.tensor(p)
+    return Detections(boxes, scores, labels, probs)
+
+
+def confidences(*images):
+    return detections([[(c, [1 - c, c, 0.0, 0.0]) for c in image] for image in images])
+
+
+def values_of(strategy, found):
+    return score(strategy, found, len(found), rng_for(0, "s")).values
+
+
+# ---------------------------------------------------------------------------------------------------- worked by hand
+
+
+def test_least_confidence_van_bommel_7_1_sum_avg_max_by_hand():
+    # c = .9, .6, .3: 1 - c = .1, .4, .7: SUM 1.2, AVG .4, MAX .7. The second image: c = .5: all three .5.
+    found = confidences([0.9, 0.6, 0.3], [0.5])
+    assert values_of("sum", found) == pytest.approx([1.2, 0.5])
+    assert values_of("avg", found) == pytest.approx([0.4, 0.5])
+    assert values_of("max", found) == pytest.approx([0.7, 0.5])
+    # the crowded image comes first under SUM and MAX, the other one under AVG
+    first = {how: top_k(score(how, found, 2, rng_for(0, "s")), 1, rng_for(0, "t"))[0] for how in ("sum", "avg", "max")}
+    assert first == {"sum": 0, "avg": 1, "max": 0}
+
+
+def test_entropy_settles_2_3_by_hand():
+    # (.5, .5, 0, 0): ln 2; (.25 x 4): ln 4; (1, 0, 0, 0): 0
+    found = detections([[(0.5, [0.5, 0.5, 0, 0]), (0.25, [0.25] * 4)], [(1.0, [0, 1.0, 0, 0])]])
+    assert values_of("entropy_sum", found) == pytest.approx([math.log(2) + math.log(4), 0])
+    assert values_of("entropy_avg", found) == pytest.approx([1.5 * math.log(2), 0])
+    assert values_of("entropy_max", found) == pytest.approx([math.log(4), 0])
+
+
+def test_margin_settles_2_2_by_hand():
+    # (.1, .6, .3, 0): 1 - (.6 - .3) = .7; (.45, .45, .1, 0): 1 - 0 = 1; (0, 1, 0, 0): 1 - 1 = 0
+    found = detections([[(0.6, [0.1, 0.6, 0.3, 0]), (0.45, [0.45, 0.45, 0.1, 0])], [(1.0, [0, 1.0, 0, 0])]])
+    assert values_of("margin_sum", found) == pytest.approx([1.7, 0])
+    assert values_of("margin_avg", found) == pytest.approx([0.85, 0])
+    assert values_of("margin_max", found) == pytest.approx([1.0, 0])
+
+
+def test_box_count_scores_every_image():
+    scores = score("count", confidences([0.9, 0.3], [], [0.5]), 3, rng_for(0, "s"))
+    assert scores.values.tolist() == [2, 0, 1] and scores.scored.all()
+
+
+def test_random_looks_at_nothing_and_depends_on_the_generator_only():
+    a = score("random", None, 5, rng_for(0, "s"))
+    assert np.array_equal(a.values, score("random", None, 5, rng_for(0, "s")).values)
+    assert not np.array_equal(a.values, score("random", None, 5, rng_for(1, "s")).values)
+    assert a.scored.all() and len(set(a.values)) == 5 and ((0 <= a.values) & (a.values < 1)).all()
+    assert [name for name in sampling.STRATEGIES if not sampling.needs_model(name)] == ["random"]
+
+
+def test_images_without_detections_are_marked_and_carry_no_number():
+    for strategy in REDUCED:
+        scores = score(strategy, confidences([], [0.9], []), 3, rng_for(0, "s"))
+        assert scores.scored.tolist() == [False, True, False]
+        assert np.isfinite(scores.values).all()
+        nothing = score(strategy, confidences([], []), 2, rng_for(0, "s"))  # T = 0: not one detection anywhere
+        assert not nothing.scored.any() and len(nothing) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- laws
+
+
+distribution = st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any).map(
+    lambda row: [n / sum(row) for n in row]
+)
+image = st.lists(st.tuples(st.floats(0, 1, width=32), distribution), max_size=5)
+
+
+@given(st.lists(image, min_size=1, max_size=5))
+def test_every_strategy_equals_the_oracle(images):
+    found = detections(images)
+    for strategy in [*REDUCED, "count"]:
+        got = score(strategy, found, len(images), rng_for(0, "s"))
+        for i, one in enumerate(images):
+            want = oracles.image_score(strategy, [c for c, _ in one], [p for _, p in one])
+            assert got.scored[i] == (want is not None)
+            if want is not None:
+                assert got.values[i] == pytest.approx(want, abs=1e-5)
+
+
+@given(st.lists(image.filter(len), min_size=1, max_size=5))
+def test_sum_is_at_least_max_is_at_least_avg(images):
+    found = detections(images)
+    for value in VALUES:
+        total, largest, mean = (
+            values_of(how if value == "confidence" else f"{value}_{how}", found) for how in ("sum", "max", "avg")
+        )
+        assert (total >= largest - 1e-9).all() and (largest >= mean - 1e-9).all() and (mean >= -1e-6).all()
+
+
+@given(st.lists(image, min_size=1, max_size=4), st.integers(0, 9))
+def test_padding_never_matters(images, extra):
+    plain, padded = detections(images), detections(images, length=5 + extra)
+    for strategy in [*REDUCED, "count"]:
+        a, b = (score(strategy, found, len(images), rng_for(0, "s")) for found in (plain, padded))
+        assert a.values == pytest.approx(b.values, abs=1e-12)
+        assert a.scored.tolist() == b.scored.tolist()
+    for how in ("sum", "avg", "max"):  # confidences are float32: their float64 sums are exact, so not one bit moves
+        assert np.array_equal(values_of(how, plain), values_of(how, padded))
+
+
+def test_nan_in_the_padding_is_not_looked_at():
+    found = confidences([0.9], [0.5, 0.4])
+    found.scores[0, 1] = float("nan")
+    assert values_of("sum", found) == pytest.approx([0.1, 1.1])
+
+
+# ---------------------------------------------------------------------------------------------------------- selection
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.data())
+def test_top_k_takes_the_largest_best_first(values, data):
+    k = data.draw(st.integers(0, len(values)))
+    picks = top_k(Scores(np.array(values), np.ones(len(values), dtype=bool)), k, rng_for(0, "t"))
+    assert len(set(picks.tolist())) == k
+    assert [values[i] for i in picks] == sorted(values, reverse=True)[:k]
+
+
+def test_top_k_of_different_scores_equals_argsort():
+    values = rng_for(0, "v").permutation(200) / 7
+    scores = Scores(values, np.ones(200, dtype=bool))
+    assert np.array_equal(top_k(scores, 50, rng_for(0, "t")), np.argsort(-values)[:50])
+
+
+def test_ties_break_by_the_seed_and_not_by_the_order_in_memory():
+    values = np.array([1.0, 0.5, 0.5, 0.5, 0.5, 0.0])
+    scores = Scores(values, np.ones(6, dtype=bool))
+    picks = [tuple(top_k(scores, 2, rng_for(seed, "t"))) for seed in range(400)]
+    assert {first for first, _ in picks} == {0}
+    counts = Counter(second for _, second in picks)
+    assert set(counts) == {1, 2, 3, 4}
+    # each is taken with probability 1/4: 100 of 400, standard deviation 8.7; the bounds are four of them away
+    assert all(65 < counts[i] < 135 for i in counts)
+    assert picks[7] == tuple(top_k(scores, 2, rng_for(7, "t")))
+
+
+@pytest.mark.parametrize("empty", ["last", "first", "never"])
+def test_the_three_rules_for_images_without_detections(empty):
+    scores = Scores(np.array([0.2, np.nan, 0.9, np.nan, np.nan]), np.array([True, False, True, False, False]))
+    picks = top_k(scores, 5, rng_for(0, "t"), empty).tolist()
+    if empty == "never":  # van Bommel's released code: fewer than k may come back
+        assert picks == [2, 0]
+    elif empty == "last":
+        assert picks[:2] == [2, 0] and set(picks[2:]) == {1, 3, 4}
+    else:
+        assert picks[3:] == [2, 0] and set(picks[:3]) == {1, 3, 4}
+    orders = {tuple(top_k(scores, 5, rng_for(seed, "t"), empty)) for seed in range(60)}
+    assert len(orders) == (1 if empty == "never" else 6)  # all 3! orders of the empty ones turn up
+
+
+def test_a_scored_image_below_zero_still_comes_before_an_empty_one():
+    scores = Scores(np.array([-3.0, 0.0]), np.array([True, False]))
+    assert all(top_k(scores, 1, rng_for(seed, "t")).tolist() == [0] for seed in range(20))
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_non_finite_score_names_the_image_and_never_sorts():
+    found = confidences([0.9], [0.5, 0.4])
+    found.scores[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="non-finite score for image 1 of 2"):
+        score("sum", found, 2, rng_for(0, "s"))
+    found.probs[0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match="non-finite score for image 0 of 2"):
+        score("entropy_max", found, 2, rng_for(0, "s"))
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="non-finite score at position 1"):
+            top_k(Scores(np.array([0.0, bad]), np.ones(2, dtype=bool)), 1, rng_for(0, "t"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), 4, rng_for(0, "t")), "budget of 4 images, but the pool has 3"),
+        (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), -1, rng_for(0, "t")), "budget of -1 images"),
+        (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), 1, rng_for(0, "t"), "middle"), "got 'middle'"),
+        (lambda: score("best", None, 3, rng_for(0, "s")), "strategy must be one of .*'margin_max'.* got 'best'"),
+        (lambda: score("sum", None, 3, rng_for(0, "s")), "strategy 'sum' needs detections of 3 images, got none"),
+        (lambda: score("sum", confidences([0.5]), 3, rng_for(0, "s")), "needs detections of 3 images, got 1"),
+        (lambda: sampling.reduce(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), "median"), "got 'median'"),
+    ],
+)
+def test_what_cannot_be_scored_or_chosen_is_an_error_that_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_scores_are_pure():
+    found = confidences([0.9, 0.6], [0.5])
+    before = [t.clone() for t in (found.boxes, found.scores, found.labels, found.probs)]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = {name: score(name, found, 2, rng_for(0, "s")).values.tolist() for name in sampling.STRATEGIES}
+    assert first == {name: score(name, found, 2, rng_for(0, "s")).values.tolist() for name in sampling.STRATEGIES}
+    for old, new in zip(before, (found.boxes, found.scores, found.labels, found.probs), strict=True):
+        assert torch.equal(old, new)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_strategy_runs_on_what_a_detector_returns():
+    found = Detections(
+        torch.rand(6, 3, 4, generator=torch_rng_for(0, "b")), torch.rand(6, 3, generator=torch_rng_for(0, "s")),
+        torch.randint(0, 3, (6, 3), generator=torch_rng_for(0, "l")),
+        torch.rand(6, 3, 3, generator=torch_rng_for(0, "p")).softmax(-1),
+    )  # fmt: skip
+    for name in sampling.STRATEGIES:
+        picks = top_k(score(name, found, 6, rng_for(0, "s")), 4, rng_for(0, "t"))
+        assert len(set(picks.tolist())) == 4
