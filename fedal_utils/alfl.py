@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from . import data, detectors, federation, metrics, partition, record, sampling, training
+from . import data, detectors, federation, metrics, partition, record, sampling, seeding, training
 from .boxes import Detections
-from .config import Config
+from .config import Config, fitted
 from .data import Dataset, Images, Labels
 from .detectors import Detector
 from .federation import State, Update
@@ -36,12 +38,29 @@ class Client:
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs of one setting share: data (a frozen backbone's features cached once), device, the test set."""
+    """What all runs of one setting share.
+
+    train, test: what detectors read: pixels, or a frozen backbone's features cached once. photos: train and test with
+    their pixels, for pictures. name: of the data set, short enough for a file's name.
+    """
 
     config: Config
     train: Dataset
     test: Dataset
+    photos: tuple[Dataset, Dataset]
     device: torch.device
+
+    @property
+    def name(self) -> str:
+        return self.config.data if self.config.data in data.NAMES else Path(self.config.data).expanduser().resolve().name
+
+    def view(self, rows: Sequence[int], test: bool = False) -> Dataset:
+        """These rows of the training (or test) set with their pixels."""
+        return self.photos[test].take(list(rows))
+
+    def preview(self, count: int) -> Dataset:
+        """The first `count` training images with their pixels, or all if there are fewer."""
+        return self.view(range(min(count, len(self.train))))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -57,11 +76,19 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
 
 
 def prepare(config: Config, device: str | torch.device | None = None, root: str | None = None) -> Study:
-    """Load the data once; with a frozen backbone, cache its features of all images."""
+    """Load the data once; with a frozen backbone, cache its features of all images.
+
+    A folder of the user's own may be small: clients and budgets are shrunk to it (`config.fitted`). Sets the number of
+    CPU threads to `config.threads` (0 = as it was).
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cores = torch.get_num_threads()
     train, test = data.load(
         config.data, config.image_size, root=root, min_object=config.min_object, limit=config.limit, scenes=config.scenes
     )
+    if config.data not in data.NAMES:
+        config = fitted(config, len(train))
+    photos = (train, test)
     if config.frozen:
         model = new_detector(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)
         train, test = (
@@ -73,7 +100,8 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         train, test = (
             Dataset(p.name, p.images.to(device), p.labels, p.class_names, p.drops) for p in (train, test)
         )  # fmt: skip
-    return Study(config, train, test, device)
+    torch.set_num_threads(config.threads or cores)
+    return Study(config, train, test, photos, device)
 
 
 def deal(config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], list[str]]:
@@ -96,6 +124,40 @@ def deal(config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Genera
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
 
 
+def share_out(config: Config, train: Dataset, seed: int) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+    """Rows of the start images, rows of each client, and the clients' names; depends on the seed and on no method."""
+    if len(train) <= config.start_images:
+        raise ValueError(
+            f"data set {train.name!r} has {len(train)} training images, and start_images={config.start_images} "
+            "leaves none for the clients; lower start_images"
+        )
+    order = seeding.rng_for(seed, "start images").permutation(len(train))
+    first, rest = np.sort(order[: config.start_images]), np.sort(order[config.start_images :])
+    parts, names = deal(config, train, rest, seeding.rng_for(seed, "partition"))
+    for name, part in zip(names, parts, strict=True):
+        if len(part) < config.labels_needed():
+            raise ValueError(
+                f"client {name} holds {len(part)} images, but first={config.first} and {config.cycles - 1} cycles of "
+                f"budget={config.budget} ask for {config.labels_needed()}; lower budget, first, cycles or clients"
+            )
+    return first, parts, names
+
+
+def first_questions(study: Study, seed: int = 0) -> pd.DataFrame:
+    """What each client should label first when there are no labels yet: random images, as in cycle 0 of a run.
+
+    Columns: client, id. The start images come first, under the client 'start'.
+    """
+    config = study.config
+    first, parts, names = share_out(config, study.train, seed)
+    rows = [("start", row) for row in first]
+    for name, part in zip(names, parts, strict=True):
+        rng = seeding.rng_for(seed, "ask", name, 0)
+        chosen = sampling.top_k(sampling.random(len(part), rng), config.first, rng)
+        rows += [(name, part[position]) for position in chosen]
+    return pd.DataFrame([(name, study.train.images.ids[row]) for name, row in rows], columns=["client", "id"])
+
+
 def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
     """Clients with their pools, and the global model: fresh, or where a broken run stopped.
 
@@ -106,20 +168,7 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
     config, train = study.config, study.train
     if train.labels is None:
         raise ValueError(f"data set {train.name!r} has no labels: it can be scored, but nobody can answer for it")
-    if len(train) <= config.start_images:
-        raise ValueError(
-            f"data set {train.name!r} has {len(train)} training images, and start_images={config.start_images} "
-            "leaves none for the clients; lower start_images"
-        )
-    order = run.rng("start images").permutation(len(train))
-    first, rest = np.sort(order[: config.start_images]), np.sort(order[config.start_images :])
-    parts, names = deal(config, train, rest, run.rng("partition"))
-    for name, part in zip(names, parts, strict=True):
-        if len(part) < config.labels_needed():
-            raise ValueError(
-                f"client {name} holds {len(part)} images, but first={config.first} and {config.cycles - 1} cycles of "
-                f"budget={config.budget} ask for {config.labels_needed()}; lower budget, first, cycles or clients"
-            )
+    first, parts, names = share_out(config, train, run.seed)
     oracle = Oracle(train.labels, config.seconds_per_image, config.seconds_per_box)
     clients = [
         Client(name, Pool(name, train.images, oracle, part)) for name, part in zip(names, parts, strict=True)
@@ -134,6 +183,8 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
         return clients, model.to(study.device)
 
     def starting_point() -> dict:
+        if len(first) == 0 or config.start_iterations == 0:
+            return federation.state_of(model, model.exchanged())
         images, labels = train.images.take(first), train.labels.take(first)
         schedule = config.replace(schedule="cosine")
         for _ in training.fit(
@@ -180,13 +231,14 @@ def train(run: record.Run, study: Study, model: Detector, clients: Sequence[Clie
     config = study.config
     payload = federation.pack(federation.state_of(model, federation.sent_keys(model, config.batch_norm)), config.wire)
     scratch = detectors.clone(model)
+    recipe = config.replace(lr=config.lr * round_factor(config, round))
     iterations = config.iterations or None
     if run.method == CENTRALISED:
         images, labels = everyone(study, clients)
         together = None if iterations is None else iterations * len(clients)
         return [
             federation.train_client(
-                scratch, payload, images, labels, config, run.torch_rng("train", CENTRALISED, cycle, round),
+                scratch, payload, images, labels, recipe, run.torch_rng("train", CENTRALISED, cycle, round),
                 CENTRALISED, together, device=study.device,
             )
         ]  # fmt: skip
@@ -198,11 +250,21 @@ def train(run: record.Run, study: Study, model: Detector, clients: Sequence[Clie
         images, labels = client.pool.training_set()
         updates.append(
             federation.train_client(
-                scratch, payload, images, labels, config, run.torch_rng("train", client.name, cycle, round), client.name,
+                scratch, payload, images, labels, recipe, run.torch_rng("train", client.name, cycle, round), client.name,
                 iterations, config.wire, config.batch_norm, client.home, study.device,
             )
         )  # fmt: skip
     return updates
+
+
+def round_factor(config: Config, round: int) -> float:
+    """Factor on the learning rate in this round of a cycle: 1 in the first, `config.anneal` in the last.
+
+    The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`.
+    """
+    if config.rounds == 1:
+        return 1.0
+    return 1 + (config.anneal - 1) * round / (config.rounds - 1)
 
 
 def everyone(study: Study, clients: Sequence[Client]) -> tuple[Images | CachedImages, Labels]:

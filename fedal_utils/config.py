@@ -1,7 +1,7 @@
 """Every number of an experiment in one frozen dataclass, in three sizes; unknown names are refused.
 
-`load("11_fedavg", "smoke")` gives the smoke size; a data set brings its own image size and detector; keyword overrides
-come last. A profile changes numbers and nothing else.
+`load("11_fedavg", "smoke")` gives the smoke size; a data set brings its own image size, detector and counts; keyword
+overrides come last. A profile changes numbers and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -79,6 +80,8 @@ class Config(Recipe):
     budget: int = 8  # images labelled at each client in every later cycle
     rounds: int = 3
     iterations: int = 12  # gradient steps of one client in one round; 0 = recipe.epochs instead
+    anneal: float = 1.0  # lr of a cycle's last round as part of its first round's; falls evenly in between
+    threads: int = 1  # CPU threads of a training step; the same number gives the same bits on the same kind of CPU
     # asking
     score_above: float = 0.25  # a detection counts from this confidence on; released code
     nms_iou: float = 0.45
@@ -95,10 +98,13 @@ class Config(Recipe):
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ValueError(f"profile must be one of {PROFILES}, got {self.profile!r}")
-        positive = ("batch", "clients", "cycles", "rounds", "first", "budget", "start_images")
+        positive = ("batch", "clients", "cycles", "rounds", "first", "budget")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("start_images", "start_iterations", "iterations", "epochs", "evaluate_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {self.seeds}")
         if not self.lr > 0:
@@ -106,6 +112,8 @@ class Config(Recipe):
         for name in ("flip", "score_above", "nms_iou"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.anneal <= 1:
+            raise ValueError(f"anneal must be in (0, 1], got {self.anneal}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
 
@@ -125,6 +133,102 @@ class Config(Recipe):
     def labels_needed(self) -> int:
         """Images that one client has labelled at the end."""
         return self.first + self.budget * (self.cycles - 1)
+
+
+# --- the sizes --------------------------------------------------------------------------------------------------------
+
+# DigitScenes: a small detector learns from nothing in seconds. Digits are not mirrored (a mirrored 2 is no 2).
+_DIGITS = dict(
+    data="digits", image_size=(64, 64), scenes=(600, 150), detector="ssd", backbone="small", anchor_side=16.0,
+    flip=0.0, zoom=(0.8, 1.2), shift=0.15, colour=0.3, batch=16, lr=2e-3,
+    start_images=40, start_iterations=200, clients=3, first=12, budget=14, cycles=4, rounds=3, iterations=16,
+)  # fmt: skip
+
+# Photographs: frozen ImageNet features, cached once; only the head learns and travels.
+_PHOTOS = dict(
+    image_size=(256, 256), detector="ssd", backbone="lite0", pretrained=True, frozen=True, anchor_side=16.0,
+    flip=0.5, batch=8, lr=2e-3, anneal=0.2, start_images=10, start_iterations=80, clients=3, first=4, budget=8,
+    cycles=5, rounds=3, iterations=12,
+)  # fmt: skip
+
+_BY_DATA: dict[str, dict[str, Any]] = {
+    "digits": _DIGITS,
+    "bccd": {**_PHOTOS, "image_size": (192, 256), "start_images": 5, "start_iterations": 60, "first": 3, "budget": 6},
+    "neu-det": {
+        **_PHOTOS, "image_size": (192, 192), "anchor_side": 24.0, "start_images": 30, "start_iterations": 150,
+        "first": 10, "budget": 30, "batch": 16, "iterations": 20,
+    },
+    # Towns are clients; the test town is one that no client has seen. The smallest town has 58 frames.
+    "carla": {
+        **_PHOTOS, "image_size": (192, 320), "min_object": 8.0, "partition": "natural", "clients": 4, "start_images": 30,
+        "start_iterations": 150, "first": 8, "budget": 10, "cycles": 4, "rounds": 3, "iterations": 15,
+    },
+}  # fmt: skip
+
+# The released code's protocol (van Bommel 2021): 200 images and 200 epochs before any client is asked, 9 clients,
+# 22 cycles of 10 images, 20 local epochs a round, SGD 0.01 with Nesterov momentum, batch 16, weight decay 5e-4.
+_PAPER = dict(
+    data="voc07", image_size=(300, 300), detector="ssd", backbone="vgg16", pretrained=True, flip=0.5, zoom=(0.5, 1.5),
+    shift=0.1, colour=0.4, batch=16, optimiser="sgd", lr=1e-3, momentum=0.937, weight_decay=5e-4, amp=True,
+    start_images=200, start_iterations=2600, clients=9, first=10, budget=10, cycles=22, rounds=1, iterations=0,
+    epochs=20, empty="never", threads=0, seeds=(0, 1, 2),
+)  # fmt: skip
+
+_BY_PROFILE: dict[str, dict[str, Any]] = {
+    "smoke": {"data": "digits", "seeds": (0, 1), "threads": 1},
+    "quick": {"data": "bccd", "seeds": (0, 1, 2), "threads": 0},
+    "paper": _PAPER,
+}
+
+
+def one_node(config: Config) -> Config:
+    """The same experiment on a single node: as many labels and gradient steps as all clients take together."""
+    clients = config.clients
+    return config.replace(
+        clients=1, partition="iid", first=config.first * clients, budget=config.budget * clients,
+        iterations=config.iterations * clients,
+    )  # fmt: skip
+
+
+def load(
+    notebook: str, profile: str = "smoke", data: str | None = None, seeds: Sequence[int] | None = None, **overrides: Any
+) -> Config:
+    """The config of a notebook ('10_centralised', '11_fedavg', ...) at a profile, on its own or another data set.
+
+    data: a known name ('digits', 'bccd', 'neu-det', 'carla', 'voc07', ...) or a folder with images of your own, which
+    is treated as photographs. seeds, overrides: last word; unknown names are refused.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
+    chosen = dict(_BY_PROFILE[profile])
+    name = data or chosen["data"]
+    if profile != "paper":
+        chosen = {**_BY_DATA.get(name, _PHOTOS), **chosen}
+    chosen.update(profile=profile, data=name)
+    config = Config(**checked(chosen))
+    if not notebook.startswith("10"):
+        config = config.replace(methods=("random", "sum", "avg", "max", "centralised"))
+    elif "clients" not in overrides:
+        config = one_node(config)
+    if seeds is not None:
+        overrides["seeds"] = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    return config.replace(**overrides)
+
+
+def fitted(config: Config, images: int) -> Config:
+    """For a folder of the user's own: clients, budgets and cycles shrunk until `images` training images suffice.
+
+    A config that fits is returned unchanged; two images are enough (one client, one label in each of two cycles).
+    """
+    if images < 2:
+        raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
+    clients = max(1, min(config.clients, images // 4))
+    start_images = min(config.start_images, images // 5)
+    share = (images - start_images) // clients
+    first = max(1, min(config.first, share // 3))
+    budget = max(1, min(config.budget, (share - first) // 2))
+    cycles = max(1, min(config.cycles, 1 + (share - first) // budget))
+    return config.replace(clients=clients, start_images=start_images, first=first, budget=budget, cycles=cycles)
 
 
 def fields() -> dict[str, Any]:

@@ -39,12 +39,12 @@ Inputs = Tensor | tuple[Tensor, ...]
 
 def iou_with_anchors(boxes: Tensor, anchors: Tensor) -> Tensor:
     """IoU of padded boxes (B, K, 4) with anchors (A, 4): (B, K, A)."""
-    low = torch.maximum(boxes[:, :, None, :2], anchors[None, None, :, :2])
-    high = torch.minimum(boxes[:, :, None, 2:], anchors[None, None, :, 2:])
-    both = (high - low).clamp(min=0).prod(-1)  # (B, K, A)
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)  # (B, K)
-    anchor_area = (anchors[:, 2:] - anchors[:, :2]).prod(-1)  # (A,)
-    return both / (area[:, :, None] + anchor_area - both)
+    x1, y1, x2, y2 = boxes[..., None].unbind(2)  # (B, K, 1) each
+    left, top, right, bottom = anchors.T  # (A,) each
+    both = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp_(min=0)  # (B, K, A)
+    both *= (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp_(min=0)
+    area = (x2 - x1) * (y2 - y1)  # (B, K, 1)
+    return both / (area + (right - left) * (bottom - top)).sub(both)
 
 
 def match_anchors(
@@ -58,11 +58,13 @@ def match_anchors(
     """
     real = (classes > 0) & ~ignore
     iou = iou_with_anchors(boxes, anchors)
-    usable = iou.masked_fill(~real[..., None], -1.0)
+    unwanted = ignore & (classes > 0)
+    on_ignored = iou.masked_fill(~unwanted[..., None], -1.0).amax(dim=1) if bool(unwanted.any()) else None  # (B, A)
+    usable = iou.masked_fill_(~real[..., None], -1.0)
     best, index = usable.max(dim=1)  # (B, A)
     matched = torch.where(best >= threshold, index, -1)
-    on_ignored = iou.masked_fill(~(ignore & (classes > 0))[..., None], -1.0).amax(dim=1)  # (B, A)
-    matched = torch.where((on_ignored >= threshold) & (on_ignored > best), -2, matched)
+    if on_ignored is not None:
+        matched = torch.where((on_ignored >= threshold) & (on_ignored > best), -2, matched)
     owner = usable.argmax(dim=2)  # (B, K) best anchor of each box
     rows = torch.arange(boxes.shape[1], device=boxes.device).expand_as(owner)
     # A padded row must not own an anchor: it writes -1, and the maximum keeps whichever real row is there.

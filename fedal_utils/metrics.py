@@ -491,3 +491,59 @@ def paired_test(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> 
     )
     mean = float(difference.mean())
     return {"difference": mean, "low": mean - half, "high": mean + half, "p": float(flips.pvalue), "n": n}
+
+
+def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> pd.DataFrame:
+    """One row per method: the end of its learning curve, the area under it over labelled images, and both against
+    `baseline` on the same seeds.
+
+    Columns: method, seeds, images, boxes, minutes (estimated annotation time), megabytes (both ways, whole run), last,
+    last_low, last_high, area, area_low, area_high, minus_<baseline> (difference of areas), low, high, p.
+    """
+    ends = cycle_ends(table)
+    server = table[table["client"].astype(str) == "server"]
+    areas: dict[str, dict[int, float]] = {}
+    rows = []
+    for method in dict.fromkeys(ends["method"]):
+        curves = {seed: part for seed, part in ends[ends["method"] == method].groupby("seed")}
+        traffic = server[server["method"] == method].groupby("seed")[["bytes_up", "bytes_down"]].sum().sum(axis=1)
+        last = [float(part[y].iloc[-1]) for part in curves.values()]
+        if all(len(part) > 1 for part in curves.values()):
+            areas[method] = {seed: area_under_curve(part["images"], part[y]) for seed, part in curves.items()}
+        area = list(areas.get(method, {}).values())
+        finals = pd.concat([part.tail(1) for part in curves.values()])
+        last_low, last_high = seed_interval(last)
+        area_low, area_high = seed_interval(area) if area else (math.nan, math.nan)
+        rows.append(
+            {"method": method, "seeds": len(curves), "images": float(finals["images"].mean()),
+             "boxes": float(finals["boxes"].mean()), "minutes": float(finals["seconds"].mean()) / 60,
+             "megabytes": float(traffic.mean()) / 1e6, "last": float(np.mean(last)), "last_low": last_low,
+             "last_high": last_high, "area": float(np.mean(area)) if area else math.nan, "area_low": area_low,
+             "area_high": area_high}
+        )  # fmt: skip
+    for row in rows:
+        mine, theirs = areas.get(row["method"], {}), areas.get(baseline, {})
+        both = sorted(set(mine) & set(theirs))
+        test = {"difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan}
+        if row["method"] != baseline and both:
+            test = paired_test([mine[seed] for seed in both], [theirs[seed] for seed in both])
+        row[f"minus_{baseline}"] = test["difference"]
+        row.update(low=test["low"], high=test["high"], p=test["p"])
+    return pd.DataFrame(rows)
+
+
+def findings(summary: pd.DataFrame, baseline: str = "random") -> str:
+    """What `summary` shows, in sentences made by rule: a difference counts when its interval over seeds leaves out zero."""
+    lines = []
+    for row in summary.to_dict("records"):
+        difference = row[f"minus_{baseline}"]
+        if math.isnan(difference):
+            continue
+        gap = f"{row['method']} is {abs(difference):.3f} {'above' if difference > 0 else 'below'} {baseline} in area"
+        if math.isnan(row["low"]):
+            lines.append(f"{gap}: one seed, nothing can be said about chance.")
+        elif row["low"] <= 0 <= row["high"]:
+            lines.append(f"{gap}: no difference shown (95 % interval {row['low']:+.3f} to {row['high']:+.3f}).")
+        else:
+            lines.append(f"{gap} (95 % interval {row['low']:+.3f} to {row['high']:+.3f}, {row['seeds']} seeds).")
+    return "\n".join(lines) or f"Nothing to compare with {baseline!r}."

@@ -405,6 +405,16 @@ def environment() -> dict[str, Any]:
     return {**versions, **_commit(), "machine": machine}
 
 
+def banner() -> str:
+    """One line: versions, and the class of machine that this process runs on."""
+    found = environment()
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("fedal", "torch", "torchvision") if name in found)
+    return f"{versions}, Python {found['python']} | {machine['cpu']}, {machine['cores']} cores" + (
+        f", {machine['gpu']}" if "gpu" in machine else ""
+    )
+
+
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 

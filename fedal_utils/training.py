@@ -84,15 +84,18 @@ def _chunks(count: int, size: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def cache_features(
-    model: Detector, images: Images, batch: int = 32, device: str | torch.device = "cpu", mirrored: bool = True
+    model: Detector, images: Images, batch: int | None = None, device: str | torch.device = "cpu", mirrored: bool = True
 ) -> CachedImages:
     """Run the frozen backbone once over all images; half precision, kept in the memory of the CPU.
 
     Training the head alone then costs no backbone pass at all, which makes real photographs feasible on a CPU.
+    batch: 8 on a CPU (its caches hold that much: three times as fast an image as 32), 64 on a GPU unless given.
     """
     if not model.frozen:
         raise ValueError("only a frozen backbone's features can be cached; build the detector with frozen=True")
     model.eval()
+    model.backbone.to(memory_format=torch.channels_last)
+    batch = batch or (8 if torch.device(device).type == "cpu" else 64)
     kept: list[list[tuple[Tensor, ...]]] = [[], []]
     for pixels in images.batches(_chunks(len(images), batch), device):
         for side, view in enumerate((pixels, pixels.flip(-1)) if mirrored else (pixels,)):

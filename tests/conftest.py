@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 hypothesis.settings.register_profile("fedal", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fedal")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # two threads that wait for a busy core are many times slower than one
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def another(name, value):
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
-        return value / 2 + 0.125
+        return value / 2 + 0.0625
     if isinstance(value, str):
         return value + "x"
     if value is None:

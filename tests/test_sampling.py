@@ -207,7 +207,7 @@ def test_a_non_finite_score_names_the_image_and_never_sorts():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), 4, rng_for(0, "t")), "budget of 4 images, but the pool has 3"),
+        (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), 4, rng_for(0, "t")), "budget of 4 images.* pool has 3"),
         (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), -1, rng_for(0, "t")), "budget of -1 images"),
         (lambda: top_k(Scores(np.zeros(3), np.ones(3, bool)), 1, rng_for(0, "t"), "middle"), "got 'middle'"),
         (lambda: score("best", None, 3, rng_for(0, "s")), "strategy must be one of .*'margin_max'.* got 'best'"),
