@@ -287,7 +287,7 @@ def commit(
     config = study.config
     last = round == config.rounds - 1
     judged = last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
-    sent = 0 if run.method == CENTRALISED else 1
+    sent = 0 if run.method == CENTRALISED or len(clients) == 1 else 1  # one node: nothing travels
     down = len(federation.pack(federation.state_of(model, federation.sent_keys(model, config.batch_norm)), config.wire))
     where = {"cycle": cycle, "round": round}
     by_name = {c.name: c for c in clients}
