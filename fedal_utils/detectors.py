@@ -220,8 +220,8 @@ class SSD(Detector):
     """
 
     def __init__(
-        self, backbone: nn.Module, neck: nn.Module | None, head: nn.Module, anchors: Tensor, image_size: tuple[int, int],
-        classes: int, least_negatives: int = 0,
+        self, backbone: nn.Module, neck: nn.Module | None, head: nn.Module, anchors: Tensor,
+        image_size: tuple[int, int], classes: int, least_negatives: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
@@ -258,7 +258,8 @@ class SSD(Detector):
         anchors = self.anchors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
         boxes = self.coder.decode_single(deltas.float().flatten(0, 1), anchors).view_as(deltas)
         boxes = clip(boxes, self.image_size)
-        return select_detections(boxes, logits.float().softmax(-1), score_above, nms_iou, top, candidates, class_agnostic)
+        probs = logits.float().softmax(-1)
+        return select_detections(boxes, probs, score_above, nms_iou, top, candidates, class_agnostic)
 
 
 def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -286,7 +287,8 @@ class FasterRCNN(Detector):
         count = maps[0].shape[0]
         # torchvision reads the batch's height and width from this tensor and nothing else: no memory behind it.
         canvas = maps[0].new_zeros(1, dtype=torch.float32).expand(count, 3, *self.image_size)
-        return ImageList(canvas, [self.image_size] * count), OrderedDict((str(i), m.float()) for i, m in enumerate(maps))
+        named = OrderedDict((str(level), m.float()) for level, m in enumerate(maps))
+        return ImageList(canvas, [self.image_size] * count), named
 
     def loss(
         self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
@@ -325,12 +327,15 @@ class FasterRCNN(Detector):
         probs = logits.float().softmax(-1)
         counts = [len(p) for p in proposals]
         boxes = nn.utils.rnn.pad_sequence(list(decoded[:, 1:].split(counts)), batch_first=True)  # (B, P, C, 4)
-        probs = nn.utils.rnn.pad_sequence(list(probs.split(counts)), batch_first=True)  # (B, P, C + 1), zeros as padding
+        probs = nn.utils.rnn.pad_sequence(list(probs.split(counts)), batch_first=True)  # (B, P, C + 1)
         return select_detections(boxes, probs, score_above, nms_iou, top, candidates, class_agnostic)
 
 
 def grid_anchors(
-    image_size: tuple[int, int], strides: tuple[int, ...], sizes: tuple[tuple[float, ...], ...], ratios: tuple[float, ...]
+    image_size: tuple[int, int],
+    strides: tuple[int, ...],
+    sizes: tuple[tuple[float, ...], ...],
+    ratios: tuple[float, ...],
 ) -> Tensor:
     """torchvision's anchors for each map, moved to the middle of their cells: (A, 4) xyxy pixels."""
     generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
@@ -382,7 +387,7 @@ def _ssd(backbone: str, classes: int, image_size, norm: str, width: int, anchor_
     return SSD(body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8)
 
 
-def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained):
+def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained):  # noqa: E501
     if backbone == "vgg16":
         raise ValueError("detector 'faster_rcnn' takes backbone 'small', 'lite0' or 'resnet50', got 'vgg16'")
     full = backbone == "resnet50"

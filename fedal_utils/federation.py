@@ -132,9 +132,8 @@ def average(updates: Sequence[Update], weights: str = "images") -> State:
             kinds[key] = value.dtype
             if key in sums:
                 if value.shape != sums[key].shape:
-                    raise ValueError(
-                        f"client {update.client} sent {key!r} of shape {tuple(value.shape)}, the rest {tuple(sums[key].shape)}"
-                    )
+                    got, rest = tuple(value.shape), tuple(sums[key].shape)
+                    raise ValueError(f"client {update.client} sent {key!r} of shape {got}, the rest {rest}")
                 sums[key] += value.double() * part
             else:
                 sums[key] = value.double() * part
@@ -192,8 +191,12 @@ def train_client(
 @contextlib.contextmanager
 def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm layers use their running statistics and do not update them, in train mode too."""
+
+    def to_eval(module: nn.Module, _) -> None:  # returns nothing: what a pre-hook returns replaces the input
+        module.eval()
+
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    hooks = [layer.register_forward_pre_hook(lambda module, _: module.eval()) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(to_eval) for layer in layers]
     try:
         yield
     finally:

@@ -533,7 +533,7 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
 
 
 def findings(summary: pd.DataFrame, baseline: str = "random") -> str:
-    """What `summary` shows, in sentences made by rule: a difference counts when its interval over seeds leaves out zero."""
+    """What `summary` shows, in sentences made by rule: a difference counts when its interval leaves out zero."""
     lines = []
     for row in summary.to_dict("records"):
         difference = row[f"minus_{baseline}"]

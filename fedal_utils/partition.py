@@ -27,7 +27,7 @@ def iid(images: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]
 def dirichlet(
     dominant: np.ndarray, clients: int, alpha: float, rng: np.random.Generator, least: int = 1, tries: int = 1000
 ) -> list[np.ndarray]:
-    """Label skew: each class's images are dealt out by proportions drawn from Dirichlet(alpha) (Hsu et al. 2019, 1909.06335).
+    """Label skew: each class's images are dealt out by proportions from Dirichlet(alpha) (Hsu et al. 2019, 1909.06335).
 
     dominant: (N,) class of each image (the most frequent one in it; 0 = no object, a class of its own).
     alpha: concentration; small = each client sees few classes, large = IID. least: images that every client must get;
@@ -72,7 +72,7 @@ def missing_class(
     for client, columns in enumerate(missing):
         for column in columns:
             if not 0 <= column < classes:
-                raise ValueError(f"client {client} misses class column {column}, but there are columns 0..{classes - 1}")
+                raise ValueError(f"client {client} misses class column {column}; columns are 0..{classes - 1}")
             banned[client, column] = True
     patterns, group, sizes = np.unique(present, axis=0, return_inverse=True, return_counts=True)
     group = group.reshape(-1)

@@ -98,9 +98,11 @@ class Pool:
         """Have these positions labelled in this cycle. scores: why (kept for the record), NaN where there was none."""
         positions = np.asarray(positions, dtype=np.int64)
         if len(np.unique(positions)) != len(positions):
-            raise ValueError(f"client {self.client}: a position is asked twice in one cycle: {sorted(positions.tolist())}")
+            twice = sorted(positions.tolist())
+            raise ValueError(f"client {self.client}: a position is asked twice in one cycle: {twice}")
         if len(positions) and not (0 <= positions.min() and positions.max() < len(self)):
-            raise ValueError(f"client {self.client}: positions must lie in 0..{len(self) - 1}, got {positions.tolist()}")
+            allowed = f"0..{len(self) - 1}"
+            raise ValueError(f"client {self.client}: positions must lie in {allowed}, got {positions.tolist()}")
         known = positions[self.asked_in[positions] >= 0]
         if len(known):
             raise ValueError(f"client {self.client}: already labelled: {[self.ids[p] for p in known]}")

@@ -35,7 +35,7 @@ def least_confidence(detections: Detections) -> Tensor:
 
 
 def entropy(detections: Detections) -> Tensor:
-    """Entropy of each detection's class distribution in nats; Settles (2012) eq. 2.3. Returns (N, T) in [0, ln(C + 1)]."""
+    """Entropy of each detection's class distribution in nats; Settles (2012) eq. 2.3. (N, T) in [0, ln(C + 1)]."""
     return torch.special.entr(detections.probs).sum(-1)
 
 

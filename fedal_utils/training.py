@@ -245,7 +245,7 @@ def _read_losses(waiting: list, sums: dict[str, float], images, who: str) -> int
             names = [images.ids[i] for i in index.tolist()][:4]
             split = ", ".join(f"{k} {float(v):.4g}" for k, v in parts.items())
             raise TrainingDiverged(
-                f"client {who}: loss is {value} ({split}) on images {names}...; lower lr, or look at these images' boxes"
+                f"client {who}: loss is {value} ({split}) on images {names}...; lower lr, or look at their boxes"
             )
         sums["loss"] = sums.get("loss", 0.0) + value
         for key, part in parts.items():

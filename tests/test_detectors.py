@@ -89,7 +89,7 @@ def test_matching_with_ignored_boxes_equals_the_oracle(case):
 
 def test_of_two_boxes_that_share_their_best_anchor_the_later_one_owns_it():
     anchors = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
-    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 4, 4]]])  # IoU 1 and 0.16 with anchor 0: the later one wins all the same
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 4, 4]]])  # IoU 1 and 0.16 with anchor 0: the later wins all the same
     classes, ignore = torch.tensor([[1, 2]]), torch.zeros(1, 2, dtype=torch.bool)
     assert match_anchors(boxes, classes, ignore, anchors)[0].tolist() == [[1, -1]]
     assert torch_matched(boxes, classes, anchors)[0].tolist() == [1, -1]
@@ -103,7 +103,7 @@ def test_ignored_boxes_by_hand():
     boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 44, 10], [0, 0, 0, 0]]])
     classes = torch.tensor([[1, 1, 1, 0]])
     ignore = torch.tensor([[False, True, True, False]])
-    # anchor 0 lies on a real box; 1 on an ignored box (IoU 1): not used; 2 covers an ignored one by 0.4 only: background
+    # anchor 0 lies on a real box; 1 on an ignored one (IoU 1): not used; 2 on an ignored one by 0.4 only: background
     assert match_anchors(boxes, classes, ignore, anchors)[0].tolist() == [[0, -2, -1, -1]]
     # the same box both real and ignored: the real one keeps its anchors
     twice = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10]]])

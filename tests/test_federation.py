@@ -1,4 +1,4 @@
-"""Federated averaging: laws bit for bit, weights by hand, what travels and what it weighs, BatchNorm's three policies."""
+"""Federated averaging: laws bit for bit, weights by hand, what travels and its bytes, BatchNorm's three policies."""
 
 import io
 from fractions import Fraction
@@ -36,12 +36,14 @@ def scenes():
     return data.digit_scenes(6, 1, (64, 64), classes=3)[0]
 
 
-def one_round(scenes, model, client="A", rows=(0, 1, 2, 3), seed=0, iterations=2, scratch=None, policy="average", **options):
+def one_round(
+    scenes, model, client="A", rows=(0, 1, 2, 3), seed=0, iterations=2, scratch=None, policy="average", **options
+):  # fmt: skip
     payload = pack(state_of(model, sent_keys(model, policy)))
     part = scenes.take(list(rows))
     return train_client(
-        scratch or detectors.clone(model), payload, part.images, part.labels, RECIPE, torch_rng_for(seed, "train", client),
-        client, iterations, batch_norm=policy, **options,
+        scratch or detectors.clone(model), payload, part.images, part.labels, RECIPE,
+        torch_rng_for(seed, "train", client), client, iterations, batch_norm=policy, **options,
     )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def same(a, b):
 # --------------------------------------------------------------------------------------------------------------- laws
 
 
-floats = st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=6)
+floats = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6)
 counts = st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 1000)), min_size=1, max_size=9)
 
 
@@ -263,7 +265,7 @@ def test_batch_norm_frozen_changes_no_statistic_but_trains_the_weights(scenes):
     scratch = detectors.clone(model)
     seen = []
     layer = next(m for m in scratch.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0].detach(), out.detach())))
+    layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0].clone(), out.clone())))
     got = one_round(scenes, model, scratch=scratch, policy="frozen", iterations=1)
     before, after = model.state_dict(), scratch.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in batch_norm_keys(model))
@@ -271,11 +273,9 @@ def test_batch_norm_frozen_changes_no_statistic_but_trains_the_weights(scenes):
     mean, scale = module.running_mean.view(1, -1, 1, 1), (module.running_var + module.eps).rsqrt().view(1, -1, 1, 1)
     assert torch.allclose(out, (x - mean) * scale, atol=1e-4)
     sent = unpack(got.payload)
-    weight = next(k for k in sent if k.endswith("1.weight"))
-    assert not torch.equal(sent[weight], before[weight]) or any(not torch.equal(sent[k], before[k]) for k in sent)
+    assert all(not torch.equal(sent[k], before[k]) for k in sent if k.endswith("conv.weight") or k.endswith("1.weight"))
     scratch.train()  # the freeze ends with the round
     scratch(scenes.images.pixels[:2])
-    assert not torch.equal(scratch.state_dict()[next(iter(sorted(batch_norm_keys(model))))], 0)
     moved = [k for k in batch_norm_keys(model) if not torch.equal(scratch.state_dict()[k], before[k])]
     assert moved
 
@@ -357,12 +357,15 @@ def test_what_goes_wrong_at_a_client_names_the_client(scenes):
 
 
 def test_federated_training_learns(scenes):
-    model, losses = new_model(), []
-    for turn in range(3):
+    model, whole = new_model(), []
+    for turn in range(4):
+        with torch.no_grad():
+            target = scenes.labels
+            parts = model.loss(scenes.images.pixels, target.boxes, target.classes, target.ignore)
+        whole.append(float(sum(parts.values())))
         updates = [
-            one_round(scenes, model, name, rows, seed=turn, iterations=6) for name, rows in (("A", (0, 1, 2)), ("B", (3, 4, 5)))
+            one_round(scenes, model, name, rows, seed=turn, iterations=6)
+            for name, rows in (("A", (0, 1, 2)), ("B", (3, 4, 5)))
         ]
-        losses.append(np.mean([u.loss for u in updates]))
         model.load_state_dict(average(updates), strict=False)
-    assert losses[2] < losses[1] < losses[0]
-    assert training.predict(model, scenes.images).scores.max() > 0.05
+    assert whole[3] < 0.6 * whole[0] and whole[1] < whole[0]

@@ -145,8 +145,8 @@ def scrambled(labels, seed):
     """Other objects in every image: the same tensors' shapes, nothing else."""
     rng = torch_rng_for(seed, "scramble")
     classes = torch.randint(0, 4, labels.classes.shape, generator=rng).sort(dim=1, descending=True).values
-    boxes = (torch.rand(labels.boxes.shape, generator=rng) * 16 + torch.tensor([0.0, 0, 16, 16])) * (classes > 0)[..., None]
-    return Labels(boxes, classes, torch.zeros_like(labels.ignore), torch.zeros_like(labels.crowd))
+    boxes = torch.rand(labels.boxes.shape, generator=rng) * 16 + torch.tensor([0.0, 0, 16, 16])
+    return Labels(boxes * (classes > 0)[..., None], classes, torch.zeros_like(labels.ignore), torch.zeros_like(labels.crowd))
 
 
 @pytest.mark.parametrize("strategy", sampling.STRATEGIES)
