@@ -96,8 +96,9 @@ def test_unknown_names_and_wrong_types_are_refused_with_a_hint(values, message):
         ({"profile": "huge"}, r"profile must be one of \('smoke', 'quick', 'paper'\), got 'huge'"),
         *(
             ({name: 0}, f"{name} must be 1 or more, got 0")
-            for name in ("batch", "clients", "cycles", "rounds", "first", "budget", "start_images")
+            for name in ("batch", "clients", "cycles", "rounds", "first", "budget")
         ),
+        ({"start_images": -1}, "start_images must be 0 or more, got -1"),
         ({"seeds": ()}, "seeds must be"),
         ({"seeds": (1, 1)}, "seeds must be a list of different integers"),
         ({"lr": 0.0}, "lr must be > 0, got 0.0"),

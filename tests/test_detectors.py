@@ -89,7 +89,7 @@ def test_matching_with_ignored_boxes_equals_the_oracle(case):
 
 def test_of_two_boxes_that_share_their_best_anchor_the_later_one_owns_it():
     anchors = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
-    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 4, 4]]])  # IoU 1 and 0.16 with anchor 0: the later wins all the same
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 4, 4]]])  # IoU 1 and 0.16 with anchor 0: the later one wins
     classes, ignore = torch.tensor([[1, 2]]), torch.zeros(1, 2, dtype=torch.bool)
     assert match_anchors(boxes, classes, ignore, anchors)[0].tolist() == [[1, -1]]
     assert torch_matched(boxes, classes, anchors)[0].tolist() == [1, -1]
@@ -333,7 +333,7 @@ def test_ssd300_vgg16_equals_torchvisions_with_the_same_weights():
 
 
 class Parts(nn.Module):
-    """Backbone and neck of one of ours, as torchvision's FasterRCNN wants them: pixels 0..255 in, a dict of maps out."""
+    """Backbone and neck of one of ours, as torchvision's FasterRCNN wants them: pixels in, a dict of maps out."""
 
     def __init__(self, model):
         super().__init__()
@@ -387,7 +387,7 @@ def test_full_faster_rcnn_r50_fpn_has_torchvisions_shapes_and_a_finite_loss():
     ours = small("faster_rcnn", "resnet50", size=(64, 96), pretrained=False)
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
     assert [v.shape for v in ours.state_dict().values()] == [v.shape for v in theirs.state_dict().values()]
-    boxes, classes, ignore = torch.tensor([[[5.0, 5, 45, 50]]]), torch.tensor([[2]]), torch.zeros(1, 1, dtype=torch.bool)
+    boxes, classes, ignore = torch.tensor([[[5.0, 5, 45, 50]]]), torch.tensor([[2]]), torch.zeros(1, 1).bool()
     loss = ours.loss(pixels(1, 64, 96), boxes, classes, ignore, torch_rng_for(0, "loss"))
     assert all(torch.isfinite(part) and part >= 0 for part in loss.values())
     assert_well_formed(ours.eval().predict(pixels(1, 64, 96), score_above=0.0), 4)
@@ -481,8 +481,8 @@ def test_a_frozen_backbone_never_changes_and_clones_share_it(detector):
     assert set(model.exchanged()) == set(before) - set(frozen)
     maps = tuple(m.half() for m in model.features(pixels(2, 64, 64)))
     assert not any(m.requires_grad for m in maps)
-    close = model.eval().predict(maps, score_above=0.02)
-    assert torch.allclose(close.scores[:, 0], model.predict(pixels(2, 64, 64), score_above=0.02).scores[:, 0], atol=1e-2)
+    cached, plain = (model.eval().predict(inputs, score_above=0.02) for inputs in (maps, pixels(2, 64, 64)))
+    assert torch.allclose(cached.scores[:, 0], plain.scores[:, 0], atol=1e-2)
 
 
 def test_a_clone_of_a_trained_backbone_shares_nothing():

@@ -146,7 +146,8 @@ def scrambled(labels, seed):
     rng = torch_rng_for(seed, "scramble")
     classes = torch.randint(0, 4, labels.classes.shape, generator=rng).sort(dim=1, descending=True).values
     boxes = torch.rand(labels.boxes.shape, generator=rng) * 16 + torch.tensor([0.0, 0, 16, 16])
-    return Labels(boxes * (classes > 0)[..., None], classes, torch.zeros_like(labels.ignore), torch.zeros_like(labels.crowd))
+    none = torch.zeros_like(labels.ignore)
+    return Labels(boxes * (classes > 0)[..., None], classes, none, none)
 
 
 @pytest.mark.parametrize("strategy", sampling.STRATEGIES)
