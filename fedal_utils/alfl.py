@@ -236,7 +236,8 @@ def train(
     Method 'centralised' trains once on everyone's labels, for as many gradient steps as the clients take together.
     """
     config = study.config
-    payload = federation.pack(federation.state_of(model, federation.sent_keys(model, config.batch_norm)), config.wire)
+    wire = "fp32" if run.method == CENTRALISED else config.wire  # one node rounds nothing for a wire it does not use
+    payload = federation.pack(federation.state_of(model, federation.sent_keys(model, config.batch_norm)), wire)
     scratch = detectors.clone(model)
     recipe = config.replace(lr=config.lr * round_factor(config, round))
     iterations = config.iterations or None
@@ -280,8 +281,16 @@ def everyone(study: Study, clients: Sequence[Client]) -> tuple[Images | CachedIm
     return study.train.images.take(rows), clients[0].pool.labels_of(rows)
 
 
-def judge(study: Study, model: Detector) -> dict[str, float]:
-    """Metrics on the test set."""
+def judge(study: Study, model: Detector, clients: Sequence[Client] = ()) -> dict[str, float]:
+    """Metrics on the test set; where clients keep BatchNorm statistics of their own, the mean over their models."""
+    homes = [client.home for client in clients if client.home]
+    if homes:
+        each = []
+        for home in homes:
+            own = detectors.clone(model)
+            own.load_state_dict(home, strict=False)
+            each.append(judge(study, own))
+        return {key: float(np.mean([found[key] for found in each])) for key in each[0]}
     found = training.predict(model, study.test.images, device=study.device)
     return metrics.evaluate(found, study.test.labels, study.class_names)
 
@@ -311,7 +320,7 @@ def commit(
         **where, "client": "server", "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
         "bytes_up": sent * sum(len(u.payload) for u in updates), "bytes_down": sent * down * len(updates),
         "loss": float(np.mean([u.loss for u in updates])), "steps": sum(u.steps for u in updates),
-        **(judge(study, model) if judged else {}),
+        **(judge(study, model, clients) if judged else {}),
     }  # fmt: skip
     asked = [row for c in clients for row in c.pool.asked_rows(cycle)] if round == 0 else []
     state = {

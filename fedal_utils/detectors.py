@@ -254,6 +254,8 @@ class SSD(Detector):
         self, inputs: Inputs, score_above: float = 0.01, nms_iou: float = 0.45, top: int = 100, candidates: int = 400,
         class_agnostic: bool = False,
     ) -> Detections:  # fmt: skip
+        if self.training:
+            raise ValueError("predict needs eval mode: call detector.eval() first")
         logits, deltas = self(inputs)
         anchors = self.anchors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
         boxes = self.coder.decode_single(deltas.float().flatten(0, 1), anchors).view_as(deltas)
@@ -447,6 +449,11 @@ def build(
         raise ValueError(f"backbone {backbone!r} needs image sides that are multiples of 32, got {image_size}")
     if frozen and backbone == "small":
         raise ValueError("backbone 'small' has no pretrained weights: frozen, it would stay random")
+    if frozen and backbone in ("vgg16", "resnet50"):
+        raise ValueError(
+            f"backbone {backbone!r} holds layers without pretrained weights (extra maps, pyramid): frozen, they would "
+            "stay random; freeze 'lite0', or train it"
+        )
     make = _ssd if detector == "ssd" else _faster_rcnn
     with borrowed_global_rng(generator):
         model = make(backbone, classes, image_size, norm, width, anchor_side, anchor_ratios, pretrained)

@@ -185,6 +185,8 @@ def fit(
     device = torch.device(device)
     if len(images) != len(labels.classes):
         raise ValueError(f"{len(images)} images but labels for {len(labels.classes)}")
+    if isinstance(images, CachedImages) and recipe.changes_pixels():
+        raise ValueError("cached features can be mirrored and nothing else: set colour=0, zoom=(1, 1) and shift=0")
     model.to(device).train()
     optimiser = _optimiser(model, recipe)
     epochs = None if iterations is not None else recipe.epochs

@@ -1,4 +1,4 @@
-"""The loop of notebook 11 on a handful of scenes: seconds, not minutes; test_alfl.py breaks it off in other processes."""
+"""The loop of notebook 11 on a few scenes: seconds, not minutes; test_alfl.py breaks it off in other processes."""
 
 from __future__ import annotations
 

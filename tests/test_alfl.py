@@ -48,7 +48,7 @@ def test_killed_at_many_instants_then_resumed_gives_the_same_bytes(unbroken, tmp
     root, study = unbroken
     expected = results(root)
     assert len(expected) == 4
-    for writes in (2, 5, 8, 11, 15, 18, 24, 31):  # in the first run, at its end, in the second, before and after a write
+    for writes in (2, 5, 8, 11, 15, 18, 24, 31):  # in either run, before and after a write
         place = tmp_path / str(writes)
         doomed = server.Process(target=small_run.killed_at, args=(place, writes))
         doomed.start()
@@ -274,3 +274,26 @@ def test_central_and_federated_messages(unbroken):
     floats = sum(v.numel() for v in model.state_dict().values() if v.is_floating_point())
     assert 4 * floats <= len(payload) <= 4 * floats * 1.05
     assert data.NAMES[0] == "digits"
+
+
+def test_local_batch_norm_judges_the_mean_of_the_clients_models(tmp_path):
+    study = alfl.prepare(small_run.settings(norm="batch", batch_norm="local", methods=("random",)), device="cpu")
+    small_run.loop(tmp_path, study)
+    state = record.state(study.config, "small", "random", 0, root=tmp_path)
+    assert set(state["home"]) == {"00", "01"}
+    own = []
+    for name in ("00", "01"):
+        model = alfl.new_detector(study.config, 10, seeding.torch_rng_for(0, "weights"))
+        model.load_state_dict(state["model"], strict=False)
+        model.load_state_dict(state["home"][name], strict=False)
+        own.append(alfl.judge(study, model)["ap_voc11"])
+    table = record.table(study.config, "small", root=tmp_path)
+    assert table[table["client"] == "server"]["ap_voc11"].iloc[-1] == pytest.approx(np.mean(own), abs=1e-12)
+
+
+def test_a_single_node_rounds_nothing_for_the_wire(tmp_path, unbroken):
+    _, study = unbroken
+    small_run.loop(tmp_path, dataclasses.replace(study, config=study.config.replace(wire="fp16")))
+    half = record.table(study.config.replace(wire="fp16"), "small", root=tmp_path, methods=["centralised"])
+    full = record.table(study.config, "small", root=unbroken[0], methods=["centralised"])
+    pd.testing.assert_frame_equal(half, full, check_exact=True)

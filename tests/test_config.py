@@ -131,3 +131,30 @@ def test_a_flip_alone_does_not_change_pixels(change, answer):
 
 def test_fields_lists_what_a_config_has():
     assert set(config.fields()) == {f.name for f in dataclasses.fields(Config)}
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_changes_numbers_and_data_bring_their_detector():
+    smoke, quick = config.load("11_fedavg"), config.load("11_fedavg", "quick")
+    assert (smoke.data, smoke.backbone, quick.data, quick.backbone) == ("digits", "small", "bccd", "lite0")
+    assert config.load("11_fedavg", "smoke", "bccd").frozen and config.load("11_fedavg", "quick", "digits").scenes
+    assert config.load("11_fedavg", "paper").labels_needed() == 220  # released code: 22 cycles of 10
+    assert config.load("11_fedavg", "quick", "carla").partition == "natural"
+
+
+def test_the_single_node_has_the_labels_and_steps_of_all_clients():
+    one, many = config.load("10_centralised"), config.load("11_fedavg")
+    assert one.clients == 1 and "centralised" not in one.methods
+    assert one.labels_needed() == many.clients * many.labels_needed()
+    assert one.iterations == many.clients * many.iterations
+
+
+def test_overrides_have_the_last_word_and_unknown_names_are_refused():
+    settings = config.load("11_fedavg", "smoke", None, [3], clients=2, methods=["max"])
+    assert (settings.seeds, settings.clients, settings.methods) == ((3,), 2, ("max",))
+    with pytest.raises(ValueError, match="unknown parameter 'client'; did you mean 'clients'"):
+        config.load("11_fedavg", client=2)
+    with pytest.raises(ValueError, match="profile must be one of"):
+        config.load("11_fedavg", "huge")

@@ -1,6 +1,7 @@
 """Federated averaging: laws bit for bit, weights by hand, what travels and its bytes, BatchNorm's three policies."""
 
 import io
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -75,6 +76,13 @@ def test_permuting_clients_changes_no_bit(clients, seed):
     straight = average(updates)
     assert same(average([updates[i] for i in rng.permutation(clients)]), straight)
     assert same(average(updates[::-1]), straight)
+
+
+def test_permuting_clients_changes_no_bit_even_where_float64_is_too_short():
+    # (2^60 - 2^60 + 1) / 3 in this order is 1/3; any order that adds the 1 to 2^60 / 3 loses it
+    updates = [update(name, vector(value)) for name, value in (("A", 2.0**60), ("B", -(2.0**60)), ("C", 1.0))]
+    for order in itertools.permutations(updates):
+        assert average(order)["w"].item() == pytest.approx(1 / 3)
 
 
 @given(st.integers(1, 6), st.integers(0, 1000), st.sampled_from(["images", "boxes", "equal"]))

@@ -89,6 +89,7 @@ def test_dirichlet_shares_have_the_variance_that_alpha_says():
     shares = np.stack([np.bincount(dominant[part], minlength=400) for part in parts]) / 100
     assert shares.mean() == pytest.approx(0.25)
     assert shares.var() == pytest.approx(0.0375, rel=0.12)
+    assert shares.mean(axis=1) == pytest.approx(0.25, abs=0.04)  # no client is favoured; standard error 0.0097
 
 
 def test_dirichlet_keeps_the_least_that_it_was_asked_for():
