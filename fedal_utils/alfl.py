@@ -7,6 +7,7 @@ Section 6.1: devices label their k highest-scoring images with the global model,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,13 +81,15 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
 def prepare(config: Config, device: str | torch.device | None = None, root: str | None = None) -> Study:
     """Load the data once; with a frozen backbone, cache its features of all images.
 
+    root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout that the notebook was opened in.
     A folder of the user's own may be small: clients and budgets are shrunk to it (`config.fitted`). Sets the number of
     CPU threads to `config.threads` (0 = as it was).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores = torch.get_num_threads()
+    place = root or os.environ.get("FEDAL_DATA") or record.home() / "data"
     train, test = data.load(
-        config.data, config.image_size, root=root, min_object=config.min_object, limit=config.limit,
+        config.data, config.image_size, root=place, min_object=config.min_object, limit=config.limit,
         scenes=config.scenes,
     )  # fmt: skip
     if config.data not in data.NAMES:

@@ -389,7 +389,9 @@ def _ssd(backbone: str, classes: int, image_size, norm: str, width: int, anchor_
     return SSD(body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8)
 
 
-def _faster_rcnn(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained):  # noqa: E501
+def _faster_rcnn(
+    backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained
+):  # noqa: E501
     if backbone == "vgg16":
         raise ValueError("detector 'faster_rcnn' takes backbone 'small', 'lite0' or 'resnet50', got 'vgg16'")
     full = backbone == "resnet50"

@@ -121,7 +121,10 @@ def test_labels_needed_is_the_first_ones_and_the_budget_of_every_later_cycle():
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        ({}, False), ({"flip": 1.0}, False), ({"colour": 0.1}, True), ({"zoom": (0.9, 1.1)}, True),
+        ({}, False),
+        ({"flip": 1.0}, False),
+        ({"colour": 0.1}, True),
+        ({"zoom": (0.9, 1.1)}, True),
         ({"shift": 0.1}, True),
     ],  # fmt: skip
 )

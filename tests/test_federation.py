@@ -90,9 +90,7 @@ def test_the_average_equals_exact_fractions(clients, seed, weights):
     rng = rng_for(seed, "states")
     arrays = [rng.normal(size=8).astype(np.float32) for _ in range(clients)]
     images, boxes = rng.integers(1, 50, clients), rng.integers(1, 200, clients)
-    updates = [
-        update(f"{i}", vector(*arrays[i].tolist()), int(images[i]), int(boxes[i])) for i in range(clients)
-    ]
+    updates = [update(f"{i}", vector(*arrays[i].tolist()), int(images[i]), int(boxes[i])) for i in range(clients)]
     chosen = {"images": images, "boxes": boxes, "equal": np.ones(clients, dtype=int)}[weights]
     want = weighted_average(arrays, [Fraction(int(n)) for n in chosen])
     assert average(updates, weights)["w"].numpy() == pytest.approx(want, rel=1.2e-7, abs=1e-13)

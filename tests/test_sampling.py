@@ -95,8 +95,8 @@ def test_images_without_detections_are_marked_and_carry_no_number():
 # --------------------------------------------------------------------------------------------------------------- laws
 
 
-distribution = st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any).map(
-    lambda row: [n / sum(row) for n in row]
+distribution = (
+    st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any).map(lambda row: [n / sum(row) for n in row])
 )
 image = st.lists(st.tuples(st.floats(0, 1, width=32), distribution), max_size=5)
 

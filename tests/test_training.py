@@ -176,8 +176,11 @@ def test_the_moving_average_of_weights_by_hand_for_two_steps(scenes):
         mean = 2 / 11 * w0.double() + 9 / 11 * one[key].double()
         mean = 0.2 * mean + 0.8 * two[key].double()
         assert torch.allclose(averaged[key].double(), mean, atol=1e-6), key
-    assert not torch.allclose(averaged["head.classification_head.module_list.0.bias"], two[
-        "head.classification_head.module_list.0.bias"], atol=1e-6)
+    assert not torch.allclose(
+        averaged["head.classification_head.module_list.0.bias"],
+        two["head.classification_head.module_list.0.bias"],
+        atol=1e-6,
+    )
 
 
 def test_the_moving_average_keeps_batch_norms_counter_an_integer(scenes):
