@@ -368,7 +368,7 @@ def alive(pid: int) -> bool:
 
 @functools.cache
 def _commit() -> dict[str, Any]:
-    """{'commit', 'dirty'} of the checkout that this package lies in; {} if it does not lie in one."""
+    """{'commit', 'dirty'} of the checkout that this package lies in (results/ apart); {} if it lies in none."""
     folder = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -378,7 +378,10 @@ def _commit() -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
             return {}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "-uno", "--", ".", ":!results")),
+        }
     except (OSError, subprocess.SubprocessError):
         return {}
 
