@@ -539,7 +539,7 @@ class Run:
         if (self.folder / "state.pt").exists():
             self._resume()
         else:  # killed before the first commit, or published without its state: start over
-            for name in ("rounds.csv", "asked.csv", "times.csv"):
+            for name in ("rounds.csv", "asked.csv", "times.csv", "env.json"):
                 (self.folder / name).unlink(missing_ok=True)
         self._write_environment()
         if self.finished:  # killed between the last commit and its closing note
