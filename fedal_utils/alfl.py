@@ -231,6 +231,11 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
     client.pool.ask(waiting[chosen], cycle, why)
 
 
+def broadcast(model: Detector, batch_norm: str, wire: str) -> bytes:
+    """The message that carries the global model to one client."""
+    return federation.pack(federation.state_of(model, federation.sent_keys(model, batch_norm)), wire)
+
+
 def train(
     run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
 ) -> list[Update]:
@@ -240,7 +245,7 @@ def train(
     """
     config = study.config
     wire = "fp32" if run.method == CENTRALISED else config.wire  # one node rounds nothing for a wire it does not use
-    payload = federation.pack(federation.state_of(model, federation.sent_keys(model, config.batch_norm)), wire)
+    payload = broadcast(model, config.batch_norm, wire)
     scratch = detectors.clone(model)
     recipe = config.replace(lr=config.lr * round_factor(config, round))
     iterations = config.iterations or None
@@ -307,7 +312,7 @@ def commit(
     last = round == config.rounds - 1
     judged = last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
     sent = 0 if run.method == CENTRALISED or len(clients) == 1 else 1  # one node: nothing travels
-    down = len(federation.pack(federation.state_of(model, federation.sent_keys(model, config.batch_norm)), config.wire))
+    down = len(broadcast(model, config.batch_norm, config.wire))
     where = {"cycle": cycle, "round": round}
     by_name = {c.name: c for c in clients}
     rows = []

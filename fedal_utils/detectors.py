@@ -31,7 +31,7 @@ from torchvision.models.detection.ssd import SSDHead
 from torchvision.ops import MultiScaleRoIAlign, nms
 
 from .backbones import VGG16, Lite0, ResNet50FPN, SmallConv, conv_block, norm_layer
-from .boxes import Detections
+from .boxes import Detections, clip_boxes
 from .seeding import borrowed_global_rng
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -259,16 +259,9 @@ class SSD(Detector):
         logits, deltas = self(inputs)
         anchors = self.anchors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
         boxes = self.coder.decode_single(deltas.float().flatten(0, 1), anchors).view_as(deltas)
-        boxes = clip(boxes, self.image_size)
+        boxes = clip_boxes(boxes, self.image_size)
         probs = logits.float().softmax(-1)
         return select_detections(boxes, probs, score_above, nms_iou, top, candidates, class_agnostic)
-
-
-def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """(..., 4) boxes cut to an image of (height, width)."""
-    height, width = image_size
-    low = boxes.new_zeros(4)
-    return boxes.clamp(min=low, max=boxes.new_tensor([width, height, width, height]))
 
 
 class FasterRCNN(Detector):
@@ -325,7 +318,7 @@ class FasterRCNN(Detector):
         pooled = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
         logits, deltas = self.roi.box_predictor(pooled)
         decoded = self.roi.box_coder.decode(deltas, proposals)  # (sum P, C + 1, 4)
-        decoded = clip(decoded, self.image_size)
+        decoded = clip_boxes(decoded, self.image_size)
         probs = logits.float().softmax(-1)
         counts = [len(p) for p in proposals]
         boxes = nn.utils.rnn.pad_sequence(list(decoded[:, 1:].split(counts)), batch_first=True)  # (B, P, C, 4)

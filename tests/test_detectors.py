@@ -14,6 +14,7 @@ from torchvision.models.detection.ssd import SSD as TorchSSD
 from torchvision.ops import box_iou
 
 from fedal_utils import data, detectors, metrics, training
+from fedal_utils.boxes import clip_boxes
 from fedal_utils.config import Recipe
 from fedal_utils.detectors import clone, match_anchors, select_detections, ssd_loss
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
@@ -222,7 +223,7 @@ def test_ssd_post_processing_equals_torchvisions(case):
     anchors = random_boxes(rng, 120, least=6.0)
     logits, deltas = torch.randn(3, 120, 4, generator=rng) * 2, torch.randn(3, 120, 4, generator=rng)
     top = (100, 7)[case % 2]
-    boxes = detectors.clip(CODER.decode_single(deltas.flatten(0, 1), anchors.repeat(3, 1)).view(3, 120, 4), (64, 64))
+    boxes = clip_boxes(CODER.decode_single(deltas.flatten(0, 1), anchors.repeat(3, 1)).view(3, 120, 4), (64, 64))
     found = select_detections(boxes, logits.softmax(-1), 0.2, 0.45, top, candidates=360)
     wanted = torch_ssd(0.2, 0.45, top, 360).postprocess_detections(
         {"bbox_regression": deltas, "cls_logits": logits}, [anchors] * 3, [(64, 64)] * 3
@@ -240,7 +241,7 @@ def test_post_processing_with_a_box_per_class_equals_torchvisions_roi_heads(case
     heads = RoIHeads(None, None, None, 0.5, 0.5, 64, 0.25, None, 0.1, 0.5, 30)
     boxes, scores, labels = heads.postprocess_detections(logits, deltas, proposals, [(64, 64)] * 2)
     wanted = [{"boxes": b, "scores": s, "labels": n} for b, s, n in zip(boxes, scores, labels, strict=True)]
-    decoded = detectors.clip(heads.box_coder.decode(deltas, proposals), (64, 64))[:, 1:]
+    decoded = clip_boxes(heads.box_coder.decode(deltas, proposals), (64, 64))[:, 1:]
     padded = nn.utils.rnn.pad_sequence(list(decoded.split([40, 25])), batch_first=True)
     probs = nn.utils.rnn.pad_sequence(list(logits.softmax(-1).split([40, 25])), batch_first=True)
     found = select_detections(padded, probs, 0.1, 0.5, 30, candidates=400)

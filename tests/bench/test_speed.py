@@ -17,7 +17,7 @@ from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.ops import box_iou
 
 from fedal_utils import config, detectors, metrics, seeding, training
-from fedal_utils.boxes import Detections
+from fedal_utils.boxes import Detections, clip_boxes
 from fedal_utils.data import Images, Labels
 
 
@@ -83,7 +83,7 @@ def test_post_processing(case):
 
     def ours():
         boxes = library.box_coder.decode_single(deltas.flatten(0, 1), prior.repeat(len(deltas), 1)).view_as(deltas)
-        boxes = detectors.clip(boxes, (256, 256))
+        boxes = clip_boxes(boxes, (256, 256))
         detectors.select_detections(boxes, logits.softmax(-1), 0.01, 0.45, top=100, candidates=400)
 
     def theirs():
