@@ -1,12 +1,23 @@
-"""Active learning during federated learning for object detection (van Bommel, Univ. of Twente, 2021): the set-up.
+"""Active learning during federated learning for object detection (van Bommel, Univ. of Twente, 2021): the verbs.
 
 The paper's text is public in its abstract only; what is here follows the author's released code as described in its
-repository (marked *released code*) or fills a gap (*reconstructed*). The loop itself stands in notebooks 10 and 11.
-Section 6.1: devices label their k highest-scoring images with the global model, train, and are averaged, each round.
+repository (marked *released code*) or fills a gap (*reconstructed*). The loops themselves stand in notebooks 10 to 12.
+
+A run's method names a scheme and a way of asking, "chain+sum"; a bare way of asking is the first scheme:
+
+    fedavg        ask with the global model, train, average, each round
+    local-first   each client asks and trains alone until all labels are there; then as fedavg
+    chain         the model visits one client after another, each labels everything at its first visit; the models of
+                  the first pass are merged class by class; later passes train the head only
+    chain-fedavg  the chain's first pass and merge, then rounds of fedavg that train the head only
+    accumulate    the chain's first pass and merge, then short visits in which all of the model is trained and the
+                  optimiser's state travels with it (AccFL-Batch; its inner loop is not published: *reconstructed*)
+    centralised   the labels that another method asked for, "centralised+chain+sum", on one node
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import data, detectors, federation, metrics, partition, record, sampling, seeding, training
+from . import data, detectors, federation, metrics, partition, record, sampling, seeding, training, yolo
 from .boxes import Detections
 from .config import Config, fitted
 from .data import Dataset, Images, Labels
@@ -26,15 +37,47 @@ from .pool import Oracle, Pool, total
 from .training import CachedImages
 
 CENTRALISED = "centralised"
+YOLO_ANCHOR = 10.0  # pixels, width of the smallest anchor at 640 px
+CHAINS = ("chain", "chain-fedavg", "accumulate")
+SCHEMES = ("fedavg", "local-first", *CHAINS, CENTRALISED)
 
 
 @dataclass
 class Client:
-    """A participant: its name, its pool, and what never leaves it."""
+    """A participant: its name, its pool, and what stays with it between rounds.
+
+    home: BatchNorm statistics under the policy 'local'. memory: its optimiser's state, where that is kept or travels.
+    own: the weights of its own model while it has one (local-first, and the chain's first pass). status: why it sent
+    nothing in this round: 'no labels', 'lost', 'diverged', or '' if it did. received: bytes that it got in this round.
+    """
 
     name: str
     pool: Pool
-    home: State = field(default_factory=dict)  # BatchNorm statistics under the policy 'local'
+    home: State = field(default_factory=dict)
+    memory: State = field(default_factory=dict)
+    own: State = field(default_factory=dict)
+    status: str = ""
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who acts in a round, and how.
+
+    clients: one in a chain, nobody in the round of its class-wise merge (`merge`), else all. first: a visit of the
+    chain's first pass, which asks for all labels at once. times: training as long as so many rounds. visits: how many
+    such turns make one schedule, where the optimiser's state lives on. frozen: the head only. state: what happens to
+    the optimiser's state, as `Config.optimiser_state`. anneal: factor on the learning rate.
+    """
+
+    clients: tuple[Client, ...]
+    first: bool = False
+    merge: bool = False
+    times: float = 1.0
+    visits: int = 1
+    frozen: bool = False
+    state: str = "restart"
+    anneal: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +112,33 @@ class Study:
         return self.train.class_names
 
 
+def scheme_of(method: str) -> tuple[str, str]:
+    """Scheme and way of asking of a method; of the centralised reference, the method whose labels it gets.
+
+    "sum" -> ("fedavg", "sum"); "chain+sum" -> ("chain", "sum"); "centralised" -> ("centralised", "random");
+    "centralised+chain+sum" -> ("centralised", "chain+sum").
+    """
+    scheme, plus, rest = method.partition("+")
+    if method == CENTRALISED:
+        return CENTRALISED, "random"
+    if not plus:
+        scheme, rest = "fedavg", method
+    asks = scheme_of(rest)[1] if scheme == CENTRALISED else rest
+    if scheme not in SCHEMES or asks not in sampling.STRATEGIES:
+        raise ValueError(
+            f"method {method!r} is unknown: write a way of asking ({', '.join(sampling.STRATEGIES)}), with one of "
+            f"{', '.join(f'{name}+' for name in SCHEMES)} before it or nothing for fedavg"
+        )
+    return scheme, rest
+
+
 def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector:
     """The config's detector with weights drawn from `rng`."""
+    if config.detector == "yolo":
+        return yolo.build(
+            classes, config.image_size, rng, depth=config.depth, width=config.channels, norm=config.norm,
+            anchor_scale=config.anchor_side / YOLO_ANCHOR, frozen=config.frozen,
+        )  # fmt: skip
     return detectors.build(
         config.detector, config.backbone, classes, config.image_size, rng, norm=config.norm, width=config.width,
         anchor_side=config.anchor_side, anchor_ratios=config.anchor_ratios, pretrained=config.pretrained,
@@ -94,6 +162,10 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     )  # fmt: skip
     if config.data not in data.NAMES:
         config = fitted(config, len(train))
+    if config.partition == "natural" and train.images.groups:
+        config = config.replace(clients=len(set(train.images.groups)))
+    for method in config.methods:
+        scheme_of(method)
     photos = (train, test)
     if config.frozen:
         model = new_detector(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)
@@ -134,13 +206,14 @@ def deal(
 
 def share_out(config: Config, train: Dataset, seed: int) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
     """Rows of the start images, rows of each client, and the clients' names; depends on the seed and on no method."""
-    if len(train) <= config.start_images:
+    aside = config.start_images + config.merge_images
+    if len(train) <= aside:
         raise ValueError(
             f"data set {train.name!r} has {len(train)} training images, and start_images={config.start_images} "
-            "leaves none for the clients; lower start_images"
+            f"with merge_images={config.merge_images} leaves none for the clients; lower them"
         )
-    order = seeding.rng_for(seed, "start images").permutation(len(train))
-    first, rest = np.sort(order[: config.start_images]), np.sort(order[config.start_images :])
+    order = _order(train, seed)
+    first, rest = np.sort(order[: config.start_images]), np.sort(order[aside:])
     parts, names = deal(config, train, rest, seeding.rng_for(seed, "partition"))
     for name, part in zip(names, parts, strict=True):
         if len(part) < config.labels_needed():
@@ -149,6 +222,17 @@ def share_out(config: Config, train: Dataset, seed: int) -> tuple[np.ndarray, li
                 f"budget={config.budget} ask for {config.labels_needed()}; lower budget, first, cycles or clients"
             )
     return first, parts, names
+
+
+def _order(train: Dataset, seed: int) -> np.ndarray:
+    """The shuffle that decides which training images are the start images, which are held out, and which are dealt."""
+    return seeding.rng_for(seed, "start images").permutation(len(train))
+
+
+def held_out(config: Config, train: Dataset, seed: int) -> np.ndarray:
+    """Rows of the labelled images that the server keeps for judging a merge: in no client's pool, never trained on."""
+    order = _order(train, seed)
+    return np.sort(order[config.start_images : config.start_images + config.merge_images])
 
 
 def first_questions(study: Study, seed: int = 0) -> pd.DataFrame:
@@ -187,14 +271,15 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
         rows = run.asked_rows()
         for client in clients:
             client.pool.replay(rows)
-            client.home.update(run.resumed["home"].get(client.name, {}))
+            for what in ("home", "memory", "own"):
+                getattr(client, what).update(run.resumed[what].get(client.name, {}))
         return clients, model.to(study.device)
 
     def starting_point() -> dict:
         if len(first) == 0 or config.start_iterations == 0:
             return federation.state_of(model, model.exchanged())
         images, labels = train.images.take(first), train.labels.take(first)
-        schedule = config.replace(schedule="cosine")
+        schedule = config.replace(schedule="cosine", warmup=config.start_warmup)
         for _ in training.fit(
             model, images, labels, schedule, run.torch_rng("starting point"), iterations=config.start_iterations,
             device=study.device, who="starting point",
@@ -202,33 +287,135 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
             pass
         return federation.state_of(model, model.exchanged())
 
-    state = record.shared(config, run.notebook, run.seed, "starting-point", starting_point, root=run.root)
+    state = record.shared(beginning(config), "shared", run.seed, "starting-point", starting_point, root=run.root)
     model.load_state_dict(state, strict=False)
     return clients, model.to(study.device)
 
 
+# What a starting point does not depend on: with all else equal, notebooks, schemes and optimiser settings share it.
+_NOT_AT_THE_START = (
+    "profile", "clients", "partition", "alpha", "missing", "fraction", "weights", "wire", "cycles", "first", "budget",
+    "rounds", "iterations", "epochs", "tail", "anneal", "warmup", "optimiser_state", "first_pass", "passes", "visit",
+    "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
+    "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds", "schedule",
+)  # fmt: skip
+
+
+def beginning(config: Config) -> Config:
+    """The config with all that does not move the starting point at its default: what that is saved under."""
+    default = Config()
+    return config.replace(**{name: getattr(default, name) for name in _NOT_AT_THE_START})
+
+
+# --- who acts when ----------------------------------------------------------------------------------------------------
+
+
+def plan(config: Config, method: str) -> list[tuple[int, int]]:
+    """(cycle, round) of every round of a method, for `record.runs`.
+
+    A chain asks for all labels in its first pass, so it has one cycle; its rounds are visits of one client each:
+    `clients` of the first pass, the merge, then the visits of the later passes (chain-fedavg: rounds of all clients).
+    """
+    scheme, _ = scheme_of(method)
+    if scheme not in CHAINS:
+        return record.every_round(config)
+    later = later_passes(config, scheme) * (1 if scheme == "chain-fedavg" else config.clients)
+    return [(0, round) for round in range(config.clients + 1 + later)]
+
+
+def later_passes(config: Config, scheme: str) -> int:
+    """Passes (chain-fedavg: rounds) after the chain's first: as many as the config says, or as give every client as
+    many gradient steps as the rounds of fedavg do. Those of the accumulating chain are shorter and more.
+    """
+    rounds = config.cycles * config.rounds + config.tail
+    passes = config.passes or rounds - config.first_pass
+    if passes < 1:
+        raise ValueError(
+            f"the chain's first pass trains as long as first_pass={config.first_pass} rounds, which leaves none of the "
+            f"{rounds} (cycles x rounds + tail) for later passes: lower first_pass, or give passes"
+        )
+    return max(1, round(passes / config.visit)) if scheme == "accumulate" else passes
+
+
+def turn(run: record.Run, clients: Sequence[Client], round: int) -> Turn:
+    """Who acts in this round of a chain, and how: see `Turn`. Device d of the next pass goes on from the last one's."""
+    scheme, _ = scheme_of(run.method)
+    if scheme not in CHAINS:
+        raise ValueError(f"method {run.method!r} has no turns: all clients act in every round")
+    config, count = run.config, len(clients)
+    if round < count:
+        return Turn((clients[round],), first=True, times=config.first_pass)
+    if round == count:
+        return Turn((), merge=True)
+    done, whole = round - count - 1, later_passes(config, scheme)
+    if scheme == "chain-fedavg":
+        return Turn(
+            tuple(clients), frozen=True, state=config.optimiser_state, visits=whole, anneal=_fall(config, done, whole)
+        )
+    visitor, anneal = (clients[done % count],), _fall(config, done // count, whole)
+    if scheme == "chain":
+        return Turn(visitor, frozen=True, state=config.optimiser_state, visits=whole, anneal=anneal)
+    return Turn(visitor, times=config.visit, state="travels", visits=whole * count, anneal=anneal)
+
+
+def _fall(config: Config, done: int, whole: int) -> float:
+    """1 in the first of `whole` steps, `config.anneal` in the last, evenly in between."""
+    return 1.0 if whole == 1 else 1 + (config.anneal - 1) * done / (whole - 1)
+
+
+def apart(run: record.Run, cycle: int) -> bool:
+    """True while each client goes its own way: local-first, all cycles but the last (released code: 21 of 22)."""
+    return scheme_of(run.method)[0] == "local-first" and cycle < run.config.cycles - 1
+
+
+# --- the verbs of a round ---------------------------------------------------------------------------------------------
+
+
 def look(config: Config, model: Detector, images: Images | CachedImages, device: torch.device) -> Detections:
     """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code)."""
+    views = {"views": yolo.VIEWS} if config.views else {}
     return training.predict(
         model, images, device=device, score_above=config.score_above, nms_iou=config.nms_iou,
-        class_agnostic=config.class_agnostic,
+        class_agnostic=config.class_agnostic, **views,
     )  # fmt: skip
 
 
 def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: int) -> None:
     """Score the client's unlabelled images, choose, and have the Oracle label them.
 
-    The first labels are random, and so are those of the centralised reference: it gets the labels of method 'random'.
+    The first labels are random; a chain's first visit scores all that it asks for (released code). A client with a
+    model of its own scores with that. The centralised reference asks what its method asked, in the same cycles.
     """
-    config = study.config
-    strategy = "random" if cycle == 0 or run.method == CENTRALISED else run.method
+    config = run.config
+    scheme, strategy = scheme_of(run.method)
+    if scheme == CENTRALISED and strategy != "random":
+        _ask_again(run, client, cycle, strategy)
+        return
+    count = config.first if cycle == 0 else config.budget
+    if scheme in CHAINS:
+        count = config.labels_needed()
+    elif cycle == 0:
+        strategy = "random"
+    if client.own:
+        model = detectors.clone(model)
+        model.load_state_dict(client.own, strict=False)
     waiting = client.pool.unlabelled()
     rng = run.rng("ask", client.name, cycle)
     seen = look(config, model, client.pool.candidates(), study.device) if sampling.needs_model(strategy) else None
     scores = sampling.score(strategy, seen, len(waiting), rng)
-    chosen = sampling.top_k(scores, config.first if cycle == 0 else config.budget, rng, config.empty)
+    chosen = sampling.top_k(scores, count, rng, config.empty)
     why = np.where(scores.scored, scores.values, np.nan)[chosen]
     client.pool.ask(waiting[chosen], cycle, why)
+
+
+def _ask_again(run: record.Run, client: Client, cycle: int, method: str) -> None:
+    """Ask what `method` asked of this client in this cycle, on the same seed: its run must be finished."""
+    rows = record.asked(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
+    if rows.empty:
+        raise ValueError(f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)")
+    mine = rows[(rows["client"] == client.name) & (rows["cycle"] == cycle)]
+    place = {sample: position for position, sample in enumerate(client.pool.ids)}
+    client.pool.ask([place[sample] for sample in mine["id"]], cycle, mine["score"].to_numpy(dtype=float))
 
 
 def broadcast(model: Detector, batch_norm: str, wire: str) -> bytes:
@@ -237,50 +424,181 @@ def broadcast(model: Detector, batch_norm: str, wire: str) -> bytes:
 
 
 def train(
-    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
-) -> list[Update]:
-    """One round: the clients that take part train from the global model, each on its own labels.
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int,
+    turn: Turn | None = None,
+) -> list[Update]:  # fmt: skip
+    """One round: the clients that take part train from the global model (or their own), each on its own labels.
 
-    Method 'centralised' trains once on everyone's labels, for as many gradient steps as the clients take together.
+    turn: of a chain, see `turn`; else all clients act. Method 'centralised' trains once on everyone's labels, for as
+    many gradient steps as the clients take together. A client without labels, one whose update is lost, and one whose
+    training diverges (with on_failure='skip') sends nothing; its `status` says why.
     """
-    config = study.config
-    wire = "fp32" if run.method == CENTRALISED else config.wire  # one node rounds nothing for a wire it does not use
-    payload = broadcast(model, config.batch_norm, wire)
-    scratch = detectors.clone(model)
-    recipe = config.replace(lr=config.lr * round_factor(config, round))
-    iterations = config.iterations or None
-    if run.method == CENTRALISED:
-        images, labels = everyone(study, clients)
-        together = None if iterations is None else iterations * len(clients)
-        return [
-            federation.train_client(
-                scratch, payload, images, labels, recipe, run.torch_rng("train", CENTRALISED, cycle, round),
-                CENTRALISED, together, device=study.device,
-            )
-        ]  # fmt: skip
-    names = federation.take_part([c.name for c in clients], config.fraction, run.rng("take part", cycle, round))
-    updates = []
+    config = run.config
     for client in clients:
-        if client.name not in names or len(client.pool.labelled()) == 0:
+        client.status, client.received = "", 0
+    if scheme_of(run.method)[0] == CENTRALISED:
+        return _train_on_one_node(run, study, model, clients, cycle, round)
+    if turn is None:
+        turn = _all(config, clients, cycle, round)
+    if turn.frozen:
+        model.freeze_backbone()
+    message = broadcast(model, config.batch_norm, config.wire)
+    scratch = detectors.clone(model)
+    recipe, iterations = _recipe(config, turn)
+    names = federation.take_part([c.name for c in turn.clients], config.fraction, run.rng("take part", cycle, round))
+    updates = []
+    for client in turn.clients:
+        if client.name not in names:
             continue
-        images, labels = client.pool.training_set()
-        updates.append(
-            federation.train_client(
-                scratch, payload, images, labels, recipe, run.torch_rng("train", client.name, cycle, round),
-                client.name, iterations, config.wire, config.batch_norm, client.home, study.device,
-            )
-        )  # fmt: skip
+        if len(client.pool.labelled()) == 0:
+            client.status = "no labels"
+            continue
+        keeps = turn.state != "restart"
+        luggage = len(federation.pack(client.memory)) if turn.state == "travels" and client.memory else 0
+        client.received = 0 if client.own else len(message) + luggage
+        try:
+            if config.lost and run.rng("lost", client.name, cycle, round).random() < config.lost:
+                raise ClientLost(f"client {client.name}: its update did not arrive in cycle {cycle}, round {round}")
+            images, labels = client.pool.training_set()
+            update = federation.train_client(
+                scratch, federation.pack(client.own) if client.own else message, images, labels, recipe,
+                run.torch_rng("train", client.name, cycle, round), client.name, iterations,
+                "fp32" if apart(run, cycle) else config.wire, config.batch_norm, client.home, study.device,
+                memory=client.memory if keeps else None, travels=turn.state == "travels",
+                span=_span(config, turn, client, recipe, iterations) if keeps else None,
+            )  # fmt: skip
+        except (ClientLost, training.TrainingDiverged) as error:
+            if config.on_failure == "stop":
+                raise type(error)(f"{error}; on_failure='skip' goes on without it") from error
+            client.status = "lost" if isinstance(error, ClientLost) else "diverged"
+            continue
+        updates.append(update)
+        if turn.first:
+            client.own = federation.unpack(update.payload)
     return updates
 
 
-def round_factor(config: Config, round: int) -> float:
+class ClientLost(RuntimeError):
+    """A client's update did not arrive; names the client, the cycle and the round."""
+
+
+def _all(config: Config, clients: Sequence[Client], cycle: int, round: int) -> Turn:
+    """The turn of a scheme without a chain: all clients."""
+    visits = config.cycles * config.rounds + config.tail
+    return Turn(
+        tuple(clients), state=config.optimiser_state, visits=visits, anneal=round_factor(config, cycle, round)
+    )  # fmt: skip
+
+
+def _recipe(config: Config, turn: Turn) -> tuple[Config, int | None]:
+    """How a client trains in this turn, and for how many steps (None: in epochs)."""
+    recipe = config.replace(lr=config.lr * turn.anneal, epochs=max(1, round(config.epochs * turn.times)))
+    if (
+        turn.first and recipe.schedule == "constant" and config.anneal < 1
+    ):  # one long call in the place of many rounds: it anneals within itself
+        recipe = recipe.replace(schedule="cosine", final_lr=config.anneal)
+    return recipe, max(1, round(config.iterations * turn.times)) if config.iterations else None
+
+
+def _span(config: Config, turn: Turn, client: Client, recipe: Config, iterations: int | None) -> tuple[int, int]:
+    """Where an optimiser whose state lives on stands: steps so far, and those that it will take in all.
+
+    In epochs, the number of labels at the end counts: the schedule must not be over before the client is.
+    """
+    each = iterations or recipe.epochs * math.ceil(config.labels_needed() / recipe.batch)
+    return int(client.memory.get(training.STEPS, 0)), each * turn.visits
+
+
+def _train_on_one_node(
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
+) -> list[Update]:
+    config, node, turn = run.config, clients[0], _all(run.config, clients, cycle, round)
+    images, labels = everyone(study, clients)
+    recipe, iterations = _recipe(config, turn)
+    keeps = config.optimiser_state != "restart"
+    before, whole = _span(config, turn, node, recipe, iterations)
+    return [
+        federation.train_client(
+            detectors.clone(model), broadcast(model, config.batch_norm, "fp32"), images, labels, recipe,
+            run.torch_rng("train", CENTRALISED, cycle, round), CENTRALISED,
+            None if iterations is None else iterations * len(clients), device=study.device,
+            memory=node.memory if keeps else None, span=(before, whole * len(clients)) if keeps else None,
+        )
+    ]  # fmt: skip
+
+
+def merge(run: record.Run, model: Detector, clients: Sequence[Client], updates: Sequence[Update]) -> None:
+    """The global model becomes the updates' average (of one update: that one); without any it stays as it was.
+
+    Optimisers' states that travelled are averaged too and handed to every client. as_released: equal parts in whole
+    percent, whatever the clients hold.
+    """
+    if not updates:
+        return
+    if run.config.as_released and len(updates) > 1:
+        ordered = sorted(updates, key=lambda update: update.client)
+        state = federation.weighted(ordered, federation.percent_shares(len(ordered)))
+    else:
+        state = federation.average(updates, run.config.weights)
+    model.load_state_dict(state, strict=False)
+    travelling = federation.average_memory(updates, run.config.weights)
+    for client in clients:
+        if scheme_of(run.method)[0] == "local-first":
+            client.own = {}
+        if travelling:
+            client.memory = dict(travelling)
+
+
+def keep(clients: Sequence[Client], updates: Sequence[Update]) -> None:
+    """Nobody merges: each client that trained goes on from its own weights."""
+    by_name = {client.name: client for client in clients}
+    for update in updates:
+        by_name[update.client].own = federation.unpack(update.payload)
+
+
+def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequence[Client]) -> dict[str, float]:
+    """The chain's merge after its first pass: each class votes for the client whose model detects it best (7.2).
+
+    The models are judged, class by class at AP50, on the images that the server holds out (`merge_images`);
+    as_released: on the test set, as the released code does. Returns each client's part; clients that sent nothing have
+    none.
+    """
+    config = run.config
+    sent = [client for client in clients if client.own]
+    if not sent:
+        raise ValueError(f"{run}: no client came through the chain's first pass, so there is nothing to merge")
+    if config.as_released:
+        judges = study.test
+    else:
+        rows = held_out(config, study.train, run.seed)
+        if not len(rows):
+            raise ValueError("the class-wise merge needs labelled images at the server: set merge_images above 0")
+        judges = study.train.take(rows)
+    scratch = detectors.clone(model)
+    table = []
+    for client in sent:
+        scratch.load_state_dict(client.own, strict=False)
+        found = training.predict(scratch, judges.images, device=study.device)
+        judged = metrics.evaluate(found, judges.labels, study.class_names)
+        table.append([judged.get(f"ap50/{name}", math.nan) for name in study.class_names])
+    parts = federation.class_wise_shares(np.array(table, dtype=float))
+    updates = [Update(client.name, federation.pack(client.own), 0, 0, 0, 0.0) for client in sent]
+    model.load_state_dict(federation.weighted(updates, parts), strict=False)
+    for client in clients:
+        client.own, client.status, client.received = {}, "", 0
+    return dict(zip((client.name for client in sent), parts.tolist(), strict=True))
+
+
+def round_factor(config: Config, cycle: int, round: int) -> float:
     """Factor on the learning rate in this round of a cycle: 1 in the first, `config.anneal` in the last.
 
-    The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`.
+    The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`. The last
+    cycle has the rounds of the tail as well.
     """
-    if config.rounds == 1:
+    rounds = config.rounds + (config.tail if cycle == config.cycles - 1 else 0)
+    if rounds == 1:
         return 1.0
-    return 1 + (config.anneal - 1) * round / (config.rounds - 1)
+    return 1 + (config.anneal - 1) * round / (rounds - 1)
 
 
 def everyone(study: Study, clients: Sequence[Client]) -> tuple[Images | CachedImages, Labels]:
@@ -290,13 +608,15 @@ def everyone(study: Study, clients: Sequence[Client]) -> tuple[Images | CachedIm
 
 
 def judge(study: Study, model: Detector, clients: Sequence[Client] = ()) -> dict[str, float]:
-    """Metrics on the test set; where clients keep BatchNorm statistics of their own, the mean over their models."""
-    homes = [client.home for client in clients if client.home]
-    if homes:
+    """Metrics on the test set; where clients hold weights or BatchNorm statistics of their own, the mean over their
+    models.
+    """
+    alone = [state for client in clients if (state := {**client.own, **client.home})]
+    if alone:
         each = []
-        for home in homes:
+        for state in alone:
             own = detectors.clone(model)
-            own.load_state_dict(home, strict=False)
+            own.load_state_dict(state, strict=False)
             each.append(judge(study, own))
         return {key: float(np.mean([found[key] for found in each])) for key in each[0]}
     found = training.predict(model, study.test.images, device=study.device)
@@ -305,35 +625,65 @@ def judge(study: Study, model: Detector, clients: Sequence[Client] = ()) -> dict
 
 def commit(
     run: record.Run, study: Study, model: Detector, clients: Sequence[Client], updates: Sequence[Update],
-    cycle: int, round: int,
+    cycle: int, round: int, turn: Turn | None = None,
 ) -> dict:  # fmt: skip
-    """End of a round: judge (after a cycle's last round, or as the config says), write rows, save the resume point."""
-    config = study.config
-    last = round == config.rounds - 1
-    judged = last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
-    sent = 0 if run.method == CENTRALISED or len(clients) == 1 else 1  # one node: nothing travels
-    down = len(broadcast(model, config.batch_norm, config.wire))
+    """End of a round: judge (after a cycle's last round, or as the config says), write rows, save the resume point.
+
+    A client that sent nothing has a row that says why. Every visit of a chain is judged.
+    """
+    config = run.config
+    last = (cycle, round + 1) not in run.plan
+    judged = turn is not None or last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
+    traffic = _traffic(run, clients, updates, cycle, round, turn)
     where = {"cycle": cycle, "round": round}
     by_name = {c.name: c for c in clients}
     rows = []
     for update in updates:
         if update.client in by_name:
             bill = by_name[update.client].pool.bill()
+            up, down = traffic[update.client]
             rows.append(
                 {**where, "client": update.client, "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
-                 "bytes_up": len(update.payload), "bytes_down": down, "loss": update.loss, "steps": update.steps}
+                 "bytes_up": up, "bytes_down": down, "loss": update.loss, "steps": update.steps}
+            )  # fmt: skip
+    for client in clients:
+        if client.status:
+            bill = client.pool.bill()
+            rows.append(
+                {**where, "client": client.name, "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
+                 "bytes_up": 0, "bytes_down": traffic[client.name][1], "steps": 0, "status": client.status}
             )  # fmt: skip
     bill = total(c.pool.bill() for c in clients)
+    alone = () if turn is not None else clients  # of a chain, the model on its way is judged
     server = {
         **where, "client": "server", "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
-        "bytes_up": sent * sum(len(u.payload) for u in updates), "bytes_down": sent * down * len(updates),
-        "loss": float(np.mean([u.loss for u in updates])), "steps": sum(u.steps for u in updates),
-        **(judge(study, model, clients) if judged else {}),
+        "bytes_up": sum(up for up, _ in traffic.values()), "bytes_down": sum(down for _, down in traffic.values()),
+        "loss": float(np.mean([u.loss for u in updates])) if updates else None, "steps": sum(u.steps for u in updates),
+        **(judge(study, model, alone) if judged else {}),
     }  # fmt: skip
-    asked = [row for c in clients for row in c.pool.asked_rows(cycle)] if round == 0 else []
+    asking = clients if turn is None and round == 0 else turn.clients if turn is not None and turn.first else ()
+    asked = [row for c in asking for row in c.pool.asked_rows(cycle)]
+    kept = model.exchanged() if config.frozen else list(model.state_dict())
     state = {
-        "model": federation.state_of(model, model.exchanged()),
-        "home": {c.name: c.home for c in clients if c.home},
+        "model": federation.state_of(model, kept),
+        **{what: {c.name: getattr(c, what) for c in clients if getattr(c, what)} for what in ("home", "memory", "own")},
     }
     run.commit(cycle, round, [*rows, server], asked, state)
     return server
+
+
+def _traffic(
+    run: record.Run, clients: Sequence[Client], updates: Sequence[Update], cycle: int, round: int, turn: Turn | None
+) -> dict[str, tuple[int, int]]:
+    """Bytes that each client sent and received in this round: packed messages, as they are.
+
+    One node sends nothing. Apart, clients receive the starting point once, and send when all labels are there. A visit
+    of a chain receives the model from the visitor before (one hop) and, in the first pass, sends its own to the server
+    for the merge; the last visitor of all hands the result in.
+    """
+    if scheme_of(run.method)[0] == CENTRALISED or len(clients) == 1:
+        return {name: (0, 0) for name in [*(u.client for u in updates), *(c.name for c in clients)]}
+    hop = turn is not None and len(turn.clients) == 1 and not turn.first and (cycle, round + 1) in run.plan
+    silent = hop or apart(run, cycle)  # a hop is counted when it arrives
+    sent = {update.client: update.bytes for update in updates}
+    return {c.name: (0 if silent else sent.get(c.name, 0), c.received) for c in clients}

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches as tensors, on the device they live on: flip, colour, scale and translate crop.
+"""Augmentation of whole batches as tensors, on the device they live on: mosaic, flip, colour, scale and translate crop.
 
 Speaks uint8 pixels (B, 3, H, W), padded boxes (B, K, 4) xyxy pixels, classes (B, K) with 0 = padding, ignore (B, K).
 Every draw comes from the generator handed in; it may live on the CPU while the pixels do not.
@@ -81,6 +81,71 @@ def scale_translate(
     return pixels, seen * present[..., None], classes * present, ignore
 
 
+def join_four(
+    pixels: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    ignore: Tensor,
+    mask: Tensor,
+    sources: Tensor,
+    centre: Tensor,
+    min_visible: float = 0.1,
+    min_side: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A mosaic where `mask` (B,) bool is True: four images of the batch joined at a point of a canvas of the same size.
+
+    Bochkovskiy et al. 2020 (2004.10934), sec. 3.3, which says that four images are mixed; how is ours. sources: (B, 4)
+    rows of the batch for the quadrants top left, top right, bottom left, bottom right. centre: (B, 2) whole pixels
+    x, y. Nothing is scaled: each image lies with one corner on the centre and is cut to its quadrant. For
+    centre (20, 10) in 60 x 40: pixel (0, 0) shows (40, 30) of the first image, (20, 10) shows (0, 0) of the last.
+
+    Boxes follow and are clipped to their quadrant, ignore flags go along. A box that was cut is dropped if less than
+    `min_visible` of its area is left or its shorter side is under `min_side` pixels. Objects come first, then padding;
+    K is the largest number of objects of an image (at least 1).
+    """
+    (count, longest), (height, width) = classes.shape, pixels.shape[-2:]
+    joined = pixels.clone()
+    for i, four, (x, y), wanted in zip(
+        range(count), sources.tolist(), centre.long().tolist(), mask.tolist(), strict=True
+    ):
+        if wanted:  # whole rectangles: on a CPU 40 times as fast as one gather by pixel
+            joined[i, :, :y, :x] = pixels[four[0], :, height - y :, width - x :]
+            joined[i, :, :y, x:] = pixels[four[1], :, height - y :, : width - x]
+            joined[i, :, y:, :x] = pixels[four[2], :, : height - y, width - x :]
+            joined[i, :, y:, x:] = pixels[four[3], :, : height - y, : width - x]
+
+    mask, sources, centre = (t.to(boxes.device) for t in (mask, sources, centre))
+    side = boxes.new_tensor([width, height])
+    right_low = boxes.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])  # (4, 2) of a quadrant
+    point = centre.to(boxes.dtype)[:, None]  # (B, 1, 2)
+    shift = point - (1 - right_low) * side  # (B, 4, 2)
+    low, high = point * right_low, point + (side - point) * right_low  # (B, 4, 2) corners of the quadrants
+    whole = boxes[sources] + shift.repeat(1, 1, 2)[:, :, None]  # (B, 4, K, 4)
+    seen = torch.cat(
+        [whole[..., :2].maximum(low[:, :, None]), whole[..., 2:].minimum(high[:, :, None])], dim=-1
+    )  # (B, 4, K, 4)
+    sides, full = (seen[..., 2:] - seen[..., :2]).clamp(min=0), whole[..., 2:] - whole[..., :2]
+    left, area = sides.prod(dim=-1), full.prod(dim=-1)  # (B, 4, K)
+    cut = (seen != whole).any(dim=-1)
+    dropped = cut & ((left < min_visible * area) | (sides.amin(dim=-1) < min_side))
+    kinds, ignored = classes[sources], ignore[sources]  # (B, 4, K)
+    present = (kinds > 0) & (left > 0) & ~dropped
+
+    def settled(mosaic: Tensor, was: Tensor) -> Tensor:
+        """(B, 4K, ...): the mosaic's objects, or those of an image that stays with room for as many behind them."""
+        room = torch.cat([was, was.new_zeros(count, 3 * longest, *was.shape[2:])], dim=1)
+        chosen = mask.reshape(-1, *[1] * (was.dim() - 1))
+        return torch.where(chosen, mosaic.reshape(count, 4 * longest, *was.shape[2:]), room)
+
+    classes = settled(kinds * present, classes)
+    ignore = settled(ignored & present, ignore)
+    boxes = settled(seen * present[..., None], boxes)
+    order = (classes == 0).int().argsort(dim=1, stable=True)  # (B, 4K) objects first, otherwise as they were
+    order = order[:, : max([1, *(classes > 0).sum(dim=1).tolist()])]  # (B, K) of the fullest image
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    return joined, boxes, classes.gather(1, order), ignore.gather(1, order)
+
+
 def augment(
     pixels: Tensor,
     boxes: Tensor,
@@ -93,13 +158,16 @@ def augment(
     translate: float = 0.0,
     min_visible: float = 0.4,
     min_object: float = 0.0,
+    mosaic: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One random change an image: mirrored, recoloured, scaled and moved; returns the four tensors in the same types.
 
     flip: probability. colour: strengths b, c, s of brightness, contrast and saturation (one number for all three); each
     factor is uniform in [1 - strength, 1 + strength]. scale: range of the enlargement, log-uniform. translate: the
     largest shift as a fraction of each side. min_visible, min_object: see `scale_translate`; padding may then lie
-    between objects, so go by `classes > 0`. Settings that change nothing return the same bytes.
+    between objects, so go by `classes > 0`. mosaic: probability that, before all this, an image is joined with three
+    drawn from the batch with replacement, at a point between a quarter and three quarters of each side (`join_four`);
+    K then becomes what the fullest image needs. Settings that change nothing return the same bytes.
     """
     strengths = (colour, colour, colour) if isinstance(colour, (int, float)) else tuple(colour)
     if not 0 <= flip <= 1:
@@ -110,12 +178,20 @@ def augment(
         raise ValueError(f"scale must be a range (low, high) above 0, got {scale}")
     if not 0 <= translate < 1:
         raise ValueError(f"translate must be in [0, 1), got {translate}")
+    if not 0 <= mosaic <= 1:
+        raise ValueError(f"mosaic must be a probability in [0, 1], got {mosaic}")
 
-    def uniform(*shape: int) -> Tensor:  # the same number of draws whatever the settings
+    def uniform(*shape: int) -> Tensor:  # the same number of draws whatever the settings, mosaic apart
         return torch.rand(*shape, generator=generator, device=generator.device).to(pixels.device)
 
     batch, (height, width) = len(pixels), pixels.shape[-2:]
     mirror, colours, zoom, move = uniform(batch) < flip, uniform(3, batch), uniform(batch), uniform(batch, 2)
+    if mosaic > 0:  # draws after the others, and only here: without it nothing else changes
+        chosen, others, points = uniform(batch) < mosaic, uniform(batch, 3), uniform(batch, 2)
+        itself = torch.arange(batch, device=others.device)[:, None]
+        sources = torch.cat([itself, (others * batch).long().clamp(max=batch - 1)], dim=1)  # (B, 4)
+        centre = ((0.25 + 0.5 * points) * points.new_tensor([width, height])).long()  # (B, 2) x, y
+        pixels, boxes, classes, ignore = join_four(pixels, boxes, classes, ignore, chosen, sources, centre)
     if flip > 0:
         pixels, boxes = horizontal_flip(pixels, boxes, classes, mirror)
     if any(strengths):

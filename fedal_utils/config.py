@@ -16,6 +16,14 @@ from typing import Any, get_type_hints
 
 PROFILES = ("smoke", "quick", "paper")
 
+# Settings that came after runs had been published: at these values the code does what it did before, so they leave the
+# digest, and the folder, of those runs as it was.
+_LATER: dict[str, Any] = dict(
+    warmup_momentum=0.0, warmup_bias_lr=0.0, nominal=0, mosaic=0.0, depth=0.33, channels=0.5, start_warmup=0,
+    merge_images=0, tail=0, optimiser_state="restart", first_pass=10, passes=0, visit=1.0, lost=0.0, on_failure="stop",
+    views=False, as_released=False,
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -30,7 +38,10 @@ class Recipe:
     schedule: str = "constant"  # 'constant' | 'cosine' | 'step', over one call of fit
     final_lr: float = 0.05  # cosine ends at this part of lr
     step_at: tuple[float, ...] = (0.6, 0.85)  # parts of the run at which 'step' divides by ten
-    warmup: int = 0  # steps, per call of fit
+    warmup: int = 0  # steps of rising learning rate; where the optimiser's state is kept, once in its life
+    warmup_momentum: float = 0.0  # momentum at the first of them (SGD), 0 = momentum all along
+    warmup_bias_lr: float = 0.0  # learning rate of biases at the first of them, falling to lr; 0 = as the rest
+    nominal: int = 0  # images whose gradients are added up for a step, reached over the warm-up; 0 = one batch
     clip: float = 5.0  # largest gradient norm, 0 = off
     amp: bool = False  # mixed precision
     ema: float = 0.0  # decay of the moving average of weights, 0 = off
@@ -38,10 +49,11 @@ class Recipe:
     colour: float = 0.0  # strength of brightness, contrast and saturation changes
     zoom: tuple[float, float] = (1.0, 1.0)  # range of the random scale
     shift: float = 0.0  # largest random translation, part of the side
+    mosaic: float = 0.0  # probability of four images joined to one
 
     def changes_pixels(self) -> bool:
         """True when augmentation does more than flip."""
-        return self.colour > 0 or self.zoom != (1.0, 1.0) or self.shift > 0
+        return self.colour > 0 or self.zoom != (1.0, 1.0) or self.shift > 0 or self.mosaic > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +71,17 @@ class Config(Recipe):
     backbone: str = "small"
     norm: str = "group"
     width: int = 64
-    anchor_side: float = 16.0  # pixels, the smallest anchor
+    depth: float = 0.33  # YOLO: repeats of its blocks, as part of the largest size's
+    channels: float = 0.5  # YOLO: channels, as part of the largest size's
+    anchor_side: float = 16.0  # pixels, the smallest anchor (YOLO: its width)
     anchor_ratios: tuple[float, ...] = (0.7, 1.4)  # height / width
     pretrained: bool = False
     frozen: bool = False
     # starting point: trained centrally on images of its own, before any client is asked
     start_images: int = 40
     start_iterations: int = 150
+    start_warmup: int = 0
+    merge_images: int = 0  # held out, labelled, at the server: the chain's class-wise merge is judged on them
     # clients
     clients: int = 4
     partition: str = "iid"  # 'iid' | 'dirichlet' | 'natural' | 'missing'
@@ -81,17 +97,26 @@ class Config(Recipe):
     budget: int = 8  # images labelled at each client in every later cycle
     rounds: int = 3
     iterations: int = 12  # gradient steps of one client in one round; 0 = recipe.epochs instead
+    tail: int = 0  # further rounds, of training only, after those of the last cycle
     anneal: float = 1.0  # lr of a cycle's last round as part of its first round's; falls evenly in between
+    optimiser_state: str = "restart"  # between rounds: 'restart' | 'client' (kept there) | 'travels' (with the model)
+    first_pass: int = 10  # the chain's first visits train as long as so many rounds; released code: 200 epochs, 20
+    passes: int = 0  # passes, or rounds, after the chain's first; 0 = as many as make equal gradient steps
+    visit: float = 1.0  # a visit of the accumulating chain trains so long, as part of a round
+    lost: float = 0.0  # probability that a client's update does not arrive
+    on_failure: str = "stop"  # a client whose training diverges: 'stop' the run | 'skip' it in this round
     threads: int = 1  # CPU threads of a training step; the same number gives the same bits on the same kind of CPU
     # asking
     score_above: float = 0.25  # a detection counts from this confidence on; released code
     nms_iou: float = 0.45
     class_agnostic: bool = True
+    views: bool = False  # score on flipped and scaled views as well (YOLO)
     empty: str = "last"
     seconds_per_image: float = 2.0
     seconds_per_box: float = 7.0
     # judging
     evaluate_every: int = 0  # rounds; 0 = only after the last round of a cycle
+    as_released: bool = False  # bring back the released code's quirks that move a figure (see each notebook's table)
     # what is compared
     methods: tuple[str, ...] = ("random", "sum", "avg", "max")
     seeds: tuple[int, ...] = (0, 1)
@@ -103,14 +128,20 @@ class Config(Recipe):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("start_images", "start_iterations", "iterations", "epochs", "evaluate_every", "threads"):
+        counts = ("start_images", "start_iterations", "start_warmup", "merge_images", "iterations", "epochs", "tail")
+        for name in (*counts, "passes", "warmup", "nominal", "evaluate_every", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {self.seeds}")
         if not self.lr > 0:
             raise ValueError(f"lr must be > 0, got {self.lr}")
-        for name in ("flip", "score_above", "nms_iou"):
+        if self.first_pass < 1 or not self.visit > 0:
+            raise ValueError(f"first_pass and visit must be > 0, got {self.first_pass} and {self.visit}")
+        for name, allowed in (("optimiser_state", ("restart", "client", "travels")), ("on_failure", ("stop", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("flip", "score_above", "nms_iou", "mosaic", "lost"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 < self.anneal <= 1:
@@ -125,6 +156,7 @@ class Config(Recipe):
     def digest(self) -> str:
         """Hex digest of all that decides a run's numbers: everything but the lists of methods and seeds."""
         values = {k: v for k, v in self.as_dict().items() if k not in ("methods", "seeds")}
+        values = {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def replace(self, **changes: Any) -> Config:

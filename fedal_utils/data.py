@@ -1,4 +1,4 @@
-"""Readers that turn DigitScenes, VOC XML, COCO JSON, YOLO txt and plain folders into one in-memory type.
+"""Readers that turn DigitScenes, VOC XML, COCO JSON, KITTI, YOLO txt and plain folders into one in-memory type.
 
 A `Dataset` is images and labels side by side, kept apart on purpose: code that scores sees `Images` only.
 Pixels are uint8 (N, 3, H, W), letterboxed once at load; boxes are float32 (N, K, 4) xyxy pixels of the letterboxed
@@ -8,7 +8,7 @@ What a reader does with imperfect input, the same for every format:
 
 * kept as *ignore* and counted: VOC `difficult`, COCO `iscrowd`, objects whose shorter side is below `min_object`;
 * changed and counted: a box partly outside its image is clipped;
-* dropped and counted: a box without area;
+* dropped and counted: a box without area; in KITTI `DontCare` and classes that were not asked for, as the paper does;
 * an error that names file and value: a missing, truncated or 16-bit image, an unreadable annotation, an image size that
   is not the annotated one, a box wholly outside its image, inverted or not finite, an unknown class, a duplicate id, an
   empty set.
@@ -22,8 +22,11 @@ import functools
 import json
 import math
 import os
+import shutil
+import tempfile
 import threading
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -430,7 +433,10 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Record:
-    """One image as its annotation tells it. objects: None without labels; source: the file to name in an error."""
+    """One image as its annotation tells it.
+
+    objects: None without labels; source: the file to name in an error; left_out: objects a reader dropped, by reason.
+    """
 
     id: str
     path: Path
@@ -439,6 +445,7 @@ class _Record:
     size: tuple[int, int] | None = None
     group: str | None = None
     fractions: bool = False
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def _settled(record: _Record, thing: _Object, size: tuple[int, int], counts: Counter) -> tuple[float, ...] | None:
@@ -534,6 +541,8 @@ def _assemble(
         raise ValueError(f"data set {name!r} is empty: no image in {source}; at least one is needed")
     image_size = _size_pair(image_size)
     counts = Counter() if counts is None else counts
+    for record in records:
+        counts.update(record.left_out)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     seen: dict[str, Path] = {}
     for record in records:
@@ -787,6 +796,185 @@ def read_coco(
         name or file.stem, records, class_names or names, image_size, source=file, min_object=min_object,
         max_bytes=max_bytes, workers=workers,
     )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- KITTI
+
+KITTI_CLASSES = ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
+KITTI_TWO = ("Car", "Pedestrian")
+KITTI_SPLIT_SEED = 11111  # van Bommel 2021, released code
+_KITTI_PAGE = "https://www.cvlibs.net/datasets/kitti/eval_object.php"
+_KITTI_ZIPS = {"image_2": "data_object_image_2.zip", "label_2": "data_object_label_2.zip"}
+_KITTI_UNPACKED = 32 << 30  # bytes; the training images take about 6 GB
+
+
+def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
+    """70 % train and 30 % validation ids, each sorted; of KITTI's 7,481 images 5,237 and 2,244 (van Bommel 2021).
+
+    Depends on the sorted ids alone, so all class sets and machines share it. Seed and sizes are those of the released
+    code; the lists are not, as its generator is another one. The paper's validation part is its test set too.
+    """
+    ids = sorted(ids)
+    if len(ids) < 2:
+        raise ValueError(f"{len(ids)} image(s) cannot be split into train and validation; at least 2 are needed")
+    count = max(1, int(0.3 * len(ids)))
+    held = set(rng_for(KITTI_SPLIT_SEED, "kitti", "validation").permutation(len(ids))[:count].tolist())
+    return [i for n, i in enumerate(ids) if n not in held], [i for n, i in enumerate(ids) if n in held]
+
+
+def _kitti_txt(file: Path, class_names: Sequence[str], whole_pixels: bool, dont_care: bool) -> tuple[list, Counter]:
+    """The objects of one label file and how many were left out, by reason."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"annotation {file} does not exist; an image without objects needs an empty file") from None
+    except UnicodeError as error:
+        raise ValueError(f"annotation {file} is not text: {error}") from None
+    known = dict.fromkeys((*class_names, *KITTI_CLASSES, "DontCare"))
+    objects: list[_Object] = []
+    left_out: Counter = Counter()
+    for i, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) not in (15, 16):
+            raise ValueError(
+                f"{file}: line {i} has {len(fields)} fields: {line!r}; allowed are 15, or 16 with a score: type, "
+                "truncated, occluded, alpha, left, top, right, bottom, 3 dimensions, 3 coordinates, rotation"
+            )
+        kind = fields[0]
+        if kind not in known:
+            raise ValueError(f"{file}: line {i} has the type {kind!r}; allowed are {', '.join(known)}")
+        for text in fields[1:]:
+            try:
+                finite = math.isfinite(float(text))
+            except ValueError:
+                finite = False
+            if not finite:
+                raise ValueError(f"{file}: line {i} has {text!r} after the type; allowed are finite numbers: {line!r}")
+        box = tuple(float(v) for v in fields[4:8])
+        if whole_pixels:
+            box = tuple(float(int(v)) for v in box)
+        if kind == "DontCare" and dont_care:  # any class may be there
+            objects += [_Object(name, box, crowd=True) for name in class_names]
+        elif kind in class_names:
+            objects.append(_Object(kind, box))
+        else:
+            left_out["dont_care" if kind == "DontCare" else "other_class"] += 1
+    return objects, left_out
+
+
+def _kitti_records(
+    folder: Path,
+    class_names: Sequence[str],
+    image_ids: Sequence[str] | None = None,
+    whole_pixels: bool = True,
+    dont_care: bool = False,
+) -> list[_Record]:
+    if len(set(class_names)) != len(class_names) or "DontCare" in class_names or not class_names:
+        raise ValueError(f"class_names must be different types other than 'DontCare', got {list(class_names)}")
+    images = _images_by_stem(folder / "training" / "image_2")
+    labels = folder / "training" / "label_2"
+    if not labels.is_dir():
+        raise ValueError(f"folder {labels} does not exist; it should hold one txt file an image")
+    if image_ids is None:
+        told = {path.stem for path in labels.glob("*.txt") if not path.name.startswith(".")}
+        image_ids = sorted(images.keys() | told)
+    records = []
+    for i in image_ids:
+        file = labels / f"{i}.txt"
+        objects, left_out = _kitti_txt(file, class_names, whole_pixels, dont_care)
+        image = images.get(i, folder / "training" / "image_2" / f"{i}.png")
+        records.append(_Record(i, image, tuple(objects), file, left_out=dict(left_out)))
+    return records
+
+
+def read_kitti(
+    root: str | Path,
+    image_size: int | tuple[int, int] = (192, 640),
+    class_names: Sequence[str] = KITTI_CLASSES,
+    image_ids: Sequence[str] | None = None,
+    whole_pixels: bool = True,
+    dont_care: bool = False,
+    min_object: float = 0,
+    name: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    workers: int | None = None,
+) -> Dataset:
+    """A folder in KITTI's 2D layout: `training/image_2/*.png` (or .jpg) and `training/label_2/*.txt`.
+
+    Which images: `image_ids`, else all. Boxes of other classes are dropped and counted (`drops["other_class"]`); an
+    image that keeps none is a negative. whole_pixels: corners are truncated to integers, as van Bommel's (2021)
+    released code does; False keeps the floats. dont_care: False drops `DontCare` regions and counts them, as that code
+    does; True keeps each as a crowd region, thus ignore, of every class.
+    """
+    root = Path(root)
+    records = _kitti_records(root, class_names, image_ids, whole_pixels, dont_care)
+    return _assemble(
+        name or root.name, records, class_names, image_size, source=root, min_object=min_object, max_bytes=max_bytes,
+        workers=workers,
+    )  # fmt: skip
+
+
+def _kitti_unpack(archive: Path, part: str, training: Path) -> None:
+    """`training/<part>/` of one of KITTI's zips in the folder `training`, put in place by one rename."""
+    training.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{part}-", dir=training))
+    try:
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                names = {member: download._safe(member, archive) for member in packed.infolist()}
+                wanted = [
+                    member for member, path in names.items()
+                    if path.startswith(f"{part}/") and member.filename.startswith("training/") and not member.is_dir()
+                ]  # fmt: skip
+                size = sum(member.file_size for member in wanted)
+                if not wanted or size > _KITTI_UNPACKED:
+                    raise ValueError(
+                        f"archive {archive} has {len(wanted)} files of {size} bytes below training/{part}/; allowed "
+                        f"are at least one file and at most {_KITTI_UNPACKED} bytes"
+                    )
+                for member in wanted:
+                    out = beside / names[member].removeprefix(f"{part}/")
+                    if out.parent != beside:
+                        raise ValueError(f"archive {archive}: entry {member.filename!r} lies in a folder of its own")
+                    with packed.open(member) as source, out.open("xb") as sink:
+                        shutil.copyfileobj(source, sink, download.CHUNK)
+        except (zipfile.BadZipFile, EOFError, FileExistsError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"archive {archive} is damaged: {error}; remove it and get it again") from error
+        beside.chmod(0o755)  # mkdtemp's folder is private
+        os.rename(beside, training / part)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _kitti_folder(root: Path, unpack: bool) -> Path:
+    """The folder that holds `training`: `kitti`, or torchvision's `Kitti/raw`; zips lying there are unpacked."""
+    places = [root / "kitti", root / "Kitti" / "raw"]
+    for place in places:
+        if all((place / "training" / part).is_dir() for part in _KITTI_ZIPS):
+            return place
+    begun = [place for place in places if any((place / "training" / part).is_dir() for part in _KITTI_ZIPS)]
+    folder = [*begun, places[0]][0]
+    lacking = [part for part in _KITTI_ZIPS if not (folder / "training" / part).is_dir()]
+    archives = {}
+    for part in lacking:
+        found = [p / _KITTI_ZIPS[part] for p in (*places, root) if (p / _KITTI_ZIPS[part]).is_file()]
+        if not found or not unpack:
+            there = f" ({found[0]} is there, but fetch=False does not unpack it)" if found else ""
+            wanted = " and ".join(_KITTI_ZIPS[p] for p in lacking)
+            raise ValueError(
+                f"data set 'kitti': folder {folder / 'training' / part} does not exist{there}; KITTI asks for a "
+                f"registration: get {wanted} from {_KITTI_PAGE} and put it into {folder}, as it is or unpacked, or "
+                "point FEDAL_DATA to the folder that holds kitti"
+            )
+        archives[part] = found[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with download._alone(folder / ".unpack.lock"):
+        for part, archive in archives.items():
+            if not (folder / "training" / part).is_dir():  # or another process was quicker
+                _kitti_unpack(archive, part, folder / "training")
+    return folder
 
 
 # -------------------------------------------------------------------------------------------- YOLO txt, plain folders
@@ -1225,7 +1413,9 @@ def _own_coco(root: Path, images: list[Path], contents: dict[Path, dict], seed: 
 
 
 def _own(root: Path, seed: int) -> _Found:
-    """A folder of the user's own, its layout found out: VOC XML, COCO JSON, YOLO txt, else images without labels."""
+    """A folder of the user's own, its layout found out: KITTI, VOC XML, COCO JSON, YOLO txt, else images alone."""
+    if (root / "training" / "label_2").is_dir():
+        return _kitti(KITTI_CLASSES)(root, seed)
     images = _files(root, *SUFFIXES)
     xmls = _files(root, ".xml")
     keys = {_key(p, root) for p in images}
@@ -1288,14 +1478,27 @@ def _coco(root: Path, seed: int) -> _Found:
     return _Found(sides[0], sides[1], names)
 
 
+def _kitti(class_names: tuple[str, ...]) -> Callable[[Path, int], _Found]:
+    def find(folder: Path, seed: int) -> _Found:
+        records = {r.id: r for r in _kitti_records(folder, class_names)}
+        train, validation = kitti_split(records)
+        return _Found([records[i] for i in train], [records[i] for i in validation], class_names)
+
+    return find
+
+
 @dataclass(frozen=True)
 class _Source:
-    """A set known by name: the folders it needs below the data root, how to read it, and where it comes from."""
+    """A set known by name: the folders it needs below the data root, how to read it, and where it comes from.
+
+    place: for a set that may lie in more than one way, (root, may it write) -> the folder that `find` reads.
+    """
 
     folders: tuple[str, ...]
     find: Callable[[Path, int], _Found]
     origin: str
     download: str | None = None
+    place: Callable[[Path, bool], Path] | None = None
 
 
 _VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/"
@@ -1320,6 +1523,8 @@ SOURCES: dict[str, _Source] = {
         _VOC_PAGE,
     ),
     "coco": _Source(("coco",), _coco, "https://cocodataset.org/#download"),
+    "kitti": _Source(("kitti",), _kitti(KITTI_CLASSES), _KITTI_PAGE, place=_kitti_folder),
+    "kitti-2": _Source(("kitti",), _kitti(KITTI_TWO), _KITTI_PAGE, place=_kitti_folder),
 }
 NAMES = ("digits", *SOURCES)
 
@@ -1339,6 +1544,9 @@ def _found(name: str, root: Path, seed: int, fetch: bool) -> tuple[_Found, Path]
                 f"allowed are {', '.join(NAMES)} or the path of a folder of images"
             )
         return _own(folder, seed), folder
+    if source.place is not None:
+        folder = source.place(root, fetch)
+        return source.find(folder, seed), folder
     missing = [root / folder for folder in source.folders if not (root / folder).is_dir()]
     if missing and source.download and fetch:
         download.fetch(source.download, root)
@@ -1368,8 +1576,9 @@ def load(
     objects whose shorter side, letterboxed, is below this many pixels become ignore. limit: at most so many train and
     test images, drawn by a named generator, nested (the first 50 are among the first 100), in the set's order. seed:
     also draws the digits and the 80 : 20 split of a folder that has none (it may have `ImageSets/Main/*.txt`, folders
-    or COCO files named train, val, test). scenes: DigitScenes in train and test. fetch: download what is missing where
-    that is possible. A set above `max_bytes` streams with `workers` processes.
+    or COCO files named train, val, test); KITTI's split is fixed (`kitti_split`). scenes: DigitScenes in train and
+    test. fetch: download, or unpack, what is missing where that is possible. A set above `max_bytes` streams with
+    `workers` processes.
     """
     limit = limit or (None, None)
     for n in limit:

@@ -108,15 +108,16 @@ def ssd_loss(
 
 def select_detections(
     boxes: Tensor, probs: Tensor, score_above: float, nms_iou: float, top: int, candidates: int,
-    class_agnostic: bool = False,
+    class_agnostic: bool = False, scores: Tensor | None = None,
 ) -> Detections:  # fmt: skip
     """Threshold, the best `candidates` (box, class) pairs of each image, NMS within each class, the best `top`.
 
     boxes (B, A, 4), or (B, A, C, 4) with a box per class; probs (B, A, C + 1), background first. One NMS call serves
     the batch. `class_agnostic`: a box counts once, with its best class, and suppresses across classes.
+    scores (B, A, C): what is thresholded, ranked and returned as score in the place of the classes' probs.
     """
     images, anchors, columns = probs.shape
-    foreground = probs[..., 1:]  # (B, A, C)
+    foreground = probs[..., 1:] if scores is None else scores  # (B, A, C)
     if class_agnostic:
         best = foreground.argmax(-1, keepdim=True)
         foreground = torch.zeros_like(foreground).scatter(-1, best, foreground.gather(-1, best))
@@ -167,6 +168,12 @@ class Detector(nn.Module):
         self.frozen = True
         self.backbone.requires_grad_(False)
         self.backbone.eval()
+
+    def unfreeze_backbone(self) -> None:
+        """The opposite of `freeze_backbone`. A clone made while it was frozen shares it: unfreeze only one of them."""
+        self.frozen = False
+        self.backbone.requires_grad_(True)
+        self.backbone.train(self.training)
 
     def train(self, mode: bool = True) -> Detector:
         super().train(mode)

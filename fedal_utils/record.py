@@ -66,7 +66,7 @@ PAPER_COLUMNS = ("item", "setting", "x", "metric", "value", "unit", "source", "t
 LOCK_WAIT = 5.0  # seconds: a killed notebook's kernel notices within one or two that its parent is gone
 
 _FINITE = frozenset(ROUND_COLUMNS)
-_TEXT = frozenset({"client", "id", "group", "method"})
+_TEXT = frozenset({"client", "id", "group", "method", "status"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
@@ -82,6 +82,9 @@ class Config(Protocol):
     def digest(self) -> str: ...
 
     def as_dict(self) -> dict[str, Any]: ...
+
+
+Plan = Callable[[Config, str], Sequence[tuple[int, int]]]  # config, method -> (cycle, round) of every round
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -421,6 +424,13 @@ def banner() -> str:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
+def every_round(config: Config) -> list[tuple[int, int]]:
+    """(cycle, round) of all rounds: as many in each cycle; after the last cycle's, the rounds of `tail`."""
+    cycles = [(cycle, round) for cycle in range(config.cycles) for round in range(config.rounds)]
+    tail = getattr(config, "tail", 0)
+    return cycles + [(config.cycles - 1, config.rounds + extra) for extra in range(tail)]
+
+
 class Run:
     """One seed of one method of one setting, made by `runs`.
 
@@ -428,7 +438,10 @@ class Run:
     of them if this run was broken off, else None.
     """
 
-    def __init__(self, config: Config, notebook: str, method: str, seed: int, root: str | Path | None = None):
+    def __init__(
+        self, config: Config, notebook: str, method: str, seed: int, root: str | Path | None = None,
+        plan: Plan | None = None,
+    ):  # fmt: skip
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             raise ValueError(f"a seed is a whole number from 0 up, got {seed!r}")
         if config.cycles < 1 or config.rounds < 1:
@@ -440,21 +453,21 @@ class Run:
         self.committed = 0
         self._sheets = {"rounds": _Sheet([*ROUND_COLUMNS]), "asked": _Sheet([*ASKED_COLUMNS])}
         self._times = _Sheet(["cycle", "round", "seconds"])
-        self._plan = [(cycle, round) for cycle in range(config.cycles) for round in range(config.rounds)]
+        self.plan = list(plan(config, method)) if plan else every_round(config)
         self._lock: _Lock | None = None
         self._progress: _Progress | None = None
         self._clock = time.monotonic()
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(cycle, round) of each round still to do; round counts from 0 within its cycle. Each must be committed."""
-        for position in range(self.committed, len(self._plan)):
+        for position in range(self.committed, len(self.plan)):
             if self.committed != position:
                 raise RuntimeError(
-                    f"cycle {self._plan[position - 1][0]}, round {self._plan[position - 1][1]} of {self} was not "
+                    f"cycle {self.plan[position - 1][0]}, round {self.plan[position - 1][1]} of {self} was not "
                     "committed: end the loop's body with run.commit(cycle, round, ...)"
                 )
-            yield self._plan[position]
-        if self.committed != len(self._plan):
+            yield self.plan[position]
+        if self.committed != len(self.plan):
             raise RuntimeError(f"the last round of {self} was not committed")
 
     def rng(self, *names: str | int) -> np.random.Generator:
@@ -472,7 +485,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """True once every round is committed."""
-        return self.committed == len(self._plan)
+        return self.committed == len(self.plan)
 
     def commit(
         self,
@@ -493,8 +506,8 @@ class Run:
         if self._lock is None or self._lock.taken_over:
             reason = "was started again by this process" if self._lock else "is not open: take it from record.runs"
             raise RuntimeError(f"{self} {reason}; nothing was written")
-        if self.finished or (cycle, round) != self._plan[self.committed]:
-            due = "nothing, it is finished" if self.finished else f"{self._plan[self.committed]}"
+        if self.finished or (cycle, round) != self.plan[self.committed]:
+            due = "nothing, it is finished" if self.finished else f"{self.plan[self.committed]}"
             raise ValueError(f"commit of cycle {cycle}, round {round} in {self}: due is {due}")
         where = f"{self}, cycle {cycle}, round {round}"
         sheets = {
@@ -557,6 +570,8 @@ class Run:
             _write_json(path, stored)
             return
         found = _read_json(path)
+        if found.get("digest") == stored["digest"]:  # written before a setting was known that changes nothing here
+            found["config"] = {**stored["config"], **found.get("config", {})}
         if found != stored:
             flat = [{**c.get("config", {}), **{k: v for k, v in c.items() if k != "config"}} for c in (found, stored)]
             keys = sorted(k for k in {**flat[0], **flat[1]} if flat[0].get(k) != flat[1].get(k))
@@ -684,12 +699,14 @@ def runs(
     seeds: Sequence[int] | None = None,
     root: str | Path | None = None,
     progress: bool = True,
+    plan: Plan | None = None,
 ) -> Iterator[Run]:
     """Every run that is still to do, seed by seed and method by method: finished ones are skipped, broken ones resumed.
 
     methods, seeds: those of the config unless given. root: `results/runs` of the checkout unless given. progress: one
     bar per run over rounds, or one line per round when neither a terminal nor a notebook looks on (FEDAL_PROGRESS=bar,
-    lines or none overrides). RuntimeError if another process works in a run's folder; ValueError if its config.json
+    lines or none overrides). plan: the (cycle, round) pairs of a method, where they are not the same for all (see
+    `every_round`). RuntimeError if another process works in a run's folder; ValueError if its config.json
     differs or a file is damaged. Nothing is repaired silently.
     """
     methods = config.methods if methods is None else methods
@@ -699,7 +716,7 @@ def runs(
             raise ValueError(f"{what} must be a list of one or more different entries, got {values!r}")
     for seed in seeds:
         for method in methods:
-            run = Run(config, notebook, method, seed, root)
+            run = Run(config, notebook, method, seed, root, plan)
             try:
                 if not run._open():
                     continue
@@ -817,7 +834,7 @@ class _Progress:
         self.bar = None
         if self.how == "bar":
             label = f"{run.method} seed {run.seed}"
-            self.bar = tqdm(total=len(run._plan), initial=run.committed, desc=label, unit="round", dynamic_ncols=True)
+            self.bar = tqdm(total=len(run.plan), initial=run.committed, desc=label, unit="round", dynamic_ncols=True)
 
     def step(self, cycle: int, round: int, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         server = next((row for row in rows if row.get("client") == "server"), {})
@@ -826,8 +843,7 @@ class _Progress:
             self.bar.set_postfix({"cycle": cycle, **{k: f"{v:.4g}" for k, v in news.items()}}, refresh=False)
             self.bar.update()
         elif self.how == "lines":
-            config = self.run.config
-            place = f"cycle {cycle + 1}/{config.cycles} round {round + 1}/{config.rounds}"
+            place = f"cycle {cycle + 1} round {round + 1}, {self.run.committed} of {len(self.run.plan)}"
             text = "  ".join(f"{k} {v:.4g}" for k, v in news.items())
             print(f"{self.run}  {place}  {text}  {seconds:.1f} s", flush=True)
 

@@ -1,7 +1,8 @@
 """Train a detector on labelled images and stream its predictions.
 
 `fit` yields one row per pass over the images and lets the caller decide; it never prints, saves, seeds, or remembers
-anything from one call to the next (a warm-up tied to "the first epoch" would restart in every federated round).
+anything from one call to the next: what an optimiser knows is handed in and out as `memory`, and where a call stands in
+a longer schedule as `span` (a warm-up tied to "the first epoch" would restart in every federated round).
 """
 
 from __future__ import annotations
@@ -136,17 +137,59 @@ def draw_batches(count: int, batch: int, epochs: int | None, iterations: int | N
 
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Weight decay on weights of two or more dimensions only (not on norms and biases)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Weight decay on weights of two or more dimensions only; biases are a group of their own (the last)."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    flat = [(name, p) for name, p in trained if p.dim() <= 1]
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for name, p in flat if not name.endswith("bias")], "weight_decay": 0.0},
+        {"params": [p for name, p in flat if name.endswith("bias")], "weight_decay": 0.0},
     ]
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr)
     raise ValueError(f"optimiser must be 'sgd' or 'adamw', got {recipe.optimiser!r}")
+
+
+STEPS = "steps"  # in an optimiser's memory: steps taken so far
+
+
+def _remember(optimiser: torch.optim.Optimizer, model: nn.Module, memory: dict[str, Tensor], steps: int) -> None:
+    """Copy the optimiser's moments into `memory`, '<moment>:<parameter>' each, and the steps taken so far."""
+    for name, parameter in model.named_parameters():
+        for field, value in optimiser.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                memory[f"{field}:{name}"] = value.detach().cpu().clone()
+    memory[STEPS] = torch.tensor(steps)
+
+
+def _recall(optimiser: torch.optim.Optimizer, model: nn.Module, memory: dict[str, Tensor]) -> None:
+    """Put the moments of `memory` into the optimiser; parameters that are not in it start afresh."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for key, value in memory.items():
+        field, _, name = key.partition(":")
+        if name in named:
+            place = "cpu" if field == "step" else named[name].device  # AdamW counts its steps on the CPU
+            optimiser.state[named[name]][field] = value.to(place, copy=True)
+
+
+def _warm(optimiser: torch.optim.Optimizer, recipe: Recipe, step: int, factor: float) -> None:
+    """Learning rates of this step (and, in a warm-up, SGD's momentum): biases may start above the rest."""
+    part = min(1.0, step / recipe.warmup) if recipe.warmup else 1.0
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.lr * factor
+        if recipe.warmup_momentum and "momentum" in group:
+            group["momentum"] = recipe.warmup_momentum + (recipe.momentum - recipe.warmup_momentum) * part
+    if recipe.warmup_bias_lr and part < 1:
+        optimiser.param_groups[-1]["lr"] = recipe.warmup_bias_lr + (recipe.lr - recipe.warmup_bias_lr) * part
+
+
+def _batches_per_step(recipe: Recipe, step: int) -> int:
+    """How many batches' gradients are added up before a step: from 1 to nominal / batch over the warm-up."""
+    most = max(1.0, recipe.nominal / recipe.batch)
+    part = min(1.0, step / recipe.warmup) if recipe.warmup else 1.0
+    return max(1, round(1 + (most - 1) * part))
 
 
 def learning_rate_factor(recipe: Recipe, step: int, steps: int) -> float:
@@ -175,12 +218,16 @@ def _autocast(device: torch.device, amp: bool):
 def fit(
     model: Detector, images: Images | CachedImages, labels: Labels, recipe: Recipe, rng: torch.Generator,
     iterations: int | None = None, device: str | torch.device = "cpu", who: str = "central",
+    memory: dict[str, Tensor] | None = None, span: tuple[int, int] | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """Train `model` in place on these images; yields {"epoch", "steps", "loss", ...each part} after every pass.
 
     recipe: optimiser, schedule, batch, augmentation (see `config.Recipe`). iterations: fixed number of steps in the
     place of `recipe.epochs`. rng: the one source of order and augmentation. who: named if the loss stops being finite.
     With `recipe.ema > 0` the weights at the end are their exponential moving average.
+    memory: the optimiser's moments and step count of an earlier call, read at the start (empty: none) and updated in
+    place at the end; None = forget. span: (steps before this call, steps in all) of the caller's schedule, by which
+    warm-up and learning rate run; None = this call is all there is.
     """
     device = torch.device(device)
     if len(images) != len(labels.classes):
@@ -192,13 +239,17 @@ def fit(
     epochs = None if iterations is not None else recipe.epochs
     per_epoch = math.ceil(len(images) / recipe.batch)
     steps = iterations if iterations is not None else (epochs or 0) * per_epoch
+    before, whole = span or (0, steps)
+    if memory:
+        _recall(optimiser, model, memory)
     autocast, scaler = _autocast(device, recipe.amp)
     averaged = copy.deepcopy(model.state_dict()) if recipe.ema > 0 else None
     cached = isinstance(images, CachedImages)
     loss_rng = torch.Generator(device="cpu").manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
     sums: dict[str, float] = {}
     waiting: list[tuple[Tensor, Tensor, dict]] = []
-    done = in_row = 0
+    done = in_row = added = 0
+    optimiser.zero_grad(set_to_none=True)
     for epoch, last, index in draw_batches(len(images), recipe.batch, epochs, iterations, rng):
         flip = torch.rand(len(index), generator=rng) < recipe.flip
         target = labels.take(index).to(device)
@@ -208,10 +259,9 @@ def fit(
         if not cached and recipe.changes_pixels():
             inputs, boxes, classes, ignore = augment(
                 inputs, boxes, classes, ignore, rng, flip=0.0, colour=recipe.colour, scale=recipe.zoom,
-                translate=recipe.shift,
+                translate=recipe.shift, **({"mosaic": recipe.mosaic} if recipe.mosaic else {}),
             )  # fmt: skip
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.lr * learning_rate_factor(recipe, done, steps)
+        _warm(optimiser, recipe, before + done, learning_rate_factor(recipe, before + done, whole))
         with autocast:
             parts = model.loss(inputs, boxes, classes, ignore, loss_rng)
         loss = sum(parts.values())
@@ -219,15 +269,19 @@ def fit(
         # Reading a loss makes a GPU wait, so there it is read once in a while and at the end of the pass.
         if device.type == "cpu" or last or len(waiting) == 16:
             in_row += _read_losses(waiting, sums, images, who)
-        optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        if recipe.clip > 0:
-            scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        scaler.step(optimiser)
-        scaler.update()
+        added += 1
+        stepped = added >= _batches_per_step(recipe, before + done) or done == steps - 1
         done += 1
-        if averaged is not None:
+        if stepped:
+            if recipe.clip > 0:
+                scaler.unscale_(optimiser)
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad(set_to_none=True)
+            added = 0
+        if averaged is not None and stepped:
             _update_average(averaged, model.state_dict(), min(recipe.ema, (1 + done) / (10 + done)))
         if last:
             yield {"epoch": epoch, "steps": done, **{k: v / in_row for k, v in sums.items()}}
@@ -235,6 +289,8 @@ def fit(
     if averaged is not None:
         model.load_state_dict(averaged)
     _check_weights(model, who)
+    if memory is not None:
+        _remember(optimiser, model, memory, before + done)
     model.eval()
 
 

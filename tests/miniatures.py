@@ -6,6 +6,8 @@ A picture's pixels depend on its id alone; its objects are drawn as bright recta
 from __future__ import annotations
 
 import json
+import tempfile
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,6 +152,60 @@ def yolo(
     if names:
         listed = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
         (root / "data.yaml").write_text(f"train: images\nnames:\n{listed}")
+    return root
+
+
+KITTI = tuple(
+    Picture(f"{i:06d}", (37 + i % 2, 124 - i % 3), objects)
+    for i, objects in enumerate(
+        (
+            (("Car", (10.9, 5.2, 30.5, 25.7)), ("DontCare", (60.0, 4.0, 80.0, 20.0))),
+            (("Pedestrian", (40.1, 6.6, 52.4, 34.9)), ("Car", (70.0, 10.0, 110.0, 30.0))),
+            (("Cyclist", (12.3, 8.8, 30.2, 30.1)), ("Van", (50.5, 6.5, 80.5, 28.5))),
+            (("Misc", (20.0, 10.0, 40.0, 30.0)),),
+            (("DontCare", (15.0, 5.0, 45.0, 25.0)),),
+            (),
+            (("Person_sitting", (33.3, 12.9, 60.9, 33.3)), ("Pedestrian", (80.2, 4.0, 95.8, 34.2))),
+            (("Tram", (5.5, 2.5, 90.5, 30.5)),),
+            (("Truck", (8.0, 3.0, 60.0, 33.0)), ("Car", (65.7, 14.1, 99.9, 30.6)), ("Car", (100.2, 14.0, 120.9, 29.0))),
+            (("Van", (8.0, 9.0, 48.0, 33.0)),),
+            (("Car", (8.0, 9.0, 48.0, 33.0)),),
+            (("Pedestrian", (60.0, 3.0, 80.0, 33.0)), ("Cyclist", (90.0, 5.0, 110.0, 31.0))),
+        )
+    )
+)
+
+
+def kitti_line(name: str, box: tuple[float, float, float, float]) -> str:
+    """One object as KITTI writes it; 3D numbers that nobody reads, -1, -1000 and -10 for DontCare as there."""
+    corners = " ".join(f"{v:.2f}" for v in box)
+    if name == "DontCare":
+        return f"DontCare -1 -1 -10 {corners} -1 -1 -1 -1000 -1000 -1000 -10"
+    return f"{name} 0.00 0 -1.57 {corners} 1.50 1.60 3.70 1.84 1.47 8.41 -1.35"
+
+
+def kitti(root: Path, pictures: Sequence[Picture] = KITTI, suffix: str = ".png") -> Path:
+    """training/image_2 and training/label_2, as KITTI's zips unpack."""
+    for picture in pictures:
+        image(picture, root / "training" / "image_2", suffix)
+        file = root / "training" / "label_2" / f"{picture.id}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(kitti_line(*thing) + "\n" for thing in picture.objects))
+    return root
+
+
+def kitti_zips(root: Path, pictures: Sequence[Picture] = KITTI, testing: int = 1) -> Path:
+    """The two zips as KITTI serves them: training/..., beside testing images that nobody here reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = kitti(Path(folder), pictures)
+        root.mkdir(parents=True, exist_ok=True)
+        for part in ("image_2", "label_2"):
+            with zipfile.ZipFile(root / f"data_object_{part}.zip", "w") as packed:
+                packed.writestr(f"training/{part}/", b"")
+                for file in sorted((plain / "training" / part).iterdir()):
+                    packed.write(file, f"training/{part}/{file.name}")
+                for i in range(testing if part == "image_2" else 0):
+                    packed.writestr(f"testing/{part}/{i:06d}.png", b"not read")
     return root
 
 

@@ -134,7 +134,8 @@ def test_one_client_is_centralised_on_its_data(tmp_path):
     shared = next(tmp_path.rglob("starting-point-seed0.pt"))
     assert shared.exists()
     model = alfl.new_detector(study.config, 10, seeding.torch_rng_for(0, "weights"))
-    start = record.shared(study.config, "small", 0, "starting-point", lambda: pytest.fail("made twice"), root=tmp_path)
+    begun = alfl.beginning(study.config)
+    start = record.shared(begun, "shared", 0, "starting-point", lambda: pytest.fail("made twice"), root=tmp_path)
     model.load_state_dict(start, strict=False)
     ids = list(study.train.images.ids)
     for cycle in range(2):

@@ -137,8 +137,160 @@ def test_colour_differs_between_images_and_leaves_boxes_alone():
 @pytest.mark.parametrize(
     ("wrong", "value"),
     [(dict(flip=1.5), "1.5"), (dict(colour=(0.1, 2.0, 0.0)), "2.0"), (dict(scale=(0.0, 1.0)), "0.0")]
-    + [(dict(scale=(2.0, 1.0)), "2.0"), (dict(translate=1.0), "1.0"), (dict(colour=(0.1, 0.1)), "0.1, 0.1")],
+    + [(dict(scale=(2.0, 1.0)), "2.0"), (dict(translate=1.0), "1.0"), (dict(colour=(0.1, 0.1)), "0.1, 0.1")]
+    + [(dict(mosaic=1.01), "1.01"), (dict(mosaic=float("nan")), "mosaic .* nan")],
 )
 def test_wrong_settings_are_named(wrong, value):
     with pytest.raises(ValueError, match=value):
         a.augment(*batch(), rng(), **wrong)
+
+
+# -------------------------------------------------------------------------------------------------------------- mosaic
+
+
+def slow_mosaic(given, sources, centres, min_visible=0.1, min_side=2.0):
+    """Pixel by pixel and box by box, as one would do it with scissors: pixels and a list of objects per image."""
+    pixels, boxes, classes, ignore = given
+    height, width = pixels.shape[-2:]
+    canvas, objects = torch.zeros_like(pixels), []
+    for b, (four, (cx, cy)) in enumerate(zip(sources.tolist(), centres.tolist(), strict=True)):
+        for y in range(height):
+            for x in range(width):
+                source = four[(2 if y >= cy else 0) + (1 if x >= cx else 0)]
+                canvas[b, :, y, x] = pixels[source, :, y - cy if y >= cy else y - cy + height,
+                                            x - cx if x >= cx else x - cx + width]  # fmt: skip
+        kept = []
+        for quadrant, source in enumerate(four):
+            right, low = quadrant % 2, quadrant // 2
+            dx, dy = cx - (0 if right else width), cy - (0 if low else height)
+            limits = (cx if right else 0, cy if low else 0, width if right else cx, height if low else cy)
+            for box, kind, ignored in zip(boxes[source].tolist(), classes[source].tolist(), ignore[source].tolist(),
+                                          strict=True):  # fmt: skip
+                if kind == 0:
+                    continue
+                whole = [box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy]
+                part = [max(whole[0], limits[0]), max(whole[1], limits[1]),
+                        min(whole[2], limits[2]), min(whole[3], limits[3])]  # fmt: skip
+                w, h = part[2] - part[0], part[3] - part[1]
+                if w <= 0 or h <= 0:
+                    continue
+                area = (whole[2] - whole[0]) * (whole[3] - whole[1])
+                if part != whole and (w * h < min_visible * area or min(w, h) < min_side):
+                    continue
+                kept.append((kind, ignored, part))
+        objects.append(kept)
+    return canvas, objects
+
+
+def objects_of(boxes, classes, ignore):
+    return [
+        [(k, i, box) for box, k, i in zip(*(t[b].tolist() for t in (boxes, classes, ignore)), strict=True) if k > 0]
+        for b in range(len(boxes))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_mosaic_is_what_scissors_make(seed):
+    given = batch(5, 6)
+    g = rng(seed)
+    sources = torch.randint(0, 5, (5, 4), generator=g)
+    centre = torch.stack([torch.randint(0, side + 1, (5,), generator=g) for side in (WIDTH, HEIGHT)], dim=1)
+    pixels, *labels = a.join_four(*given, torch.ones(5).bool(), sources, centre)
+    canvas, objects = slow_mosaic(given, sources, centre)
+    assert torch.equal(pixels, canvas)
+    got = objects_of(*labels)
+    assert [[o[:2] for o in row] for row in got] == [[o[:2] for o in row] for row in objects]
+    for mine, slow in zip(got, objects, strict=True):
+        for (_, _, box), (_, _, want) in zip(mine, slow, strict=True):
+            assert box == pytest.approx(want, abs=1e-4)
+    boxes, classes, ignore = labels
+    longest = max(len(row) for row in objects)
+    assert boxes.shape == (5, longest, 4) and classes.shape == ignore.shape == (5, longest)
+    assert not boxes[classes == 0].any() and not ignore[classes == 0].any()
+    assert ((classes[:, 1:] == 0) | (classes[:, :-1] > 0)).all()  # padding comes last
+    assert any(i for row in objects for _, i, _ in row) and any(not i for row in objects for _, i, _ in row)
+
+
+def test_a_mosaic_worked_by_hand():
+    # centre (20, 10) of 60 x 40. Quadrants: 20 x 10, 40 x 10, 20 x 30 and 40 x 30 (width x height). The four images:
+    # 0 top left, shifted by (-40, -30): (38, 28, 50, 40) -> (-2, -2, 10, 10), cut to (0, 0, 10, 10), 100 of 144: kept
+    # 1 top right, shifted by (20, -30): (0, 20, 10, 31.5) -> (20, -10, 30, 1.5): 1.5 px high: dropped
+    # 2 bottom left, by (-40, 10): (20, 0, 42.5, 20) -> (-20, 10, 2.5, 30): 50 of 450, 0.11: kept, and it is ignore
+    # 3 bottom right, by (20, 10): (30, 5, 60, 20) -> (50, 15, 80, 30), cut to (50, 15, 60, 30), 1/3: kept
+    boxes = torch.tensor([[38, 28, 50, 40], [0, 20, 10, 31.5], [20, 0, 42.5, 20], [30, 5, 60, 20]])[:, None]
+    pixels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, HEIGHT, WIDTH).clone()
+    given = pixels, boxes, torch.tensor([[1], [2], [3], [4]]), torch.tensor([[False], [False], [True], [False]])
+    mask = torch.tensor([True, False, False, False])
+    out = a.join_four(*given, mask, torch.tensor([[0, 1, 2, 3]] * 4), torch.tensor([[20, 10]] * 4))
+    assert out[0][0, 0, [9, 9, 10, 10], [19, 20, 19, 20]].tolist() == [0, 1, 2, 3]
+    assert torch.equal(out[0][1:], pixels[1:])
+    assert out[1][0].tolist() == [[0, 0, 10, 10], [0, 10, 2.5, 30], [50, 15, 60, 30]]
+    assert out[2].tolist() == [[1, 3, 4], [2, 0, 0], [3, 0, 0], [4, 0, 0]]
+    assert out[3].tolist() == [[False, True, False], [False] * 3, [True, False, False], [False] * 3]
+    assert torch.equal(out[1][1:, 0], boxes[1:, 0])  # where the mask is False nothing moved
+    least = a.join_four(*given, mask, torch.tensor([[0, 1, 2, 3]] * 4), torch.tensor([[20, 10]] * 4), min_visible=0.12)
+    assert least[2][0].tolist() == [1, 4]  # 0.11 is now too little
+
+
+def test_a_small_object_that_is_not_cut_stays():
+    pixels = torch.zeros(1, 3, HEIGHT, WIDTH, dtype=torch.uint8)
+    boxes, one = torch.tensor([[[2.0, 2.0, 3.0, 3.0]]]), torch.ones(1).bool()
+    given = pixels, boxes, torch.ones(1, 1).long(), torch.zeros(1, 1).bool()
+    out = a.join_four(*given, one, torch.zeros(1, 4).long(), torch.tensor([[30, 20]]))
+    assert out[1].tolist() == [[[32, 22, 33, 23]]]  # 1 px wide, whole; seen in the quadrant at the bottom right
+
+
+def test_without_mosaic_nothing_changes_not_even_the_draws():
+    settings = dict(flip=0.5, colour=(0.3, 0.3, 0.3), scale=(0.7, 1.4), translate=0.2)
+    one, two, three = rng(5), rng(5), rng(5)
+    plain, zero = a.augment(*batch(), one, **settings), a.augment(*batch(), two, **settings, mosaic=0.0)
+    assert all(torch.equal(x, y) for x, y in zip(plain, zero, strict=True))
+    torch.rand(4 * 7, generator=three)  # flip, three colours, scale and two shifts of four images
+    assert torch.equal(one.get_state(), two.get_state()) and torch.equal(one.get_state(), three.get_state())
+
+
+def test_mosaic_is_as_frequent_as_asked_and_the_same_generator_gives_the_same_bytes():
+    pixels = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 8, 12).contiguous()
+    boxes = torch.tensor([[[1.0, 1.0, 11.0, 7.0]]]).repeat(200, 1, 1)
+    given = pixels, boxes, torch.arange(1, 201)[:, None], torch.zeros(200, 1).bool()
+    first, again = (a.augment(*given, rng(s), flip=0.0, mosaic=0.25) for s in (3, 3))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    joined = [len(image.unique()) > 1 for image in first[0]]
+    assert 30 <= sum(joined) <= 70  # binomial: 50, standard deviation 6
+    whole = torch.tensor(joined).logical_not()
+    assert torch.equal(first[0][whole], pixels[whole]) and torch.equal(first[1][whole][:, 0], boxes[whole][:, 0])
+    every = a.augment(*given, rng(3), flip=0.0, mosaic=1.0)
+    assert torch.equal(every[0][:, 0, 0, 0], pixels[:, 0, 0, 0])  # each image is the top left of its own mosaic
+    corners = every[0][:, 0, [0, -1, -1], [-1, 0, -1]].long()
+    assert len(corners.unique()) > 100  # the other three come from all over the batch
+    seen = (every[0][:, 0] == pixels[:, 0, :1, :1]).float()
+    columns = seen[:, 0].sum(dim=1)[corners[:, 0] != torch.arange(200)]
+    assert columns.min() == 3 and columns.max() == 8  # the centre lies in [3, 9) of 12
+
+
+def test_a_batch_of_one_is_joined_with_itself():
+    given = rectangle(20, 10, 40, 30)
+    pixels, boxes, classes, ignore = a.augment(*given, rng(), flip=0.0, mosaic=1.0)
+    canvas = pixels[0, 0]
+    assert canvas.sum() == given[0][0, 0].sum()  # the same image four times is the image rolled round
+    assert classes.tolist() == [[1, 1]] and not ignore.any()  # the cut at x goes through it, the one at y does not
+    covered = torch.zeros(HEIGHT, WIDTH)
+    for x1, y1, x2, y2 in boxes[0].long().tolist():
+        assert (canvas[y1:y2, x1:x2] == 255).all()
+        covered[y1:y2, x1:x2] = 1
+    assert covered.sum() == 20 * 20
+
+
+def test_mosaic_of_images_without_objects_keeps_one_row_of_padding():
+    pixels, boxes, classes, ignore = batch()
+    none = a.augment(pixels, boxes * 0, classes * 0, ignore & False, rng(), mosaic=1.0)
+    assert none[1].shape == (4, 1, 4) and not none[2].any() and not none[3].any()
+
+
+def test_after_a_mosaic_the_other_changes_still_follow():
+    given = rectangle(20, 10, 40, 30)
+    out = a.augment(*given, rng(2), flip=1.0, colour=0.2, scale=(1.2, 1.2), translate=0.1, mosaic=1.0)
+    assert [t.dtype for t in out] == [t.dtype for t in given]
+    for (x1, y1, x2, y2), kind in zip(out[1][0].round().long().tolist(), out[2][0].tolist(), strict=True):
+        if kind and x2 - x1 > 3 and y2 - y1 > 3:
+            assert out[0][0, 0, y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].float().mean() > 150

@@ -26,6 +26,8 @@ def another(name, value):
         return value + 1
     if isinstance(value, float):
         return value / 2 + 0.0625
+    if field in ("optimiser_state", "on_failure"):
+        return {"restart": "client", "stop": "skip"}[value]
     if isinstance(value, str):
         return value + "x"
     if value is None:

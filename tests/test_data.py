@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miniatures import THREE, Picture, carla, coco, coco_content, cut, folder, image, pixels, voc, voc_flat, xml, yolo
+from miniatures import (
+    KITTI,
+    THREE,
+    Picture,
+    carla,
+    coco,
+    coco_content,
+    cut,
+    folder,
+    image,
+    kitti,
+    kitti_line,
+    kitti_zips,
+    pixels,
+    voc,
+    voc_flat,
+    xml,
+    yolo,
+)
 from PIL import Image, ImageFile
 
 from fedal_utils import boxes as boxes_of
@@ -656,7 +675,7 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
         data.load("bcd", SIZE, root=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["neu-det", "voc07", "voc12", "voc0712", "coco"])
+@pytest.mark.parametrize("name", ["neu-det", "voc07", "voc12", "voc0712", "coco", "kitti", "kitti-2"])
 def test_a_set_that_is_not_there_and_cannot_be_fetched_names_folder_and_origin(tmp_path, name):
     with pytest.raises(ValueError, match="http") as error:
         data.load(name, SIZE, root=tmp_path)
@@ -732,6 +751,249 @@ def test_image_size_is_a_side_or_a_pair():
     assert data.load("digits", 40, scenes=(1, 1))[0].images.image_size == (40, 40)
     with pytest.raises(ValueError, match=r"\(3, 4, 5\)"):
         data.load("digits", (3, 4, 5), scenes=(1, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- KITTI
+
+LONG = (37, 124)  # the shape of KITTI's images, a tenth of the size
+
+
+def assert_reads_kitti(dataset: data.Dataset, names: tuple[str, ...], whole_pixels: bool = True) -> None:
+    """The objects of `miniatures.KITTI` whose class is among `names`, each where its picture is bright."""
+    by_id = {picture.id: picture for picture in KITTI}
+    for row, i in enumerate(dataset.images.ids):
+        kept = [(name, box) for name, box in by_id[i].objects if name in names]
+        want = [tuple(float(int(v)) for v in box) if whole_pixels else box for _, box in kept]
+        assert objects(dataset, row) == [
+            (name, pytest.approx(box, abs=2e-3), False, False) for (name, _), box in zip(kept, want, strict=True)
+        ]
+        assert tuple(dataset.images.sizes[row].tolist()) == by_id[i].size
+        for k in range(len(kept)):
+            x1, y1, x2, y2 = dataset.labels.boxes[row, k].round().long().tolist()
+            assert dataset.images.pixels[row, :, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].float().mean() > 150
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("place", ["kitti", "Kitti/raw"])
+def test_kitti_is_read_as_written_in_both_class_sets(tmp_path, suffix, place):
+    kitti(tmp_path / place, suffix=suffix)
+    for name, names, drops in (
+        ("kitti", data.KITTI_CLASSES, {"dont_care": 2}),
+        ("kitti-2", data.KITTI_TWO, {"dont_care": 2, "other_class": 8}),
+    ):
+        train, test = data.load(name, LONG, root=tmp_path)
+        assert train.name == f"{name} train" and train.class_names == test.class_names == names
+        assert (len(train), len(test)) == (9, 3)  # int(0.3 * 12)
+        assert {i for side in (train, test) for i in side.images.ids} == {picture.id for picture in KITTI}
+        for side in (train, test):
+            assert side.images.ids == tuple(sorted(side.images.ids))
+            assert_reads_kitti(side, names)
+        total = {k: train.drops.get(k, 0) + test.drops.get(k, 0) for k in drops}
+        assert total == drops and set(train.drops) | set(test.drops) == set(drops)
+    assert data.KITTI_CLASSES == ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
+    assert data.KITTI_TWO == ("Car", "Pedestrian")
+
+
+def test_both_class_sets_and_every_seed_hold_out_the_same_images_of_kitti(tmp_path):
+    kitti(tmp_path / "kitti")
+    held = {data.load(name, LONG, root=tmp_path, seed=s)[1].images.ids for name in ("kitti", "kitti-2") for s in (0, 7)}
+    assert len(held) == 1
+
+
+def test_kittis_split_has_the_papers_sizes_and_depends_on_the_sorted_ids_alone():
+    ids = [f"{i:06d}" for i in range(7481)]
+    train, validation = data.kitti_split(ids)
+    assert (len(train), len(validation)) == (5237, 2244)  # van Bommel (2021)
+    assert sorted(train + validation) == ids and train == sorted(train) and validation == sorted(validation)
+    assert data.kitti_split(reversed(ids)) == (train, validation)
+    share = sum(int(i) < 3740 for i in validation) / 2244
+    assert share == pytest.approx(0.5, abs=0.04)  # drawn from all over; standard deviation 0.009
+    assert [len(part) for part in data.kitti_split("ab")] == [1, 1]
+    with pytest.raises(ValueError, match=r"1 image\(s\) cannot be split"):
+        data.kitti_split("a")
+
+
+def test_kittis_corners_are_truncated_unless_asked_not_to_be(tmp_path):
+    root = kitti(tmp_path)
+    whole, exact = (data.read_kitti(root, LONG, whole_pixels=w) for w in (True, False))
+    assert objects(whole, 0) == [("Car", pytest.approx((10, 5, 30, 25), abs=1e-3), False, False)]
+    assert objects(exact, 0) == [("Car", pytest.approx((10.9, 5.2, 30.5, 25.7), abs=2e-3), False, False)]
+    assert_reads_kitti(exact, data.KITTI_CLASSES, whole_pixels=False)
+    flat = Picture("000000", LONG, (("Car", (10.1, 5.0, 10.9, 25.0)), ("Car", (30.0, 5.0, 60.0, 25.0))))
+    dataset = data.read_kitti(kitti(tmp_path / "flat", [flat]), LONG)
+    assert len(objects(dataset, 0)) == 1 and dataset.drops == {"zero_area": 1}
+
+
+def test_images_that_keep_no_object_of_kitti_stay_as_negatives(tmp_path):
+    dataset = data.read_kitti(kitti(tmp_path), LONG, class_names=data.KITTI_TWO)
+    assert len(dataset) == 12
+    assert dataset.labels.count().tolist() == [1, 2, 0, 0, 0, 0, 1, 0, 2, 0, 1, 1]
+    assert "6 images without objects" in dataset.describe()
+
+
+def test_dont_care_can_be_kept_as_an_ignored_region_of_every_class(tmp_path):
+    dataset = data.read_kitti(kitti(tmp_path), LONG, class_names=data.KITTI_TWO, dont_care=True)
+    region = pytest.approx((15, 5, 45, 25), abs=1e-3)
+    assert objects(dataset, 4) == [("Car", region, True, True), ("Pedestrian", region, True, True)]
+    assert dataset.labels.count()[4] == 0 and dataset.drops == {"other_class": 8, "crowd": 4}
+
+
+def test_image_ids_choose_among_kittis_images_in_their_order(tmp_path):
+    dataset = data.read_kitti(kitti(tmp_path), LONG, image_ids=["000007", "000001"], max_bytes=0)
+    assert dataset.images.ids == ("000007", "000001") and isinstance(dataset.images, data.StreamedImages)
+    same = data.read_kitti(tmp_path, LONG, image_ids=["000001"])
+    assert torch.equal(dataset.images.batch([1]), same.images.pixels)
+
+
+def test_kitti_agrees_with_torchvisions_reader(tmp_path):
+    from torchvision.datasets import Kitti
+
+    theirs = Kitti(str(kitti(tmp_path / "Kitti" / "raw").parents[1]))
+    ours = data.read_kitti(tmp_path / "Kitti" / "raw", LONG, whole_pixels=False)
+    assert len(theirs) == len(ours) == 12
+    for n, file in enumerate(theirs.images):
+        row = ours.images.ids.index(Path(file).stem)
+        image, targets = theirs[n]
+        want = [(t["type"], pytest.approx(t["bbox"], abs=2e-3)) for t in targets if t["type"] != "DontCare"]
+        assert [(name, list(box)) for name, box, _, _ in objects(ours, row)] == want
+        assert (image.height, image.width) == tuple(ours.images.sizes[row].tolist())
+
+
+GOOD = kitti_line("Car", (1, 2, 30, 20))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (" ".join(GOOD.split()[:14]), r"line 3 has 14 fields: 'Car .*allowed are 15"),
+        (GOOD + " 0.9 7", "line 3 has 17 fields"),
+        (GOOD.replace("Car", "Bus"), r"line 3 has the type 'Bus'; allowed are Car, Cyclist, .* Van, DontCare"),
+        (GOOD.replace("30.00", "wide"), "line 3 has 'wide' .*allowed are finite numbers"),
+        (GOOD.replace("30.00", "nan"), "line 3 has 'nan'"),
+        (GOOD.replace("-1.35", "1,35"), "line 3 has '1,35'"),
+        (kitti_line("Car", (30, 2, 10, 20)), r"'000003', class 'Car', box \[30\.0, 2\.0, .* is inverted"),
+        (kitti_line("Car", (130, 2, 140, 20)), r"class 'Car', box \[130\.0, .* lies outside its image"),
+    ],
+)
+def test_a_broken_line_of_kitti_is_named(tmp_path, line, reason):
+    file = kitti(tmp_path / "kitti") / "training" / "label_2" / "000003.txt"
+    file.write_text(f"{GOOD}\n\n{line}\n")
+    with pytest.raises(ValueError, match=reason) as error:
+        data.load("kitti", LONG, root=tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_a_score_at_the_end_of_kittis_line_does_no_harm(tmp_path):
+    (kitti(tmp_path) / "training" / "label_2" / "000003.txt").write_text(f"{GOOD} 0.9\n")
+    box = pytest.approx((1, 2, 30, 20), abs=1e-3)
+    assert objects(data.read_kitti(tmp_path, LONG), 3) == [("Car", box, False, False)]
+
+
+def test_what_is_missing_or_broken_in_kitti_is_named(tmp_path):
+    root = kitti(tmp_path / "kitti") / "training"
+    (root / "label_2" / "000003.txt").rename(tmp_path / "away.txt")
+    with pytest.raises(ValueError, match=r"label_2.000003\.txt does not exist; an image without objects"):
+        data.load("kitti", LONG, root=tmp_path)
+    (tmp_path / "away.txt").rename(root / "label_2" / "000003.txt")
+    (root / "image_2" / "000007.png").rename(tmp_path / "away.png")
+    with pytest.raises(ValueError, match=r"image .*image_2.000007\.png does not exist"):
+        data.load("kitti-2", LONG, root=tmp_path)
+    (tmp_path / "away.png").rename(root / "image_2" / "000007.png")
+    image(KITTI[7], root / "image_2", ".jpg")
+    with pytest.raises(ValueError, match=r"000007\.png and 000007\.jpg share the image id '000007'"):
+        data.load("kitti", LONG, root=tmp_path)
+    (root / "image_2" / "000007.jpg").unlink()
+    cut(root / "image_2" / "000007.png")
+    with pytest.raises(ValueError, match=r"000007\.png is truncated"):
+        data.load("kitti", LONG, root=tmp_path)
+    (root / "label_2" / "000003.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"000003\.txt is not text"):
+        data.read_kitti(root.parent, LONG)
+    (root / "label_2").rename(tmp_path / "labels")
+    with pytest.raises(ValueError, match=r"training.label_2 does not exist; it should hold one txt file an image"):
+        data.read_kitti(root.parent, LONG)
+
+
+@pytest.mark.parametrize("names", [(), ("Car", "Car"), ("Car", "DontCare")])
+def test_kittis_class_names_must_be_different_types(tmp_path, names):
+    with pytest.raises(ValueError, match="class_names must be different types other than 'DontCare', got"):
+        data.read_kitti(kitti(tmp_path), LONG, class_names=names)
+
+
+def test_where_kitti_comes_from_is_said_part_by_part(tmp_path):
+    with pytest.raises(ValueError, match="object_image_2.zip and data_object_label_2.zip from https://www.cvlibs"):
+        data.load("kitti", LONG, root=tmp_path)
+    assert not list(tmp_path.iterdir())
+    kitti(tmp_path / "Kitti" / "raw")
+    (tmp_path / "Kitti" / "raw" / "training" / "label_2").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"Kitti.raw.training.label_2 does not .*get data_object_label_2.zip from"):
+        data.load("kitti-2", LONG, root=tmp_path)
+
+
+@pytest.mark.parametrize("place", ["kitti", "Kitti/raw", "."])
+def test_kittis_zips_are_unpacked_where_they_lie(tmp_path, place):
+    kitti_zips(tmp_path / place)
+    with pytest.raises(ValueError, match="image_2.zip is there, but fetch=False"):
+        data.load("kitti", LONG, root=tmp_path, fetch=False)
+    train, test = data.load("kitti", LONG, root=tmp_path)
+    assert_reads_kitti(train, data.KITTI_CLASSES), assert_reads_kitti(test, data.KITTI_CLASSES)
+    assert {path.name for path in (tmp_path / "kitti" / "training").iterdir()} == {"image_2", "label_2"}
+    assert not (tmp_path / "kitti" / "testing").exists()
+    for part in ("image_2", "label_2"):
+        (tmp_path / place / f"data_object_{part}.zip").unlink()
+    assert data.load("kitti-2", LONG, root=tmp_path, fetch=False)[1].images.ids == test.images.ids
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("training/label_2/../../../evil.txt", "contains '..'"),
+        ("/training/label_2/evil.txt", "is absolute"),
+        ("training/label_2/deep/evil.txt", "lies in a folder of its own"),
+        ("training/label_2/000003.txt", "is damaged"),  # twice
+    ],
+)
+def test_a_zip_of_kitti_that_would_write_elsewhere_leaves_nothing_behind(tmp_path, entry, reason):
+    root = kitti_zips(tmp_path / "in" / "kitti")
+    with zipfile.ZipFile(root / "data_object_label_2.zip", "a") as packed:
+        if entry in packed.namelist():
+            with pytest.warns(UserWarning, match="Duplicate"):
+                packed.writestr(entry, "x")
+        else:
+            packed.writestr(entry, "x")
+    with pytest.raises(ValueError, match=reason) as error:
+        data.load("kitti", LONG, root=tmp_path / "in")
+    assert "data_object_label_2.zip" in str(error.value)
+    assert [path.name for path in (root / "training").iterdir()] == ["image_2"]  # whole; and the next call goes on
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_a_damaged_or_wrong_zip_of_kitti_is_named(tmp_path):
+    root = kitti_zips(tmp_path / "kitti")
+    (root / "data_object_image_2.zip").rename(tmp_path / "away.zip")
+    (root / "data_object_label_2.zip").rename(root / "data_object_image_2.zip")
+    (tmp_path / "away.zip").rename(root / "data_object_label_2.zip")
+    with pytest.raises(ValueError, match=r"data_object_image_2\.zip has 0 files .* below training/image_2/"):
+        data.load("kitti", LONG, root=tmp_path)
+    cut(root / "data_object_image_2.zip")
+    with pytest.raises(ValueError, match=r"data_object_image_2\.zip is damaged"):
+        data.load("kitti", LONG, root=tmp_path)
+    assert not list((root / "training").iterdir())
+
+
+def test_a_folder_of_ones_own_in_kittis_layout_is_read_with_its_labels(tmp_path):
+    train, test = data.load(str(kitti(tmp_path / "mine")), LONG)
+    assert train.name == "mine train" and (len(train), len(test)) == (9, 3)
+    assert_reads_kitti(train, data.KITTI_CLASSES)
+
+
+@pytest.mark.skipif(not (REAL / "kitti" / "training").is_dir(), reason="needs KITTI in FEDAL_DATA")
+def test_the_real_kitti_has_its_counts():
+    train, test = data.load("kitti", (48, 160), root=REAL, fetch=False)
+    assert (len(train), len(test)) == (5237, 2244)
+    boxes = dict(zip(test.class_names, test.class_counts().sum(dim=0).tolist(), strict=True))
+    # van Bommel's own validation list, another draw of the same size, has 8,748 and 1,332
+    assert boxes["Car"] == pytest.approx(8748, rel=0.06) and boxes["Pedestrian"] == pytest.approx(1332, rel=0.2)
 
 
 # ----------------------------------------------------------------------------------------------------- the real sets

@@ -422,7 +422,7 @@ def test_one_line_per_round_when_nobody_looks_on(tmp_path, capsys, monkeypatch):
         for cycle, round in run.rounds():
             commit(run, cycle, round, ap50=0.25)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[3].startswith("tiny sum seed 0  cycle 2/2 round 2/2  images 1  ap50 0.25")
+    assert len(lines) == 4 and lines[3].startswith("tiny sum seed 0  cycle 2 round 2, 4 of 4  images 1  ap50 0.25")
 
 
 def test_one_bar_per_run_when_a_terminal_looks_on(tmp_path, capfd, monkeypatch):

@@ -1,0 +1,158 @@
+"""The published numbers that were typed once: no cell twice, nothing out of range, and the sums come out."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fedal_utils import record
+
+PAPERS = sorted((Path(__file__).resolve().parents[1] / "results" / "paper").glob("*.csv"))
+RANGES = {"fraction": (0, 1), "percent": (0, 100), "%": (0, 100), "MB": (0, 1e6), "rounds": (0, 1000)}
+FOUR = ["SUM", "AVG", "MAX", "RND"]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda p: p.stem)
+def test_no_number_is_there_twice_and_each_says_where_it_comes_from(path):
+    frame = record.read_paper(str(path))
+    twice = frame[frame.duplicated(["item", "setting", "x", "metric"], keep=False)]
+    assert not len(twice), twice[["item", "setting", "x", "metric", "value"]].to_string()
+    for column in ("item", "setting", "metric", "unit", "source"):
+        assert (frame[column].str.strip() == frame[column]).all() and frame[column].all(), column
+    for unit, (low, high) in RANGES.items():
+        values = frame.loc[frame["unit"] == unit, "value"].dropna()
+        assert values.between(low, high).all(), f"{unit}: {values[~values.between(low, high)].tolist()}"
+    assert (frame["tolerance"].dropna() > 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------- van Bommel 2021
+
+
+@pytest.fixture(scope="module")
+def paper() -> pd.DataFrame:
+    return record.read_paper(str(next(p for p in PAPERS if p.stem == "van-bommel")))
+
+
+def series(paper: pd.DataFrame, item: str, setting: str, metric: str = "ap50") -> dict[float, float]:
+    """x -> value of one curve."""
+    rows = paper[(paper["item"] == item) & (paper["setting"] == setting) & (paper["metric"] == metric)]
+    assert len(rows), (item, setting, metric)
+    return dict(zip(rows["x"], rows["value"], strict=True))
+
+
+def number(paper: pd.DataFrame, item: str, setting: str, metric: str = "ap50") -> float:
+    """The one value of an item that has no x."""
+    values = list(series(paper, item, setting, metric).values())
+    assert len(values) == 1, (item, setting, metric)
+    return values[0]
+
+
+def test_the_units_are_known_and_the_items_that_notebooks_name_are_there(paper):
+    assert set(paper["unit"]) == {"fraction", "MB", "rounds"}
+    for item, rows in (
+        ("FedAvg, 2 classes, by labels", 12),
+        ("FedAvg, 2 classes, end", 4),
+        ("centralised on each run's labels, 2 classes", 4),
+    ):
+        found = paper[paper["item"] == item]
+        assert len(found) == rows and set(found["setting"]) == set(FOUR) and set(found["metric"]) == {"ap50"}
+
+
+def test_a_number_that_stands_in_two_items_is_the_same(paper):
+    for classes, settings in ((2, FOUR), (8, ["MAX", "RND"])):
+        for setting in settings:
+            by_round = series(paper, f"FedAvg, {classes} classes, by round", setting)
+            assert list(by_round) == [0, 10, 21, 30, 50, 75, 100, 110, 150, 200]
+            by_labels = series(paper, f"FedAvg, {classes} classes, by labels", setting)
+            # nine devices, ten images each and round, the first ones in round 0
+            assert by_labels == {90 * (r + 1): by_round[r] for r in (0, 10, 21)}
+            assert number(paper, f"FedAvg, {classes} classes, end", setting) == by_round[200]
+            best = number(paper, f"FedAvg, {classes} classes, best round", setting)
+            assert best >= max(by_round.values())
+            at = number(paper, f"FedAvg, {classes} classes, best round", setting, "round")
+            assert by_round.get(at, best) == best
+            item = f"FedAvg, {classes} classes, mean of rounds 181 to 200"
+            jitter = number(paper, item, setting, "ap50_sd")
+            assert abs(number(paper, item, setting) - by_round[200]) < 3 * jitter + 5e-4
+    for classes, setting in ((2, "SUM"), (2, "MAX"), (8, "SUM")):
+        merged = number(paper, f"chain, {classes} classes, after the merge", setting)
+        assert series(paper, f"accumulating chain, {classes} classes, by pass", setting)[0] == merged
+    merged = number(paper, "chain, 2 classes, after the merge", "SUM")
+    assert series(paper, "chain then FedAvg, 2 classes, by round", "SUM")[0] == merged
+
+
+def test_the_mean_over_classes_is_the_whole(paper):
+    for classes, setting in ((2, "SUM"), (2, "MAX"), (8, "SUM")):
+        rows = paper[(paper["item"] == f"chain, {classes} classes, after the merge") & (paper["setting"] == setting)]
+        per_class = rows.loc[rows["metric"].str.startswith("ap50/"), "value"]
+        assert len(per_class) == classes
+        assert per_class.mean() == pytest.approx(rows.loc[rows["metric"] == "ap50", "value"].item(), abs=1.1e-3)
+    item, at = "FedAvg, 2 classes, per class at round 200", 200
+    for metric, whole in (
+        ("ap50", series(paper, "FedAvg, 2 classes, by round", "MAX")[at]),
+        ("ap_coco", series(paper, "FedAvg, 2 classes, precision and recall at round 200", "MAX", "ap_coco")[at]),
+    ):
+        both = [series(paper, item, "MAX", f"{metric}/{name}")[at] for name in ("Car", "Pedestrian")]
+        assert sum(both) / 2 == pytest.approx(whole, abs=2.1e-3)
+
+
+def test_ap_over_all_overlaps_is_below_ap_at_one_half(paper):
+    wide = paper.pivot_table(index=["item", "setting", "x"], columns="metric", values="value", dropna=False)
+    both = wide.dropna(subset=["ap50", "ap_coco"])
+    assert len(both) >= 4 and (both["ap_coco"] < both["ap50"]).all()
+
+
+def test_the_order_that_the_paper_reports(paper):
+    end = {s: number(paper, "FedAvg, 2 classes, end", s) for s in FOUR}
+    assert end["MAX"] > end["RND"] > end["AVG"] > end["SUM"]
+    central = {s: number(paper, "centralised on each run's labels, 2 classes", s) for s in FOUR}
+    assert central["MAX"] > central["AVG"] > central["RND"] > central["SUM"]
+    assert all(central[s] - end[s] > 0.1 for s in FOUR)
+    skewed = number(paper, "centralised on each run's labels, 8 classes", "MAX") - number(
+        paper, "FedAvg, 8 classes, end", "MAX"
+    )
+    assert skewed > 1.8 * (central["MAX"] - end["MAX"])  # label skew doubles the gap
+    chain = series(paper, "chain, 2 classes, first pass by device", "SUM")
+    assert list(chain) == list(range(9)) == list(series(paper, "chain, 8 classes, first pass by device", "SUM"))
+    assert chain[8] > end["MAX"]  # one pass of the chain: the bytes of one round of FedAvg
+    for classes in (2, 8):
+        passes = series(paper, f"chain, {classes} classes, by pass", "SUM")
+        assert list(passes) == [1, 2, 3, 4, 5] and all(a < b for a, b in pairwise(passes.values()))
+        assert passes[1] > number(paper, f"chain, {classes} classes, after the merge", "SUM")
+        carried = series(paper, f"accumulating chain, {classes} classes, by pass", "SUM")
+        assert carried[200] >= number(paper, f"centralised on the chain's labels, {classes} classes", "SUM")
+        assert number(paper, f"accumulating chain, {classes} classes, best pass", "SUM") >= max(carried.values())
+    assert number(paper, "chain, 8 classes, best device", "SUM") > series(paper, "chain, 8 classes, by pass", "SUM")[5]
+
+
+def test_megabytes_follow_from_the_sizes(paper):
+    item = "communication, size of what is sent"
+    model, head, state = (
+        number(paper, item, s, "megabytes")
+        for s in ("full model (FP16 checkpoint)", "head (frozen backbone)", "optimiser state")
+    )
+    devices = 9  # each transfer is counted twice, up and down
+    first, frozen, carried = (2 * devices * size for size in (model, head, model + state))
+    item = "communication, MB per round of 9 devices"
+    for setting, want in (
+        ("FedAvg", first),
+        ("chain, first pass", first),
+        ("chain", frozen),
+        ("chain then FedAvg", frozen),
+        ("accumulating chain", carried),
+    ):
+        assert number(paper, item, setting, "megabytes") == pytest.approx(want, abs=5e-4)
+    totals = {
+        "FedAvg": lambda r: (r + 1) * first,
+        "FedAvg, local first": lambda r: first if r <= 21 else (r - 20) * first,
+        "chain": lambda r: first + r * frozen,
+        "chain then FedAvg": lambda r: first + r * frozen,
+        "accumulating chain": lambda r: first + r * carried,
+    }
+    rows = paper[paper["item"] == "communication, MB"]
+    assert set(rows["setting"]) == set(totals)
+    for row in rows.itertuples():
+        assert row.value == pytest.approx(totals[row.setting](row.x), abs=0.5), row
