@@ -137,7 +137,7 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
     if config.detector == "yolo":
         return yolo.build(
             classes, config.image_size, rng, depth=config.depth, width=config.channels, norm=config.norm,
-            anchor_scale=config.anchor_side / YOLO_ANCHOR, frozen=config.frozen,
+            anchor_scale=config.anchor_side / YOLO_ANCHOR, frozen=config.frozen, gains=config.gains,
         )  # fmt: skip
     return detectors.build(
         config.detector, config.backbone, classes, config.image_size, rng, norm=config.norm, width=config.width,
@@ -158,7 +158,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     place = root or os.environ.get("FEDAL_DATA") or record.home() / "data"
     train, test = data.load(
         config.data, config.image_size, root=place, min_object=config.min_object, limit=config.limit,
-        scenes=config.scenes,
+        scenes=config.scenes, digit_classes=config.digit_classes,
     )  # fmt: skip
     if config.data not in data.NAMES:
         config = fitted(config, len(train))
@@ -297,7 +297,8 @@ _NOT_AT_THE_START = (
     "profile", "clients", "partition", "alpha", "missing", "fraction", "weights", "wire", "cycles", "first", "budget",
     "rounds", "iterations", "epochs", "tail", "anneal", "warmup", "optimiser_state", "first_pass", "passes", "visit",
     "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
-    "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds", "schedule",
+    "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds", "ablation_seeds",
+    "schedule",
 )  # fmt: skip
 
 
@@ -383,8 +384,8 @@ def look(config: Config, model: Detector, images: Images | CachedImages, device:
 def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: int) -> None:
     """Score the client's unlabelled images, choose, and have the Oracle label them.
 
-    The first labels are random; a chain's first visit scores all that it asks for (released code). A client with a
-    model of its own scores with that. The centralised reference asks what its method asked, in the same cycles.
+    The first labels are random (as_released: scored by the starting point); a chain's first visit scores all that it
+    asks for. A client with a model of its own scores with that. The centralised reference asks what its method asked, in the same cycles.
     """
     config = run.config
     scheme, strategy = scheme_of(run.method)
@@ -394,7 +395,7 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
     count = config.first if cycle == 0 else config.budget
     if scheme in CHAINS:
         count = config.labels_needed()
-    elif cycle == 0:
+    elif cycle == 0 and not config.as_released:
         strategy = "random"
     if client.own:
         model = detectors.clone(model)
@@ -440,6 +441,8 @@ def train(
         return _train_on_one_node(run, study, model, clients, cycle, round)
     if turn is None:
         turn = _all(config, clients, cycle, round)
+    if not turn.clients:
+        return []
     if turn.frozen:
         model.freeze_backbone()
     message = broadcast(model, config.batch_norm, config.wire)
@@ -559,9 +562,9 @@ def keep(clients: Sequence[Client], updates: Sequence[Update]) -> None:
 def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequence[Client]) -> dict[str, float]:
     """The chain's merge after its first pass: each class votes for the client whose model detects it best (7.2).
 
-    The models are judged, class by class at AP50, on the images that the server holds out (`merge_images`);
-    as_released: on the test set, as the released code does. Returns each client's part; clients that sent nothing have
-    none.
+    The models are judged, class by class at AP50, on the images that the server holds out (`merge_images`), or if
+    there are none on the start images, which all of them have seen; as_released: on the test set, as the released code
+    does. Returns each client's part; clients that sent nothing have none.
     """
     config = run.config
     sent = [client for client in clients if client.own]
@@ -571,6 +574,8 @@ def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequ
         judges = study.test
     else:
         rows = held_out(config, study.train, run.seed)
+        if not len(rows):
+            rows, _, _ = share_out(config, study.train, run.seed)
         if not len(rows):
             raise ValueError("the class-wise merge needs labelled images at the server: set merge_images above 0")
         judges = study.train.take(rows)
@@ -629,11 +634,14 @@ def commit(
 ) -> dict:  # fmt: skip
     """End of a round: judge (after a cycle's last round, or as the config says), write rows, save the resume point.
 
-    A client that sent nothing has a row that says why. Every visit of a chain is judged.
+    A client that sent nothing has a row that says why. Of a chain, each visit of the first pass, the merge, the end of
+    every later pass and the rounds of chain-fedavg are judged.
     """
     config = run.config
     last = (cycle, round + 1) not in run.plan
-    judged = turn is not None or last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
+    judged = last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
+    if turn is not None:
+        judged = last or turn.first or len(turn.clients) != 1 or turn.clients[0] is clients[-1]
     traffic = _traffic(run, clients, updates, cycle, round, turn)
     where = {"cycle": cycle, "round": round}
     by_name = {c.name: c for c in clients}
@@ -687,3 +695,98 @@ def _traffic(
     silent = hop or apart(run, cycle)  # a hop is counted when it arrives
     sent = {update.client: update.bytes for update in updates}
     return {c.name: (0 if silent else sent.get(c.name, 0), c.received) for c in clients}
+
+
+# --- what the paper sends ---------------------------------------------------------------------------------------------
+
+
+# The schemes as `results/paper/van-bommel.csv` names them, all with SUM.
+PAPER_SCHEMES = {
+    "FedAvg": "sum", "local first": "local-first+sum", "chain": "chain+sum", "chain then FedAvg": "chain-fedavg+sum",
+    "accumulating chain": "accumulate+sum", "centralised": "centralised+chain+sum",
+}  # fmt: skip
+PAPER_MEGABYTES = {
+    "full": 14.017,
+    "head": 5.7,
+    "optimiser": 5.241,
+}  # section 8: FP16 checkpoint, frozen backbone, state
+
+
+def paper_megabytes(
+    scheme: str, step: int, clients: int = 9, merge_at: int = 21, full: float = 14.017, head: float = 5.7,
+    optimiser: float = 5.241,
+) -> float:  # fmt: skip
+    """MB sent by all clients, both ways, after a step of a scheme: the released analysis' formulas (section 8).
+
+    step: fedavg and local-first: the communication round, from 0; chains: the visit of the first pass, from 0 to
+    clients - 1, then clients for the merge, and from clients + 1 on the later visits (chain-fedavg: rounds). merge_at:
+    the round in which local-first merges for the first time. full, head, optimiser: MB of the model, of what is left
+    of it when the backbone is frozen, and of the optimiser's state. The formulas count two transfers for each hop of a
+    chain, which needs one, and neither the starting point nor labels.
+    """
+    if step < 0 or clients < 1:
+        raise ValueError(f"step must be >= 0 and clients >= 1, got {step} and {clients}")
+    around = 2 * full * clients
+    if scheme == CENTRALISED:
+        return 0.0
+    if scheme == "fedavg":
+        return (step + 1) * around
+    if scheme == "local-first":
+        return max(1, step - merge_at + 1) * around
+    if scheme not in CHAINS:
+        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    if step <= clients:
+        return min(step + 1, clients) * 2 * full
+    later = step - clients
+    each = {"chain": 2 * head, "chain-fedavg": 2 * head * clients, "accumulate": 2 * (full + optimiser)}[scheme]
+    return around + later * each
+
+
+def sent_sizes(study: Study) -> dict[str, float]:
+    """MB of one packed message of this study's detector: 'full', 'head' (backbone frozen), 'optimiser' (its state)."""
+    config = study.config
+    model = new_detector(config, len(study.class_names), torch.Generator().manual_seed(0))
+    full = len(broadcast(model, config.batch_norm, config.wire))
+    moments = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.optimiser]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    memory = {f"{moment}:{name}": p for name, p in trained.items() for moment in moments}
+    model.freeze_backbone()
+    head = len(broadcast(model, config.batch_norm, config.wire))
+    return {"full": full / 1e6, "head": head / 1e6, "optimiser": len(federation.pack(memory)) / 1e6}
+
+
+def traffic_table(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """The bytes of every judged round beside the paper's formula, for our message sizes and for the paper's own.
+
+    table: of `record.table`. Columns: method, seed, step, ap50, metered (MB, packed messages, both ways, so far),
+    formula (the paper's, with this study's message sizes), paper_sizes (the same formula with the paper's sizes).
+    """
+    config, sizes = study.config, sent_sizes(study)
+    merge_at = (config.cycles - 1) * config.rounds
+    rows = []
+    server = table[table["client"].astype(str) == "server"].sort_values(["method", "seed", "cycle", "round"])
+    for (method, seed), run in server.groupby(["method", "seed"], sort=False):
+        scheme, _ = scheme_of(method)
+        so_far = (run["bytes_up"] + run["bytes_down"]).cumsum() / 1e6
+        for step, (metered, ap50) in enumerate(zip(so_far, run["ap50"], strict=True)):
+            given = {"clients": config.clients, "merge_at": merge_at}
+            rows.append(
+                {"method": method, "seed": seed, "step": step, "ap50": ap50, "metered": metered,
+                 "formula": paper_megabytes(scheme, step, **given, **sizes),
+                 "paper_sizes": paper_megabytes(scheme, step, **given, **PAPER_MEGABYTES)}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def optimiser_ablation(config: Config) -> dict[str, Config]:
+    """The same experiment with three fates of the optimiser between rounds; the first is the released code's.
+
+    Its warm-up of 1,000 iterations begins again in every local call of at most 280; here it is as many times longer
+    than a round as there, so that it never ends either. Kept at the client, it happens once.
+    """
+    warmup = round(1000 / 280 * config.iterations) if config.iterations else 1000
+    return {
+        "restart, warm-up": config.replace(optimiser_state="restart", warmup=warmup),
+        "restart, no warm-up": config.replace(optimiser_state="restart", warmup=0),
+        "kept, one warm-up": config.replace(optimiser_state="client", warmup=warmup),
+    }

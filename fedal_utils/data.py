@@ -1566,6 +1566,7 @@ def load(
     limit: tuple[int | None, int | None] | None = None,
     seed: int = 0,
     scenes: tuple[int, int] = (400, 200),
+    digit_classes: int = 10,
     fetch: bool = True,
     max_bytes: int = MAX_BYTES,
     workers: int | None = None,
@@ -1577,8 +1578,8 @@ def load(
     test images, drawn by a named generator, nested (the first 50 are among the first 100), in the set's order. seed:
     also draws the digits and the 80 : 20 split of a folder that has none (it may have `ImageSets/Main/*.txt`, folders
     or COCO files named train, val, test); KITTI's split is fixed (`kitti_split`). scenes: DigitScenes in train and
-    test. fetch: download, or unpack, what is missing where that is possible. A set above `max_bytes` streams with
-    `workers` processes.
+    test, of the digits 0 to digit_classes - 1. fetch: download, or unpack, what is missing where that is possible. A
+    set above `max_bytes` streams with `workers` processes.
     """
     limit = limit or (None, None)
     for n in limit:
@@ -1586,7 +1587,11 @@ def load(
             raise ValueError(f"limit must be at least 1 image or None, got {limit}")
     if name == "digits":
         counts = [n if most is None else min(n, most) for n, most in zip(scenes, limit, strict=True)]
-        return digit_scenes(*counts, image_size=image_size, seed=seed, min_object=min_object)
+        size = _size_pair(image_size)
+        side = tuple(round(side * min(size) / 64) for side in (14, 28))  # digits grow with the image
+        return digit_scenes(
+            *counts, image_size=size, seed=seed, digit_side=side, classes=digit_classes, min_object=min_object
+        )  # fmt: skip
     found, source = _found(name, data_root(root), seed, fetch)
     shared = {r.id for r in found.train} & {r.id for r in found.test}
     if shared:

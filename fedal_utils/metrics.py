@@ -547,3 +547,73 @@ def findings(summary: pd.DataFrame, baseline: str = "random") -> str:
         else:
             lines.append(f"{gap} (95 % interval {row['low']:+.3f} to {row['high']:+.3f}, {row['seeds']} seeds).")
     return "\n".join(lines) or f"Nothing to compare with {baseline!r}."
+
+
+# --- an ablation ------------------------------------------------------------------------------------------------------
+
+
+def finals(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
+    """The end of every run's curve: columns arm, method, seed, value. table: rows of several arms, named in `arm`."""
+    if "arm" not in table.columns:
+        raise ValueError(f"an ablation's table needs the column 'arm', it has {list(table.columns)}")
+    server = table[(table["client"].astype(str) == "server") & table[y].notna()]
+    ordered = server.sort_values(["seed", "cycle", "round"], kind="stable")
+    last = ordered.groupby(["arm", "method", "seed"], sort=False)[y].last().rename("value").reset_index()
+    place = {arm: i for i, arm in enumerate(dict.fromkeys(table["arm"]))}
+    return last.sort_values(["method", "seed"]).sort_values(
+        "arm", key=lambda a: a.map(place), kind="stable", ignore_index=True
+    )
+
+
+def gaps(finals: pd.DataFrame, method: str = "random", reference: str = "centralised") -> pd.DataFrame:
+    """How far the method stays below one reference in every arm, and what each arm gains on the first; by seed.
+
+    The reference is that of the *last* arm: one node, trained as well as the ablation knows how. Columns: arm, seeds,
+    <method>, <reference> (means of this arm), gap (last arm's reference - method), gap_low, gap_high, gained (method
+    against the first arm), gained_low, gained_high, closed (the part of the first arm's gap that is gone), node_gained
+    (reference against the first arm), node_gained_low, node_gained_high. Intervals as in `paired_test`; NaN for one
+    seed and for the first arm against itself.
+    """
+    values = finals.pivot(index=["arm", "seed"], columns="method", values="value")
+    absent = [m for m in (method, reference) if m not in values.columns]
+    if absent:
+        raise ValueError(f"no finished run of {absent} among {sorted(values.columns)}")
+    arms = list(dict.fromkeys(finals["arm"]))
+    wide = values[[method, reference]].unstack("arm").dropna()  # (S, 2 x arms): the seeds that every arm has
+    if wide.empty:
+        raise ValueError(f"no seed has finished in all arms {arms}")
+    best = wide[reference, arms[-1]]
+    rows = []
+    for arm in arms:
+        mine, node = wide[method, arm], wide[reference, arm]
+        row = {"arm": arm, "seeds": len(wide), method: mine.mean(), reference: node.mean()}
+        first, first_node = wide[method, arms[0]], wide[reference, arms[0]]
+        for name, a, b in (("gap", best, mine), ("gained", mine, first), ("node_gained", node, first_node)):
+            itself = name != "gap" and arm == arms[0]
+            test = {"difference": 0.0, "low": math.nan, "high": math.nan} if itself else paired_test(a, b)
+            row |= {name: test["difference"], f"{name}_low": test["low"], f"{name}_high": test["high"]}
+        whole = (best - first).mean()
+        row["closed"] = row["gained"] / whole if whole > 0 else math.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def gap_findings(gaps: pd.DataFrame) -> str:
+    """What `gaps` shows, in sentences made by rule: a number counts as shown when its interval leaves out zero."""
+
+    def chance(row: dict, name: str) -> str:
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        if math.isnan(low):
+            return "one seed: nothing can be said about chance"
+        return f"{'not shown' if low <= 0 <= high else 'shown'}, 95 % interval {low:+.3f} to {high:+.3f}"
+
+    lines = []
+    for number, row in enumerate(gaps.to_dict("records")):
+        line = f"{row['arm']}: federated ends {row['gap']:.3f} below the reference ({chance(row, 'gap')})"
+        if number:
+            line += f"; it gains {row['gained']:+.3f} on the first arm ({chance(row, 'gained')})"
+            if not math.isnan(row["closed"]):
+                line += f", {row['closed']:.0%} of its gap"
+            line += f"; the single node gains {row['node_gained']:+.3f} ({chance(row, 'node_gained')})"
+        lines.append(line + ".")
+    return "\n".join(lines)

@@ -221,6 +221,17 @@ def run(
     return Done(path.stem, took, output)
 
 
+def _after(path: Path) -> list[str]:
+    """Names of the notebooks whose runs this one reads."""
+    return _read(path).get("metadata", {}).get("fedal", {}).get("after", [])
+
+
+def _threads(path: Path, values: dict[str, Any]) -> int:
+    """CPU threads of this notebook's training steps with these parameters."""
+    given = {name: values[name] for name in ("profile", "data") if name in values}
+    return configs.load(path.stem, **given).threads
+
+
 def _unformatted(path: Path) -> str:
     """The path as papermill wants it: it fills braces in paths like a format string."""
     return str(path.absolute()).replace("{", "{{").replace("}", "}}")
@@ -288,9 +299,10 @@ def reproduce(
     """Run every notebook (or those of `nb`, see `find`); print the minutes of each and where the figures are.
 
     seeds and data reach the notebooks that have such a parameter; ValueError if none has. A notebook that fails does
-    not stop the others. jobs: notebooks that run side by side; by default one, but two in the smoke profile where there
-    are two cores (it trains on one thread, and two fits side by side beat one on two threads). Returns the names of
-    those that failed.
+    not stop the others. jobs: notebooks that run side by side; by default one, but two where there are two cores and
+    all settings train on one thread (two such fits side by side beat one on two threads). A notebook that reads the
+    runs of others (metadata {"fedal": {"after": [...]}}) starts when those are done. Returns the names of those that
+    failed.
     """
     paths = find(nb, root)
     if not paths:
@@ -310,16 +322,21 @@ def reproduce(
     failed = []
     width = max(len(path.stem) for path in paths)
     print(f"{len(paths)} notebook{'s' * (len(paths) > 1)}, profile {profile}", flush=True)
-    jobs = min(len(paths), jobs or (2 if profile == "smoke" and record.environment()["machine"]["cores"] > 1 else 1))
-    tasks = [(path.stem, str(path.absolute().parents[1]), accepted[path]) for path in paths]
+    narrow = all(_threads(path, accepted[path]) == 1 for path in paths)
+    jobs = min(len(paths), jobs or (2 if narrow and record.environment()["machine"]["cores"] > 1 else 1))
+    late = [path for path in paths if {other.stem for other in paths} & set(_after(path))]
     start = time.monotonic()
     with _workers(jobs) as each:
-        for path, (minutes, problem) in zip(paths, each(_attempt, tasks), strict=True):
-            if problem:
-                failed.append(path.stem)
-                print(problem, file=sys.stderr, flush=True)
-            note = "  ".join(f"{k}={_short(v)}" for k, v in accepted[path].items())
-            print(f"{path.stem:<{width}}  {minutes:5.1f} min  {'FAILED' if problem else 'done'}  {note}", flush=True)
+        for wave in ([path for path in paths if path not in late], late):
+            tasks = [(path.stem, str(path.absolute().parents[1]), accepted[path]) for path in wave]
+            for path, (minutes, problem) in zip(wave, each(_attempt, tasks), strict=True):
+                if problem:
+                    failed.append(path.stem)
+                    print(problem, file=sys.stderr, flush=True)
+                note = "  ".join(f"{k}={_short(v)}" for k, v in accepted[path].items())
+                print(
+                    f"{path.stem:<{width}}  {minutes:5.1f} min  {'FAILED' if problem else 'done'}  {note}", flush=True
+                )
     total = (time.monotonic() - start) / 60
     changed = [place for place, stamp in _stamps(figures).items() if before.get(place) != stamp]
     print(f"{'all':<{width}}  {total:5.1f} min  {len(paths) - len(failed)} of {len(paths)} notebooks")

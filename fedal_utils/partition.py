@@ -10,21 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Which of KITTI's eight classes each of nine devices must miss (van Bommel 2021, released code), for `missing_class`.
-# Columns count from 0 in the order of `data.KITTI_CLASSES`: Car, Cyclist, Misc, Pedestrian, Person_sitting, Tram,
-# Truck, Van. There: pools of 580 + 8 x 579 training images; 25 fit no device.
-KITTI_MISSING = (
-    (1,),  # 0: Cyclist
-    (4,),  # 1: Person_sitting
-    (1, 4),  # 2: Cyclist, Person_sitting
-    (4, 5),  # 3: Person_sitting, Tram
-    (3, 6),  # 4: Pedestrian, Truck
-    (1, 6),  # 5: Cyclist, Truck
-    (1, 5),  # 6: Cyclist, Tram
-    (3,),  # 7: Pedestrian
-    (1, 3),  # 8: Cyclist, Pedestrian
-)
-
 
 def _check_clients(images: int, clients: int) -> None:
     if clients < 1:
@@ -75,6 +60,7 @@ def missing_class(
     present: np.ndarray, missing: Sequence[Sequence[int]], rng: np.random.Generator
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Label skew by absence: client m never holds an image with a class in missing[m] (van Bommel 2021, released code).
+    KITTI's table is `config.KITTI_MISSING`: pools of 580 + 8 x 579 training images; 25 fit no device.
 
     present: (N, C) bool, class c (0-based column) occurs in image n. Images are grouped by the exact set of classes
     they hold; from the rarest group to the most common, each image goes to the allowed client that has the fewest so

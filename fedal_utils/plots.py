@@ -1,4 +1,4 @@
-"""Every figure: learning curves with the band over seeds, boxes on images, clients' histograms.
+"""Every figure: learning curves, traffic and chains with the band over seeds, boxes on images, clients' histograms.
 
 A drawing function takes `ax` (None: a new figure), draws on it and returns it; what needs several axes returns the
 figure. All of them use one style, `fedal.mplstyle`; a method has the same colour and marker in every figure. Tables are
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .boxes import Detections
 from .data import Images, Labels
@@ -28,11 +31,11 @@ from .metrics import cycle_ends, seed_interval
 
 
 class Look(NamedTuple):
-    """How a method looks everywhere."""
+    """How a method looks everywhere; marker and line as matplotlib takes them."""
 
     colour: str
-    marker: str
-    line: str
+    marker: str | tuple[int, int, int] | Outline
+    line: str | tuple[int, tuple[float, ...]]
     name: str
 
 
@@ -52,6 +55,25 @@ METHODS: dict[str, Look] = {
     "margin_max": Look("#999933", "h", ":", "margin MAX"),
     "centralised": Look("#444444", "d", "--", "centralised"),
     "federated": Look("#AA4499", "*", "-", "federated"),
+}
+WAYS = tuple(name for name in METHODS if name not in ("centralised", "federated"))
+# Schemes: a colour and a marker each, told apart from SUM's blue and from each other with any colour vision. The way of
+# asking is the shade (SUM: the colour itself) and the line, as above.
+_LINK = Outline([(-1, -0.55), (1, -0.55), (1, 0.55), (-1, 0.55), (-1, -0.55)], closed=True)
+_WEDGE = Outline([(-1, -0.9), (1, -0.9), (1, 0.9), (-1, -0.9)], closed=True)
+SCHEMES: dict[str, Look] = {
+    "local-first": Look("#33BBEE", (4, 1, 0), "-", "local first"),
+    "chain": Look("#A50F15", _LINK, "-", "chain"),
+    "chain-fedavg": Look("#F0803C", (6, 1, 0), "-", "chain then FedAvg"),
+    "accumulate": Look("#4B0F6B", _WEDGE, "-", "accumulating chain"),
+}
+CHAINS = ("chain", "chain-fedavg", "accumulate")
+SHADES = {"sum": 0.0, "max": 0.35, "avg": 0.6, "count": 0.8}
+OWNERS = {
+    "local-first": "local first's",
+    "chain": "the chain's",
+    "chain-fedavg": "chain-FedAvg's",
+    "accumulate": "the accumulating chain's",
 }
 OTHERS = ("#117733", "#CC6677", "#6F4C9B", "#B8860B", "#8B0000", "#005F73", "#7A4E2D", "#1F3A93")  # unknown methods
 OTHER_MARKERS = ("H", "8", "o", "s", "^", "D", "v", "P", "<", ">", "p", "h", "d")
@@ -79,16 +101,137 @@ def style():
 
 
 def look(method: str) -> Look:
-    """Colour, marker, line and shown name of a method; an unknown one draws its own from its name."""
+    """Colour, marker, line and shown name of a method, "[scheme+]way of asking"; an unknown one draws its own.
+
+    A scheme has its colour and marker, the way of asking its shade and line. "centralised+<method>" is dashed, in that
+    method's colour mixed with the grey of "centralised". "fedavg+sum" is "sum" with its full name.
+    """
     if method in METHODS:
         return METHODS[method]
+    scheme, _, asks = method.partition("+")
+    if scheme == "fedavg" and asks in WAYS:
+        return METHODS[asks]._replace(name=f"FedAvg, {METHODS[asks].name}")
+    if scheme in SCHEMES and asks in WAYS:
+        shown = SCHEMES[scheme]
+        return shown._replace(
+            colour=_shade(shown.colour, asks), line=METHODS[asks].line, name=f"{shown.name}, {METHODS[asks].name}"
+        )
+    if scheme == "centralised" and (asks in WAYS or _scheme(asks) in SCHEMES):
+        return _look_of_reference(asks)
     draw = int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big")
     colour, marker = OTHERS[draw % len(OTHERS)], OTHER_MARKERS[draw // len(OTHERS) % len(OTHER_MARKERS)]
     return Look(colour, marker, "-", method.replace("_", " "))
 
 
+def _look_of_reference(asks: str) -> Look:
+    """Of "centralised+<asks>": longer dashes than "centralised" for a bare way of asking, shorter for a scheme."""
+    scheme, way = _scheme(asks), asks.rpartition("+")[2]
+    if scheme in OWNERS:
+        whose = f"{OWNERS[scheme]} {METHODS[way].name}"
+    else:
+        whose = "random" if way == "random" else f"{METHODS[way].name}'s"
+    dots = {"-.": (1, 1.5), ":": (1, 1.5, 1, 1.5)}.get(METHODS[way].line, ())
+    dashes = (0, ((2.2, 1.5) if scheme in SCHEMES else (7, 2)) + dots)
+    grey = METHODS["centralised"]
+    return Look(_mix(look(asks).colour, grey.colour, 0.35), grey.marker, dashes, f"centralised on {whose} labels")
+
+
+def _scheme(method: str) -> str:
+    """The scheme that a method's text names; 'fedavg' for a bare way of asking, '' for an unknown method."""
+    scheme, plus, asks = method.partition("+")
+    if method == "centralised":
+        return method
+    if not plus:
+        return "fedavg" if method in WAYS else ""
+    if scheme == "centralised":
+        return scheme if asks in WAYS or _scheme(asks) in SCHEMES else ""
+    return scheme if scheme in ("fedavg", *SCHEMES) and asks in WAYS else ""
+
+
+def _mix(colour: str, other: str, part: float) -> str:
+    return to_hex((1 - part) * np.array(to_rgb(colour)) + part * np.array(to_rgb(other)))
+
+
+def _shade(colour: str, way: str) -> str:
+    """A scheme's colour for a way of asking: dark colours get lighter, light ones darker; grey for random."""
+    if way == "random":
+        return _mix(colour, METHODS["random"].colour, 0.65)
+    dark = np.dot(to_rgb(colour), (0.21, 0.72, 0.07)) < 0.4
+    return _mix(colour, "white" if dark else "black", SHADES[way.rpartition("_")[2]])
+
+
+def _ordered(methods: Sequence[str]) -> list[str]:
+    """Bare ways of asking first, then the schemes, unknown methods by name, the centralised references last."""
+    schemes, known = ["fedavg", *SCHEMES, "", "centralised"], list(METHODS)
+
+    def place(method: str) -> tuple[int, int, int, str]:
+        if method == "federated":
+            return 0, 0, len(known), method
+        way = method.rpartition("+")[2]
+        return schemes.index(_scheme(method)), method.count("+"), known.index(way) if way in known else 0, method
+
+    return sorted(methods, key=place)
+
+
+def _names(methods: Sequence[str]) -> dict[str, str]:
+    """Shown names for one legend: beside another scheme a bare way of asking says that it is FedAvg."""
+    full = any(_scheme(method) in SCHEMES for method in methods)
+    return {method: look(f"fedavg+{method}" if full and method in WAYS else method).name for method in methods}
+
+
 def _new_ax(ax: Axes | None) -> Axes:
     return plt.subplots()[1] if ax is None else ax
+
+
+def _legend(ax: Axes, own: bool) -> None:
+    """Inside where it is small, else to the right of the axes; a figure of our `own` grows to hold it."""
+    names = ax.get_legend_handles_labels()[1]
+    if len(names) <= 5 and max(map(len, names), default=0) <= 20:
+        ax.legend()
+        return
+    legend = ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, handlelength=2.6)
+    if own:
+        figure = ax.figure
+        figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
+
+
+def _keep_fractions(ax: Axes, y: str) -> None:
+    if y.startswith("ap"):
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(0, low), min(1.02, high))
+
+
+def _log_x(ax: Axes) -> None:
+    """A logarithmic x axis with plain numbers at 1, 2, 5; only at powers of ten where it is long."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    if high < 4 * low:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=12))
+    ax.xaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=12) if high >= 1000 * low else NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _over_seeds(rows: pd.DataFrame, by: str | list[str]) -> np.ndarray:
+    """(5, points): seeds, mean x, mean y, low and high end of the band at each point, a group of `by` in x and y."""
+    groups = [at for _, at in rows.groupby(by, sort=True)]
+    return np.array([(len(at), at["x"].mean(), at["y"].mean(), *seed_interval(at["y"])) for at in groups]).T
+
+
+def _band(ax: Axes, shown: Look, x: np.ndarray, low: np.ndarray, high: np.ndarray, lines: int) -> None:
+    if np.isfinite(low).any():
+        alpha = 0.16 if lines <= 6 else 0.08
+        ax.fill_between(x, low, high, color=shown.colour, alpha=alpha, linewidth=0, label="_band", zorder=2)
+
+
+def _chosen(there: Sequence[str], methods: Sequence[str] | None, y: str) -> list[str]:
+    """The methods to draw, in order; ValueError for one that the table does not have."""
+    missing = [m for m in methods or () if m not in there]
+    if missing:
+        raise ValueError(f"no server rows with a value of {y!r} for {missing}; the table has {list(there)}")
+    return _ordered(there) if methods is None else list(methods)
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------
@@ -104,6 +247,7 @@ def learning_curve(
     methods: Sequence[str] | None = None,
     points: str = "cycle",
     legend: bool = True,
+    log: bool = False,
 ) -> Axes:
     """Metric `y` against one of the bills: mean line and interval band over seeds, one line per method.
 
@@ -112,46 +256,38 @@ def learning_curve(
     far, the band as in `metrics.seed_interval`: t interval of the mean, min to max for two seeds, none for one. A
     method that pays nothing on this axis (bytes of central training) is a horizontal dashed line at its final value.
     `paper` holds published points, columns x and value (optional: setting = method, metric, unit "%"), x in the unit of
-    the axis: hollow black markers. `methods` chooses and orders the lines. ValueError for an unknown column or method
-    and for a table without server rows.
+    the axis: hollow black markers. `methods` chooses and orders the lines. `log`: the x axis is logarithmic; points at
+    0, where nothing is paid yet, are left out. ValueError for an unknown column or method and for a table without
+    server rows.
     """
     rows = _server_rows(table, x, y, points)
-    there = list(dict.fromkeys(rows["method"]))
-    if methods is None:
-        methods = [m for m in METHODS if m in there] + sorted(m for m in there if m not in METHODS)
-    missing = [m for m in methods if m not in there]
-    if missing:
-        raise ValueError(f"no server rows with a value of {y!r} for {missing}; the table has {there}")
-    ax = _new_ax(ax)
+    methods = _chosen(list(dict.fromkeys(rows["method"])), methods, y)
+    own, ax, names = ax is None, _new_ax(ax), _names(methods)
     for method in methods:
         mine = rows[rows["method"] == method]
-        shown = look(method)
+        shown = look(method)._replace(name=names[method])
         if (mine["x"] == 0).all():
-            final = mine.groupby("seed", sort=True)["y"].last()  # (S,)
-            _reference(ax, shown, final.to_numpy())
+            _reference(ax, shown, _finals(mine))
             continue
-        ends = [
-            (len(at), at["x"].mean(), at["y"].mean(), *seed_interval(at["y"]))
-            for _, at in mine.groupby(["cycle", "round"] if points == "round" else "cycle", sort=True)
-        ]
-        n, at_x, mean, low, high = np.array(ends).T
+        if log:
+            mine = mine[mine["x"] > 0]
+        _, at_x, mean, low, high = _over_seeds(mine, ["cycle", "round"] if points == "round" else "cycle")
         kwargs = {"color": shown.colour, "marker": shown.marker, "linestyle": shown.line}
         if points == "round" and len(mean) > 12:
             kwargs["markevery"] = math.ceil(len(mean) / 12)
         ax.plot(at_x, mean, label=shown.name, zorder=3, markeredgecolor="white", markeredgewidth=0.6, **kwargs)
-        if (n > 1).any():
-            alpha = 0.16 if len(methods) <= 6 else 0.08
-            ax.fill_between(at_x, low, high, color=shown.colour, alpha=alpha, linewidth=0, label="_band", zorder=2)
+        _band(ax, shown, at_x, low, high, len(methods))
     if paper is not None:
         _draw_paper(ax, paper, y)
     ax.set_xlabel(X_LABELS[x])
     ax.set_ylabel(y_label(y))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x in ("images", "boxes", "rounds")))
-    if y.startswith("ap"):
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(0, low), min(1.02, high))
+    if log:
+        _log_x(ax)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x in ("images", "boxes", "rounds")))
+    _keep_fractions(ax, y)
     if legend:
-        ax.legend()
+        _legend(ax, own)
     return ax
 
 
@@ -192,8 +328,14 @@ def _server_rows(table: pd.DataFrame, x: str, y: str, points: str) -> pd.DataFra
     return cycle_ends(rows) if points == "cycle" else rows
 
 
+def _finals(rows: pd.DataFrame) -> np.ndarray:
+    """(S,) the last y of every seed."""
+    return rows.groupby("seed", sort=True)["y"].last().to_numpy()
+
+
 def _reference(ax: Axes, shown: Look, values: np.ndarray) -> None:
-    ax.axhline(values.mean(), color=shown.colour, linestyle="--", label=shown.name, zorder=2.5)
+    line = "--" if shown.line == "-" else shown.line
+    ax.axhline(values.mean(), color=shown.colour, linestyle=line, label=shown.name, zorder=2.5)
     low, high = seed_interval(values)
     if not math.isnan(low):
         ax.axhspan(low, high, color=shown.colour, alpha=0.08, linewidth=0, label="_band", zorder=1.5)
@@ -205,16 +347,21 @@ def _draw_paper(ax: Axes, paper: pd.DataFrame, y: str) -> None:
     if "metric" in paper.columns:
         paper = paper[paper["metric"] == y]
     settings = paper["setting"].astype(str) if "setting" in paper.columns else pd.Series("", index=paper.index)
+    taken: list[object] = []
     for setting, rows in paper.groupby(settings, sort=True):
         value = rows["value"].astype(float)
         if "unit" in rows.columns:
             value = value.where(~rows["unit"].astype(str).str.startswith(("%", "percent")), value / 100)
         name = f"paper, {look(setting).name}" if setting else "paper"
         marker = look(setting).marker if setting else "o"
+        if marker in taken:  # two ways of asking of one scheme
+            marker = next((other for other in OTHER_MARKERS if other not in taken), marker)
+        taken.append(marker)
         ax.plot(
             rows["x"].astype(float),
             value,
-            marker,
+            marker=marker,
+            linestyle="None",
             color="black",
             fillstyle="none",
             markersize=6.5,
@@ -233,15 +380,21 @@ def learning_curves(
     methods: Sequence[str] | None = None,
     points: str = "cycle",
     title: str | None = None,
+    log: bool = False,
 ) -> Figure:
-    """One panel per bill in `xs`, one y axis, one legend; published points in the panel `paper_x` only."""
+    """One panel per bill in `xs`, one y axis, one legend; published points in the panel `paper_x` only.
+
+    `log` makes the axis of the panel of bytes logarithmic.
+    """
     if not xs:
         raise ValueError("learning_curves needs at least one x")
     figure, axes = plt.subplots(1, len(xs), sharey=True, squeeze=False, figsize=(0.8 + 3.1 * len(xs), 3.7))
     handles: dict[str, object] = {}
     for ax, x in zip(axes[0], xs, strict=True):
         given = paper if x == paper_x else None
-        learning_curve(table, x, y, ax, paper=given, methods=methods, points=points, legend=False)
+        learning_curve(
+            table, x, y, ax, paper=given, methods=methods, points=points, legend=False, log=log and x == "bytes"
+        )
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
         if ax is not axes[0, 0]:
@@ -253,7 +406,8 @@ def learning_curves(
 
 
 def _one_legend(figure: Figure, handles: dict[str, object]) -> None:
-    most = max(1, int(figure.get_figwidth() / 1.5))  # columns that fit side by side
+    wide = max(1.5, 0.7 + 0.07 * max(map(len, handles), default=0))  # inches of a column
+    most = max(1, int(figure.get_figwidth() / wide))  # columns that fit side by side
     rows = math.ceil(len(handles) / most)
     columns = math.ceil(len(handles) / rows)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, handlelength=2.6)
@@ -267,14 +421,286 @@ def round_curves(table: pd.DataFrame, y: str = "ap50", ax: Axes | None = None, *
 def caption(table: pd.DataFrame, y: str = "ap50", paper: bool = False) -> str:
     """One sentence for under a learning curve: what line, band and markers are, over how many seeds."""
     rows = _server_rows(table, "rounds", y, "cycle")
-    counts = rows.groupby(["method", "cycle"])["seed"].nunique()
+    text = f"{y_label(y)} on the test images; line: {_mean_and_band(rows.groupby(['method', 'cycle']))}"
+    return text + ("; hollow black: published." if paper else ".")
+
+
+def _mean_and_band(points, band: str = "band") -> str:
+    """'mean over 3 seeds; band: 95 % t interval of the mean' of the groups `points`, one per drawn point."""
+    counts = points["seed"].nunique()
     low, high = int(counts.min()), int(counts.max())
     seeds = f"{high} seed{'s' if high > 1 else ''}" if low == high else f"{low} to {high} seeds"
-    band = {1: "no band", 2: "band: both values"}.get(high, "band: 95 % t interval of the mean")
+    shown = {1: f"no {band}", 2: f"{band}: both values"}.get(high, f"{band}: 95 % t interval of the mean")
     if low <= 2 < high:
-        band += " (both values where there are two)"
-    text = f"{y_label(y)} on the test images; line: mean over {seeds}; {band}"
+        shown += " (both values where there are two)"
+    return f"mean over {seeds}; {shown}"
+
+
+# --- traffic, chains, ablations ---------------------------------------------------------------------------------------
+
+
+@style()
+def traffic(
+    table: pd.DataFrame,
+    y: str = "ap50",
+    ax: Axes | None = None,
+    paper: pd.DataFrame | None = None,
+    methods: Sequence[str] | None = None,
+    legend: bool = True,
+) -> Axes:
+    """Metric `y` against all that was sent so far, both ways, on a logarithmic axis of MB; each method's end is marked.
+
+    table: of `record.table` (not `alfl.traffic_table`); bytes of rounds that were not judged count as well. A thin line
+    through the mean over seeds at every judged round, with the band of `metrics.seed_interval`; the marker is its last
+    point. A method that sends nothing is a horizontal dashed line at its final value. `paper` holds published points,
+    columns x (MB) and value (optional: setting, metric, unit "%"): hollow black markers. ValueError as
+    `learning_curve`.
+    """
+    rows = _server_rows(table, "bytes", y, "round")
+    methods = _chosen(list(dict.fromkeys(rows["method"])), methods, y)
+    own, ax, names = ax is None, _new_ax(ax), _names(methods)
+    for method in methods:
+        mine, shown = rows[rows["method"] == method], look(method)._replace(name=names[method])
+        if (mine["x"] == 0).all():
+            _reference(ax, shown, _finals(mine))
+            continue
+        _, x, mean, low, high = _over_seeds(mine[mine["x"] > 0], ["cycle", "round"])
+        ax.plot(
+            x, mean, color=shown.colour, linestyle=shown.line, linewidth=1.1, label=shown.name, zorder=3,
+            marker=shown.marker, markevery=[-1], markersize=8, markeredgecolor="white", markeredgewidth=0.7,
+        )  # fmt: skip
+        _band(ax, shown, x, low, high, len(methods))
+    if paper is not None:
+        _draw_paper(ax, paper, y)
+    _log_x(ax)
+    ax.set(xlabel=X_LABELS["bytes"], ylabel=y_label(y))
+    _keep_fractions(ax, y)
+    if legend:
+        _legend(ax, own)
+    return ax
+
+
+def traffic_caption(table: pd.DataFrame, y: str = "ap50", paper: bool = False) -> str:
+    """One sentence for under `traffic`."""
+    rows = _server_rows(table, "bytes", y, "round")
+    text = (
+        f"{y_label(y)} on the test images at every judged round, against all bytes sent so far (log axis); line: "
+        f"{_mean_and_band(rows.groupby(['method', 'cycle', 'round']))}; marker: end of training"
+    )
+    text += "; dashed: final value of what sends nothing" if (rows.groupby("method")["x"].max() == 0).any() else ""
     return text + ("; hollow black: published." if paper else ".")
+
+
+@style()
+def chain_progress(
+    table: pd.DataFrame,
+    clients: int,
+    y: str = "ap50",
+    ax: Axes | None = None,
+    reference: Sequence[str] | None = None,
+    paper: pd.DataFrame | None = None,
+    methods: Sequence[str] | None = None,
+    legend: bool = True,
+) -> Axes:
+    """Metric `y` along a chain: devices 1..D of its first pass, the merge, then the ends of its later passes.
+
+    table: of `record.table`; of its methods those of a chain are drawn (cycle 0, round = visit). clients: D. x is the
+    visit's number, 1..D in the first pass, D + 0.5 at the merge (vertical line), D + D p at the end of pass p; a round
+    of chain-fedavg, in which all devices train, stands where a pass ends. Where passes are many the axis is narrower
+    beyond the merge. Only judged rounds are drawn: a thin line per seed, the mean thick, with the band of
+    `metrics.seed_interval`. `reference`: methods drawn as a horizontal dashed line at their final value. `paper` holds
+    published points, columns x and value (optional: setting, metric, unit "%"), x as on the axis or in its words,
+    "device 3", "merge", "pass 2". ValueError for a table without a chain, for unknown methods and columns.
+    """
+    rows = _chain_rows(table, clients, y)
+    methods = _chosen(list(dict.fromkeys(rows["method"])), methods, y)
+    finals = _server_rows(table, "rounds", y, "round")
+    reference = _chosen(list(dict.fromkeys(finals["method"])), list(reference or ()), y)
+    own, ax, names = ax is None, _new_ax(ax), _names([*methods, *reference])
+    ax.axvline(clients + 0.5, color="0.55", linewidth=1, linestyle=":", label="_merge", zorder=1.8)
+    for method in reference:
+        shown = look(method)._replace(name=names[method])
+        _reference(ax, shown, _finals(finals[finals["method"] == method]))
+    for method in methods:
+        mine, shown = rows[rows["method"] == method], look(method)._replace(name=names[method])
+        for _, seed in mine.groupby("seed", sort=True):
+            ax.plot(
+                seed["x"], seed["y"], color=shown.colour, linestyle=shown.line, linewidth=0.7, alpha=0.5, label="_seed",
+                zorder=2.7,
+            )  # fmt: skip
+        _, x, mean, low, high = _over_seeds(mine, "x")
+        ax.plot(
+            x, mean, color=shown.colour, linestyle=shown.line, linewidth=2.2, label=shown.name, zorder=3,
+            marker=shown.marker, markersize=6.5, markeredgecolor="white", markeredgewidth=0.6,
+            markevery=math.ceil(len(x) / 30),
+        )  # fmt: skip
+        _band(ax, shown, x, low, high, len(methods))
+    if paper is not None:
+        if "x" in paper.columns:
+            paper = paper.assign(x=[_visit(x, clients) for x in paper["x"]])
+        _draw_paper(ax, paper, y)
+    last = max(rows["x"].max(), paper["x"].max() if paper is not None and len(paper) else 0)
+    _visits_axis(ax, clients, int(last - clients) // clients)
+    ax.set_ylabel(y_label(y))
+    _keep_fractions(ax, y)
+    if legend:
+        _legend(ax, own)
+    return ax
+
+
+def _chain_rows(table: pd.DataFrame, clients: int, y: str) -> pd.DataFrame:
+    """Judged server rows of the chains with x, the number of the visit after which they were judged."""
+    if isinstance(clients, bool) or not isinstance(clients, int | np.integer) or clients < 1:
+        raise ValueError(f"clients must be a number of devices >= 1, got {clients!r}")
+    rows = _server_rows(table, "rounds", y, "round")
+    there = list(dict.fromkeys(rows["method"]))
+    rows = rows[[_scheme(method) in CHAINS for method in rows["method"]]]
+    if rows.empty:
+        raise ValueError(f"the table has no judged round of a chain ({', '.join(CHAINS)}), it has {there}")
+    if (rows["cycle"] != 0).any():
+        odd = rows[rows["cycle"] != 0].iloc[0]
+        raise ValueError(f"a chain has cycle 0 only, got a row of {odd['method']!r} in cycle {odd['cycle']}")
+    done = rows["round"].astype(int) - clients  # visits after the merge; 0: the merge
+    each = np.where([_scheme(method) == "chain-fedavg" for method in rows["method"]], clients, 1)
+    x = np.select([done < 0, done == 0], [done + clients + 1.0, clients + 0.5], clients + done * each)
+    return rows.assign(x=x)
+
+
+def _visit(x: str | float, clients: int) -> float:
+    """A place on the axis of visits from its number or its words."""
+    what, _, number = str(x).partition(" ")
+    if what == "merge" and not number:
+        return clients + 0.5
+    if what == "device" and number.isdecimal() and 1 <= int(number) <= clients:
+        return float(number)
+    if what == "pass" and number.isdecimal() and int(number) >= 1:
+        return float(clients + clients * int(number))
+    try:
+        return float(x)
+    except ValueError:
+        raise ValueError(f"x must be a visit, 'device 1..{clients}', 'merge' or 'pass 1..', got {x!r}") from None
+
+
+def _visits_axis(ax: Axes, clients: int, passes: int) -> None:
+    """Names at the visits. The merge has twice the room of a visit; later passes at most twice that of all before."""
+    after = clients + 1  # 1 .. clients, twice the room up to here, `slope` beyond
+    slope = min(1.0, 2 * after / max(1, clients * (passes + 1) - after))
+
+    def drawn(x):
+        x = np.asarray(x, dtype=float)
+        return x + np.clip(x - clients, 0, 1) + (slope - 1) * np.maximum(x - after, 0)
+
+    def visit(at):
+        at = np.asarray(at, dtype=float)
+        late = np.maximum(at - after - 1, 0)
+        return at - np.clip(at - clients, 0, 2) / 2 + late * (1 / slope - 1)
+
+    ax.set_xscale("function", functions=(drawn, visit))
+    end = clients * (passes + 1) if passes else clients + 0.5
+    left, right = drawn(1) - 0.4, drawn(end) + 0.4
+    ax.set_xlim(visit(left), visit(right))
+    room = (right - left) / 22  # a slanted label needs so much
+    steps = [k * 10**e for e in range(6) for k in (1, 2, 5)]
+    devices = next(k for k in steps if k >= room)
+    ticks = {float(d): f"device {d}" for d in range(clients, 0, -devices)}
+    ticks[clients + 0.5] = "merge"
+    apart = next(k for k in steps if k * clients * slope >= room)
+    for p in range(apart, passes + 1, apart):
+        ticks[float(clients + clients * p)] = f"pass {p}"
+    if passes:
+        first = float(2 * clients)
+        if apart * clients * slope >= 2 * room or apart > 2:
+            ticks.setdefault(first, "pass 1")
+    ax.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha="right", rotation_mode="anchor")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.grid(False, axis="x")
+
+
+def chain_caption(
+    table: pd.DataFrame, clients: int, y: str = "ap50", reference: Sequence[str] | None = None, paper: bool = False
+) -> str:
+    """One sentence for under `chain_progress`."""
+    rows = _chain_rows(table, clients, y)
+    text = (
+        f"{y_label(y)} on the test images after each device of the chain's first pass, after the merge (dotted) and "
+        f"after every later pass (drawn narrower where they are many); thin: one seed; thick: "
+        f"{_mean_and_band(rows.groupby(['method', 'x']))}"
+    )
+    if reference:
+        names = _names([*rows["method"].unique(), *reference])
+        text += f"; dashed: end of {', '.join(names[method] for method in reference)}"
+    return text + ("; hollow black: published." if paper else ".")
+
+
+@style()
+def ablation(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", legend: bool = True) -> Axes:
+    """Final values of the same runs under several arms: a dot per seed, and beside them the mean with its interval.
+
+    frame: columns arm, method, seed, value; arms in order of appearance along x, methods side by side. Thin grey lines
+    join the dots of a seed from arm to arm. The interval is that of `metrics.seed_interval`; the number is the mean.
+    `y` names the axis. Rows without a value (NaN) are left out. ValueError for missing columns, for two values of one
+    (arm, method, seed) and for a frame without a value.
+    """
+    rows = _ablation_rows(frame)
+    arms, methods = list(dict.fromkeys(rows["arm"])), _ordered(rows["method"].unique())
+    own, names = ax is None, _names(methods)
+    if own:
+        ax = plt.subplots(figsize=(1.0 + len(arms) * (0.45 + 0.62 * len(methods)), 3.8))[1]
+    step = 0.8 / len(methods)
+    for m, method in enumerate(methods):
+        shown, offset = look(method), (m - (len(methods) - 1) / 2) * step - 0.15 * step
+        mine = rows[rows["method"] == method]
+        wide = mine.pivot(index="seed", columns="arm", values="value").reindex(columns=arms)
+        x = np.arange(len(arms)) + offset
+        for _, values in wide.iterrows():
+            ax.plot(x[values.notna()], values.dropna(), color="0.75", linewidth=0.8, label="_pair", zorder=1.5)
+        for a, arm in enumerate(arms):
+            values = wide[arm].dropna().to_numpy()
+            if not len(values):
+                continue
+            ax.plot(
+                np.full(len(values), x[a]), values, "o", color=shown.colour, markersize=4, alpha=0.55, label="_seeds",
+                markeredgewidth=0, zorder=2,
+            )  # fmt: skip
+            mean, (low, high) = values.mean(), seed_interval(values)
+            at = x[a] + 0.22 * step
+            if math.isfinite(low):
+                ax.plot([at, at], [low, high], color=shown.colour, linewidth=1.6, label="_interval", zorder=2.5)
+            ax.plot(
+                [at], [mean], marker=shown.marker, color=shown.colour, markersize=7.5, linestyle="None", zorder=3,
+                markeredgecolor="white", markeredgewidth=0.7, label=names[method] if not a else "_mean",
+            )  # fmt: skip
+            ax.annotate(
+                f"{mean:.3f}", (at, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
+                color=shown.colour, zorder=4,
+                path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
+            )  # fmt: skip
+    ax.set_xticks(range(len(arms)), [textwrap.fill(str(arm), 16) for arm in arms])
+    ax.set_xlim(-0.55, len(arms) - 0.45)
+    ax.grid(False, axis="x")
+    ax.set_ylabel(f"{y_label(y)}, at the end")
+    if legend:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(methods) if len(methods) < 4 else 2)
+    return ax
+
+
+def _ablation_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    absent = [column for column in ("arm", "method", "seed", "value") if column not in frame.columns]
+    if absent:
+        raise ValueError(f"the frame lacks the columns {absent}; it has {list(frame.columns)}")
+    twice = frame[frame.duplicated(["arm", "method", "seed"])]
+    if len(twice):
+        raise ValueError(f"two values of one run: {twice.iloc[0][['arm', 'method', 'seed']].to_dict()}")
+    rows = frame.assign(value=frame["value"].astype(float)).dropna(subset=["value"])
+    if rows.empty:
+        raise ValueError(f"the frame has no value in its {len(frame)} rows")
+    return rows
+
+
+def ablation_caption(frame: pd.DataFrame, y: str = "ap50") -> str:
+    """One sentence for under `ablation`."""
+    text = _mean_and_band(_ablation_rows(frame).groupby(["arm", "method"]), "bar")
+    return f"{y_label(y)} on the test images at the end; dot: one seed, grey lines join a seed's runs; marker: {text}."
 
 
 # --- images and boxes -------------------------------------------------------------------------------------------------

@@ -562,7 +562,7 @@ class Run:
         return True
 
     def _check_config(self) -> None:
-        config = {k: v for k, v in self.config.as_dict().items() if k not in ("methods", "seeds")}
+        config = {k: v for k, v in self.config.as_dict().items() if k not in ("methods", "seeds", "ablation_seeds")}
         stored = {"notebook": self.notebook, "method": self.method, "seed": self.seed, "digest": self.config.digest()}
         stored = json.loads(json.dumps({**stored, "config": config}, default=str))
         path = self.folder / "config.json"
@@ -751,6 +751,20 @@ def state(
     """The last committed state of a run, finished or not (to look at its model); None if this machine has none."""
     path = Run(config, notebook, method, seed, root).folder / "state.pt"
     return _load(path)["state"] if path.exists() else None
+
+
+def missing(
+    config: Config, notebook: str, methods: Sequence[str], seeds: Sequence[int], root: str | Path | None = None
+) -> list[tuple[str, int]]:
+    """(method, seed) of the runs of this setting that have no rows here, or were broken off. Published rows count."""
+    out = []
+    for method in methods:
+        for seed in seeds:
+            folder = Run(config, notebook, method, seed, root).folder
+            broken = (folder / "state.pt").exists() and not (folder / "done.json").exists()
+            if broken or not (folder / "rounds.csv").exists():
+                out.append((method, int(seed)))
+    return out
 
 
 def table(

@@ -282,8 +282,9 @@ def yolo_loss(
 
     own = raw.gather(1, index[..., None].expand(-1, -1, columns))  # (B, R, 5 + C)
     target = boxes.float().repeat_interleave(per_box, dim=1)  # (B, R, 4)
-    unit = target.new_tensor([0.0, 0.0, 1.0, 1.0])  # stands in where nothing is claimed: 0 / 0 would spoil the gradient
-    ciou_loss = complete_box_iou_loss(decode(own, grid[index]), torch.where(claims[..., None], target, unit))  # (B, R)
+    found = decode(own, grid[index])
+    # Where nothing is claimed the box is its own target: the 0 / 0 of a padding row would spoil the gradient.
+    ciou_loss = complete_box_iou_loss(found, torch.where(claims[..., None], target, found.detach()))  # (B, R)
     box = level_means(ciou_loss)
 
     classification = raw.new_zeros(())
@@ -335,14 +336,18 @@ class YOLO(Detector):
         self.image_size, self.classes = image_size, classes
         self.gains, self.times_batch = gains, times_batch
         self.register_buffer("anchors", anchors, persistent=False)
-        self._expect_few_objects()
+        self._expect_few_objects(640 * anchor_scale)
 
     @torch.no_grad()
-    def _expect_few_objects(self) -> None:
-        """Biases start at the log-odds of eight objects in an image of 640 px, and of a class; from released code."""
+    def _expect_few_objects(self, side: float) -> None:
+        """Biases start at the logarithm of eight objects in an image of side x side px, and of a class.
+
+        From released code, whose images and anchors are those of 640 px; scaled anchors mean a scaled image. (With the
+        prior of 640 px, AP50 on BCCD at 160 px was up to 0.3 lower after 400 steps.)
+        """
         for stride, layer in zip(STRIDES, self.head, strict=True):
             bias = layer.bias.view(-1, 5 + self.classes)
-            bias[:, 4] = math.log(8 / (640 / stride) ** 2)
+            bias[:, 4] = math.log(min(1.0, 8 / (side / stride) ** 2))
             bias[:, 5:] = math.log(0.6 / (self.classes - 0.99999))
 
     def raw(self, maps: tuple[Tensor, ...]) -> Tensor:

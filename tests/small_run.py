@@ -1,4 +1,4 @@
-"""The loop of notebook 11 on a few scenes: seconds, not minutes; test_alfl.py breaks it off in other processes."""
+"""The loops of notebooks 11 and 12 on a few scenes: seconds, not minutes; test_alfl.py breaks it off in other processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils import alfl, config, federation, record
+from fedal_utils import alfl, config, record
 
 SMALL = dict(
     scenes=(60, 8), start_images=10, start_iterations=6, clients=2, first=3, budget=2, cycles=2, rounds=2, iterations=2,
@@ -17,23 +17,47 @@ SMALL = dict(
 
 
 def settings(**changes) -> config.Config:
-    return config.load("11_fedavg", "smoke", **{**SMALL, **changes})
+    return config.load("00_start_here", "smoke", **{**SMALL, **changes})
 
 
-def loop(root: Path, study: alfl.Study | None = None, order: int = 1, **changes) -> alfl.Study:
-    """Run all methods; `order` = -1 turns the clients' order round. Returns the study, to be used again."""
+def loop(
+    root: Path, study: alfl.Study | None = None, order: int = 1, enough: int | None = None, **changes
+) -> alfl.Study:
+    """Run all methods as notebooks 11 and 12 do. Returns the study, to be used again.
+
+    order: -1 turns the clients' order round in every round of all clients. enough: break off after so many commits.
+    """
     torch.set_num_threads(1)
     study = study or alfl.prepare(settings(**changes), device="cpu")
-    for run in record.runs(study.config, "small", root=root, progress=False):
+    commits = 0
+    for run in record.runs(study.config, "small", root=root, plan=alfl.plan, progress=False):
+        chained = alfl.scheme_of(run.method)[0] in alfl.CHAINS
         clients, model = alfl.start(run, study)
         for cycle, round in run.rounds():
-            if round == 0:
-                for client in clients[::order]:
-                    alfl.ask(run, study, model, client, cycle)
-            updates = alfl.train(run, study, model, clients[::order], cycle, round)
-            model.load_state_dict(federation.average(updates, study.config.weights), strict=False)
-            alfl.commit(run, study, model, clients, updates, cycle, round)
+            if commits == enough:
+                raise BrokenOff
+            turn, updates = alfl.turn(run, clients, round) if chained else None, []
+            if turn is None:
+                asking = clients[::order] if round == 0 else ()
+            else:
+                asking = turn.clients if turn.first else ()
+            for client in asking:
+                alfl.ask(run, study, model, client, cycle)
+            if turn is not None and turn.merge:
+                alfl.merge_by_class(run, study, model, clients)
+            else:
+                updates = alfl.train(run, study, model, clients if chained else clients[::order], cycle, round, turn)
+                if alfl.apart(run, cycle):
+                    alfl.keep(clients, updates)
+                else:
+                    alfl.merge(run, model, clients, updates)
+            alfl.commit(run, study, model, clients, updates, cycle, round, turn)
+            commits += 1
     return study
+
+
+class BrokenOff(Exception):
+    """The loop ended after as many commits as it was told."""
 
 
 def killed_at(root: Path, writes: int) -> None:

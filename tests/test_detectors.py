@@ -264,6 +264,24 @@ def test_class_agnostic_selection_by_hand():
     assert one.probs[0, 0].tolist() == pytest.approx([0.2, 0.2, 0.6])
 
 
+def test_scores_of_their_own_take_the_place_of_the_probs():
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 8], [30, 30, 40, 40]]])
+    probs = torch.tensor([[[0.1, 0.5, 0.4], [0.2, 0.2, 0.6], [0.9, 0.05, 0.05]]])
+    scores = torch.tensor([[[0.3, 0.7], [0.2, 0.65], [0.1, 0.8]]])
+    found = select_detections(boxes, probs, 0.25, 0.45, 100, 100, scores=scores)
+    # class 2: box 2 (.8), then box 0 (.7), which puts box 1 (.65) out; class 1: box 0 (.3), 0.2 and 0.1 are too little
+    assert found.labels.tolist() == [[2, 2, 1]]
+    assert found.scores[0].tolist() == pytest.approx([0.8, 0.7, 0.3])
+    assert torch.equal(found.boxes[0], boxes[0, [2, 0, 0]]) and torch.equal(found.probs[0], probs[0, [2, 0, 0]])
+    one = select_detections(boxes, probs, 0.25, 0.45, 100, 100, class_agnostic=True, scores=scores)
+    assert one.labels.tolist() == [[2, 2]] and one.scores[0].tolist() == pytest.approx([0.8, 0.7])
+    same = select_detections(boxes, probs, 0.15, 0.45, 100, 100, scores=probs[..., 1:])
+    plain = select_detections(boxes, probs, 0.15, 0.45, 100, 100)
+    assert torch.equal(same.scores, plain.scores) and torch.equal(same.labels, plain.labels)
+    with pytest.raises(ValueError, match="not finite"):
+        select_detections(boxes, probs, 0.1, 0.45, 100, 100, scores=scores / 0)
+
+
 def test_the_threshold_is_exclusive_and_no_detection_is_an_empty_row():
     boxes, probs = torch.tensor([[[0.0, 0, 10, 10]]] * 2), torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]])
     found = select_detections(boxes, probs, 0.5, 0.45, 100, 100)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedal_utils import data as data_sets
-from fedal_utils import partition
+from fedal_utils import config, partition
 from fedal_utils.seeding import rng_for
 
 # van Bommel's 8-class split over 9 devices (released code): what each device must miss, in the notes' words
@@ -115,7 +115,7 @@ def test_missing_class_by_hand():
 
 def test_the_kitti_table_is_the_notes_table_by_name():
     assert CLASSES == ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
-    assert [sorted(columns) for columns in COLUMNS] == [list(row) for row in partition.KITTI_MISSING]
+    assert [sorted(columns) for columns in COLUMNS] == [list(row) for row in config.KITTI_MISSING]
 
 
 def kitti_presence(images: int, seed: int) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_missing_class_gives_the_papers_pools():
     nobody = [CLASSES.index(name) for name in ("Cyclist", "Pedestrian", "Person_sitting")]
     present[present[:, nobody].all(axis=1), nobody[2]] = False
     present[np.ix_(range(25), nobody)] = True
-    parts, left_over = partition.missing_class(present, partition.KITTI_MISSING, rng_for(0, "p"))
+    parts, left_over = partition.missing_class(present, config.KITTI_MISSING, rng_for(0, "p"))
     assert left_over.tolist() == list(range(25))
     assert_exact_cover(parts, 5237, left_over)
     assert sorted(len(part) for part in parts) == [579] * 8 + [580]
@@ -139,7 +139,7 @@ def test_missing_class_gives_the_papers_pools():
 @pytest.mark.parametrize("seed", range(3))
 def test_missing_class_at_the_papers_scale_ends_nearly_equal(seed):
     present = kitti_presence(5000, seed)
-    parts, left_over = partition.missing_class(present, partition.KITTI_MISSING, rng_for(seed, "p"))
+    parts, left_over = partition.missing_class(present, config.KITTI_MISSING, rng_for(seed, "p"))
     assert_exact_cover(parts, 5000, left_over)
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1

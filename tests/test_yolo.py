@@ -126,12 +126,15 @@ def test_the_shortcut_is_in_the_backbone_only(norm):
     assert torch.equal(block(x), x)  # SiLU(0) = 0
 
 
-def test_biases_start_at_the_log_odds_of_few_objects():
-    for classes, odds in ((1, 0.6 / 1e-5), (4, 0.6 / 3.00001)):
-        for layer, cells in zip(tiny(classes).head, (80 * 80, 40 * 40, 20 * 20), strict=True):
-            bias = layer.bias.view(3, -1)
-            assert torch.allclose(bias[:, 4].exp(), torch.full((3,), 8 / cells), rtol=1e-4)
-            assert torch.allclose(bias[:, 5:].exp(), torch.full((3, classes), odds), rtol=1e-3)
+@pytest.mark.parametrize("scale, cells", [(1.0, (6400, 1600, 400)), (0.25, (400, 100, 25)), (0.05, (16, 8, 8))])
+@pytest.mark.parametrize("classes, odds", [(1, 0.6 / 1e-5), (4, 0.6 / 3.00001)])
+def test_biases_start_at_eight_objects_in_an_image_of_640_px_or_of_as_much_as_the_anchors_are_scaled(
+    scale, cells, classes, odds
+):
+    for layer, number in zip(tiny(classes, anchor_scale=scale).head, cells, strict=True):
+        bias = layer.bias.view(3, -1)
+        assert torch.allclose(bias[:, 4].exp(), torch.full((3,), 8 / number), rtol=1e-4)
+        assert torch.allclose(bias[:, 5:].exp(), torch.full((3, classes), odds), rtol=1e-3)
 
 
 def test_the_same_generator_gives_the_same_weights():
@@ -170,6 +173,7 @@ def test_folding_keeps_the_outputs_after_the_statistics_have_moved():
         ):  # scale and shift are not one and zero
             norm.weight.mul_(1.3)
             norm.bias.add_(0.1)
+        model.backbone.stages[0].conv.norm.running_var.mul_(0.02)  # so small that eps counts
     before = {k: v.clone() for k, v in model.state_dict().items()}
     folded = yolo.fold(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -221,7 +225,7 @@ def test_outputs_are_in_the_order_of_the_grid():
 
 
 def oracle_claims(boxes, classes, ignore, anchors, size):
-    """All (image, box, level, anchor, row, column) that are claimed; loops over everything, exact fractions of pixels."""
+    """All (image, box, level, anchor, row, column) that are claimed; looks at every cell."""
     claims = []
     for i, k in product(range(len(boxes)), range(boxes.shape[1])):
         x1, y1, x2, y2 = map(float, boxes[i, k])
@@ -494,18 +498,18 @@ def test_confidence_is_objectness_times_class_and_probs_sum_to_one(classes):
     raw = model(x)[0].detach().double().numpy()
     boxes = yolo.decode(model(x)[0], yolo.cell_grid((64, 96), model.anchors)).detach()
     objectness, p = sigmoid(raw[:, 4]), sigmoid(raw[:, 5:]) if classes > 1 else np.ones((378, 1))
+    boxes = np.clip(boxes.double().numpy(), 0, [96, 64, 96, 64])
+    real = (boxes[:, 2:] - boxes[:, :2] > 1e-2).all(1)  # what is left of it in the image
     want = sorted(
         ((o * q[c], c + 1, row) for row, (o, q) in enumerate(zip(objectness, p, strict=True)) for c in range(classes)
-         if o * q[c] > 0.2), reverse=True,
+         if o * q[c] > 0.2 and real[row]), reverse=True,
     )  # fmt: skip
     assert int(found.valid.sum()) == len(want) > 20
     for t, (score, label, row) in enumerate(want):
         assert found.scores[0, t].item() == pytest.approx(score, abs=1e-6) and found.labels[0, t] == label
         shares = [1 - objectness[row], *(objectness[row] * p[row] / p[row].sum())]
         assert found.probs[0, t].tolist() == pytest.approx(shares, abs=1e-6)
-        x1, y1, x2, y2 = boxes[row].tolist()
-        inside = [min(max(x1, 0), 96), min(max(y1, 0), 64), min(max(x2, 0), 96), min(max(y2, 0), 64)]
-        assert found.boxes[0, t].tolist() == pytest.approx(inside, abs=1e-3)
+        assert found.boxes[0, t].tolist() == pytest.approx(boxes[row].tolist(), abs=1e-3)
     assert torch.allclose(found.probs.sum(-1), torch.ones(1, len(want)), atol=1e-6)
 
 
@@ -687,13 +691,20 @@ def fitted(scenes, steps, norm="group", **recipe):
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_training_lowers_the_loss_and_is_the_same_each_time(norm):
     scenes = data.digit_scenes(20, 1, (64, 64), classes=3)[0]
-    runs = [fitted(scenes, 30, norm) for _ in range(2)]
+    runs = [fitted(scenes, 40, norm) for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     state, again = (model.state_dict() for model, _ in runs)
     assert all(torch.equal(state[k], again[k]) for k in state)
     first, last = runs[0][1][0], runs[0][1][-1]
     # objectness aims at the IoU, a target that rises while boxes improve: it is no measure of progress at first
-    assert last["box"] < 0.75 * first["box"] and last["classification"] < 0.9 * first["classification"]
+    assert last["box"] < 0.8 * first["box"] and last["classification"] < 0.97 * first["classification"]
+
+
+def test_bfloat16_on_a_cpu_trains_and_stays_near_float32():
+    scenes = data.digit_scenes(8, 1, (64, 64), classes=3)[0]
+    (_, full), (model, half) = (fitted(scenes, 3, amp=amp) for amp in (False, True))
+    assert half[-1]["loss"] != full[-1]["loss"] and half[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_a_few_images_are_learned_by_heart():
