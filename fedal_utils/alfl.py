@@ -64,18 +64,22 @@ class Client:
 class Turn:
     """Who acts in a round, and how.
 
-    clients: one in a chain, nobody in the round of its class-wise merge (`merge`), else all. first: a visit of the
-    chain's first pass, which asks for all labels at once. times: training as long as so many rounds. visits: how many
-    such turns make one schedule, where the optimiser's state lives on. frozen: the head only. state: what happens to
-    the optimiser's state, as `Config.optimiser_state`. anneal: factor on the learning rate.
+    clients: one in a chain, nobody in the round of its class-wise merge (`merge`), else all. asks: they ask for labels
+    before they train. first: a visit of the chain's first pass, which asks for all labels at once. times: training as
+    long as so many rounds. visits: how many such turns make one schedule, where the optimiser's state lives on. frozen:
+    only the head is trained and sent back. whole: the message to the client carries the backbone all the same, for it
+    has not seen the merged one yet. state: what happens to the optimiser's state, as `Config.optimiser_state`. anneal:
+    factor on the learning rate.
     """
 
     clients: tuple[Client, ...]
+    asks: bool = False
     first: bool = False
     merge: bool = False
     times: float = 1.0
     visits: int = 1
     frozen: bool = False
+    whole: bool = True
     state: str = "restart"
     anneal: float = 1.0
 
@@ -320,6 +324,8 @@ def plan(config: Config, method: str) -> list[tuple[int, int]]:
     scheme, _ = scheme_of(method)
     if scheme not in CHAINS:
         return record.every_round(config)
+    if config.batch_norm == "local":
+        raise ValueError(f"method {method!r} hands one model on: batch_norm='local' is for schemes that average")
     later = later_passes(config, scheme) * (1 if scheme == "chain-fedavg" else config.clients)
     return [(0, round) for round in range(config.clients + 1 + later)]
 
@@ -335,28 +341,35 @@ def later_passes(config: Config, scheme: str) -> int:
             f"the chain's first pass trains as long as first_pass={config.first_pass} rounds, which leaves none of the "
             f"{rounds} (cycles x rounds + tail) for later passes: lower first_pass, or give passes"
         )
-    return max(1, round(passes / config.visit)) if scheme == "accumulate" else passes
+    if scheme != "accumulate":
+        return passes
+    visit = max(1, round(config.iterations * config.visit)) / config.iterations if config.iterations else config.visit
+    return max(1, round(passes / visit))  # the nearest whole number of passes
 
 
-def turn(run: record.Run, clients: Sequence[Client], round: int) -> Turn:
-    """Who acts in this round of a chain, and how: see `Turn`. Device d of the next pass goes on from the last one's."""
-    scheme, _ = scheme_of(run.method)
+def whose_turn(run: record.Run, clients: Sequence[Client], cycle: int, round: int) -> Turn:
+    """Who acts in this round, and how: see `Turn`. Device d of a chain's next pass goes on from the last one's."""
+    config, count, scheme = run.config, len(clients), scheme_of(run.method)[0]
     if scheme not in CHAINS:
-        raise ValueError(f"method {run.method!r} has no turns: all clients act in every round")
-    config, count = run.config, len(clients)
+        visits, anneal = len(run.plan), round_factor(config, cycle, round)
+        return Turn(tuple(clients), asks=round == 0, state=config.optimiser_state, visits=visits, anneal=anneal)
     if round < count:
-        return Turn((clients[round],), first=True, times=config.first_pass)
+        return Turn((clients[round],), asks=True, first=True, times=config.first_pass)
     if round == count:
         return Turn((), merge=True)
-    done, whole = round - count - 1, later_passes(config, scheme)
+    done, passes = round - count - 1, later_passes(config, scheme)
     if scheme == "chain-fedavg":
         return Turn(
-            tuple(clients), frozen=True, state=config.optimiser_state, visits=whole, anneal=_fall(config, done, whole)
-        )
-    visitor, anneal = (clients[done % count],), _fall(config, done // count, whole)
+            tuple(clients), frozen=True, whole=done == 0, state=config.optimiser_state, visits=passes,
+            anneal=_fall(config, done, passes),
+        )  # fmt: skip
+    visitor, anneal = (clients[done % count],), _fall(config, done // count, passes)
     if scheme == "chain":
-        return Turn(visitor, frozen=True, state=config.optimiser_state, visits=whole, anneal=anneal)
-    return Turn(visitor, times=config.visit, state="travels", visits=whole * count, anneal=anneal)
+        visits = passes * (count if config.optimiser_state == "travels" else 1)
+        return Turn(
+            visitor, frozen=True, whole=done < count, state=config.optimiser_state, visits=visits, anneal=anneal
+        )  # fmt: skip
+    return Turn(visitor, times=config.visit, state="travels", visits=passes * count, anneal=anneal)
 
 
 def _fall(config: Config, done: int, whole: int) -> float:
@@ -385,7 +398,8 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
     """Score the client's unlabelled images, choose, and have the Oracle label them.
 
     The first labels are random (as_released: scored by the starting point); a chain's first visit scores all that it
-    asks for. A client with a model of its own scores with that. The centralised reference asks what its method asked, in the same cycles.
+    asks for. A client with a model of its own scores with that. The centralised reference asks what its method asked,
+    in the same cycles.
     """
     config = run.config
     scheme, strategy = scheme_of(run.method)
@@ -412,7 +426,7 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
 def _ask_again(run: record.Run, client: Client, cycle: int, method: str) -> None:
     """Ask what `method` asked of this client in this cycle, on the same seed: its run must be finished."""
     rows = record.asked(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
-    if rows.empty:
+    if record.missing(run.config, run.notebook, [method], [run.seed], run.root):
         raise ValueError(f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)")
     mine = rows[(rows["client"] == client.name) & (rows["cycle"] == cycle)]
     place = {sample: position for position, sample in enumerate(client.pool.ids)}
@@ -425,27 +439,29 @@ def broadcast(model: Detector, batch_norm: str, wire: str) -> bytes:
 
 
 def train(
-    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int,
-    turn: Turn | None = None,
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
 ) -> list[Update]:  # fmt: skip
-    """One round: the clients that take part train from the global model (or their own), each on its own labels.
+    """One round: the clients whose turn it is train from the global model (or their own), each on its own labels.
 
-    turn: of a chain, see `turn`; else all clients act. Method 'centralised' trains once on everyone's labels, for as
-    many gradient steps as the clients take together. A client without labels, one whose update is lost, and one whose
-    training diverges (with on_failure='skip') sends nothing; its `status` says why.
+    Method 'centralised' trains once on everyone's labels, for as many gradient steps as the clients take together. A
+    client without labels, one whose update is lost, and one whose training diverges (with on_failure='skip') sends
+    nothing; its `status` says why.
     """
     config = run.config
     for client in clients:
         client.status, client.received = "", 0
     if scheme_of(run.method)[0] == CENTRALISED:
         return _train_on_one_node(run, study, model, clients, cycle, round)
-    if turn is None:
-        turn = _all(config, clients, cycle, round)
+    turn = whose_turn(run, clients, cycle, round)
     if not turn.clients:
         return []
-    if turn.frozen:
-        model.freeze_backbone()
     message = broadcast(model, config.batch_norm, config.wire)
+    if turn.frozen:
+        if turn.whole and not config.frozen:
+            model.unfreeze_backbone()
+            message = broadcast(model, config.batch_norm, config.wire)
+        model.freeze_backbone()
+        message = message if turn.whole else broadcast(model, config.batch_norm, config.wire)
     scratch = detectors.clone(model)
     recipe, iterations = _recipe(config, turn)
     names = federation.take_part([c.name for c in turn.clients], config.fraction, run.rng("take part", cycle, round))
@@ -460,7 +476,11 @@ def train(
         luggage = len(federation.pack(client.memory)) if turn.state == "travels" and client.memory else 0
         client.received = 0 if client.own else len(message) + luggage
         try:
-            if config.lost and run.rng("lost", client.name, cycle, round).random() < config.lost:
+            if (
+                config.lost
+                and not apart(run, cycle)
+                and run.rng("lost", client.name, cycle, round).random() < config.lost
+            ):
                 raise ClientLost(f"client {client.name}: its update did not arrive in cycle {cycle}, round {round}")
             images, labels = client.pool.training_set()
             update = federation.train_client(
@@ -485,14 +505,6 @@ class ClientLost(RuntimeError):
     """A client's update did not arrive; names the client, the cycle and the round."""
 
 
-def _all(config: Config, clients: Sequence[Client], cycle: int, round: int) -> Turn:
-    """The turn of a scheme without a chain: all clients."""
-    visits = config.cycles * config.rounds + config.tail
-    return Turn(
-        tuple(clients), state=config.optimiser_state, visits=visits, anneal=round_factor(config, cycle, round)
-    )  # fmt: skip
-
-
 def _recipe(config: Config, turn: Turn) -> tuple[Config, int | None]:
     """How a client trains in this turn, and for how many steps (None: in epochs)."""
     recipe = config.replace(lr=config.lr * turn.anneal, epochs=max(1, round(config.epochs * turn.times)))
@@ -515,7 +527,7 @@ def _span(config: Config, turn: Turn, client: Client, recipe: Config, iterations
 def _train_on_one_node(
     run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
 ) -> list[Update]:
-    config, node, turn = run.config, clients[0], _all(run.config, clients, cycle, round)
+    config, node, turn = run.config, clients[0], whose_turn(run, clients, cycle, round)
     images, labels = everyone(study, clients)
     recipe, iterations = _recipe(config, turn)
     keeps = config.optimiser_state != "restart"
@@ -545,9 +557,10 @@ def merge(run: record.Run, model: Detector, clients: Sequence[Client], updates: 
         state = federation.average(updates, run.config.weights)
     model.load_state_dict(state, strict=False)
     travelling = federation.average_memory(updates, run.config.weights)
+    merged = {update.client for update in updates}
     for client in clients:
-        if scheme_of(run.method)[0] == "local-first":
-            client.own = {}
+        if client.name in merged and scheme_of(run.method)[0] == "local-first":
+            client.own = {}  # who sent nothing goes on alone until it does
         if travelling:
             client.memory = dict(travelling)
 
@@ -563,22 +576,32 @@ def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequ
     """The chain's merge after its first pass: each class votes for the client whose model detects it best (7.2).
 
     The models are judged, class by class at AP50, on the images that the server holds out (`merge_images`), or if
-    there are none on the start images, which all of them have seen; as_released: on the test set, as the released code
-    does. Returns each client's part; clients that sent nothing have none.
+    there are none on the start images, which all of them have seen; a server without a labelled image counts all
+    alike. as_released: on the test set, as the released code does. Returns each client's part; clients that sent
+    nothing have none.
     """
-    config = run.config
     sent = [client for client in clients if client.own]
     if not sent:
         raise ValueError(f"{run}: no client came through the chain's first pass, so there is nothing to merge")
-    if config.as_released:
+    parts = federation.class_wise_shares(_judged_apart(run, study, model, sent))
+    updates = [Update(client.name, federation.pack(client.own), 0, 0, 0, 0.0) for client in sent]
+    model.load_state_dict(federation.weighted(updates, parts), strict=False)
+    for client in clients:
+        client.own, client.status, client.received = {}, "", 0
+    return dict(zip((client.name for client in sent), parts.tolist(), strict=True))
+
+
+def _judged_apart(run: record.Run, study: Study, model: Detector, sent: Sequence[Client]) -> np.ndarray:
+    """(M, C) AP50 of each class by each client's own model; NaN where it cannot be judged."""
+    rows = held_out(run.config, study.train, run.seed)
+    if not len(rows):
+        rows, _, _ = share_out(run.config, study.train, run.seed)
+    if run.config.as_released:
         judges = study.test
-    else:
-        rows = held_out(config, study.train, run.seed)
-        if not len(rows):
-            rows, _, _ = share_out(config, study.train, run.seed)
-        if not len(rows):
-            raise ValueError("the class-wise merge needs labelled images at the server: set merge_images above 0")
+    elif len(rows):
         judges = study.train.take(rows)
+    else:
+        return np.full((len(sent), len(study.class_names)), math.nan)
     scratch = detectors.clone(model)
     table = []
     for client in sent:
@@ -586,12 +609,7 @@ def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequ
         found = training.predict(scratch, judges.images, device=study.device)
         judged = metrics.evaluate(found, judges.labels, study.class_names)
         table.append([judged.get(f"ap50/{name}", math.nan) for name in study.class_names])
-    parts = federation.class_wise_shares(np.array(table, dtype=float))
-    updates = [Update(client.name, federation.pack(client.own), 0, 0, 0, 0.0) for client in sent]
-    model.load_state_dict(federation.weighted(updates, parts), strict=False)
-    for client in clients:
-        client.own, client.status, client.received = {}, "", 0
-    return dict(zip((client.name for client in sent), parts.tolist(), strict=True))
+    return np.array(table, dtype=float)
 
 
 def round_factor(config: Config, cycle: int, round: int) -> float:
@@ -612,14 +630,16 @@ def everyone(study: Study, clients: Sequence[Client]) -> tuple[Images | CachedIm
     return study.train.images.take(rows), clients[0].pool.labels_of(rows)
 
 
-def judge(study: Study, model: Detector, clients: Sequence[Client] = ()) -> dict[str, float]:
-    """Metrics on the test set; where clients hold weights or BatchNorm statistics of their own, the mean over their
-    models.
+def judge(
+    study: Study, model: Detector, clients: Sequence[Client] = (), alone: bool = False
+) -> dict[str, float]:  # fmt: skip
+    """Metrics on the test set; where clients hold BatchNorm statistics (alone: weights) of their own, the mean over
+    their models.
     """
-    alone = [state for client in clients if (state := {**client.own, **client.home})]
-    if alone:
+    states = [state for client in clients if (state := {**(client.own if alone else {}), **client.home})]
+    if states:
         each = []
-        for state in alone:
+        for state in states:
             own = detectors.clone(model)
             own.load_state_dict(state, strict=False)
             each.append(judge(study, own))
@@ -630,7 +650,7 @@ def judge(study: Study, model: Detector, clients: Sequence[Client] = ()) -> dict
 
 def commit(
     run: record.Run, study: Study, model: Detector, clients: Sequence[Client], updates: Sequence[Update],
-    cycle: int, round: int, turn: Turn | None = None,
+    cycle: int, round: int,
 ) -> dict:  # fmt: skip
     """End of a round: judge (after a cycle's last round, or as the config says), write rows, save the resume point.
 
@@ -640,7 +660,8 @@ def commit(
     config = run.config
     last = (cycle, round + 1) not in run.plan
     judged = last or (config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0)
-    if turn is not None:
+    turn, chained = whose_turn(run, clients, cycle, round), scheme_of(run.method)[0] in CHAINS
+    if chained:
         judged = last or turn.first or len(turn.clients) != 1 or turn.clients[0] is clients[-1]
     traffic = _traffic(run, clients, updates, cycle, round, turn)
     where = {"cycle": cycle, "round": round}
@@ -662,15 +683,13 @@ def commit(
                  "bytes_up": 0, "bytes_down": traffic[client.name][1], "steps": 0, "status": client.status}
             )  # fmt: skip
     bill = total(c.pool.bill() for c in clients)
-    alone = () if turn is not None else clients  # of a chain, the model on its way is judged
     server = {
         **where, "client": "server", "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
         "bytes_up": sum(up for up, _ in traffic.values()), "bytes_down": sum(down for _, down in traffic.values()),
         "loss": float(np.mean([u.loss for u in updates])) if updates else None, "steps": sum(u.steps for u in updates),
-        **(judge(study, model, alone) if judged else {}),
+        **(judge(study, model, clients, apart(run, cycle)) if judged else {}),
     }  # fmt: skip
-    asking = clients if turn is None and round == 0 else turn.clients if turn is not None and turn.first else ()
-    asked = [row for c in asking for row in c.pool.asked_rows(cycle)]
+    asked = [row for c in turn.clients if turn.asks for row in c.pool.asked_rows(cycle)]
     kept = model.exchanged() if config.frozen else list(model.state_dict())
     state = {
         "model": federation.state_of(model, kept),
@@ -681,7 +700,7 @@ def commit(
 
 
 def _traffic(
-    run: record.Run, clients: Sequence[Client], updates: Sequence[Update], cycle: int, round: int, turn: Turn | None
+    run: record.Run, clients: Sequence[Client], updates: Sequence[Update], cycle: int, round: int, turn: Turn
 ) -> dict[str, tuple[int, int]]:
     """Bytes that each client sent and received in this round: packed messages, as they are.
 
@@ -689,9 +708,11 @@ def _traffic(
     of a chain receives the model from the visitor before (one hop) and, in the first pass, sends its own to the server
     for the merge; the last visitor of all hands the result in.
     """
-    if scheme_of(run.method)[0] == CENTRALISED or len(clients) == 1:
+    scheme = scheme_of(run.method)[0]
+    if scheme == CENTRALISED or len(clients) == 1:
         return {name: (0, 0) for name in [*(u.client for u in updates), *(c.name for c in clients)]}
-    hop = turn is not None and len(turn.clients) == 1 and not turn.first and (cycle, round + 1) in run.plan
+    visit = scheme in CHAINS and len(turn.clients) == 1
+    hop = visit and not turn.first and (cycle, round + 1) in run.plan
     silent = hop or apart(run, cycle)  # a hop is counted when it arrives
     sent = {update.client: update.bytes for update in updates}
     return {c.name: (0 if silent else sent.get(c.name, 0), c.received) for c in clients}
@@ -745,11 +766,14 @@ def paper_megabytes(
 def sent_sizes(study: Study) -> dict[str, float]:
     """MB of one packed message of this study's detector: 'full', 'head' (backbone frozen), 'optimiser' (its state)."""
     config = study.config
-    model = new_detector(config, len(study.class_names), torch.Generator().manual_seed(0))
+    model = new_detector(config, max(1, len(study.class_names)), torch.Generator().manual_seed(0))
     full = len(broadcast(model, config.batch_norm, config.wire))
-    moments = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.optimiser]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    memory = {f"{moment}:{name}": p for name, p in trained.items() for moment in moments}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    moments = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.optimiser]
+    memory = {
+        f"{moment}:{name}": torch.tensor(0.0) if moment == "step" else p for name, p in trained for moment in moments
+    }
+    memory[training.STEPS] = torch.tensor(0)
     model.freeze_backbone()
     head = len(broadcast(model, config.batch_norm, config.wire))
     return {"full": full / 1e6, "head": head / 1e6, "optimiser": len(federation.pack(memory)) / 1e6}
@@ -790,3 +814,14 @@ def optimiser_ablation(config: Config) -> dict[str, Config]:
         "restart, no warm-up": config.replace(optimiser_state="restart", warmup=0),
         "kept, one warm-up": config.replace(optimiser_state="client", warmup=warmup),
     }
+
+
+def steps_in_a_row(config: Config) -> dict[str, Config]:
+    """A control beside the ablation's last arm: every client takes as many steps in a row as the single node does.
+
+    At equal steps in all, the clients' steps lie side by side, so each of them is `clients` times shorter; what is left
+    of the gap here is due to averaging and to the split of the images alone.
+    """
+    kept, many = optimiser_ablation(config)["kept, one warm-up"], config.clients
+    longer = {"iterations": many * config.iterations} if config.iterations else {"epochs": many * config.epochs}
+    return {f"kept, {many} x the steps": kept.replace(**longer)}

@@ -221,8 +221,10 @@ _VAN_BOMMEL: dict[str, dict[str, Any]] = {
     },
     "bccd": {
         **_SMALL_YOLO, "image_size": (128, 160), "zoom": (0.8, 1.2), "shift": 0.15, "colour": 0.3, "batch": 8,
-        "start_images": 20, "start_iterations": 300, "merge_images": 20, "first": 10, "budget": 10, "cycles": 4,
-        "rounds": 2, "tail": 4, "iterations": 8, "first_pass": 7, "visit": 0.5, "evaluate_every": 2,
+        "anchor_side": 3.0, "gains": (0.3, 1.0, 5.0), "clip": 0.0, "start_images": 20, "start_iterations": 120,
+        "merge_images": 20, "first": 10, "budget": 10, "cycles": 4, "rounds": 2, "tail": 4, "iterations": 12,
+        "first_pass": 7, "visit": 0.5, "evaluate_every": 2,
+        "seeds": (0, 1, 2, 3, 4),
     },
 }  # fmt: skip
 

@@ -230,12 +230,13 @@ def train_client(
     if home:
         model.load_state_dict(home, strict=False)
     steps, losses = 0, []
+    remembered = None if memory is None else dict(memory)
     freeze = batch_norm_frozen(model) if batch_norm == "frozen" else contextlib.nullcontext()
     try:
         with freeze:
             for row in fit(
-                model, images, labels, recipe, rng, iterations=iterations, device=device, who=client, memory=memory,
-                span=span,
+                model, images, labels, recipe, rng, iterations=iterations, device=device, who=client,
+                memory=remembered, span=span,
             ):  # fmt: skip
                 steps = row["steps"]
                 losses.append(row["loss"])
@@ -247,11 +248,13 @@ def train_client(
         raise ValueError(f"client {client} made no step: iterations={iterations}, epochs={recipe.epochs}")
     try:
         sent = pack(state, wire)
-        luggage = pack(memory) if travels and memory else b""  # second moments vanish in half precision
+        luggage = pack(remembered) if travels and remembered else b""  # second moments vanish in half precision
     except ValueError as error:
         raise TrainingDiverged(f"client {client}: {error}") from None
     if home is not None and batch_norm == "local":
         home.update(own)
+    if memory is not None:
+        memory.update(remembered)
     return Update(
         client, sent, images=len(images), boxes=int((labels.classes > 0).sum()), steps=steps, loss=losses[-1],
         memory=luggage,

@@ -508,7 +508,7 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
         curves = {seed: part for seed, part in ends[ends["method"] == method].groupby("seed")}
         traffic = server[server["method"] == method].groupby("seed")[["bytes_up", "bytes_down"]].sum().sum(axis=1)
         last = [float(part[y].iloc[-1]) for part in curves.values()]
-        if all(len(part) > 1 for part in curves.values()):
+        if all(len(part) > 1 and (part["images"].diff().iloc[1:] > 0).all() for part in curves.values()):
             areas[method] = {seed: area_under_curve(part["images"], part[y]) for seed, part in curves.items()}
         area = list(areas.get(method, {}).values())
         finals = pd.concat([part.tail(1) for part in curves.values()])
@@ -568,29 +568,36 @@ def finals(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
 def gaps(finals: pd.DataFrame, method: str = "random", reference: str = "centralised") -> pd.DataFrame:
     """How far the method stays below one reference in every arm, and what each arm gains on the first; by seed.
 
-    The reference is that of the *last* arm: one node, trained as well as the ablation knows how. Columns: arm, seeds,
-    <method>, <reference> (means of this arm), gap (last arm's reference - method), gap_low, gap_high, gained (method
-    against the first arm), gained_low, gained_high, closed (the part of the first arm's gap that is gone), node_gained
-    (reference against the first arm), node_gained_low, node_gained_high. Intervals as in `paired_test`; NaN for one
-    seed and for the first arm against itself.
+    The reference is that of the last arm that has one: a single node, trained as well as the ablation knows how.
+    Columns: arm, seeds, <method>, <reference> (means of this arm), gap (the reference - method), gap_low, gap_high,
+    gained (method against the first arm), gained_low, gained_high, closed (the part of the first arm's gap that is
+    gone), node_gained (this arm's reference against the first's), node_gained_low, node_gained_high. Intervals as in
+    `paired_test`; NaN for one seed, for the first arm against itself, and for an arm without a reference.
     """
     values = finals.pivot(index=["arm", "seed"], columns="method", values="value")
     absent = [m for m in (method, reference) if m not in values.columns]
     if absent:
         raise ValueError(f"no finished run of {absent} among {sorted(values.columns)}")
     arms = list(dict.fromkeys(finals["arm"]))
-    wide = values[[method, reference]].unstack("arm").dropna()  # (S, 2 x arms): the seeds that every arm has
-    if wide.empty:
+    wide = values[[method, reference]].unstack("arm").dropna(axis=1, how="all").dropna()  # the seeds that all arms have
+    with_reference = [arm for arm in arms if (reference, arm) in wide.columns]
+    if wide.empty or not with_reference or any((method, arm) not in wide.columns for arm in arms):
         raise ValueError(f"no seed has finished in all arms {arms}")
-    best = wide[reference, arms[-1]]
+    best, nothing = wide[reference, with_reference[-1]], {"difference": math.nan, "low": math.nan, "high": math.nan}
     rows = []
     for arm in arms:
-        mine, node = wide[method, arm], wide[reference, arm]
-        row = {"arm": arm, "seeds": len(wide), method: mine.mean(), reference: node.mean()}
-        first, first_node = wide[method, arms[0]], wide[reference, arms[0]]
-        for name, a, b in (("gap", best, mine), ("gained", mine, first), ("node_gained", node, first_node)):
-            itself = name != "gap" and arm == arms[0]
-            test = {"difference": 0.0, "low": math.nan, "high": math.nan} if itself else paired_test(a, b)
+        mine, first = wide[method, arm], wide[method, arms[0]]
+        itself = {**nothing, "difference": 0.0}
+        tests = {
+            "gap": paired_test(best, mine),
+            "gained": itself if arm == arms[0] else paired_test(mine, first),
+            "node_gained": itself if arm == with_reference[0] else nothing,
+        }
+        if arm in with_reference[1:]:
+            tests["node_gained"] = paired_test(wide[reference, arm], wide[reference, with_reference[0]])
+        row = {"arm": arm, "seeds": len(wide), method: mine.mean()}
+        row[reference] = wide[reference, arm].mean() if arm in with_reference else math.nan
+        for name, test in tests.items():
             row |= {name: test["difference"], f"{name}_low": test["low"], f"{name}_high": test["high"]}
         whole = (best - first).mean()
         row["closed"] = row["gained"] / whole if whole > 0 else math.nan
@@ -614,6 +621,7 @@ def gap_findings(gaps: pd.DataFrame) -> str:
             line += f"; it gains {row['gained']:+.3f} on the first arm ({chance(row, 'gained')})"
             if not math.isnan(row["closed"]):
                 line += f", {row['closed']:.0%} of its gap"
-            line += f"; the single node gains {row['node_gained']:+.3f} ({chance(row, 'node_gained')})"
+            if not math.isnan(row["node_gained"]):
+                line += f"; the single node gains {row['node_gained']:+.3f} ({chance(row, 'node_gained')})"
         lines.append(line + ".")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class Look(NamedTuple):
     """How a method looks everywhere; marker and line as matplotlib takes them."""
 
     colour: str
-    marker: str | tuple[int, int, int] | Outline
+    marker: str | Outline
     line: str | tuple[int, tuple[float, ...]]
     name: str
 
@@ -59,16 +59,16 @@ METHODS: dict[str, Look] = {
 WAYS = tuple(name for name in METHODS if name not in ("centralised", "federated"))
 # Schemes: a colour and a marker each, told apart from SUM's blue and from each other with any colour vision. The way of
 # asking is the shade (SUM: the colour itself) and the line, as above.
-_LINK = Outline([(-1, -0.55), (1, -0.55), (1, 0.55), (-1, 0.55), (-1, -0.55)], closed=True)
-_WEDGE = Outline([(-1, -0.9), (1, -0.9), (1, 0.9), (-1, -0.9)], closed=True)
+LINK = Outline([(-1, -0.55), (1, -0.55), (1, 0.55), (-1, 0.55), (-1, -0.55)], closed=True)
+WEDGE = Outline([(-1, -0.9), (1, -0.9), (1, 0.9), (-1, -0.9)], closed=True)
 SCHEMES: dict[str, Look] = {
-    "local-first": Look("#33BBEE", (4, 1, 0), "-", "local first"),
-    "chain": Look("#A50F15", _LINK, "-", "chain"),
-    "chain-fedavg": Look("#F0803C", (6, 1, 0), "-", "chain then FedAvg"),
-    "accumulate": Look("#4B0F6B", _WEDGE, "-", "accumulating chain"),
+    "local-first": Look("#33BBEE", Outline.unit_regular_star(4, 0.5), "-", "local first"),
+    "chain": Look("#A50F15", LINK, "-", "chain"),
+    "chain-fedavg": Look("#F0803C", Outline.unit_regular_star(6, 0.6), "-", "chain then FedAvg"),
+    "accumulate": Look("#4B0F6B", WEDGE, "-", "accumulating chain"),
 }
 CHAINS = ("chain", "chain-fedavg", "accumulate")
-SHADES = {"sum": 0.0, "max": 0.35, "avg": 0.6, "count": 0.8}
+SHADES = {"sum": 0.0, "max": 0.35, "avg": 0.6, "count": -0.5}
 OWNERS = {
     "local-first": "local first's",
     "chain": "the chain's",
@@ -109,6 +109,8 @@ def look(method: str) -> Look:
     if method in METHODS:
         return METHODS[method]
     scheme, _, asks = method.partition("+")
+    if scheme == "centralised":
+        asks = asks.removeprefix("fedavg+")
     if scheme == "fedavg" and asks in WAYS:
         return METHODS[asks]._replace(name=f"FedAvg, {METHODS[asks].name}")
     if scheme in SCHEMES and asks in WAYS:
@@ -133,7 +135,7 @@ def _look_of_reference(asks: str) -> Look:
     dots = {"-.": (1, 1.5), ":": (1, 1.5, 1, 1.5)}.get(METHODS[way].line, ())
     dashes = (0, ((2.2, 1.5) if scheme in SCHEMES else (7, 2)) + dots)
     grey = METHODS["centralised"]
-    return Look(_mix(look(asks).colour, grey.colour, 0.35), grey.marker, dashes, f"centralised on {whose} labels")
+    return Look(_mix(look(asks).colour, grey.colour, 0.5), grey.marker, dashes, f"centralised on {whose} labels")
 
 
 def _scheme(method: str) -> str:
@@ -144,6 +146,7 @@ def _scheme(method: str) -> str:
     if not plus:
         return "fedavg" if method in WAYS else ""
     if scheme == "centralised":
+        asks = asks.removeprefix("fedavg+")
         return scheme if asks in WAYS or _scheme(asks) in SCHEMES else ""
     return scheme if scheme in ("fedavg", *SCHEMES) and asks in WAYS else ""
 
@@ -153,11 +156,11 @@ def _mix(colour: str, other: str, part: float) -> str:
 
 
 def _shade(colour: str, way: str) -> str:
-    """A scheme's colour for a way of asking: dark colours get lighter, light ones darker; grey for random."""
+    """A scheme's colour for a way of asking: dark colours get lighter, light ones darker (count: the other way)."""
     if way == "random":
         return _mix(colour, METHODS["random"].colour, 0.65)
-    dark = np.dot(to_rgb(colour), (0.21, 0.72, 0.07)) < 0.4
-    return _mix(colour, "white" if dark else "black", SHADES[way.rpartition("_")[2]])
+    dark, part = np.dot(to_rgb(colour), (0.21, 0.72, 0.07)) < 0.4, SHADES[way.rpartition("_")[2]]
+    return _mix(colour, "white" if dark == (part > 0) else "black", abs(part))
 
 
 def _ordered(methods: Sequence[str]) -> list[str]:
@@ -174,13 +177,19 @@ def _ordered(methods: Sequence[str]) -> list[str]:
 
 
 def _names(methods: Sequence[str]) -> dict[str, str]:
-    """Shown names for one legend: beside another scheme a bare way of asking says that it is FedAvg."""
-    full = any(_scheme(method) in SCHEMES for method in methods)
+    """Shown names for one legend: beside schemes a bare way of asking says that it is FedAvg."""
+    full = any("+" in method and _scheme(method) for method in methods)
     return {method: look(f"fedavg+{method}" if full and method in WAYS else method).name for method in methods}
 
 
 def _new_ax(ax: Axes | None) -> Axes:
     return plt.subplots()[1] if ax is None else ax
+
+
+def _marks(shown: Look, size: float = 5.5) -> dict[str, object]:
+    """Marker options of a line; outlines of schemes need a bit more room than matplotlib's own markers."""
+    size *= 1.3 if isinstance(shown.marker, Outline) else 1
+    return {"marker": shown.marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
 def _legend(ax: Axes, own: bool) -> None:
@@ -272,13 +281,13 @@ def learning_curve(
         if log:
             mine = mine[mine["x"] > 0]
         _, at_x, mean, low, high = _over_seeds(mine, ["cycle", "round"] if points == "round" else "cycle")
-        kwargs = {"color": shown.colour, "marker": shown.marker, "linestyle": shown.line}
+        kwargs = {"color": shown.colour, "linestyle": shown.line, **_marks(shown)}
         if points == "round" and len(mean) > 12:
             kwargs["markevery"] = math.ceil(len(mean) / 12)
-        ax.plot(at_x, mean, label=shown.name, zorder=3, markeredgecolor="white", markeredgewidth=0.6, **kwargs)
+        ax.plot(at_x, mean, label=shown.name, zorder=3, **kwargs)
         _band(ax, shown, at_x, low, high, len(methods))
     if paper is not None:
-        _draw_paper(ax, paper, y)
+        _draw_paper(ax, paper, y, methods)
     ax.set_xlabel(X_LABELS[x])
     ax.set_ylabel(y_label(y))
     if log:
@@ -341,21 +350,24 @@ def _reference(ax: Axes, shown: Look, values: np.ndarray) -> None:
         ax.axhspan(low, high, color=shown.colour, alpha=0.08, linewidth=0, label="_band", zorder=1.5)
 
 
-def _draw_paper(ax: Axes, paper: pd.DataFrame, y: str) -> None:
+def _draw_paper(ax: Axes, paper: pd.DataFrame, y: str, methods: Sequence[str]) -> None:
     if not {"x", "value"} <= set(paper.columns):
         raise ValueError(f"published points need the columns x and value, got {list(paper.columns)}")
     if "metric" in paper.columns:
         paper = paper[paper["metric"] == y]
     settings = paper["setting"].astype(str) if "setting" in paper.columns else pd.Series("", index=paper.index)
-    taken: list[object] = []
-    for setting, rows in paper.groupby(settings, sort=True):
+    given, taken = _ordered(settings.unique()), []
+    names = _names([*methods, *given])
+    for setting in given:
+        rows = paper[settings == setting]
         value = rows["value"].astype(float)
         if "unit" in rows.columns:
             value = value.where(~rows["unit"].astype(str).str.startswith(("%", "percent")), value / 100)
-        name = f"paper, {look(setting).name}" if setting else "paper"
+        name = f"paper, {names[setting]}" if setting else "paper"
         marker = look(setting).marker if setting else "o"
-        if marker in taken:  # two ways of asking of one scheme
-            marker = next((other for other in OTHER_MARKERS if other not in taken), marker)
+        if marker in taken:  # two ways of asking of one scheme: black has no shades
+            others = (look(setting.rpartition("+")[2]).marker, *OTHER_MARKERS)
+            marker = next((other for other in others if other not in taken), marker)
         taken.append(marker)
         ax.plot(
             rows["x"].astype(float),
@@ -467,11 +479,11 @@ def traffic(
         _, x, mean, low, high = _over_seeds(mine[mine["x"] > 0], ["cycle", "round"])
         ax.plot(
             x, mean, color=shown.colour, linestyle=shown.line, linewidth=1.1, label=shown.name, zorder=3,
-            marker=shown.marker, markevery=[-1], markersize=8, markeredgecolor="white", markeredgewidth=0.7,
+            markevery=[-1], **_marks(shown, 8),
         )  # fmt: skip
         _band(ax, shown, x, low, high, len(methods))
     if paper is not None:
-        _draw_paper(ax, paper, y)
+        _draw_paper(ax, paper, y, methods)
     _log_x(ax)
     ax.set(xlabel=X_LABELS["bytes"], ylabel=y_label(y))
     _keep_fractions(ax, y)
@@ -518,9 +530,6 @@ def chain_progress(
     reference = _chosen(list(dict.fromkeys(finals["method"])), list(reference or ()), y)
     own, ax, names = ax is None, _new_ax(ax), _names([*methods, *reference])
     ax.axvline(clients + 0.5, color="0.55", linewidth=1, linestyle=":", label="_merge", zorder=1.8)
-    for method in reference:
-        shown = look(method)._replace(name=names[method])
-        _reference(ax, shown, _finals(finals[finals["method"] == method]))
     for method in methods:
         mine, shown = rows[rows["method"] == method], look(method)._replace(name=names[method])
         for _, seed in mine.groupby("seed", sort=True):
@@ -531,16 +540,18 @@ def chain_progress(
         _, x, mean, low, high = _over_seeds(mine, "x")
         ax.plot(
             x, mean, color=shown.colour, linestyle=shown.line, linewidth=2.2, label=shown.name, zorder=3,
-            marker=shown.marker, markersize=6.5, markeredgecolor="white", markeredgewidth=0.6,
-            markevery=math.ceil(len(x) / 30),
+            markevery=math.ceil(len(x) / 18), **_marks(shown, 6),
         )  # fmt: skip
         _band(ax, shown, x, low, high, len(methods))
+    for method in reference:
+        shown = look(method)._replace(name=names[method])
+        _reference(ax, shown, _finals(finals[finals["method"] == method]))
     if paper is not None:
         if "x" in paper.columns:
             paper = paper.assign(x=[_visit(x, clients) for x in paper["x"]])
-        _draw_paper(ax, paper, y)
+        _draw_paper(ax, paper, y, methods)
     last = max(rows["x"].max(), paper["x"].max() if paper is not None and len(paper) else 0)
-    _visits_axis(ax, clients, int(last - clients) // clients)
+    _visits_axis(ax, clients, max(0, math.ceil((int(last) - clients) / clients)))
     ax.set_ylabel(y_label(y))
     _keep_fractions(ax, y)
     if legend:
@@ -582,53 +593,48 @@ def _visit(x: str | float, clients: int) -> float:
 
 
 def _visits_axis(ax: Axes, clients: int, passes: int) -> None:
-    """Names at the visits. The merge has twice the room of a visit; later passes at most twice that of all before."""
-    after = clients + 1  # 1 .. clients, twice the room up to here, `slope` beyond
-    slope = min(1.0, 2 * after / max(1, clients * (passes + 1) - after))
+    """Names at the visits; the merge gets room, all later passes at most twice that of what is before them."""
+    later = max(1, clients * passes - 1)  # visits beyond clients + 1
+    slope = min(1.0, 2 * (clients + 1) / later)
+    merge = max(2.0, (clients + slope * later) / 10)  # drawn width between visits clients and clients + 1
 
-    def drawn(x):
-        x = np.asarray(x, dtype=float)
-        return x + np.clip(x - clients, 0, 1) + (slope - 1) * np.maximum(x - after, 0)
+    def drawn(visit):
+        early, late = np.minimum(visit, clients), np.maximum(np.asarray(visit, dtype=float) - clients - 1, 0)
+        return early + merge * np.clip(np.asarray(visit) - clients, 0, 1) + slope * late
 
-    def visit(at):
-        at = np.asarray(at, dtype=float)
-        late = np.maximum(at - after - 1, 0)
-        return at - np.clip(at - clients, 0, 2) / 2 + late * (1 / slope - 1)
+    def visit(drawn):
+        early, late = np.minimum(drawn, clients), np.maximum(np.asarray(drawn, dtype=float) - clients - merge, 0)
+        return early + np.clip(np.asarray(drawn) - clients, 0, merge) / merge + late / slope
 
     ax.set_xscale("function", functions=(drawn, visit))
-    end = clients * (passes + 1) if passes else clients + 0.5
-    left, right = drawn(1) - 0.4, drawn(end) + 0.4
+    left, right = drawn(1) - 0.4, drawn(clients * (passes + 1) if passes else clients + 0.5) + 0.4
     ax.set_xlim(visit(left), visit(right))
-    room = (right - left) / 22  # a slanted label needs so much
+    room = (right - left) / 22  # of a slanted label
     steps = [k * 10**e for e in range(6) for k in (1, 2, 5)]
-    devices = next(k for k in steps if k >= room)
-    ticks = {float(d): f"device {d}" for d in range(clients, 0, -devices)}
+    every = next(k for k in steps if k >= room)
+    ticks = {float(device): f"device {device}" for device in range(clients, 0, -every)}
     ticks[clients + 0.5] = "merge"
-    apart = next(k for k in steps if k * clients * slope >= room)
-    for p in range(apart, passes + 1, apart):
-        ticks[float(clients + clients * p)] = f"pass {p}"
-    if passes:
-        first = float(2 * clients)
-        if apart * clients * slope >= 2 * room or apart > 2:
-            ticks.setdefault(first, "pass 1")
+    every = next(k for k in steps if k * clients * slope >= room)
+    shown = [p for p in range(1, passes + 1) if p % every == 0 or (p == 1 and every > 2)]
+    ticks.update({float(clients + clients * p): f"pass {p}" for p in shown})
     ax.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha="right", rotation_mode="anchor")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(False, axis="x")
 
 
 def chain_caption(
-    table: pd.DataFrame, clients: int, y: str = "ap50", reference: Sequence[str] | None = None, paper: bool = False
+    table: pd.DataFrame, y: str = "ap50", reference: Sequence[str] | None = None, paper: bool = False
 ) -> str:
     """One sentence for under `chain_progress`."""
-    rows = _chain_rows(table, clients, y)
+    rows = _chain_rows(table, 1, y)  # counted by round: the places do not matter
     text = (
         f"{y_label(y)} on the test images after each device of the chain's first pass, after the merge (dotted) and "
         f"after every later pass (drawn narrower where they are many); thin: one seed; thick: "
-        f"{_mean_and_band(rows.groupby(['method', 'x']))}"
+        f"{_mean_and_band(rows.groupby(['method', 'round']))}"
     )
     if reference:
         names = _names([*rows["method"].unique(), *reference])
-        text += f"; dashed: end of {', '.join(names[method] for method in reference)}"
+        text += f"; dashed: end of {' and '.join(names[method] for method in reference)}"
     return text + ("; hollow black: published." if paper else ".")
 
 
@@ -651,7 +657,7 @@ def ablation(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", legen
         shown, offset = look(method), (m - (len(methods) - 1) / 2) * step - 0.15 * step
         mine = rows[rows["method"] == method]
         wide = mine.pivot(index="seed", columns="arm", values="value").reindex(columns=arms)
-        x = np.arange(len(arms)) + offset
+        x, named = np.arange(len(arms)) + offset, False
         for _, values in wide.iterrows():
             ax.plot(x[values.notna()], values.dropna(), color="0.75", linewidth=0.8, label="_pair", zorder=1.5)
         for a, arm in enumerate(arms):
@@ -659,23 +665,24 @@ def ablation(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", legen
             if not len(values):
                 continue
             ax.plot(
-                np.full(len(values), x[a]), values, "o", color=shown.colour, markersize=4, alpha=0.55, label="_seeds",
-                markeredgewidth=0, zorder=2,
+                np.full(len(values), x[a]), values, "o", color=shown.colour, markersize=4, alpha=0.6, label="_seeds",
+                markerfacecolor="white" if _scheme(method) == "centralised" else shown.colour, zorder=2,
             )  # fmt: skip
             mean, (low, high) = values.mean(), seed_interval(values)
             at = x[a] + 0.22 * step
             if math.isfinite(low):
                 ax.plot([at, at], [low, high], color=shown.colour, linewidth=1.6, label="_interval", zorder=2.5)
             ax.plot(
-                [at], [mean], marker=shown.marker, color=shown.colour, markersize=7.5, linestyle="None", zorder=3,
-                markeredgecolor="white", markeredgewidth=0.7, label=names[method] if not a else "_mean",
+                [at], [mean], color=shown.colour, linestyle="None", zorder=3, **_marks(shown, 7.5),
+                label="_mean" if named else names[method],
             )  # fmt: skip
+            named = True
             ax.annotate(
                 f"{mean:.3f}", (at, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
                 color=shown.colour, zorder=4,
                 path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
             )  # fmt: skip
-    ax.set_xticks(range(len(arms)), [textwrap.fill(str(arm), 16) for arm in arms])
+    ax.set_xticks(range(len(arms)), [textwrap.fill(str(arm), 16, break_on_hyphens=False) for arm in arms])
     ax.set_xlim(-0.55, len(arms) - 0.45)
     ax.grid(False, axis="x")
     ax.set_ylabel(f"{y_label(y)}, at the end")

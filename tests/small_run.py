@@ -1,4 +1,4 @@
-"""The loops of notebooks 11 and 12 on a few scenes: seconds, not minutes; test_alfl.py breaks it off in other processes."""
+"""The loops of notebooks 11 and 12 on a few scenes: seconds, not minutes; test_alfl.py kills it in other processes."""
 
 from __future__ import annotations
 
@@ -36,22 +36,17 @@ def loop(
         for cycle, round in run.rounds():
             if commits == enough:
                 raise BrokenOff
-            turn, updates = alfl.turn(run, clients, round) if chained else None, []
-            if turn is None:
-                asking = clients[::order] if round == 0 else ()
-            else:
-                asking = turn.clients if turn.first else ()
-            for client in asking:
+            turn = alfl.whose_turn(run, clients, cycle, round)
+            for client in turn.clients[::order] if turn.asks else ():
                 alfl.ask(run, study, model, client, cycle)
-            if turn is not None and turn.merge:
-                alfl.merge_by_class(run, study, model, clients)
+            updates = alfl.train(run, study, model, clients if chained else clients[::order], cycle, round)
+            if alfl.apart(run, cycle):
+                alfl.keep(clients, updates)
             else:
-                updates = alfl.train(run, study, model, clients if chained else clients[::order], cycle, round, turn)
-                if alfl.apart(run, cycle):
-                    alfl.keep(clients, updates)
-                else:
-                    alfl.merge(run, model, clients, updates)
-            alfl.commit(run, study, model, clients, updates, cycle, round, turn)
+                alfl.merge(run, model, clients, updates)
+            if turn.merge:
+                alfl.merge_by_class(run, study, model, clients)
+            alfl.commit(run, study, model, clients, updates, cycle, round)
             commits += 1
     return study
 

@@ -176,7 +176,8 @@ def test_a_client_whose_loss_is_not_finite_stops_the_run_and_damages_nothing(tmp
     [
         ({"clients": 51}, "51 clients cannot share 50 images"),
         ({"budget": 40}, r"client 00 holds 25 images, but first=3 and 1 cycles of budget=40 ask for 43"),
-        ({"start_images": 60}, "60 training images, and start_images=60 leaves none"),
+        ({"start_images": 60}, "60 training images, and start_images=60 with merge_images=0 leaves none"),
+        ({"start_images": 30, "merge_images": 30}, "start_images=30 with merge_images=30 leaves none"),
         ({"partition": "natural"}, "natural partition needs a group"),
         ({"partition": "by lot"}, "partition must be"),
     ],

@@ -305,6 +305,139 @@ def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generato
             federation.take_part(names, fraction, rng_for(0, "t"))
 
 
+# ------------------------------------------------------------------------------------------------------ parts by class
+
+
+@pytest.mark.parametrize(
+    ("metric", "parts"),
+    [
+        ([[0.9, 0.2], [0.5, 0.6], [0.1, 0.1]], [1 / 2, 1 / 2, 0]),  # the docstring's
+        ([[0.9, 0.7], [0.5, 0.6]], [1, 0]),  # one winner
+        ([[0.9, 0.3], [0.9, 0.1]], [3 / 4, 1 / 4]),  # the first class is shared
+        ([[0.5, 0.5], [0.5, 0.5], [0.4, 0.9]], [1 / 4, 1 / 4, 1 / 2]),
+        ([[0.0, 0.2], [0.0, 0.3]], [0, 1]),  # nobody detects the first class: no vote
+        ([[np.nan, 0.2], [np.nan, 0.1]], [1, 0]),  # not judged: no vote
+        ([[np.nan, 0.2], [0.1, 0.1]], [1 / 2, 1 / 2]),
+        ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [1 / 3, 1 / 3, 1 / 3]),
+        ([[np.nan], [np.nan]], [1 / 2, 1 / 2]),
+        ([[0.3, 0.0, np.nan]], [1]),
+    ],
+)
+def test_class_wise_parts_by_hand_van_bommel_7_2(metric, parts):
+    got = federation.class_wise_shares(np.array(metric))
+    assert got.dtype == np.float64 and got.tolist() == pytest.approx(parts, abs=1e-15)
+
+
+values = st.one_of(st.just(float("nan")), st.sampled_from([0.0, 0.25, 0.5]), st.floats(0, 1))
+
+
+@given(st.integers(1, 9).flatmap(lambda c: st.lists(st.lists(values, min_size=c, max_size=c), min_size=1, max_size=9)))
+def test_class_wise_parts_sum_to_one_and_follow_the_clients(metric):
+    metric = np.array(metric)
+    parts = federation.class_wise_shares(metric)
+    assert parts.sum() == pytest.approx(1) and (parts >= 0).all()
+    order = rng_for(0, "order").permutation(len(metric))
+    assert federation.class_wise_shares(metric[order]).tolist() == pytest.approx(parts[order].tolist())
+    columns = rng_for(0, "columns").permutation(metric.shape[1])
+    assert federation.class_wise_shares(metric[:, columns]).tolist() == pytest.approx(parts.tolist())
+
+
+@pytest.mark.parametrize("bad", [[[-0.1]], [[float("inf")]], [0.1, 0.2], [[]]])
+def test_class_wise_parts_of_what_is_no_table_are_refused(bad):
+    with pytest.raises(ValueError, match=r"metric must be \(clients, classes\), finite and >= 0"):
+        federation.class_wise_shares(np.array(bad))
+
+
+def test_whole_percents_by_hand_and_for_all_counts():
+    assert federation.percent_shares(9).tolist() == [0.12] + [0.11] * 8  # van Bommel 7.2, released code
+    assert federation.percent_shares(3).tolist() == [0.34, 0.33, 0.33] and federation.percent_shares(1).tolist() == [1]
+    for count in range(1, 101):
+        percents = federation.percent_shares(count) * 100
+        assert percents.round().sum() == 100 and percents == pytest.approx(percents.round())
+        assert percents.max() - percents.min() < 1.5 and (np.diff(percents) <= 0).all()
+
+
+def test_weighted_is_the_average_with_the_parts_that_were_given():
+    updates = [update("B", vector(8, 0)), update("A", vector(0, 4))]
+    assert federation.weighted(updates, [0.25, 0.75])["w"].tolist() == [2, 3]  # parts go with the updates, not by name
+    assert same(federation.weighted(updates, [0.5, 0.5]), average(updates, "equal"))
+    with pytest.raises(ValueError, match="2 updates, but 3 parts"):
+        federation.weighted(updates, [0.5, 0.25, 0.25])
+
+
+# ----------------------------------------------------------------------------------------------- optimisers that travel
+
+
+def with_memory(client, images, steps, *moment):
+    memory = {"momentum_buffer:w": torch.tensor(moment), "steps": torch.tensor(steps)}
+    return Update(client, pack(vector(0.0)), images, 1, 1, 0.5, pack(memory))
+
+
+def test_moments_that_travelled_are_averaged_and_the_most_steps_count():
+    merged = federation.average_memory([with_memory("A", 1, 6, 0.0, 4.0), with_memory("B", 3, 4, 4.0, 8.0)])
+    assert merged["momentum_buffer:w"].tolist() == [3, 7] and int(merged["steps"]) == 6
+    assert merged["steps"].dtype == torch.int64 and set(merged) == {"momentum_buffer:w", "steps"}
+    alone = federation.average_memory([with_memory("A", 1, 6, 0.0, 4.0)])
+    assert alone["momentum_buffer:w"].tolist() == [0, 4] and int(alone["steps"]) == 6
+
+
+def test_where_one_lacks_its_optimiser_nobody_gets_one():
+    assert federation.average_memory([with_memory("A", 1, 6, 1.0), update("B", vector(0.0))]) == {}
+    assert federation.average_memory([update("B", vector(0.0))]) == {}
+
+
+def test_an_update_weighs_its_weights_and_its_luggage():
+    plain, loaded = update("A", vector(1.0)), with_memory("A", 1, 6, 1.0)
+    assert plain.bytes == len(plain.payload) and loaded.bytes == len(loaded.payload) + len(loaded.memory)
+    assert len(loaded.memory) > 0
+
+
+def test_memory_goes_in_and_out_and_travels_only_when_told(scenes):
+    model, kept = new_model(), {}
+    one = one_round(scenes, model, memory=kept, span=(0, 4))
+    assert one.memory == b"" and int(kept["steps"]) == 2
+    again = {k: v.clone() for k, v in kept.items()}
+    two = one_round(scenes, model, memory=again, span=(2, 4), travels=True)
+    assert same(unpack(two.memory), again) and int(again["steps"]) == 4
+    assert not same(again, kept) and two.payload != one.payload
+    half = one_round(scenes, model, memory={}, span=(0, 4), travels=True, wire="fp16")
+    assert same(unpack(half.memory), kept), "second moments would vanish in half precision"
+    assert len(half.payload) < 0.6 * len(one.payload)
+
+
+def broken_labels(part):
+    return data.Labels(part.labels.boxes * float("nan"), part.labels.classes, part.labels.ignore, part.labels.crowd)
+
+
+def test_a_client_that_diverges_leaves_memory_statistics_and_scratch_as_they_were(scenes):
+    model, part = new_model("batch"), scenes.take([0, 1])
+    home, memory = {}, {}
+    scratch = detectors.clone(model)
+    one_round(scenes, model, scratch=scratch, policy="local", home=home, memory=memory, span=(0, 9))
+    before = [{k: v.clone() for k, v in own.items()} for own in (home, memory)]
+    statistics = state_of(scratch, sorted(batch_norm_keys(scratch)))
+    payload = pack(state_of(model, sent_keys(model, "local")))
+    with pytest.raises(TrainingDiverged, match="client A: loss is nan"):
+        train_client(
+            scratch, payload, part.images, broken_labels(part), RECIPE, torch_rng_for(0, "train"), "A", 1,
+            batch_norm="local", home=home, memory=memory, span=(2, 9),
+        )  # fmt: skip
+    assert same(home, before[0]) and same(memory, before[1])
+    assert same(state_of(scratch, sorted(batch_norm_keys(scratch))), statistics)
+
+
+def test_weights_that_do_not_fit_the_wire_leave_memory_as_it_was(scenes):
+    model, part, memory = new_model(), scenes.take([0, 1]), {}
+    large = {k: v.clone() for k, v in state_of(model, sent_keys(model)).items()}
+    large["neck.smooth.0.1.weight"][0] = 1e5  # finite in fp32, not in fp16
+    with pytest.raises(TrainingDiverged, match="client A: .* is not finite in fp16"):
+        train_client(
+            model, pack(large), part.images, part.labels, RECIPE, torch_rng_for(0, "train"), "A", 1, wire="fp16",
+            memory=memory, span=(0, 9),
+        )  # fmt: skip
+    assert memory == {}
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 

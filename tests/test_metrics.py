@@ -532,3 +532,88 @@ def test_paired_test_at_the_edges():
     for a, b in (([1, 2], [1]), ([], []), ([math.nan, 1], [0, 1]), (range(17), range(17))):
         with pytest.raises(ValueError):
             metrics.paired_test(a, b)
+
+
+# --- an ablation ------------------------------------------------------------------------------------------------------
+
+
+def arms_table(values: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
+    """Server rows of two rounds a run (the first worth nothing), clients' rows between them; seeds 0, 1, ..."""
+    rows = []
+    for arm, methods in values.items():
+        for method, ends in methods.items():
+            for seed, end in enumerate(ends):
+                for round, value in ((0, 0.1), (1, end)):
+                    one = {"arm": arm, "method": method, "seed": seed, "cycle": 0, "round": round}
+                    rows.append({**one, "client": "server", "ap50": value})
+                    rows.append({**one, "client": "00", "ap50": math.nan})
+    return pd.DataFrame(rows)
+
+
+ARMS = {
+    "restart": {"random": [0.4, 0.5, 0.3], "centralised": [0.6, 0.7, 0.8]},
+    "kept": {"random": [0.5, 0.6, 0.5], "centralised": [0.8, 0.8, 0.8]},
+}
+
+
+def test_a_method_that_asks_once_has_an_end_and_no_area():
+    rows = [
+        {"method": m, "seed": 0, "cycle": c, "round": 0, "client": "server", "images": i, "boxes": i, "seconds": i,
+         "bytes_up": 5e5, "bytes_down": 5e5, "ap50": a}
+        for m, c, i, a in (("random", 0, 4, 0.1), ("random", 1, 8, 0.3), ("once", 0, 8, 0.2), ("once", 1, 8, 0.5))
+    ]  # fmt: skip
+    found = metrics.summary(pd.DataFrame(rows)).set_index("method")
+    assert found.loc["once", "last"] == 0.5 and math.isnan(found.loc["once", "area"])
+    assert found.loc["random", "area"] == pytest.approx(0.2) and math.isnan(found.loc["once", "minus_random"])
+
+
+def test_finals_are_the_ends_of_the_runs_in_the_order_of_the_arms():
+    table = arms_table(ARMS)
+    ends = metrics.finals(table.sample(frac=1, random_state=0).sort_values("arm", ascending=False, kind="stable"))
+    assert list(dict.fromkeys(ends["arm"])) == ["restart", "kept"]
+    for row in ends.itertuples():
+        assert row.value == ARMS[row.arm][row.method][row.seed]
+    assert len(ends) == 12
+    with pytest.raises(ValueError, match="needs the column 'arm'"):
+        metrics.finals(table.drop(columns="arm"))
+
+
+def test_gaps_by_hand():
+    """Reference: the last arm's node, 0.8 thrice. The arms lack 0.4, 0.3, 0.5 and 0.3, 0.2, 0.3: a third is gone."""
+    table = metrics.gaps(metrics.finals(arms_table(ARMS)))
+    assert list(table["gap"]) == pytest.approx([0.4, 0.8 / 3])
+    assert list(table["gained"]) == pytest.approx([0, 0.4 / 3]) and table["gained_low"].isna().tolist() == [True, False]
+    assert list(table["closed"]) == pytest.approx([0, 1 / 3])
+    assert list(table["node_gained"]) == pytest.approx([0, 0.1])
+    low, high = metrics.seed_interval([0.1, 0.1, 0.2])
+    assert table[["gained_low", "gained_high"]].iloc[1].tolist() == pytest.approx([low, high])
+    assert list(table["random"]) == pytest.approx([0.4, 1.6 / 3]) and list(table["seeds"]) == [3, 3]
+
+
+def test_an_arm_without_a_reference_is_held_against_the_last_one_that_has_one():
+    control = {**ARMS, "longer": {"random": [0.7, 0.7, 0.7]}}
+    table = metrics.gaps(metrics.finals(arms_table(control)))
+    assert list(table["gap"]) == pytest.approx([0.4, 0.8 / 3, 0.1]) and table["closed"].iloc[2] == pytest.approx(0.75)
+    assert math.isnan(table["centralised"].iloc[2]) and math.isnan(table["node_gained"].iloc[2])
+    assert metrics.gap_findings(table).splitlines()[2].endswith("75% of its gap.")
+
+
+def test_gaps_use_the_seeds_that_all_arms_have_and_say_what_is_absent():
+    fewer = {**ARMS, "kept": {"random": [0.5, 0.6], "centralised": [0.8, 0.8, 0.8]}}
+    assert list(metrics.gaps(metrics.finals(arms_table(fewer)))["seeds"]) == [2, 2]
+    with pytest.raises(ValueError, match=r"no finished run of \['centralised'\]"):
+        metrics.gaps(metrics.finals(arms_table({"restart": {"random": [0.1]}})))
+    with pytest.raises(ValueError, match="no seed has finished in all arms"):
+        late = arms_table({"restart": {"random": [0.1], "centralised": [0.2]}})
+        other = arms_table({"kept": {"random": [0.1], "centralised": [0.2]}}).assign(seed=7)
+        metrics.gaps(metrics.finals(pd.concat([late, other])))
+
+
+def test_gap_findings_say_what_is_shown_and_what_is_not():
+    lines = metrics.gap_findings(metrics.gaps(metrics.finals(arms_table(ARMS)))).splitlines()
+    assert lines[0].startswith("restart: federated ends 0.400 below the reference (shown") and "gains" not in lines[0]
+    assert (
+        "it gains +0.133 on the first arm (not shown, 95 % interval -0.010" in lines[1] and "33% of its gap" in lines[1]
+    )
+    one = {arm: {m: v[:1] for m, v in methods.items()} for arm, methods in ARMS.items()}
+    assert "one seed" in metrics.gap_findings(metrics.gaps(metrics.finals(arms_table(one))))

@@ -183,6 +183,20 @@ def test_reproduce_goes_on_after_a_failure_and_tells_minutes_and_figures(house, 
     assert "ZeroDivisionError" in err
 
 
+def test_a_notebook_that_reads_the_runs_of_others_starts_when_they_are_done(house, capsys):
+    """Two side by side: 05 would start at once, but it waits for 10_good; who is not asked for is not waited for."""
+    path = house / "notebooks" / "05_late.ipynb"
+    write_notebook(path, "import pathlib; assert pathlib.Path('results/figures/10_good.png').exists()")
+    book = json.loads(path.read_text())
+    book["metadata"]["fedal"] = {"after": ["10_good"]}
+    path.write_text(json.dumps(book))
+    assert notebooks.reproduce("05,10", "smoke", jobs=2) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["10_good", "05_late"]
+    (house / "results" / "figures" / "10_good.png").unlink()
+    assert notebooks.reproduce("05", "smoke") == ["05_late"]
+
+
 def test_reproduce_refuses_before_it_runs_anything(house, capsys):
     write_notebook(house / "notebooks" / "00_start.ipynb", parameters='profile = "smoke"')
     assert command.main(["reproduce", "--nb", "00", "--data", "bccd"]) == 2

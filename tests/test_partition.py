@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import data as data_sets
 from fedal_utils import config, partition
+from fedal_utils import data as data_sets
 from fedal_utils.seeding import rng_for
 
 # van Bommel's 8-class split over 9 devices (released code): what each device must miss, in the notes' words

@@ -20,7 +20,7 @@ import tiny_loop
 import torch
 from tiny_loop import Config
 
-from fedal_utils import record
+from fedal_utils import config, record
 
 PACKAGE = Path(record.__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="SIGKILL and fork are POSIX")
@@ -537,3 +537,46 @@ def test_home_is_the_checkout_from_its_notebooks_too(tmp_path, monkeypatch):
     assert record.home() == tmp_path / "house"
     monkeypatch.chdir(tmp_path)
     assert record.home() == tmp_path
+
+
+# --- settings that came later -----------------------------------------------------------------------------------------
+
+
+def real_run(root: Path, **changes) -> record.Run:
+    settings = config.load("00_start_here", methods=("sum",), seeds=(0,), **changes)
+    return next(record.runs(settings, "later", root=root, progress=False))
+
+
+def test_a_run_written_before_a_setting_existed_is_accepted_and_another_setting_is_not(tmp_path):
+    run = real_run(tmp_path)
+    path = run.folder / "config.json"
+    run._close()
+    whole = json.loads(path.read_text())
+    old = {k: v for k, v in whole["config"].items() if k not in config._LATER}
+    assert len(old) < len(whole["config"])
+    path.write_text(json.dumps({**whole, "config": old}))
+    real_run(tmp_path)._close()
+    assert json.loads(path.read_text())["config"] == old, "what was published stays as it is"
+    path.write_text(json.dumps({**whole, "config": {**old, "lr": 0.5}}))
+    with pytest.raises(ValueError, match=r"belongs to another setting \(lr: 0.5 there, 0.002 here\)"):
+        real_run(tmp_path)
+    path.write_text(json.dumps({**whole, "config": {**old, "lost": 0.5}}))
+    with pytest.raises(ValueError, match=r"belongs to another setting \(lost: 0.5 there, 0.0 here\)"):
+        real_run(tmp_path)
+    # a file of another digest does not get the benefit of the doubt
+    path.write_text(json.dumps({**whole, "digest": "0" * 64, "config": old}))
+    with pytest.raises(ValueError, match="belongs to another setting"):
+        real_run(tmp_path)
+
+
+def test_a_later_setting_at_another_value_is_another_folder(tmp_path):
+    folders = {real_run(tmp_path, **c).folder for c in ({}, {"lost": 0.1}, {"tail": 1}, {"optimiser_state": "client"})}
+    assert len(folders) == 4
+
+
+def test_the_plan_of_every_round_has_the_tail_after_the_last_cycle(tmp_path):
+    settings = config.Config(cycles=2, rounds=2, tail=3)
+    assert record.every_round(settings) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert record.every_round(settings.replace(tail=0)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    run = record.Run(settings, "x", "a", 0, tmp_path, plan=lambda config, method: [(0, 0), (0, 5)])
+    assert run.plan == [(0, 0), (0, 5)] and not run.finished

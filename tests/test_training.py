@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import data, detectors, training
+from fedal_utils import data, detectors, training, yolo
 from fedal_utils.config import Recipe
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import TrainingDiverged, draw_batches, fit, learning_rate_factor, predict
@@ -150,6 +150,143 @@ def test_weight_decay_is_for_weights_and_not_for_norms_and_biases(scenes, optimi
             assert not torch.equal(a, b), name
     with pytest.raises(ValueError, match="optimiser must be 'sgd' or 'adamw', got 'lion'"):
         trained(scenes, replace(PLAIN, optimiser="lion"), 1)
+
+
+# ------------------------------------------------------------------------------ what lives on from one call to the next
+
+
+@pytest.fixture(scope="module")
+def one_image(scenes):
+    """Each batch is this image, so that nothing but the optimiser and the schedule depends on the call."""
+    return scenes.take([0])
+
+
+def calls(part, recipe, steps, model=None, memory=None, whole=None, before=0):
+    """One call of `fit` for each entry of steps; with `whole`, one schedule over all of them."""
+    model = model or new_model()
+    for number in steps:
+        span = None if whole is None else (before, whole)
+        rng = torch_rng_for(0, "fit")
+        list(fit(model, part.images, part.labels, recipe, rng, number, memory=memory, span=span))
+        before += number
+    return model
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", [{"schedule": "constant", "warmup": 4}, {"schedule": "cosine", "warmup": 1}])
+def test_two_calls_with_memory_and_span_are_one_long_call_bit_for_bit(one_image, optimiser, schedule):
+    recipe = replace(PLAIN, optimiser=optimiser, lr=1e-2, **schedule)
+    one, parts = {}, {}
+    long = calls(one_image, recipe, [6], memory=one)
+    short = calls(one_image, recipe, [3, 3], memory=parts, whole=6)
+    assert same(long, short) and same(long, calls(one_image, recipe, [1, 4, 1], memory={}, whole=6))
+    assert one.keys() == parts.keys() and all(torch.equal(one[k], parts[k]) for k in one) and int(one["steps"]) == 6
+    assert same(long, calls(one_image, recipe, [6])), "to remember changes nothing in a single call"
+    for forgetful in ({"whole": 6}, {"memory": {}}, {}):  # no moments; no place in the schedule; neither
+        assert not same(long, calls(one_image, recipe, [3, 3], **forgetful)), forgetful
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "moments"), [("sgd", {"momentum_buffer"}), ("adamw", {"exp_avg", "exp_avg_sq", "step"})]
+)
+def test_memory_holds_each_trained_parameters_moments_and_none_of_a_frozen_one(one_image, optimiser, moments):
+    model, memory = new_yolo(), {}
+    model.freeze_backbone()
+    calls(one_image, replace(PLAIN, optimiser=optimiser), [2], model, memory)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any(name.startswith("backbone.") for name in trained)
+    assert set(memory) == {f"{moment}:{name}" for moment in moments for name in trained} | {"steps"}
+    assert int(memory["steps"]) == 2
+
+
+def test_memory_is_as_it_was_if_training_raises(one_image):
+    memory = {}
+    model = calls(one_image, PLAIN, [2], memory=memory)
+    before = {k: v.clone() for k, v in memory.items()}
+    broken = replace(one_image.labels, boxes=one_image.labels.boxes * float("nan"))
+    with pytest.raises(TrainingDiverged):
+        list(fit(model, one_image.images, broken, PLAIN, torch_rng_for(0, "fit"), iterations=2, memory=memory))
+    assert memory.keys() == before.keys() and all(torch.equal(memory[k], before[k]) for k in before)
+    calls(one_image, PLAIN, [1], model, memory, whole=3, before=2)
+    assert int(memory["steps"]) == 3 and any(
+        not torch.equal(memory[k], before[k]) for k in before if k[:7] == "exp_avg"
+    )
+
+
+def steps_taken(monkeypatch, optimiser=torch.optim.SGD):
+    """What every step of an optimiser saw: learning rates and momentum of its groups, and all gradients."""
+    seen, step = [], optimiser.step
+
+    def noted(self, *_, **__):
+        groups = self.param_groups
+        seen.append({
+            "lr": [g["lr"] for g in groups], "momentum": [g.get("momentum") for g in groups],
+            "gradients": [p.grad.clone() for g in groups for p in g["params"]],
+        })  # fmt: skip
+        return step(self)
+
+    monkeypatch.setattr(optimiser, "step", noted)
+    return seen
+
+
+def test_warm_up_of_momentum_and_biases_by_hand(one_image, monkeypatch):
+    """Van Bommel, section 3: momentum 0.8 -> 0.937, bias lr 0.1 -> lr, other lr 0 -> lr; here in rounder numbers."""
+    seen = steps_taken(monkeypatch)
+    recipe = replace(
+        PLAIN, optimiser="sgd", lr=0.01, momentum=0.9, warmup=4, warmup_momentum=0.5, warmup_bias_lr=0.1
+    )  # fmt: skip
+    calls(one_image, recipe, [6])
+    assert [s["lr"][0] for s in seen] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01])
+    assert [s["lr"][1] for s in seen] == [s["lr"][0] for s in seen]
+    assert [s["lr"][2] for s in seen] == pytest.approx([0.1, 0.0775, 0.055, 0.0325, 0.01, 0.01])
+    for s, momentum in zip(seen, [0.5, 0.6, 0.7, 0.8, 0.9, 0.9], strict=True):
+        assert s["momentum"] == pytest.approx([momentum] * 3)
+    whole = seen[:]
+    seen.clear()
+    calls(one_image, recipe, [2, 2], memory={}, whole=6, before=2)  # from the middle of a schedule on
+    assert [(s["lr"], s["momentum"]) for s in seen] == [(s["lr"], s["momentum"]) for s in whole[2:]]
+    seen.clear()
+    calls(one_image, replace(recipe, warmup=0), [2])  # no warm-up: nothing to start from
+    assert [(s["lr"], s["momentum"]) for s in seen] == [([0.01] * 3, [0.9] * 3)] * 2
+
+
+def new_yolo():
+    return yolo.build(3, (64, 64), torch_rng_for(0, "weights"), depth=0.1, width=0.125, norm="group", anchor_scale=0.7)
+
+
+def test_gradients_of_nominal_images_add_up_to_those_of_the_bigger_batch(one_image, monkeypatch):
+    """YOLO's loss is B times a mean, so two batches of one image are a batch of two."""
+    seen = steps_taken(monkeypatch)
+    plain = replace(PLAIN, optimiser="sgd", clip=0.0)
+    calls(one_image, replace(plain, batch=2), [2], new_yolo())
+    bigger = seen[:]
+    seen.clear()
+    calls(one_image, replace(plain, batch=1, nominal=2), [4], new_yolo())
+    assert len(seen) == len(bigger) == 2
+    for ours, theirs in zip(seen, bigger, strict=True):
+        for a, b in zip(ours["gradients"], theirs["gradients"], strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max() + 1))
+    seen.clear()
+    calls(one_image, replace(plain, batch=1), [1], new_yolo())
+    single = max(float(g.abs().max()) for g in seen[0]["gradients"])
+    assert max(float(g.abs().max()) for g in bigger[0]["gradients"]) == pytest.approx(2 * single, rel=1e-3)
+
+
+def test_the_number_of_batches_in_a_step_grows_over_the_warm_up_by_hand(one_image, monkeypatch):
+    """Section 3: 1 -> nominal / batch. 1 + 3 step / 6, rounded: 1, 2, 2, 2, 3, 4, then 4; what is left makes a step."""
+    seen, model = steps_taken(monkeypatch), new_model()
+    batches, at = [], []
+    loss = model.loss
+    model.loss = lambda *inputs: (at.append(len(seen)), batches.append(1), loss(*inputs))[2]
+    calls(one_image, replace(PLAIN, optimiser="sgd", batch=1, nominal=4, warmup=6), [14], model)
+    after = [*at[1:], len(seen)]
+    assert [batch for batch, (a, b) in enumerate(zip(at, after, strict=True)) if b > a] == [0, 2, 6, 10, 13]
+    seen.clear()
+    calls(one_image, replace(PLAIN, optimiser="sgd", batch=4, nominal=4), [3])
+    assert len(seen) == 3
+    seen.clear()
+    calls(one_image, replace(PLAIN, optimiser="sgd", batch=4, nominal=2), [3])  # less than a batch: a batch
+    assert len(seen) == 3
 
 
 def moved(scenes, recipe):
