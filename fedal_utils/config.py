@@ -327,7 +327,10 @@ def fitted(config: Config, images: int) -> Config:
     first = max(1, min(config.first, share // 3))
     budget = max(1, min(config.budget, (share - first) // 2))
     cycles = max(1, min(config.cycles, 1 + (share - first) // budget))
-    return config.replace(clients=clients, start_images=start_images, first=first, budget=budget, cycles=cycles)
+    first_pass = min(config.first_pass, max(1, cycles * config.rounds + config.tail - 1))  # leaves one later pass
+    return config.replace(
+        clients=clients, start_images=start_images, first=first, budget=budget, cycles=cycles, first_pass=first_pass
+    )  # fmt: skip
 
 
 def fields() -> dict[str, Any]:

@@ -222,6 +222,7 @@ def test_fitted_shrinks_until_any_folder_suffices():
         small = config.fitted(config.load("11_fedavg", "quick", "somewhere/else"), images)
         held = (images - small.start_images) // small.clients
         assert 2 <= small.cycles and small.labels_needed() <= held
+        assert alfl.later_passes(small, "chain") >= 1
     roomy = config.load("11_fedavg", "quick", "somewhere/else")
     assert config.fitted(roomy, 1000) == roomy
     with pytest.raises(ValueError, match="got 1 images"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import miniatures
 import numpy as np
 import pandas as pd
 import pytest
@@ -795,3 +796,36 @@ def test_a_schedule_that_lives_on_ends_with_the_last_step(method, how, study, tm
             assert before == done, who
             done += iterations
         assert {whole for _, whole, _ in calls} == {done}, who
+
+
+# --- the paper's settings ---------------------------------------------------------------------------------------------
+
+
+def test_the_paper_profile_runs_on_kittis_layout_with_missing_classes(tmp_path):
+    """Mosaic, fp16 on the wire, three views, gradients added up, epochs and warm-up as released: on 60 tiny images."""
+    pictures = [
+        miniatures.Picture(f"{i:06d}", (94, 310), ((name, (10 + 3 * (i % 60), 20, 60 + 3 * (i % 60), 60)),))
+        for i, name in enumerate(["Car", "Pedestrian", "Cyclist"] * 20)
+    ]
+    miniatures.kitti(tmp_path / "kitti", pictures)
+    small = config.load(
+        "13_communication", "paper", "kitti", seeds=[0], image_size=[64, 192], channels=0.125, depth=0.1, clients=2,
+        missing=[[1], [3]], start_images=6, start_iterations=2, merge_images=4, cycles=2, tail=1, first=2, budget=2,
+        epochs=1, first_pass=2, passes=1, visit=1.0, empty="last", threads=1,
+        methods=["sum", "chain+sum", "accumulate+sum", "centralised+sum"],
+    )  # fmt: skip
+    study = alfl.prepare(small, device="cpu", root=str(tmp_path))
+    assert study.class_names[1] == "Cyclist" and study.class_names[3] == "Pedestrian"
+    small_run.loop(tmp_path / "runs", study)
+    _, parts, _ = alfl.share_out(study.config, study.train, 0)
+    for part, absent in zip(parts, (2, 4), strict=True):
+        assert len(part) >= 4 and not (study.train.labels.classes[part] == absent).any()
+    sizes = alfl.sent_sizes(study)
+    for method in small.methods:
+        rows = table(study, tmp_path / "runs", method).query("client == 'server'")
+        assert np.isfinite(rows["ap50"].astype(float).iloc[-1]) and rows["steps"].sum() > 0, method
+    down = table(study, tmp_path / "runs", "sum").query("client == 'server'")["bytes_down"]
+    assert set(down) == {round(2e6 * sizes["full"])}
+    state_dict = alfl.new_detector(study.config, 8, seeding.torch_rng_for(0, "w")).state_dict()
+    assert 2 * sum(v.numel() for v in state_dict.values() if v.is_floating_point()) <= 1e6 * sizes["full"], "fp16"
+    assert 1e6 * sizes["full"] < 3 * sum(v.numel() for v in state_dict.values())
