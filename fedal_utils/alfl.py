@@ -301,7 +301,7 @@ _NOT_AT_THE_START = (
     "profile", "clients", "partition", "alpha", "missing", "fraction", "weights", "wire", "cycles", "first", "budget",
     "rounds", "iterations", "epochs", "tail", "anneal", "warmup", "optimiser_state", "first_pass", "passes", "visit",
     "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
-    "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds", "ablation_seeds",
+    "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds",
     "schedule",
 )  # fmt: skip
 

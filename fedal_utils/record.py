@@ -562,7 +562,7 @@ class Run:
         return True
 
     def _check_config(self) -> None:
-        config = {k: v for k, v in self.config.as_dict().items() if k not in ("methods", "seeds", "ablation_seeds")}
+        config = {k: v for k, v in self.config.as_dict().items() if k not in ("methods", "seeds")}
         stored = {"notebook": self.notebook, "method": self.method, "seed": self.seed, "digest": self.config.digest()}
         stored = json.loads(json.dumps({**stored, "config": config}, default=str))
         path = self.folder / "config.json"

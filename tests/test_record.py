@@ -580,3 +580,17 @@ def test_the_plan_of_every_round_has_the_tail_after_the_last_cycle(tmp_path):
     assert record.every_round(settings.replace(tail=0)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     run = record.Run(settings, "x", "a", 0, tmp_path, plan=lambda config, method: [(0, 0), (0, 5)])
     assert run.plan == [(0, 0), (0, 5)] and not run.finished
+
+
+def test_missing_runs_are_those_without_rows_and_those_broken_off(tmp_path):
+    config = dataclasses.replace(Config(), methods=("sum", "random"))
+    assert record.missing(config, "tiny", ("sum", "random"), (0, 1), tmp_path) == [
+        ("sum", 0), ("sum", 1), ("random", 0), ("random", 1)
+    ]  # fmt: skip
+    tiny_loop.loop(tmp_path, config)
+    assert record.missing(config, "tiny", ("sum", "random"), (0,), tmp_path) == []
+    folder = record.Run(config, "tiny", "sum", 0, tmp_path).folder
+    (folder / "done.json").unlink()  # killed just before its closing note
+    assert record.missing(config, "tiny", ("sum", "random"), (0,), tmp_path) == [("sum", 0)]
+    (folder / "state.pt").unlink()  # as published: rows, and nothing to resume from
+    assert record.missing(config, "tiny", ("sum", "random"), (0,), tmp_path) == []
