@@ -216,7 +216,7 @@ _VAN_BOMMEL: dict[str, dict[str, Any]] = {
     "digits": {
         **_SMALL_YOLO, "image_size": (96, 96), "digit_classes": 3, "scenes": (400, 100), "batch": 8,
         "start_images": 40, "start_iterations": 160, "merge_images": 30, "first": 8, "budget": 8, "cycles": 4,
-        "rounds": 2, "tail": 2, "iterations": 9, "first_pass": 5, "evaluate_every": 2,
+        "rounds": 2, "tail": 2, "iterations": 6, "first_pass": 5, "evaluate_every": 2,
     },
     "bccd": {
         **_SMALL_YOLO, "image_size": (128, 160), "zoom": (0.8, 1.2), "shift": 0.15, "colour": 0.3, "batch": 8,

@@ -616,7 +616,8 @@ def gap_findings(gaps: pd.DataFrame) -> str:
 
     lines = []
     for number, row in enumerate(gaps.to_dict("records")):
-        line = f"{row['arm']}: federated ends {row['gap']:.3f} below the reference ({chance(row, 'gap')})"
+        side = "below" if row["gap"] >= 0 else "above"
+        line = f"{row['arm']}: federated ends {abs(row['gap']):.3f} {side} the reference ({chance(row, 'gap')})"
         if number:
             line += f"; it gains {row['gained']:+.3f} on the first arm ({chance(row, 'gained')})"
             if not math.isnan(row["closed"]):
