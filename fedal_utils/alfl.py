@@ -216,8 +216,7 @@ def share_out(config: Config, train: Dataset, seed: int) -> tuple[np.ndarray, li
             f"data set {train.name!r} has {len(train)} training images, and start_images={config.start_images} "
             f"with merge_images={config.merge_images} leaves none for the clients; lower them"
         )
-    order = _order(train, seed)
-    first, rest = np.sort(order[: config.start_images]), np.sort(order[aside:])
+    first, rest = start_rows(config, train, seed), np.sort(_order(train, seed)[aside:])
     parts, names = deal(config, train, rest, seeding.rng_for(seed, "partition"))
     for name, part in zip(names, parts, strict=True):
         if len(part) < config.labels_needed():
@@ -231,6 +230,11 @@ def share_out(config: Config, train: Dataset, seed: int) -> tuple[np.ndarray, li
 def _order(train: Dataset, seed: int) -> np.ndarray:
     """The shuffle that decides which training images are the start images, which are held out, and which are dealt."""
     return seeding.rng_for(seed, "start images").permutation(len(train))
+
+
+def start_rows(config: Config, train: Dataset, seed: int) -> np.ndarray:
+    """Rows of the labelled images that the starting point is trained on."""
+    return np.sort(_order(train, seed)[: config.start_images])
 
 
 def held_out(config: Config, train: Dataset, seed: int) -> np.ndarray:
@@ -334,7 +338,7 @@ def later_passes(config: Config, scheme: str) -> int:
     """Passes (chain-fedavg: rounds) after the chain's first: as many as the config says, or as give every client as
     many gradient steps as the rounds of fedavg do. Those of the accumulating chain are shorter and more.
     """
-    rounds = config.cycles * config.rounds + config.tail
+    rounds = len(record.every_round(config))
     passes = config.passes or rounds - config.first_pass
     if passes < 1:
         raise ValueError(
@@ -425,12 +429,10 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
 
 def _ask_again(run: record.Run, client: Client, cycle: int, method: str) -> None:
     """Ask what `method` asked of this client in this cycle, on the same seed: its run must be finished."""
-    rows = record.asked(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
     if record.missing(run.config, run.notebook, [method], [run.seed], run.root):
         raise ValueError(f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)")
-    mine = rows[(rows["client"] == client.name) & (rows["cycle"] == cycle)]
-    place = {sample: position for position, sample in enumerate(client.pool.ids)}
-    client.pool.ask([place[sample] for sample in mine["id"]], cycle, mine["score"].to_numpy(dtype=float))
+    rows = record.asked(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
+    client.pool.replay(rows[rows["cycle"] == cycle].to_dict("records"))
 
 
 def broadcast(model: Detector, batch_norm: str, wire: str) -> bytes:
@@ -584,8 +586,8 @@ def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequ
     if not sent:
         raise ValueError(f"{run}: no client came through the chain's first pass, so there is nothing to merge")
     parts = federation.class_wise_shares(_judged_apart(run, study, model, sent))
-    updates = [Update(client.name, federation.pack(client.own), 0, 0, 0, 0.0) for client in sent]
-    model.load_state_dict(federation.weighted(updates, parts), strict=False)
+    merged = federation.weighted_states([(client.name, client.own) for client in sent], parts)
+    model.load_state_dict(merged, strict=False)
     for client in clients:
         client.own, client.status, client.received = {}, "", 0
     return dict(zip((client.name for client in sent), parts.tolist(), strict=True))
@@ -593,12 +595,15 @@ def merge_by_class(run: record.Run, study: Study, model: Detector, clients: Sequ
 
 def _judged_apart(run: record.Run, study: Study, model: Detector, sent: Sequence[Client]) -> np.ndarray:
     """(M, C) AP50 of each class by each client's own model; NaN where it cannot be judged."""
-    rows = held_out(run.config, study.train, run.seed)
-    if not len(rows):
-        rows, _, _ = share_out(run.config, study.train, run.seed)
-    if run.config.as_released:
+    config = run.config
+    if config.as_released:
         judges = study.test
-    elif len(rows):
+    elif config.merge_images or config.start_images:
+        rows = (
+            held_out(config, study.train, run.seed)
+            if config.merge_images
+            else start_rows(config, study.train, run.seed)
+        )
         judges = study.train.take(rows)
     else:
         return np.full((len(sent), len(study.class_names)), math.nan)
@@ -618,10 +623,7 @@ def round_factor(config: Config, cycle: int, round: int) -> float:
     The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`. The last
     cycle has the rounds of the tail as well.
     """
-    rounds = config.rounds + (config.tail if cycle == config.cycles - 1 else 0)
-    if rounds == 1:
-        return 1.0
-    return 1 + (config.anneal - 1) * round / (rounds - 1)
+    return _fall(config, round, config.rounds + (config.tail if cycle == config.cycles - 1 else 0))
 
 
 def everyone(study: Study, clients: Sequence[Client]) -> tuple[Images | CachedImages, Labels]:
@@ -726,16 +728,12 @@ PAPER_SCHEMES = {
     "FedAvg": "sum", "local first": "local-first+sum", "chain": "chain+sum", "chain then FedAvg": "chain-fedavg+sum",
     "accumulating chain": "accumulate+sum", "centralised": "centralised+chain+sum",
 }  # fmt: skip
-PAPER_MEGABYTES = {
-    "full": 14.017,
-    "head": 5.7,
-    "optimiser": 5.241,
-}  # section 8: FP16 checkpoint, frozen backbone, state
+PAPER_MEGABYTES = {"full": 14.017, "head": 5.7, "optimiser": 5.241}  # section 8: FP16 checkpoint, head, state
 
 
 def paper_megabytes(
-    scheme: str, step: int, clients: int = 9, merge_at: int = 21, full: float = 14.017, head: float = 5.7,
-    optimiser: float = 5.241,
+    scheme: str, step: int, clients: int = 9, merge_at: int = 21, full: float = PAPER_MEGABYTES["full"],
+    head: float = PAPER_MEGABYTES["head"], optimiser: float = PAPER_MEGABYTES["optimiser"],
 ) -> float:  # fmt: skip
     """MB sent by all clients, both ways, after a step of a scheme: the released analysis' formulas (section 8).
 

@@ -181,10 +181,13 @@ class Detector(nn.Module):
             self.backbone.eval()
         return self
 
-    def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Maps of the backbone for uint8 pixels (B, 3, H, W)."""
+    def check_size(self, pixels: Tensor) -> None:
         if tuple(pixels.shape[-2:]) != self.image_size:
             raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the backbone for uint8 pixels (B, 3, H, W)."""
+        self.check_size(pixels)
         if self.frozen:
             with torch.no_grad():
                 return self.backbone(pixels)

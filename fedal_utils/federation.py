@@ -126,7 +126,7 @@ def average(updates: Sequence[Update], weights: str = "images") -> State:
 
 def weighted(updates: Sequence[Update], parts: Sequence[float]) -> State:
     """The sum of the updates' weights, each times its part; float64, over clients sorted by name."""
-    return _weighted([(u.client, u.payload) for u in updates], parts)
+    return weighted_states([(u.client, unpack(u.payload)) for u in updates], parts)
 
 
 def average_memory(updates: Sequence[Update], weights: str = "images") -> State:
@@ -138,11 +138,12 @@ def average_memory(updates: Sequence[Update], weights: str = "images") -> State:
         return {}
     states = {u.client: unpack(u.memory) for u in updates}
     counts = {name: int(state.pop(STEPS)) for name, state in states.items()}
-    merged = _weighted([(name, pack(state)) for name, state in states.items()], shares(updates, weights))
+    merged = weighted_states(list(states.items()), shares(updates, weights))
     return {**merged, STEPS: torch.tensor(max(counts.values()))}
 
 
-def _weighted(sent: Sequence[tuple[str, bytes]], parts: Sequence[float]) -> State:
+def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -> State:
+    """As `weighted`, of (client, state) that are unpacked already."""
     if len(sent) != len(parts):
         raise ValueError(f"{len(sent)} updates, but {len(parts)} parts")
     names = [client for client, _ in sent]
@@ -151,8 +152,7 @@ def _weighted(sent: Sequence[tuple[str, bytes]], parts: Sequence[float]) -> Stat
     sums: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
     for place in np.argsort(names):
-        (client, payload), part = sent[place], float(parts[place])
-        state = unpack(payload)
+        (client, state), part = sent[place], float(parts[place])
         if sums and state.keys() != sums.keys():
             odd = sorted(state.keys() ^ sums.keys())[:3]
             raise ValueError(f"client {client} sent other entries than the rest: {odd}")

@@ -580,23 +580,27 @@ def gaps(finals: pd.DataFrame, method: str = "random", reference: str = "central
         raise ValueError(f"no finished run of {absent} among {sorted(values.columns)}")
     arms = list(dict.fromkeys(finals["arm"]))
     wide = values[[method, reference]].unstack("arm").dropna(axis=1, how="all").dropna()  # the seeds that all arms have
-    with_reference = [arm for arm in arms if (reference, arm) in wide.columns]
-    if wide.empty or not with_reference or any((method, arm) not in wide.columns for arm in arms):
+    ends = {arm: wide[method, arm] for arm in arms if (method, arm) in wide.columns}
+    nodes = {arm: wide[reference, arm] for arm in arms if (reference, arm) in wide.columns}
+    if wide.empty or not nodes or len(ends) < len(arms):
         raise ValueError(f"no seed has finished in all arms {arms}")
-    best, nothing = wide[reference, with_reference[-1]], {"difference": math.nan, "low": math.nan, "high": math.nan}
+    first, first_node, best = ends[arms[0]], next(iter(nodes.values())), next(reversed(nodes.values()))
+
+    def against(a: pd.Series | None, b: pd.Series) -> dict[str, float]:
+        if a is None or a is b:
+            return {"difference": math.nan if a is None else 0.0, "low": math.nan, "high": math.nan}
+        return paired_test(a, b)
+
     rows = []
-    for arm in arms:
-        mine, first = wide[method, arm], wide[method, arms[0]]
-        itself = {**nothing, "difference": 0.0}
+    for arm, mine in ends.items():
+        node = nodes.get(arm)
         tests = {
             "gap": paired_test(best, mine),
-            "gained": itself if arm == arms[0] else paired_test(mine, first),
-            "node_gained": itself if arm == with_reference[0] else nothing,
+            "gained": against(mine, first),
+            "node_gained": against(node, first_node),
         }
-        if arm in with_reference[1:]:
-            tests["node_gained"] = paired_test(wide[reference, arm], wide[reference, with_reference[0]])
         row = {"arm": arm, "seeds": len(wide), method: mine.mean()}
-        row[reference] = wide[reference, arm].mean() if arm in with_reference else math.nan
+        row[reference] = math.nan if node is None else node.mean()
         for name, test in tests.items():
             row |= {name: test["difference"], f"{name}_low": test["low"], f"{name}_high": test["high"]}
         whole = (best - first).mean()

@@ -259,7 +259,7 @@ def fit(
         if not cached and recipe.changes_pixels():
             inputs, boxes, classes, ignore = augment(
                 inputs, boxes, classes, ignore, rng, flip=0.0, colour=recipe.colour, scale=recipe.zoom,
-                translate=recipe.shift, **({"mosaic": recipe.mosaic} if recipe.mosaic else {}),
+                translate=recipe.shift, mosaic=recipe.mosaic,
             )  # fmt: skip
         _warm(optimiser, recipe, before + done, learning_rate_factor(recipe, before + done, whole))
         with autocast:

@@ -406,7 +406,7 @@ class YOLO(Detector):
         if scale == 1 and not mirrored:
             raw = self(inputs)
             return clip_boxes(decode(raw, cell_grid(self.image_size, self.anchors)), self.image_size), raw
-        self._check_size(inputs)
+        self.check_size(inputs)
         pixels = inputs.flip(-1) if mirrored else inputs
         inner = (max(1, round(height * scale)), max(1, round(width * scale)))
         canvas = tuple(-(-side // STRIDES[-1]) * STRIDES[-1] for side in inner)
@@ -419,10 +419,6 @@ class YOLO(Detector):
         if mirrored:
             boxes = flip_boxes(boxes, width)
         return clip_boxes(boxes, self.image_size), raw
-
-    def _check_size(self, pixels: Tensor) -> None:
-        if tuple(pixels.shape[-2:]) != self.image_size:
-            raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
 
 
 @torch.no_grad()
