@@ -20,26 +20,31 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from . import data, detectors, federation, metrics, partition, record, sampling, seeding, training, yolo
-from .boxes import Detections
+from . import data, detectors, federation, huale, metrics, partition, record, sampling, seeding, training, yolo
+from .augment import VIEWS, Viewed, move_boxes
+from .boxes import Detections, flip_boxes
 from .config import Config, fitted
 from .data import Dataset, Images, Labels
 from .detectors import Detector
 from .federation import State, Update
 from .pool import Oracle, Pool, total
+from .roi_heads import Localisation
+from .sampling import Choice, Sight, View
 from .training import CachedImages
 
 CENTRALISED = "centralised"
+CROWD = 1000  # boxes of an image at most, where they are wanted before non-maximum suppression
 YOLO_ANCHOR = 10.0  # pixels, width of the smallest anchor at 640 px
 CHAINS = ("chain", "chain-fedavg", "accumulate")
 SCHEMES = ("fedavg", "local-first", *CHAINS, CENTRALISED)
+STRATEGIES = (*sampling.STRATEGIES, *huale.STRATEGIES)  # ways of asking, all schemes take them all
 
 
 @dataclass
@@ -89,7 +94,8 @@ class Study:
     """What all runs of one setting share.
 
     train, test: what detectors read: pixels, or a frozen backbone's features cached once. photos: train and test with
-    their pixels, for pictures. name: of the data set, short enough for a file's name.
+    their pixels, for pictures. name: of the data set, short enough for a file's name. views: a frozen backbone's
+    features of changed training images, by view, cached when a strategy first asks for them.
     """
 
     config: Config
@@ -97,6 +103,7 @@ class Study:
     test: Dataset
     photos: tuple[Dataset, Dataset]
     device: torch.device
+    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -128,9 +135,9 @@ def scheme_of(method: str) -> tuple[str, str]:
     if not plus:
         scheme, rest = "fedavg", method
     asks = scheme_of(rest)[1] if scheme == CENTRALISED else rest
-    if scheme not in SCHEMES or asks not in sampling.STRATEGIES:
+    if scheme not in SCHEMES or asks not in STRATEGIES:
         raise ValueError(
-            f"method {method!r} is unknown: write a way of asking ({', '.join(sampling.STRATEGIES)}), with one of "
+            f"method {method!r} is unknown: write a way of asking ({', '.join(STRATEGIES)}), with one of "
             f"{', '.join(f'{name}+' for name in SCHEMES)} before it or nothing for fedavg"
         )
     return scheme, rest
@@ -138,7 +145,13 @@ def scheme_of(method: str) -> tuple[str, str]:
 
 def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector:
     """The config's detector with weights drawn from `rng`."""
+    localisation = Localisation(
+        config.box_loss, config.box_weight, config.box_focal, config.companion, config.companion_weight,
+        config.iou_power, config.emphasis,
+    )  # fmt: skip
     if config.detector == "yolo":
+        if config.evidence or localisation != Localisation():
+            raise ValueError("detector 'yolo' has neither RoI heads nor an evidence head: use 'faster_rcnn' (or 'ssd')")
         return yolo.build(
             classes, config.image_size, rng, depth=config.depth, width=config.channels, norm=config.norm,
             anchor_scale=config.anchor_side / YOLO_ANCHOR, frozen=config.frozen, gains=config.gains,
@@ -146,7 +159,7 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
     return detectors.build(
         config.detector, config.backbone, classes, config.image_size, rng, norm=config.norm, width=config.width,
         anchor_side=config.anchor_side, anchor_ratios=config.anchor_ratios, pretrained=config.pretrained,
-        frozen=config.frozen,
+        frozen=config.frozen, localisation=localisation, evidence=config.evidence,
     )  # fmt: skip
 
 
@@ -265,7 +278,7 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
     The starting point is trained centrally on `start_images` images that are in no client's pool (released code: 200
     images, 200 epochs).
     """
-    config, train = study.config, study.train
+    config, train = run.config, study.train
     if train.labels is None:
         raise ValueError(f"data set {train.name!r} has no labels: it can be scored, but nobody can answer for it")
     first, parts, names = share_out(config, train, run.seed)
@@ -282,11 +295,19 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
             for what in ("home", "memory", "own"):
                 getattr(client, what).update(run.resumed[what].get(client.name, {}))
         return clients, model.to(study.device)
+    model.load_state_dict(starting_point(run, study, first), strict=False)
+    return clients, model.to(study.device)
 
-    def starting_point() -> dict:
-        if len(first) == 0 or config.start_iterations == 0:
+
+def starting_point(run: record.Run, study: Study, rows: np.ndarray) -> State:
+    """Weights that every method of a seed begins from, trained on these start images; made once, then read."""
+    config, train = run.config, study.train
+
+    def make() -> dict:
+        model = new_detector(config, len(study.class_names), run.torch_rng("weights"))
+        if len(rows) == 0 or config.start_iterations == 0:
             return federation.state_of(model, model.exchanged())
-        images, labels = train.images.take(first), train.labels.take(first)
+        images, labels = train.images.take(rows), train.labels.take(rows)
         schedule = config.replace(schedule="cosine", warmup=config.start_warmup)
         for _ in training.fit(
             model, images, labels, schedule, run.torch_rng("starting point"), iterations=config.start_iterations,
@@ -295,9 +316,7 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
             pass
         return federation.state_of(model, model.exchanged())
 
-    state = record.shared(beginning(config), "shared", run.seed, "starting-point", starting_point, root=run.root)
-    model.load_state_dict(state, strict=False)
-    return clients, model.to(study.device)
+    return record.shared(beginning(config), "shared", run.seed, "starting-point", make, root=run.root)
 
 
 # What a starting point does not depend on: with all else equal, notebooks, schemes and optimiser settings share it.
@@ -306,7 +325,7 @@ _NOT_AT_THE_START = (
     "rounds", "iterations", "epochs", "tail", "anneal", "warmup", "optimiser_state", "first_pass", "passes", "visit",
     "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
     "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds",
-    "schedule",
+    "schedule", "afresh", "scored", "cascade", "cascade_order", "quota", "side_seeds",
 )  # fmt: skip
 
 
@@ -389,13 +408,91 @@ def apart(run: record.Run, cycle: int) -> bool:
 # --- the verbs of a round ---------------------------------------------------------------------------------------------
 
 
-def look(config: Config, model: Detector, images: Images | CachedImages, device: torch.device) -> Detections:
-    """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code)."""
-    views = {"views": yolo.VIEWS} if config.views else {}
-    return training.predict(
-        model, images, device=device, score_above=config.score_above, nms_iou=config.nms_iou,
-        class_agnostic=config.class_agnostic, **views,
-    )  # fmt: skip
+def look(
+    config: Config, model: Detector, images: Images | CachedImages | Viewed, device: torch.device,
+    score_above: float | None = None, crowd: bool = False,
+) -> Detections:  # fmt: skip
+    """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code).
+
+    score_above: in the place of the config's. crowd: all boxes before NMS, each with its best class.
+    """
+    options = {"views": yolo.VIEWS} if config.views else {}
+    if crowd:
+        options |= {"nms_iou": 1.0, "class_agnostic": True, "top": CROWD, "candidates": CROWD}
+    else:
+        options |= {"nms_iou": config.nms_iou, "class_agnostic": config.class_agnostic}
+    above = config.score_above if score_above is None else score_above
+    return training.predict(model, images, device=device, score_above=above, **options)
+
+
+def _seen_as(study: Study, model: Detector, rows: np.ndarray, name: str) -> CachedImages | Viewed:
+    """Training images of these rows as a view shows them; of a frozen backbone, their features."""
+    images = study.train.images
+    if not isinstance(images, CachedImages):
+        return Viewed(images.take(rows), name)
+    if name == "flip" and images.mirrored is not None:
+        return replace(images, features=images.mirrored, mirrored=None).take(rows)
+    if name not in study.views:
+        changed = Viewed(study.photos[0].images, name)
+        study.views[name] = training.cache_features(model, changed, device=study.device, mirrored=False)
+    return study.views[name].take(rows)
+
+
+def see(study: Study, model: Detector, pool: Pool, positions: np.ndarray, strategy: str) -> Sight:
+    """What a strategy may see of unlabelled images of a pool: what it needs and no more, labels least of all.
+
+    CALD and HUA pooling count boxes from the scores of their released codes on (0.05, 0.3), the rest from the config's.
+    """
+    config, device, rows = study.config, study.device, pool.index[positions]
+    needed = _home(strategy).needs(strategy)
+    if not needed or not len(positions):
+        return Sight(len(positions))
+    images, above = study.train.images.take(rows), huale.SCORE_ABOVE.get(strategy, config.score_above)
+
+    def look_at(what: Images | CachedImages | Viewed, **options) -> Detections:
+        return look(config, model, what, device, above, **options)
+
+    seen: dict = {}
+    if "detections" in needed:
+        seen["detections"] = look_at(images)
+    if "flipped" in needed:
+        found = look_at(_seen_as(study, model, rows, "flip"))
+        back = flip_boxes(found.boxes, images.image_size[1]) * found.valid[..., None]
+        sides = {k: v[..., [2, 1, 0, 3]] if k == "sides" else v for k, v in found.extra.items()}  # left is right there
+        seen["flipped"] = replace(found, boxes=back, extra=sides)
+    if "views" in needed:
+        boxes, size = seen["detections"].boxes, images.image_size
+        seen["views"] = {
+            name: View(move_boxes(name, boxes, size), look_at(_seen_as(study, model, rows, name))) for name in VIEWS
+        }
+    if "crowd" in needed:
+        seen["crowd"] = look_at(images, crowd=True)
+    if "embedding" in needed:
+        seen["embedding"] = training.embed(model, images, device=device)
+    if "known" in needed:
+        known = pool.index[pool.labelled()]
+        seen["known"] = training.embed(model, study.train.images.take(known), device=device)
+    if "labelled" in needed:
+        _, labels = pool.training_set()
+        counted = torch.where(labels.ignore, 0, labels.classes).flatten()
+        seen["labelled"] = torch.bincount(counted, minlength=len(study.class_names) + 1)[1:].numpy() / max(
+            1, len(labels.classes)
+        )
+    return Sight(len(positions), **seen)
+
+
+def _home(strategy: str):
+    """The module that a way of asking belongs to: it says what that `needs` and how to `choose`."""
+    return huale if strategy in huale.STRATEGIES else sampling
+
+
+def choose(config: Config, strategy: str, sight: Sight, k: int, rng: np.random.Generator) -> Choice:
+    """The k images that a strategy asks next, with the config's settings for it."""
+    if strategy in huale.STRATEGIES:
+        return huale.choose(
+            strategy, sight, k, rng, config.empty, sizes=config.cascade, order=config.cascade_order, quota=config.quota
+        )  # fmt: skip
+    return sampling.choose(strategy, sight, k, rng, config.empty)
 
 
 def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: int) -> None:
@@ -420,11 +517,12 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
         model.load_state_dict(client.own, strict=False)
     waiting = client.pool.unlabelled()
     rng = run.rng("ask", client.name, cycle)
-    seen = look(config, model, client.pool.candidates(), study.device) if sampling.needs_model(strategy) else None
-    scores = sampling.score(strategy, seen, len(waiting), rng)
-    chosen = sampling.top_k(scores, count, rng, config.empty)
-    why = np.where(scores.scored, scores.values, np.nan)[chosen]
-    client.pool.ask(waiting[chosen], cycle, why)
+    if config.scored and strategy != "random" and len(waiting) > config.scored:
+        waiting = np.sort(run.rng("looked at", client.name, cycle).permutation(waiting)[: max(config.scored, count)])
+    sight = see(replace(study, config=config), model, client.pool, waiting, strategy)
+    choice = choose(config, strategy, sight, count, rng)
+    why = np.where(choice.scores.scored, choice.scores.values, np.nan)[choice.positions]
+    client.pool.ask(waiting[choice.positions], cycle, why)
 
 
 def _ask_again(run: record.Run, client: Client, cycle: int, method: str) -> None:
@@ -450,6 +548,11 @@ def train(
     nothing; its `status` says why.
     """
     config = run.config
+    if config.afresh and cycle > 0 and round == 0:
+        first = start_rows(config, study.train, run.seed)
+        model.load_state_dict(starting_point(run, study, first), strict=False)
+        for client in clients:
+            client.memory, client.home, client.own = {}, {}, {}
     for client in clients:
         client.status, client.received = "", 0
     if scheme_of(run.method)[0] == CENTRALISED:

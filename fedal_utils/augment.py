@@ -1,4 +1,5 @@
-"""Augmentation of whole batches as tensors, on the device they live on: mosaic, flip, colour, scale and translate crop.
+"""Augmentation of whole batches as tensors, on the device they live on: mosaic, flip, colour, scale and translate crop;
+and the fixed changed views of an image by which some strategies judge a model.
 
 Speaks uint8 pixels (B, 3, H, W), padded boxes (B, K, 4) xyxy pixels, classes (B, K) with 0 = padding, ignore (B, K).
 Every draw comes from the generator handed in; it may live on the CPU while the pixels do not.
@@ -6,11 +7,18 @@ Every draw comes from the generator handed in; it may live on the CPU while the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.transforms.v2 import functional as transforms
 
 from .boxes import clip_boxes, flip_boxes
+from .data import Images, StreamedImages
+from .seeding import rng_for
 
 FILL = 114.0  # grey of what a crop uncovers, as in the letterbox
 _GREY = (0.299, 0.587, 0.114)  # luminance of R, G, B (ITU-R BT.601)
@@ -204,3 +212,102 @@ def augment(
             pixels, boxes, classes, ignore, scales, shifts, min_visible, min_object
         )
     return pixels, boxes, classes, ignore
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+# The changes under which CALD (2103.10374) compares a detector's output with itself. Its paper gives the factor, the
+# angle and the number of patches; where the patches lie and how large they are is ours.
+VIEWS = ("flip", "cutout", "resize", "rotate")
+RESIZE, ANGLE, PATCHES, PATCH_SIDE = 0.8, 5.0, 2, (0.1, 0.3)  # part of the side; degrees; how many; parts of the side
+
+
+def cutout_patches(ids: Sequence[str], image_size: tuple[int, int]) -> Tensor:
+    """Where grey patches cover each image (N, PATCHES, 4) xyxy whole pixels; an image's id decides, nothing else."""
+    height, width = image_size
+    rows = []
+    for name in ids:
+        rng = rng_for(0, "cutout", name)
+        part = rng.uniform(*PATCH_SIDE, size=(PATCHES, 2))  # of width, height
+        place = rng.random((PATCHES, 2)) * (1 - part)
+        rows.append(
+            torch.from_numpy(place).repeat(1, 2) + torch.cat([torch.zeros(PATCHES, 2), torch.from_numpy(part)], 1)
+        )
+    if not rows:
+        return torch.zeros(0, PATCHES, 4)
+    return (torch.stack(rows) * torch.tensor([width, height, width, height])).round()
+
+
+def change_view(name: str, pixels: Tensor, ids: Sequence[str]) -> Tensor:
+    """uint8 pixels (B, 3, H, W) of a view in `VIEWS`; what a change uncovers or covers is grey."""
+    height, width = pixels.shape[-2:]
+    if name == "flip":
+        return pixels.flip(-1)
+    if name == "cutout":
+        patches = cutout_patches(ids, (height, width)).to(pixels.device)
+        y, x = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
+        left, top, right, bottom = (side[..., None, None] for side in patches.unbind(-1))  # (B, P, 1, 1) each
+        covered = ((x >= left) & (x < right) & (y >= top) & (y < bottom)).any(1, keepdim=True)  # (B, 1, H, W)
+        return torch.where(covered, torch.full_like(pixels, round(FILL)), pixels)
+    if name == "resize":
+        inner, (top, left) = _shrunk((height, width))
+        small = transforms.resize(pixels, list(inner), antialias=True)
+        return functional.pad(
+            small, (left, width - inner[1] - left, top, height - inner[0] - top), value=round(FILL)
+        )  # fmt: skip
+    if name == "rotate":
+        bilinear = transforms.InterpolationMode.BILINEAR
+        return transforms.rotate(pixels, ANGLE, interpolation=bilinear, fill=[FILL] * 3)
+    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
+
+
+def _shrunk(image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the view 'resize', and the top and left where it lies in the canvas."""
+    height, width = image_size
+    inner = max(1, round(height * RESIZE)), max(1, round(width * RESIZE))
+    return inner, ((height - inner[0]) // 2, (width - inner[1]) // 2)
+
+
+def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Where (..., 4) xyxy boxes lie in a view, cut to the image; a turned box is the upright one around its corners."""
+    height, width = image_size
+    if name == "flip":
+        return flip_boxes(boxes, width)
+    if name == "cutout":
+        return boxes
+    if name == "resize":
+        inner, (top, left) = _shrunk(image_size)
+        scale = boxes.new_tensor([inner[1] / width, inner[0] / height] * 2)
+        return boxes * scale + boxes.new_tensor([left, top] * 2)
+    if name == "rotate":  # counter-clockwise on the screen, where y points down: x' = x cos + y sin, y' = y cos - x sin
+        cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
+        x = boxes[..., [0, 2, 2, 0]] - width / 2  # (..., 4) corners
+        y = boxes[..., [1, 1, 3, 3]] - height / 2
+        turned = torch.stack([x * cos + y * sin + width / 2, y * cos - x * sin + height / 2], dim=-1)  # (..., 4, 2)
+        return clip_boxes(torch.cat([turned.amin(-2), turned.amax(-2)], dim=-1), image_size)
+    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """Images as a view shows them: what `training.predict` and `training.cache_features` need of a set of images."""
+
+    images: Images | StreamedImages
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in VIEWS:
+            raise ValueError(f"view must be one of {VIEWS}, got {self.name!r}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getattr__(self, what: str):
+        if what in ("ids", "sizes", "groups", "image_size"):
+            return getattr(self.images, what)
+        raise AttributeError(what)
+
+    def batches(self, chunks: Sequence, device: str | torch.device = "cpu") -> Iterator[Tensor]:
+        """The view's pixels for each chunk of row numbers in turn."""
+        for chunk, pixels in zip(chunks, self.images.batches(chunks, device), strict=True):
+            yield change_view(self.name, pixels, [self.images.ids[row] for row in chunk])

@@ -5,8 +5,8 @@ Boxes are (N, 4) float32 xyxy in pixels. A padded batch is (B, K, 4); class 0 ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ class Detections:
 
     boxes (N, T, 4) float32 xyxy pixels of the letterboxed image; scores (N, T) in [0, 1]; labels (N, T) int64,
     1..C, 0 = padding; probs (N, T, C + 1) class probabilities with background first, zeros where padded.
+    extra: what some detectors know besides, (N, T, ...) each: 'level' (N, T) int64, the map that a box came from;
+    'sides' (N, T, 4), confidence in [0, 1] of left, top, right and bottom; 'predicted_loss' (N, T) >= 0.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     probs: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
@@ -36,12 +39,19 @@ class Detections:
     def above(self, score: float) -> Detections:
         """The same detections with those at or below `score` turned into padding (shapes stay)."""
         keep = (self.scores > score) & self.valid
-        return Detections(
-            self.boxes * keep[..., None], self.scores * keep, self.labels * keep, self.probs * keep[..., None]
-        )
+        return self._each(lambda t: t * keep.view(*keep.shape, *[1] * (t.dim() - 2)))
 
     def to(self, device: str | torch.device) -> Detections:
-        return Detections(*(t.to(device) for t in (self.boxes, self.scores, self.labels, self.probs)))
+        return self._each(lambda t: t.to(device))
+
+    def take(self, rows: Sequence[int] | Tensor) -> Detections:
+        """Detections of these images, in this order."""
+        rows = torch.as_tensor(rows, dtype=torch.int64, device=self.boxes.device)
+        return self._each(lambda t: t[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Detections:
+        plain = (change(t) for t in (self.boxes, self.scores, self.labels, self.probs))
+        return Detections(*plain, {name: change(t) for name, t in self.extra.items()})
 
 
 def cat(parts: list[Detections]) -> Detections:
@@ -50,15 +60,15 @@ def cat(parts: list[Detections]) -> Detections:
         raise ValueError("no detections to join: the list of batches is empty")
     longest = max(part.boxes.shape[1] for part in parts)
 
-    def joined(name: str) -> Tensor:
+    def joined(tensors: Iterable[Tensor]) -> Tensor:
         out = []
-        for part in parts:
-            t = getattr(part, name)
+        for t in tensors:
             pad = t.new_zeros((t.shape[0], longest - t.shape[1], *t.shape[2:]))
             out.append(torch.cat([t, pad], dim=1))  # (B, longest, ...)
         return torch.cat(out)
 
-    return Detections(joined("boxes"), joined("scores"), joined("labels"), joined("probs"))
+    plain = (joined(getattr(part, name) for part in parts) for name in ("boxes", "scores", "labels", "probs"))
+    return Detections(*plain, {name: joined(part.extra[name] for part in parts) for name in parts[0].extra})
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 PROFILES = ("smoke", "quick", "paper")
-_LISTS = ("methods", "seeds")  # which runs there are, not what one of them does
+_LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 
 # Settings that came after runs had been published: at these values the code does what it did before, so they leave the
 # digest, and the folder, of those runs as it was.
 _LATER: dict[str, Any] = dict(
     warmup_momentum=0.0, warmup_bias_lr=0.0, nominal=0, mosaic=0.0, depth=0.33, channels=0.5, start_warmup=0,
     merge_images=0, tail=0, optimiser_state="restart", first_pass=10, passes=0, visit=1.0, lost=0.0, on_failure="stop",
-    views=False, as_released=False, gains=(0.05, 1.0, 0.5), digit_classes=10,
+    views=False, as_released=False, gains=(0.05, 1.0, 0.5), digit_classes=10, warmup_epochs=0.0, box_loss="smooth_l1",
+    box_weight=1.0, box_focal=0.0, companion="none", companion_weight=1.0, iou_power=0.5, emphasis=0.0, evidence=False,
+    afresh=False, scored=0, cascade=(4.0, 3.0, 2.0, 1.5), quota=0.15,
+    cascade_order=("semantic", "diversity", "overlap", "localisation"),
 )  # fmt: skip
 
 
@@ -40,6 +43,7 @@ class Recipe:
     final_lr: float = 0.05  # cosine ends at this part of lr
     step_at: tuple[float, ...] = (0.6, 0.85)  # parts of the run at which 'step' divides by ten
     warmup: int = 0  # steps of rising learning rate; where the optimiser's state is kept, once in its life
+    warmup_epochs: float = 0.0  # the warm-up takes no more steps than so many passes have, 0 = no such limit
     warmup_momentum: float = 0.0  # momentum at the first of them (SGD), 0 = momentum all along
     warmup_bias_lr: float = 0.0  # learning rate of biases at the first of them, falling to lr; 0 = as the rest
     nominal: int = 0  # images whose gradients are added up for a step, reached over the warm-up; 0 = one batch
@@ -80,6 +84,15 @@ class Config(Recipe):
     anchor_ratios: tuple[float, ...] = (0.7, 1.4)  # height / width
     pretrained: bool = False
     frozen: bool = False
+    # how Faster R-CNN learns boxes, see `roi_heads.Localisation`; the defaults are torchvision's
+    box_loss: str = "smooth_l1"  # 'smooth_l1' | 'efficient_iou' | 'extended_iou'
+    box_weight: float = 1.0  # of an IoU loss
+    box_focal: float = 0.0
+    companion: str = "none"  # 'none' | 'sides' (a deviation per side) | 'iou' (a head that predicts the box's IoU)
+    companion_weight: float = 1.0
+    iou_power: float = 0.5
+    emphasis: float = 0.0
+    evidence: bool = False  # a head beside it that predicts each box's classification loss; strategy 'hua' needs it
     # starting point: trained centrally on images of its own, before any client is asked
     start_images: int = 40
     start_iterations: int = 150
@@ -101,6 +114,7 @@ class Config(Recipe):
     rounds: int = 3
     iterations: int = 12  # gradient steps of one client in one round; 0 = recipe.epochs instead
     tail: int = 0  # further rounds, of training only, after those of the last cycle
+    afresh: bool = False  # in every cycle the model begins again from the starting point
     anneal: float = 1.0  # lr of a cycle's last round as part of its first round's; falls evenly in between
     optimiser_state: str = "restart"  # between rounds: 'restart' | 'client' (kept there) | 'travels' (with the model)
     first_pass: int = 10  # the chain's first visits train as long as so many rounds; released code: 200 epochs, 20
@@ -115,6 +129,10 @@ class Config(Recipe):
     class_agnostic: bool = True
     views: bool = False  # score on flipped and scaled views as well (YOLO)
     empty: str = "last"
+    scored: int = 0  # at most so many unlabelled images are looked at in a cycle, drawn at random; 0 = all
+    cascade: tuple[float, ...] = (4.0, 3.0, 2.0, 1.5)  # what retrieval and the first three filters leave, in budgets
+    cascade_order: tuple[str, ...] = ("semantic", "diversity", "overlap", "localisation")
+    quota: float = 0.15  # part of the budget that 'hua' draws from images with score zero
     seconds_per_image: float = 2.0
     seconds_per_box: float = 7.0
     # judging
@@ -123,16 +141,17 @@ class Config(Recipe):
     # what is compared
     methods: tuple[str, ...] = ("random", "sum", "avg", "max")
     seeds: tuple[int, ...] = (0, 1)
+    side_seeds: int = 3  # a notebook's side experiments run the first so many of them
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ValueError(f"profile must be one of {PROFILES}, got {self.profile!r}")
-        positive = ("batch", "clients", "cycles", "rounds", "first", "budget")
+        positive = ("batch", "clients", "cycles", "rounds", "first", "budget", "side_seeds")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         counts = ("start_images", "start_iterations", "start_warmup", "merge_images", "iterations", "epochs", "tail")
-        for name in (*counts, "passes", "warmup", "nominal", "evaluate_every", "threads"):
+        for name in (*counts, "passes", "warmup", "warmup_epochs", "nominal", "evaluate_every", "threads", "scored"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -144,7 +163,7 @@ class Config(Recipe):
         for name, allowed in (("optimiser_state", ("restart", "client", "travels")), ("on_failure", ("stop", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("flip", "score_above", "nms_iou", "mosaic", "lost"):
+        for name in ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 < self.anneal <= 1:
@@ -260,6 +279,53 @@ _PAPER_BY_DATA: dict[str, dict[str, Any]] = {
     "voc07": {"image_size": (416, 416)},
 }
 
+# Notebook 20 (HUALE): one node, no starting point; every cycle trains from the first weights for the same number of
+# steps. Scoring mirrors images, so training does, digits too. Small sizes: Faster R-CNN on frozen features.
+_SMALL_RCNN = dict(
+    detector="faster_rcnn", backbone="lite0", pretrained=True, frozen=True, norm="group", partition="iid", clients=1,
+    start_images=0, start_iterations=0, rounds=1, anneal=1.0, afresh=True, evidence=True, schedule="cosine", warmup=10,
+    lr=3e-3, batch=4, flip=0.5, zoom=(1.0, 1.0), shift=0.0, colour=0.0, score_above=0.3, nms_iou=0.5,
+    class_agnostic=False, box_weight=5.0, companion_weight=0.2, threads=1,
+)  # fmt: skip
+
+_HUALE: dict[str, dict[str, Any]] = {
+    "digits": {
+        **_SMALL_RCNN, "image_size": (96, 96), "digit_classes": 3, "scenes": (300, 100), "anchor_side": 24.0,
+        "anchor_ratios": (1.0,), "side_seeds": 1, "first": 4, "budget": 6, "cycles": 3, "iterations": 110,
+    },
+    "bccd": {
+        **_SMALL_RCNN, "image_size": (192, 256), "anchor_side": 24.0, "anchor_ratios": (0.7, 1.0, 1.4), "first": 8,
+        "budget": 8, "cycles": 5, "iterations": 240, "seeds": (0, 1, 2, 3, 4),
+    },
+    "neu-det": {
+        **_SMALL_RCNN, "image_size": (192, 192), "anchor_side": 32.0, "anchor_ratios": (0.3, 1.0, 3.0), "first": 60,
+        "budget": 60, "cycles": 6, "iterations": 800,
+    },
+    "carla": {
+        **_SMALL_RCNN, "image_size": (192, 320), "min_object": 8.0, "anchor_side": 16.0, "first": 40, "budget": 40,
+        "cycles": 6, "iterations": 600,
+    },
+    "": {**_SMALL_RCNN, "first": 8, "budget": 8, "cycles": 5, "iterations": 240},
+}  # fmt: skip
+
+# CALD's public protocol, which HUALE's grids and baseline curves coincide with: torchvision's Faster R-CNN R50-FPN,
+# from ImageNet weights in every cycle, 20 epochs, learning rate / 10 at 16 and 19, warm-up in the first epoch.
+# Its sides of 600 / 1000 (VOC) and 800 / 1333 (COCO) are a square canvas here, of the same scale for 4:3 images.
+_HUALE_PAPER = dict(
+    data="voc07", image_size=(800, 800), detector="faster_rcnn", backbone="resnet50", norm="batch", pretrained=True,
+    frozen=False, partition="iid", clients=1, start_images=0, start_iterations=0, first=500, budget=500, cycles=7,
+    rounds=1, afresh=True, evidence=True, iterations=0, epochs=20, batch=4, optimiser="sgd", lr=2.5e-3, momentum=0.9,
+    weight_decay=1e-4, schedule="step", step_at=(0.8, 0.95), warmup=1000, warmup_epochs=1.0, clip=0.0, flip=0.5,
+    score_above=0.3, nms_iou=0.5, class_agnostic=False, box_weight=5.0, companion_weight=0.2, threads=0,
+    seeds=(0, 1, 2),
+)  # fmt: skip
+
+_HUALE_PAPER_BY_DATA: dict[str, dict[str, Any]] = {
+    "coco": {
+        "image_size": (1088, 1088), "first": 5000, "budget": 1000, "cycles": 5, "scored": 10000,
+    },
+}  # fmt: skip
+
 _BY_PROFILE: dict[str, dict[str, Any]] = {
     "smoke": {"data": "digits", "seeds": (0, 1), "threads": 1},
     "quick": {"data": "bccd", "seeds": (0, 1, 2), "threads": 0},
@@ -274,6 +340,11 @@ _METHODS = {
     "12": ("chain+sum", "chain-fedavg+sum", "accumulate+sum", "centralised+chain+sum"),
 }
 _METHODS["13"] = (*_METHODS["11"], *_METHODS["12"])
+_METHODS["20"] = ("random", "entropy_max", "cald", "cascade")
+
+# Notebooks with sizes of their own, by their number: by data set ("": photographs without an entry), and in full size.
+_OWN: dict[str, dict[str, dict[str, Any]]] = {**dict.fromkeys(("10", "11", "12", "13"), _VAN_BOMMEL), "20": _HUALE}
+_OWN_PAPER = {"20": (_HUALE_PAPER, _HUALE_PAPER_BY_DATA)}
 
 
 def one_node(config: Config) -> Config:
@@ -299,10 +370,12 @@ def load(
     name = data or chosen["data"]
     number = notebook.partition("_")[0]
     if profile != "paper":
-        own = _VAN_BOMMEL.get(name, {}) if number in _METHODS else {}
-        chosen = {**_BY_DATA.get(name, _PHOTOS), **chosen, **own}
+        own = _OWN.get(number, {})
+        chosen = {**_BY_DATA.get(name, _PHOTOS), **chosen, **own.get(name, own.get("", {}))}
     else:
-        chosen.update(_PAPER_BY_DATA.get(name, {}))
+        paper, by_data = _OWN_PAPER.get(number, (_PAPER, _PAPER_BY_DATA))
+        name = data or paper["data"]
+        chosen = {**paper, **by_data.get(name, {})}
     chosen.update(profile=profile, data=name)
     config = Config(**checked(chosen))
     config = config.replace(methods=_METHODS.get(number, _METHODS["11"]))

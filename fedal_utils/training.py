@@ -240,6 +240,8 @@ def fit(
     per_epoch = math.ceil(len(images) / recipe.batch)
     steps = iterations if iterations is not None else (epochs or 0) * per_epoch
     before, whole = span or (0, steps)
+    if recipe.warmup_epochs:
+        recipe = replace(recipe, warmup=min(recipe.warmup, round(recipe.warmup_epochs * per_epoch)))
     if memory:
         _recall(optimiser, model, memory)
     autocast, scaler = _autocast(device, recipe.amp)
@@ -276,7 +278,8 @@ def fit(
         if stepped:
             if recipe.clip > 0:
                 scaler.unscale_(optimiser)
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                for together in _clipped_together(model):
+                    nn.utils.clip_grad_norm_(together, recipe.clip)
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
@@ -292,6 +295,14 @@ def fit(
     if memory is not None:
         _remember(optimiser, model, memory, before + done)
     model.eval()
+
+
+def _clipped_together(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """All parameters, and apart from them those of an evidence head: it must not slow what it only looks on at."""
+    parts = ([], [])
+    for name, parameter in model.named_parameters():
+        parts["evidence_head" in name.split(".")].append(parameter)
+    return parts
 
 
 def _read_losses(waiting: list, sums: dict[str, float], images, who: str) -> int:
@@ -337,3 +348,13 @@ def predict(
     model.to(device).eval()
     parts = [model.predict(x, **options).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
     return cat(parts)
+
+
+@torch.inference_mode()
+def embed(
+    model: Detector, images: Images | CachedImages, batch: int = 64, device: str | torch.device = "cpu"
+) -> Tensor:
+    """One vector an image (N, D), in order, on the CPU: see `model.embed`. No image gives (0, 0)."""
+    model.to(device).eval()
+    parts = [model.embed(x).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
+    return torch.cat(parts) if parts else torch.zeros(0, 0)

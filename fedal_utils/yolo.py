@@ -198,6 +198,11 @@ def cell_grid(image_size: tuple[int, int], anchors: Tensor) -> Tensor:
     return torch.cat(parts)  # (A, 5)
 
 
+def _map_of(grid: Tensor) -> Tensor:
+    """Number of the map that each row of `cell_grid` belongs to, 0 = finest: (A,)."""
+    return (grid[:, 2] / STRIDES[0]).log2().round().long()
+
+
 def decode(raw: Tensor, grid: Tensor) -> Tensor:
     """xyxy pixels of raw outputs (..., 4 or more): centre = (2 s - 0.5 + cell) stride, side = (2 s)^2 anchor.
 
@@ -388,7 +393,7 @@ class YOLO(Detector):
         if not isinstance(inputs, Tensor) and views != [(1.0, False)]:
             raise ValueError("scaled or mirrored views need pixels, but these inputs are cached features")
         seen = [self._view(inputs, *view) for view in views]
-        boxes, raw = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
+        boxes, raw, level = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
         objectness = raw[..., 4:5].sigmoid()
         if self.classes == 1:  # its output was never trained
             probability = share = torch.ones_like(raw[..., 5:])
@@ -397,15 +402,16 @@ class YOLO(Detector):
             share = F.logsigmoid(raw[..., 5:]).softmax(-1)  # p / sum p, also where every p is tiny
         probs = torch.cat([1 - objectness, objectness * share], dim=-1)  # (B, A, C + 1)
         return select_detections(
-            boxes, probs, score_above, nms_iou, top, candidates, class_agnostic, scores=objectness * probability
-        )
+            boxes, probs, score_above, nms_iou, top, candidates, class_agnostic, scores=objectness * probability,
+            extra={"level": level},
+        )  # fmt: skip
 
-    def _view(self, inputs: Inputs, scale: float, mirrored: bool) -> tuple[Tensor, Tensor]:
-        """Boxes (B, A, 4) in the frame of the full image and raw outputs (B, A, 5 + C) of one view."""
+    def _view(self, inputs: Inputs, scale: float, mirrored: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (B, A, 4) in the frame of the full image, raw outputs (B, A, 5 + C) and maps (B, A) of one view."""
         height, width = self.image_size
         if scale == 1 and not mirrored:
-            raw = self(inputs)
-            return clip_boxes(decode(raw, cell_grid(self.image_size, self.anchors)), self.image_size), raw
+            raw, grid = self(inputs), cell_grid(self.image_size, self.anchors)
+            return clip_boxes(decode(raw, grid), self.image_size), raw, _map_of(grid).expand(raw.shape[:2])
         self.check_size(inputs)
         pixels = inputs.flip(-1) if mirrored else inputs
         inner = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -414,11 +420,12 @@ class YOLO(Detector):
             pixels = F.interpolate(pixels.float(), inner, mode="bilinear", align_corners=False, antialias=True)
         pixels = F.pad(pixels, (0, canvas[1] - inner[1], 0, canvas[0] - inner[0]), value=FILL)
         raw = self.raw(self.backbone(pixels))
-        boxes = decode(raw, cell_grid(canvas, self.anchors))
+        grid = cell_grid(canvas, self.anchors)
+        boxes = decode(raw, grid)
         boxes = boxes * boxes.new_tensor([width / inner[1], height / inner[0]] * 2)
         if mirrored:
             boxes = flip_boxes(boxes, width)
-        return clip_boxes(boxes, self.image_size), raw
+        return clip_boxes(boxes, self.image_size), raw, _map_of(grid).expand(raw.shape[:2])
 
 
 @torch.no_grad()

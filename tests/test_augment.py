@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
 
 from fedal_utils import augment as a
+from fedal_utils import data
 
 HEIGHT, WIDTH = 40, 60
 
@@ -294,3 +297,78 @@ def test_after_a_mosaic_the_other_changes_still_follow():
     for (x1, y1, x2, y2), kind in zip(out[1][0].round().long().tolist(), out[2][0].tolist(), strict=True):
         if kind and x2 - x1 > 3 and y2 - y1 > 3:
             assert out[0][0, 0, y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].float().mean() > 150
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+def _marked(height=64, width=96):
+    """Three images with one bright square each, and its box."""
+    pixels = torch.full((3, 3, height, width), 60, dtype=torch.uint8)
+    boxes = torch.tensor([[8.0, 10.0, 28.0, 30.0], [50.0, 20.0, 70.0, 44.0], [70.0, 30.0, 90.0, 60.0]])
+    for image, (x1, y1, x2, y2) in zip(pixels, boxes.int().tolist(), strict=True):
+        image[:, y1:y2, x1:x2] = 255
+    return pixels, boxes
+
+
+@pytest.mark.parametrize("name", a.VIEWS)
+def test_a_moved_box_lies_on_what_it_holds(name):
+    pixels, boxes = _marked()
+    ids = ["a", "b", "c"]
+    seen = a.change_view(name, pixels, ids)
+    assert seen.shape == pixels.shape and seen.dtype == torch.uint8
+    moved = a.move_boxes(name, boxes, (64, 96))
+    grey = round(a.FILL)
+    for image, box, hidden in zip(seen, moved, a.cutout_patches(ids, (64, 96)), strict=True):
+        bright = (image[0] > 200).nonzero()
+        if name == "cutout":
+            x1, y1, x2, y2 = box.int().tolist()
+            inside = image[0, y1:y2, x1:x2]
+            assert set(inside.unique().tolist()) <= {grey, 255}
+            for left, top, right, bottom in hidden.int().tolist():
+                assert (image[:, top:bottom, left:right] == grey).all()
+            continue
+        found = torch.cat([bright.amin(0).flip(0), bright.amax(0).flip(0) + 1]).float()  # x1, y1, x2, y2
+        assert (found - box).abs().max() <= 1.6, (name, found, box)
+
+
+def test_views_agree_with_torchvision_on_boxes():
+    boxes = torch.tensor([[8.0, 10.0, 28.0, 30.0], [40.0, 20.0, 60.0, 44.0]])
+    theirs = transforms.rotate_bounding_boxes(
+        boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(64, 96), angle=a.ANGLE
+    )[0]
+    # torchvision turns about the middle of the pixel grid, half a pixel from ours
+    torch.testing.assert_close(a.move_boxes("rotate", boxes, (64, 96)), theirs, atol=0.6, rtol=0)
+    flipped = transforms.horizontal_flip_bounding_boxes(
+        boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(64, 96)
+    )
+    torch.testing.assert_close(a.move_boxes("flip", boxes, (64, 96)), flipped)
+    twice = a.move_boxes("flip", a.move_boxes("flip", boxes, (64, 96)), (64, 96))
+    assert torch.equal(twice, boxes)
+
+
+def test_a_view_of_an_image_is_the_same_in_every_batch():
+    pixels, _ = _marked()
+    images = data.Images(("a", "b", "c"), pixels, torch.tensor([[64, 96]] * 3))
+    for name in a.VIEWS:
+        viewed = a.Viewed(images, name)
+        together = torch.cat(list(viewed.batches([[0, 1, 2]])))
+        alone = torch.cat(list(viewed.batches([[2], [0], [1]])))
+        assert torch.equal(together[[2, 0, 1]], alone)
+        assert (len(viewed), viewed.ids, viewed.image_size) == (3, ("a", "b", "c"), (64, 96))
+    patches = a.cutout_patches(["a", "b"], (64, 96))
+    assert not torch.equal(patches[0], patches[1])
+    sides = (patches[..., 2:] - patches[..., :2]) / torch.tensor([96.0, 64.0])
+    assert (sides > 0.08).all() and (sides < 0.32).all()
+    assert (patches >= 0).all() and (patches[..., 2] <= 96).all() and (patches[..., 3] <= 64).all()
+
+
+def test_an_unknown_view_is_refused():
+    pixels, boxes = _marked()
+    for call in (
+        lambda: a.change_view("blur", pixels, ["a", "b", "c"]),
+        lambda: a.move_boxes("blur", boxes, (64, 96)),
+        lambda: a.Viewed(None, "blur"),
+    ):
+        with pytest.raises(ValueError, match="view must be one of .*'blur'"):
+            call()

@@ -1,5 +1,7 @@
 """Letterbox by hand and as a law, padding, flips, and the padded batch of detections."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +105,42 @@ def test_detections_below_a_score_become_padding_and_shapes_stay():
     assert kept.valid.tolist() == [[True, False, False]] * 2
     assert kept.scores.tolist()[0] == pytest.approx([0.9, 0, 0])
     assert kept.boxes.shape == (2, 3, 4) and not kept.boxes[:, 1:].any() and not kept.probs[:, 1:].any()
+
+
+def _known(found: b.Detections, first: int) -> b.Detections:
+    """The same with the map of each box, and four numbers."""
+    level = first + torch.arange(found.scores.numel()).view(found.scores.shape)
+    return dataclasses.replace(found, extra={"level": level, "sides": level[..., None] + torch.arange(4) / 10})
+
+
+def test_what_is_known_of_each_box_goes_where_the_box_goes():
+    found = _known(_detections(3, [0.9, 0.5, 0.1]), 1)
+    level = found.extra["level"]  # 1 2 3 | 4 5 6 | 7 8 9
+    cut = found.above(0.4)
+    assert cut.extra["level"].tolist() == [[1, 2, 0], [4, 5, 0], [7, 8, 0]] and cut.extra["level"].dtype == torch.int64
+    assert torch.equal(cut.extra["sides"][:, :2], found.extra["sides"][:, :2]) and not cut.extra["sides"][:, 2].any()
+    for rows in ([2, 0], torch.tensor([2, 0])):
+        taken = found.take(rows)
+        assert len(taken) == 2 and torch.equal(taken.boxes, found.boxes[[2, 0]])
+        assert taken.extra["level"].tolist() == [[7, 8, 9], [1, 2, 3]]
+        assert torch.equal(taken.extra["sides"], found.extra["sides"][[2, 0]])
+    none = found.take([])
+    assert len(none) == 0 and none.extra["sides"].shape == (0, 3, 4)
+    moved = found.to("meta")
+    assert {t.device.type for t in (moved.boxes, moved.probs, *moved.extra.values())} == {"meta"}
+    joined = b.cat([_known(_detections(1, [0.8]), 50), found])
+    assert joined.extra["level"].tolist() == [[50, 0, 0], *level.tolist()]
+    assert joined.extra["sides"].shape == (4, 3, 4) and not joined.extra["sides"][0, 1:].any()
+    assert torch.equal(joined.extra["sides"][1:], found.extra["sides"])
+    assert b.cat([_detections(1, [0.8])]).extra == {}
+
+
+def test_taken_detections_are_those_images_in_that_order():
+    found = _detections(3, [0.9, 0.5])
+    for name in ("boxes", "scores", "labels", "probs"):
+        assert torch.equal(getattr(found.take([1, 1]), name), getattr(found, name)[[1, 1]])
+    marked = dataclasses.replace(found, labels=torch.tensor([[1, 0], [2, 2], [0, 0]]))
+    assert marked.take([2, 0]).valid.tolist() == [[False, False], [True, False]]
 
 
 def test_joined_detections_keep_their_rows_and_pad_the_shorter():

@@ -35,7 +35,7 @@ def another(name, value):
     return (*value, *value[-1:]) if value else ((1,),)
 
 
-LISTS = ("methods", "seeds")  # which runs there are, not what one of them does
+LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config) if f.name not in LISTS])

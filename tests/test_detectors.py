@@ -291,6 +291,46 @@ def test_the_threshold_is_exclusive_and_no_detection_is_an_empty_row():
     assert nothing.boxes.shape == (2, 0, 4) and nothing.probs.shape == (2, 0, 2)
 
 
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("own_box", [False, True])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_what_is_known_of_a_box_follows_it(classes, own_box, agnostic):
+    """Threshold, the best 60 pairs, NMS and the best 9 each take some away; what is left still says where it is from."""
+    rng = torch_rng_for(0, "extra")
+    shape = (3, 40, classes) if own_box else (3, 40)
+    boxes = random_boxes(rng, *shape, least=12.0)
+    probs = (torch.randn(3, 40, classes + 1, generator=rng) * 2).softmax(-1)
+    probs[1, 5:] = torch.eye(classes + 1)[0]  # image 1 has little to show: its row is padded
+    pairs = torch.arange(1, 40 * classes + 1).expand(3, -1)  # (B, A * C): 1 + C * box + class
+    rows = torch.arange(1, 41).expand(3, -1)  # (B, A): 1 + box
+    extra = {"row": rows, "point": torch.stack([rows + 0.25, -rows.float()], dim=-1), "pair": pairs}
+    extra["table"] = rows[..., None, None] + torch.arange(6.0).view(2, 3)  # (B, A, 2, 3)
+    found = select_detections(boxes, probs, 0.2, 0.3, 9, 60, agnostic, extra=extra)
+    alive = [int(n) for n in found.valid.sum(1)]
+    assert max(alive) == 9 > alive[1] > 0
+    assert {k: v.shape for k, v in found.extra.items()} == {
+        "row": (3, 9), "point": (3, 9, 2), "pair": (3, 9), "table": (3, 9, 2, 3),
+    }  # fmt: skip
+    assert found.extra["row"].dtype == torch.int64 and found.extra["point"].dtype == torch.float32
+    for image, count in enumerate(alive):
+        for place in range(9):
+            known = {name: value[image, place] for name, value in found.extra.items()}
+            if place >= count:
+                assert not any(value.any() for value in known.values())
+                continue
+            row, label = int(known["row"]) - 1, int(found.labels[image, place])
+            wanted = boxes[image, row, label - 1] if own_box else boxes[image, row]
+            assert torch.equal(found.boxes[image, place], wanted)
+            assert torch.equal(found.probs[image, place], probs[image, row])
+            assert known["point"].tolist() == [row + 1.25, -row - 1]
+            assert torch.equal(known["table"], row + 1 + torch.arange(6.0).view(2, 3))
+            assert int(known["pair"]) == 1 + classes * row + label - 1
+    plain = select_detections(boxes, probs, 0.2, 0.3, 9, 60, agnostic)
+    assert plain.extra == {} and torch.equal(plain.boxes, found.boxes)
+    nothing = select_detections(boxes, probs, 0.9999, 0.3, 9, 60, agnostic, extra=extra)
+    assert nothing.extra["point"].shape == (3, 0, 2) and nothing.extra["row"].shape == (3, 0)
+
+
 def test_images_of_a_batch_do_not_suppress_each_other():
     rng = torch_rng_for(0, "apart")
     boxes, probs = random_boxes(rng, 5, 40), torch.randn(5, 40, 4, generator=rng).softmax(-1)
@@ -347,6 +387,8 @@ def test_ssd300_vgg16_equals_torchvisions_with_the_same_weights():
         theirs.score_thresh = float(best[59:61].mean())
         found, wanted = ours.predict(x, score_above=theirs.score_thresh), theirs.eval()(list(x / 255))
     assert torch.equal(ours.anchors, anchors) and len(anchors) == 8732
+    maps = [torch.zeros(1, 1, side, side) for side in (38, 19, 10, 5, 3, 1)]  # 1512.02325: 4 or 6 boxes a cell
+    assert ours._levels(maps)[0].bincount().tolist() == [4 * 38**2, 6 * 19**2, 6 * 10**2, 6 * 5**2, 4 * 3**2, 4]
     assert 5 < len(wanted[0]["boxes"]) <= 60
     assert_same_detections(found, wanted, atol=1e-2)
 
@@ -367,10 +409,14 @@ def test_small_faster_rcnn_equals_a_torchvision_one_of_the_same_parts():
     ours = small("faster_rcnn", size=(64, 96))
     theirs = FasterRCNN(
         Parts(ours), min_size=64, max_size=96, image_mean=[0, 0, 0], image_std=[1, 1, 1],
-        rpn_anchor_generator=ours.rpn.anchor_generator, rpn_head=ours.rpn.head, rpn_pre_nms_top_n_train=200,
-        rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100,
-        rpn_batch_size_per_image=64, box_roi_pool=ours.roi.box_roi_pool, box_head=ours.roi.box_head,
-        box_predictor=ours.roi.box_predictor, box_batch_size_per_image=64, box_score_thresh=0.01, box_nms_thresh=0.5,
+        rpn_anchor_generator=ours.rpn.anchor_generator, rpn_head=ours.rpn.head,
+        rpn_pre_nms_top_n_train=ours.rpn._pre_nms_top_n["training"],
+        rpn_pre_nms_top_n_test=ours.rpn._pre_nms_top_n["testing"],
+        rpn_post_nms_top_n_train=ours.rpn._post_nms_top_n["training"],
+        rpn_post_nms_top_n_test=ours.rpn._post_nms_top_n["testing"],
+        rpn_batch_size_per_image=ours.rpn.fg_bg_sampler.batch_size_per_image, box_roi_pool=ours.roi.box_roi_pool,
+        box_head=ours.roi.box_head, box_predictor=ours.roi.box_predictor,
+        box_batch_size_per_image=ours.roi.fg_bg_sampler.batch_size_per_image, box_score_thresh=0.01, box_nms_thresh=0.5,
     )  # fmt: skip
     rng = torch_rng_for(3, "targets")
     x = pixels(2, 64, 96)
@@ -539,6 +585,86 @@ def test_anchors_sit_in_the_middle_of_their_cells_and_follow_the_head():
     logits, deltas = model(pixels(1, 64, 96))
     assert logits.shape[1] == deltas.shape[1] == len(model.anchors)
     assert detectors.octave_sizes(16, 2) == ((16, pytest.approx(22.627417)), (32, pytest.approx(45.254834)))
+
+
+# --------------------------------------------------------------------------------------- SSD: maps and predicted loss
+
+
+class Numbered(nn.Module):
+    """In the place of an evidence head of one map: the number of each anchor, counted as the class head counts."""
+
+    def __init__(self, first, cell):
+        super().__init__()
+        self.first, self.cell = first, cell
+
+    def forward(self, m):
+        height, width = m.shape[-2:]
+        number = self.first + torch.arange(height * width * self.cell).view(height, width, self.cell)
+        return number.permute(2, 0, 1).expand(len(m), -1, -1, -1).float()
+
+
+@pytest.mark.parametrize("ratios", [(1.0,), (0.7, 1.4)])
+def test_an_ssd_knows_the_map_and_the_predicted_loss_of_each_anchor(ratios):
+    model = small(size=(64, 96), anchor_side=8.0, anchor_ratios=ratios, evidence=True).eval()
+    cell = 2 * len(ratios)
+    counts = [cell * (64 // stride) * (96 // stride) for stride in (8, 16, 32)]
+    firsts = [100, 100 + counts[0], 100 + counts[0] + counts[1]]  # softplus(x) = x to the last bit from 100 on
+    model.evidence_head = nn.ModuleList(Numbered(first, cell) for first in firsts)
+    for layer in model.head.regression_head.module_list:  # boxes are anchors
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    found = model.predict(pixels(2, 64, 96), score_above=0.0, nms_iou=0.99, top=10_000, candidates=10_000)
+    assert found.extra.keys() == {"level", "predicted_loss"} and found.valid.all(1).any()
+    number = found.extra["predicted_loss"][found.valid].long() - 100
+    assert len(number.unique()) > 0.8 * sum(counts)
+    assert torch.allclose(found.boxes[found.valid], clip_boxes(model.anchors[number], (64, 96)), atol=1e-4)
+    wanted = torch.bucketize(number, torch.tensor(counts).cumsum(0), right=True)
+    assert torch.equal(found.extra["level"][found.valid], wanted) and set(wanted.tolist()) == {0, 1, 2}
+    assert small(size=(64, 96)).eval().predict(pixels(1, 64, 96), score_above=0.02).extra.keys() == {"level"}
+
+
+def test_an_evidence_head_changes_nothing_else_of_an_ssd():
+    plain, model = small(), small(evidence=True)
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
+    assert {k.split(".")[0] for k in state.keys() - plain.state_dict().keys()} == {"evidence_head"}
+    targets = random_targets(torch_rng_for(0, "targets"), 2, some_ignored=True)
+    wanted = plain.loss(pixels(2, 64, 64), *targets)
+    parts = model.loss(pixels(2, 64, 64), *targets)
+    assert parts.keys() == {*wanted, "evidence"} and all(torch.equal(parts[k], wanted[k]) for k in wanted)
+    parts["evidence"].backward(retain_graph=True)
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {name for name, _ in model.named_parameters() if name.startswith("evidence_head")}
+    model.zero_grad()
+    sum(parts[k] for k in wanted).backward()
+    assert all((p.grad is None) == name.startswith("evidence_head") for name, p in model.named_parameters())
+
+
+def test_an_ssds_evidence_is_five_times_the_mean_squared_error_of_positive_anchors_by_a_loop():
+    model = small(evidence=True)
+    boxes, classes, ignore = random_targets(torch_rng_for(2, "targets"), 3, some_ignored=True)
+    with torch.no_grad():
+        evidence = model.loss(pixels(3, 64, 64), boxes, classes, ignore)["evidence"].item()
+        logits = model(pixels(3, 64, 64))[0]
+        predicted = model._predicted_loss(model._maps(pixels(3, 64, 64)))
+    matched, _ = match_anchors(boxes, classes, ignore, model.anchors)
+    errors = []
+    for i, row in enumerate(matched.tolist()):
+        for a, at in enumerate(row):
+            if at >= 0:
+                loss = -logits[i, a].log_softmax(0)[classes[i, at]].item()
+                errors.append((predicted[i, a].item() - loss) ** 2)
+    assert len(errors) > 10 and evidence == pytest.approx(5 * sum(errors) / len(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [0, 3])
+def test_an_ssds_evidence_of_images_without_objects_is_zero_and_has_finite_gradients(columns):
+    model = small(evidence=True)
+    empty = torch.zeros(2, columns, 4), torch.zeros(2, columns, dtype=torch.int64), torch.zeros(2, columns).bool()
+    parts = model.loss(pixels(2, 64, 64), *empty)
+    assert parts["evidence"] == 0 and parts["classification"] > 0
+    sum(parts.values()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

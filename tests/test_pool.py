@@ -158,9 +158,10 @@ def test_scrambled_hidden_labels_do_not_move_the_selection(strategy):
     def chosen(truth):
         pool = Pool("A", images, Oracle(truth), range(6))
         found = training.predict(model, pool.candidates(), score_above=0.005)
-        rng = rng_for(0, "ask")
-        scores = sampling.score(strategy, found, len(pool.candidates()), rng)
-        return sampling.top_k(scores, 3, rng).tolist(), scores.values.tolist()
+        known, *embedding = images.pixels.float().mean((2, 3)).split(1)  # as if image 0 were labelled
+        sight = sampling.Sight(6, found, embedding=torch.cat([known + 1, *embedding]), known=known)
+        choice = sampling.choose(strategy, sight, 3, rng_for(0, "ask"))
+        return choice.positions.tolist(), choice.scores.values.tolist()
 
     assert chosen(labels) == chosen(scrambled(labels, 1))
     picks, values = chosen(labels)
@@ -205,4 +206,4 @@ def test_a_history_of_other_images_is_refused():
 
 
 def test_detections_know_nothing_of_labels():
-    assert {f.name for f in dataclasses.fields(Detections)} == {"boxes", "scores", "labels", "probs"}
+    assert {f.name for f in dataclasses.fields(Detections)} == {"boxes", "scores", "labels", "probs", "extra"}

@@ -1,5 +1,6 @@
 """Scores by hand with their equation numbers, the laws between reductions, and selection with seeded ties."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 from fedal_utils import sampling
 from fedal_utils.boxes import Detections
-from fedal_utils.sampling import Scores, score, top_k
+from fedal_utils.sampling import Scores, Sight, View, cascade, choose, k_center, score, top_k
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 VALUES = ("confidence", "entropy", "margin")
-REDUCED = [name for name in sampling.STRATEGIES if name not in ("random", "count")]
+REDUCED = [name for name in sampling.STRATEGIES if name not in ("random", "count", "coreset")]
 
 
 def detections(images, columns=4, length=None):
@@ -80,7 +81,6 @@ def test_random_looks_at_nothing_and_depends_on_the_generator_only():
     assert np.array_equal(a.values, score("random", None, 5, rng_for(0, "s")).values)
     assert not np.array_equal(a.values, score("random", None, 5, rng_for(1, "s")).values)
     assert a.scored.all() and len(set(a.values)) == 5 and ((0 <= a.values) & (a.values < 1)).all()
-    assert [name for name in sampling.STRATEGIES if not sampling.needs_model(name)] == ["random"]
 
 
 def test_images_without_detections_are_marked_and_carry_no_number():
@@ -213,6 +213,26 @@ def test_a_non_finite_score_names_the_image_and_never_sorts():
         (lambda: score("best", None, 3, rng_for(0, "s")), "strategy must be one of .*'margin_max'.* got 'best'"),
         (lambda: score("sum", None, 3, rng_for(0, "s")), "strategy 'sum' needs detections of 3 images, got none"),
         (lambda: score("sum", confidences([0.5]), 3, rng_for(0, "s")), "needs detections of 3 images, got 1"),
+        (lambda: score("coreset", None, 3, rng_for(0, "s")), "it has no score of one image"),
+        (lambda: sampling.needs("best"), "strategy must be one of .* got 'best'"),
+        (lambda: choose("best", Sight(3), 1, rng_for(0, "c")), "strategy must be one of .* got 'best'"),
+        (lambda: choose("sum", Sight(3), 1, rng_for(0, "c")), "needs detections of 3 images, got none"),
+        (lambda: choose("sum", Sight(3, confidences([0.5])), 1, rng_for(0, "c")), "needs detections of 3 .*, got 1"),
+        (lambda: choose("random", Sight(3), 4, rng_for(0, "c")), "budget of 4 images.* pool has 3"),
+        (lambda: choose("coreset", Sight(2, embedding=torch.ones(2, 1)), 1, rng_for(0, "c")), "needs embeddings"),
+        (lambda: choose("coreset", Sight(2, known=torch.ones(2, 1)), 1, rng_for(0, "c")), "needs embeddings"),
+        (
+            lambda: choose("coreset", Sight(3, embedding=points(1, 2), known=points(0)), 1, rng_for(0, "c")),
+            "needs embeddings of 3 images, got 2",
+        ),
+        (lambda: k_center(points(1, 2), points(0), 3, rng_for(0, "c")), "budget of 3 images.* pool has 2"),
+        (lambda: k_center(points(1, 2), points(0), -1, rng_for(0, "c")), "budget of -1 images"),
+        (lambda: k_center(points(1, math.nan), points(0), 1, rng_for(0, "c")), "non-finite embedding in row 1"),
+        (lambda: k_center(points(1, 2), points(0, math.inf), 1, rng_for(0, "c")), "non-finite known in row 1"),
+        (lambda: cascade([flat(4)], [2, 1], rng_for(0, "c")), "got 1 steps and sizes .2, 1."),
+        (lambda: cascade([], [], rng_for(0, "c")), "one size a step, got 0 steps"),
+        (lambda: cascade([flat(4), flat(4)], [1, 2], rng_for(0, "c")), r"must not grow, got \[1, 2\]"),
+        (lambda: cascade([flat(4), flat(4)], [5, 2], rng_for(0, "c")), "budget of 5 images.* pool has 4"),
         (lambda: sampling.reduce(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), "median"), "got 'median'"),
     ],
 )
@@ -226,8 +246,13 @@ def test_scores_are_pure():
     before = [t.clone() for t in (found.boxes, found.scores, found.labels, found.probs)]
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = {name: score(name, found, 2, rng_for(0, "s")).values.tolist() for name in sampling.STRATEGIES}
-    assert first == {name: score(name, found, 2, rng_for(0, "s")).values.tolist() for name in sampling.STRATEGIES}
+    sight = Sight(2, found, embedding=points(1, 2), known=points(0))
+    first, again = (
+        {name: choose(name, sight, 1, rng_for(0, "s")).scores.values.tolist() for name in sampling.STRATEGIES}
+        for _ in range(2)
+    )
+    assert first == again
+    assert torch.equal(sight.embedding, points(1, 2)) and torch.equal(sight.known, points(0))
     for old, new in zip(before, (found.boxes, found.scores, found.labels, found.probs), strict=True):
         assert torch.equal(old, new)
     assert torch.equal(torch.get_rng_state(), state)
@@ -239,6 +264,130 @@ def test_every_strategy_runs_on_what_a_detector_returns():
         torch.randint(0, 3, (6, 3), generator=torch_rng_for(0, "l")),
         torch.rand(6, 3, 3, generator=torch_rng_for(0, "p")).softmax(-1),
     )  # fmt: skip
+    sight = Sight(6, found, embedding=torch.rand(6, 5, generator=torch_rng_for(0, "e")), known=torch.zeros(0, 5))
     for name in sampling.STRATEGIES:
-        picks = top_k(score(name, found, 6, rng_for(0, "s")), 4, rng_for(0, "t"))
-        assert len(set(picks.tolist())) == 4
+        choice = choose(name, sight, 4, rng_for(0, "s"))
+        assert len(set(choice.positions.tolist())) == 4 and len(choice.scores) == 6
+
+
+# ------------------------------------------------------------------------------------ a strategy, its sight, its choice
+
+
+def points(*places):
+    """Embeddings of one dimension, easy to see: (N, 1)."""
+    return torch.tensor(places, dtype=torch.float32)[:, None]
+
+
+def flat(count):
+    return Scores(np.zeros(count), np.ones(count, dtype=bool))
+
+
+def test_each_strategy_says_what_it_looks_at():
+    needs = {name: set(sampling.needs(name)) for name in sampling.STRATEGIES}
+    assert needs.pop("random") == set() and needs.pop("coreset") == {"embedding", "known"}
+    assert len(needs) == 10 and all(fields == {"detections"} for fields in needs.values())
+    assert {f.name for f in dataclasses.fields(Sight)} >= {"detections", "embedding", "known"}
+
+
+def test_a_sight_has_no_room_for_labels():
+    hidden = {"labels", "truth", "classes", "ignore", "oracle", "pool"}
+    assert not hidden & {f.name for f in dataclasses.fields(Sight)}
+    assert {f.name for f in dataclasses.fields(View)} == {"moved", "found"}
+    assert dict(Sight(3).views) == {} and Sight(3).detections is None  # what is not looked at need not be there
+
+
+@pytest.mark.parametrize("strategy", [name for name in sampling.STRATEGIES if name != "coreset"])
+def test_choosing_is_scoring_and_then_the_best_by_the_same_generator(strategy):
+    found = confidences([0.9, 0.6], [], [0.5], [0.7, 0.7])
+    rng = rng_for(3, "c")
+    want_scores = score(strategy, found, 4, rng)
+    want = top_k(want_scores, 3, rng, "first")
+    choice = choose(strategy, Sight(4, found), 3, rng_for(3, "c"), "first")
+    assert np.array_equal(choice.positions, want)
+    assert np.array_equal(choice.scores.values, want_scores.values)
+    assert np.array_equal(choice.scores.scored, want_scores.scored)
+
+
+# --------------------------------------------------------------------------------------------------- greedy k-center
+
+
+def test_k_center_by_hand():
+    # known: 0. Pool: 1, 4, 10, 11. Farthest from 0: 11 (11 away). Then 1: 1, 4: 4, 10: min(10, 1) = 1 -> 4.
+    # Then 1: min(1, 3) = 1, 10: 1: a tie.
+    positions, distances = k_center(points(1, 4, 10, 11), points(0), 3, rng_for(0, "c"))
+    assert positions[:2].tolist() == [3, 1] and positions[2] in (0, 2)
+    assert distances == pytest.approx([1, 4, 10, 11])  # before the choice
+    thirds = {int(k_center(points(1, 4, 10, 11), points(0), 3, rng_for(seed, "c"))[0][2]) for seed in range(20)}
+    assert thirds == {0, 2}
+
+
+def test_k_center_without_labelled_images_draws_the_first_centre():
+    runs = [k_center(points(0, 1, 10), torch.zeros(0, 1), 2, rng_for(seed, "c")) for seed in range(40)]
+    assert {int(positions[0]) for positions, _ in runs} == {0, 1, 2}
+    assert all(positions[1] == (2 if positions[0] < 2 else 0) for positions, _ in runs)
+    assert all(distances.tolist() == [0, 0, 0] for _, distances in runs)
+
+
+def slow_k_center(pool, known, k):
+    """Sener and Savarese 2018, algorithm 1, word by word: u = argmax_i min_j distance(x_i, x_j), k times."""
+    centres, chosen = list(known), []
+    for _ in range(k):
+        distance = [min(math.dist(x, c) for c in centres) if i not in chosen else -1 for i, x in enumerate(pool)]
+        chosen.append(distance.index(max(distance)))
+        centres.append(pool[chosen[-1]])
+    return chosen
+
+
+def test_k_center_equals_the_oracle_over_many_labelled_images():
+    rng = rng_for(0, "embedding")
+    pool, known = rng.normal(size=(40, 6)), rng.normal(size=(300, 6))  # more centres than one block holds
+    positions, distances = k_center(torch.from_numpy(pool), torch.from_numpy(known), 25, rng_for(0, "c"))
+    assert positions.tolist() == slow_k_center(pool, known, 25)
+    assert distances == pytest.approx(np.linalg.norm(pool[:, None] - known[None], axis=2).min(1))
+
+
+def test_k_center_of_equal_images_takes_each_once():
+    positions, _ = k_center(torch.ones(5, 3), torch.ones(2, 3), 5, rng_for(0, "c"))
+    assert sorted(positions.tolist()) == [0, 1, 2, 3, 4]
+    assert len({tuple(k_center(torch.ones(5, 3), torch.ones(2, 3), 5, rng_for(s, "c"))[0]) for s in range(9)}) > 3
+    assert len(k_center(torch.ones(5, 3), torch.ones(2, 3), 0, rng_for(0, "c"))[0]) == 0
+
+
+def test_a_core_set_is_chosen_from_its_sight():
+    choice = choose("coreset", Sight(4, embedding=points(1, 4, 10, 11), known=points(0)), 2, rng_for(0, "c"))
+    assert choice.positions.tolist() == [3, 1]
+    assert choice.scores.values == pytest.approx([1, 4, 10, 11]) and choice.scores.scored.all()
+
+
+# ------------------------------------------------------------------------------------------------------------ cascade
+
+
+def test_a_cascade_by_hand():
+    first = Scores(np.array([5.0, 4.0, 3.0, 2.0, 9.0]), np.ones(5, dtype=bool))
+    second = Scores(np.array([1.0, 3.0, 2.0, 99.0, 0.0]), np.ones(5, dtype=bool))  # image 3 is out by then
+    stages = cascade([first, second, first], [4, 2, 1], rng_for(0, "c"))
+    assert [stage.tolist() for stage in stages] == [[4, 0, 1, 2], [1, 2], [1]]
+    assert cascade([second, first], [2, 1], rng_for(0, "c"))[-1].tolist() == [1]
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=8, max_size=8), min_size=1, max_size=4), st.data())
+def test_each_step_of_a_cascade_takes_the_best_of_the_step_before(rows, data):
+    drawn = st.lists(st.integers(0, 8), min_size=len(rows), max_size=len(rows))
+    sizes = sorted(data.draw(drawn), reverse=True)
+    steps = [Scores(np.array(row), np.ones(8, dtype=bool)) for row in rows]
+    before = np.arange(8)
+    for step, size, left in zip(steps, sizes, cascade(steps, sizes, rng_for(0, "c")), strict=True):
+        assert len(left) == len(set(left.tolist())) == size and set(left.tolist()) <= set(before.tolist())
+        assert step.values[left].tolist() == sorted(step.values[before], reverse=True)[:size]
+        before = left
+
+
+def test_a_cascade_breaks_ties_by_its_generator_and_obeys_the_rule_for_empty_images():
+    runs = [cascade([flat(6), flat(6)], [4, 2], rng_for(seed, "c"))[-1] for seed in range(60)]
+    assert {int(i) for left in runs for i in left} == set(range(6))
+    assert np.array_equal(runs[5], cascade([flat(6), flat(6)], [4, 2], rng_for(5, "c"))[-1])
+    half = Scores(np.arange(6.0), np.array([True, True, False, False, False, False]))
+    assert cascade([half, half], [3, 2], rng_for(0, "c"))[-1].tolist() == [1, 0]
+    assert not half.scored[cascade([half, half], [3, 2], rng_for(0, "c"), "first")[-1]].any()
+    # 'never' leaves two of three: the next step works with what is left
+    assert [len(left) for left in cascade([half, half], [3, 3], rng_for(0, "c"), "never")] == [2, 2]

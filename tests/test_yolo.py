@@ -588,7 +588,7 @@ def test_boxes_of_a_scaled_view_are_in_the_frame_of_the_full_image(scale, inner,
     model.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     x = torch.full((1, 3, 128, 160), 20, dtype=torch.uint8)
     x[:, :, 32:64, 40:80] = 220  # a bright block around (60, 48)
-    boxes, raw = model._view(x, scale, mirrored)
+    boxes, raw, level = model._view(x, scale, mirrored)
     assert boxes.shape == (1, 3 * sum(canvas[0] * canvas[1] // s**2 for s in (8, 16, 32)), 4)
     view = seen[0].float()
     assert tuple(view.shape[-2:]) == canvas

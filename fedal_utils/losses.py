@@ -1,0 +1,155 @@
+"""Box losses that torchvision.ops lacks: two losses named EIoU, a likelihood per side, weights for crowded objects.
+
+Row i of `boxes` is held against row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results are (N,) of
+the same dtype, without reduction, and empty for N = 0. x2 < x1, y2 < y1 and non-finite numbers raise. A box may have
+zero area: a ratio whose denominator vanishes is 0 then, and no NaN comes of it, in the value or in the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_area, box_iou
+
+POSITIVE = {"deviations": 4, "sizes": 2}  # columns of the arguments that are not boxes
+
+
+def efficient_iou_loss(boxes: Tensor, targets: Tensor, focal: float = 0.0) -> Tensor:
+    """Efficient IoU loss (N,) in [0, 3.25]; Zhang et al. 2021 (2101.08158): 0 for equal boxes, symmetric.
+
+    1 - IoU + rho^2 / (cw^2 + ch^2) + (w - w*)^2 / cw^2 + (h - h*)^2 / ch^2, where rho is the distance of the centres
+    and cw, ch the sides of the enclosing box. focal >= 0 multiplies it by IoU^focal (0.5 in the paper). That weight is
+    detached, so no gradient flows through it, and it is 0 where boxes do not overlap: with focal > 0 these rows teach
+    nothing. Two boxes without area have IoU 0 even if they are equal: their loss is then 1, with a finite gradient.
+    """
+    if not 0 <= focal < math.inf:
+        raise ValueError(f"focal must be finite and >= 0, got {focal}")
+    _check(boxes=boxes, targets=targets)
+    iou = _iou(boxes, targets)
+    enclosing = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
+    between = ((boxes[:, :2] + boxes[:, 2:]) - (targets[:, :2] + targets[:, 2:])) / 2  # (N, 2) of the centres
+    sides = (boxes[:, 2:] - boxes[:, :2]) - (targets[:, 2:] - targets[:, :2])  # (N, 2) differences
+    distance = _ratio(between.square().sum(1), enclosing.square().sum(1))
+    loss = 1 - iou + distance + _ratio(sides, enclosing).square().sum(1)
+    return loss * iou.detach().pow(focal) if focal else loss
+
+
+def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Extended IoU (N,) in (-1, 1]; Peng and Yu 2021 (IEEE TIP): IoU where boxes overlap, below 0 where they do not.
+
+    From the top left corner of the enclosing box, let a be the larger start and e the smaller end along an axis. Then
+    I = (ex - ax)(ey - ay) where both axes overlap, (ex - ax)(ey + ay) where only x is disjoint, (ex + ax)(ey - ay)
+    where only y is, 2(ex ey - ax ay) where both are, and the value is I / (area + area* - I). It falls towards -1 as
+    boxes part, is symmetric in its arguments, and a common shift or scale changes nothing; a mirror does: unless boxes
+    overlap, it matters which corner is the origin. Two boxes without area: 0 if I is 0, else -1, far or near.
+    """
+    _check(boxes=boxes, targets=targets)
+    corner = torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
+    starts = torch.maximum(boxes[:, :2], targets[:, :2]) - corner
+    ends = torch.minimum(boxes[:, 2:], targets[:, 2:]) - corner
+    overlap = _signed_overlap(boxes, targets)
+    width, height = overlap.relu().unbind(1)  # (N,) each
+    # clamp's gradient at its bound differs between versions of PyTorch; where boxes only touch, it is needed from here
+    gap_x, gap_y = torch.where(overlap > 0, 0, overlap).unbind(1)  # <= 0
+    reach_x, reach_y = (starts + ends).unbind(1)
+    both = width * height + gap_x * reach_y + gap_y * reach_x  # the four cases of I in one line
+    return _ratio(both, box_area(boxes) + box_area(targets) - both)
+
+
+def extended_iou_loss(boxes: Tensor, targets: Tensor, smooth: float = 0.1) -> Tensor:
+    """Smoothed Extended IoU loss (N,) in [0, 2 - smooth / 2) for smooth <= 2; Peng and Yu 2021.
+
+    z = 1 - Extended IoU: z^2 / (2 smooth) if z < smooth, else z - smooth / 2; smooth > 0. The gradient is 0 for equal
+    boxes and not 0 for disjoint ones. Two boxes without area have z = 1 or 2, see `extended_iou`.
+    """
+    if not 0 < smooth < math.inf:
+        raise ValueError(f"smooth must be finite and > 0, got {smooth}")
+    value = extended_iou(boxes, targets)
+    return F.smooth_l1_loss(value, torch.ones_like(value), reduction="none", beta=smooth)
+
+
+def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, sizes: Tensor) -> Tensor:
+    """IoU-weighted Gaussian negative log-likelihood (N,) of left, top, right and bottom; it can be below 0.
+
+    IoU * sum over sides of error^2 / (2 s^2) + ln s, with error = (target - box) / (w, h, w, h), without the constant.
+    deviations: (N, 4) s > 0 in units of the size, as the errors; a floor that keeps s^2 a normal number is the
+    caller's. sizes: (N, 2) width, height > 0 of the proposals in pixels. The IoU is detached: disjoint rows and boxes
+    without area give 0 and no gradient. After UAD (2006.15607); a reconstruction, HUALE's own loss is not public.
+    """
+    _check(boxes=boxes, targets=targets, deviations=deviations, sizes=sizes)
+    errors = (targets - boxes) / sizes.repeat(1, 2)  # (N, 4)
+    eps = torch.finfo(boxes.dtype).tiny  # PyTorch's own floor, 1e-6, would catch deviations below 1e-3
+    losses = F.gaussian_nll_loss(errors, torch.zeros_like(errors), deviations.square(), eps=eps, reduction="none")
+    return _iou(boxes, targets).detach() * losses.sum(1)
+
+
+def crowding(boxes: Tensor) -> Tensor:
+    """For each of the K boxes of one image (K, 4) the share (K,) in [0, 1] of the others that overlap it.
+
+    Overlap means IoU > 0: touching is none, nor is a box without area. One box alone has 0. No gradient.
+    """
+    _check(boxes=boxes)
+    count = boxes.shape[0]
+    others = ~torch.eye(count, dtype=torch.bool, device=boxes.device)
+    overlaps = (box_iou(boxes, boxes) > 0) & others  # (K, K); 0 / 0 is NaN, and not > 0
+    return overlaps.sum(1).to(boxes.dtype) / max(count - 1, 1)
+
+
+def emphasis_weights(density: Tensor, strength: float) -> Tensor:
+    """Weights (N,) with mean 1 of N foreground RoIs, larger where it is crowded: 1 + strength * density over its mean.
+
+    density: (N,) in [0, 1], for example `crowding` of the matched box; strength >= 0, 0 gives ones. A reconstruction
+    of HUALE's Emphasis loss, whose formula is not public.
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be finite and >= 0, got {strength}")
+    if density.dim() != 1:
+        raise ValueError(f"density must be (N,), got {tuple(density.shape)}")
+    weights = 1 + strength * density
+    good = torch.isfinite(density) & (weights > 0)
+    if not good.all():
+        row = int((~good).nonzero()[0])
+        raise ValueError(f"density must be finite and in [0, 1], got {density[row].item()} in row {row}")
+    return weights / weights.mean()  # N = 0: empty over NaN is empty
+
+
+def _check(**arguments: Tensor) -> None:
+    """Raise ValueError unless shapes and dtypes agree and every row is allowed; the device is waited for once."""
+    first = next(iter(arguments.values()))
+    good = {}
+    for name, values in arguments.items():
+        expected = (*first.shape[:1], POSITIVE.get(name, 4))
+        if values.shape != expected:
+            raise ValueError(f"{name} must be (N, {expected[-1]}), N as in boxes, got {tuple(values.shape)}")
+        if values.dtype != first.dtype or values.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32 or float64, the same for all, got {values.dtype}")
+        ordered = values > 0 if name in POSITIVE else values[:, 2:] >= values[:, :2]
+        good[name] = torch.isfinite(values).all(1) & ordered.all(1)  # (N,)
+    if torch.stack(list(good.values())).all():
+        return
+    for name, rows in good.items():
+        if not rows.all():
+            row = int((~rows).nonzero()[0])
+            allowed = "finite and > 0" if name in POSITIVE else "finite xyxy with x1 <= x2 and y1 <= y2"
+            raise ValueError(f"{name} must be {allowed}, got {arguments[name][row].tolist()} in row {row}")
+
+
+def _signed_overlap(boxes: Tensor, targets: Tensor) -> Tensor:
+    """(N, 2) overlap along x and y; where disjoint, minus the gap."""
+    return torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
+
+
+def _iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """(N,) IoU of pairs, in [0, 1]; 0 where neither has an area."""
+    width, height = _signed_overlap(boxes, targets).relu().unbind(1)
+    both = width * height
+    return _ratio(both, box_area(boxes) + box_area(targets) - both)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole for |part| <= whole; `part` itself, as good as 0, where `whole` is too small to be divided by."""
+    floor = math.sqrt(torch.finfo(whole.dtype).tiny)  # float32: 1e-19, so that no gradient overflows
+    return part / torch.where(whole > floor, whole, 1)

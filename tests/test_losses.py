@@ -1,0 +1,526 @@
+"""Both EIoUs by hand and against exact fractions, their laws and gradients; likelihood per side; crowding weights."""
+
+import math
+from fractions import Fraction
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck
+from torchvision.ops import box_iou, distance_box_iou_loss
+
+from fedal_utils import losses
+
+fewer = settings(max_examples=50)  # of up to eight rows each
+TARGET = (0, 0, 4, 4)
+
+# name: box against TARGET, Extended IoU, Efficient IoU loss. Area of TARGET 16, its centre (2, 2).
+# Efficient: 1 - IoU + rho2 / (cw2 + ch2) + (w - 4)2 / cw2 + (h - 4)2 / ch2. All enclosing boxes begin at (0, 0).
+BY_HAND = {
+    # 2 x 1 inside: intersection 2, union 16. Enclosing 4 x 4; centre (2, 1.5): rho2 1/4 of 32; sides 4/16 + 9/16
+    "nested": ((1, 1, 3, 2), 1 / 8, 7 / 8 + 1 / 128 + 4 / 16 + 9 / 16),
+    # 4 x 6: intersection 2 x 3 = 6, union 16 + 24 - 6 = 34. Enclosing 6 x 7; centre (4, 4): rho2 8 of 85; 0 + 4/49
+    "crossing": ((2, 1, 6, 7), 6 / 34, 28 / 34 + 8 / 85 + 4 / 49),
+    # 2 x 3, common edge x = 4: (4 - 4)(4 + 1) = 0. Enclosing 6 x 4; centre (5, 2.5): rho2 37/4 of 52; 4/36 + 1/16
+    "touching": ((4, 1, 6, 4), 0, 1 + 37 / 208 + 4 / 36 + 1 / 16),
+    # 2 x 3, gap 2 in x: (4 - 6)(4 + 1) = -10, U 16 + 6 + 10. Enclosing 8 x 4; centre (7, 2.5): 101/4 of 80; 4/64 + 1/16
+    "x disjoint": ((6, 1, 8, 4), -10 / 32, 1 + 101 / 320 + 4 / 64 + 1 / 16),
+    # 2 x 5, gap 1 in y: (3 + 1)(4 - 5) = -4, U 16 + 10 + 4. Enclosing 4 x 10; centre (2, 7.5): 121/4 of 116; 4/16 + .01
+    "y disjoint": ((1, 5, 3, 10), -4 / 30, 1 + 121 / 464 + 4 / 16 + 1 / 100),
+    # 2 x 3: 2 (4 x 4 - 5 x 6) = -28, U 16 + 6 + 28. Enclosing 7 x 9; centre (6, 7.5): 185/4 of 130; 4/49 + 1/81
+    "both disjoint": ((5, 6, 7, 9), -28 / 50, 1 + 185 / 520 + 4 / 49 + 1 / 81),
+}
+SMOOTH = [name for name in BY_HAND if name != "touching"]  # a kink of both formulas
+DISJOINT = [name for name in BY_HAND if name.endswith("disjoint")]
+CLOSE = (0.5, 0.25, 40.125, 40.5)  # against 10 x TARGET: 1 - IoU is 0.034, in the quadratic part of the smoothed loss
+
+BOX_LOSSES = {
+    "efficient": losses.efficient_iou_loss,
+    "focal": lambda boxes, targets: losses.efficient_iou_loss(boxes, targets, focal=0.5),
+    "extended": losses.extended_iou_loss,
+    "sides": lambda boxes, targets: losses.side_likelihood_loss(boxes, targets, *unit_sides(boxes)),
+}
+
+
+def rows(*boxes, dtype=torch.float64):
+    return torch.tensor(boxes, dtype=dtype).reshape(-1, 4)
+
+
+def leaf(*boxes, dtype=torch.float64):
+    return rows(*boxes, dtype=dtype).requires_grad_()
+
+
+def unit_sides(boxes):
+    """Deviations (N, 4) and sizes (N, 2) for the likelihood where they do not matter."""
+    return torch.full_like(boxes, 0.5), torch.full_like(boxes[:, :2], 4)
+
+
+def distance(boxes, targets):
+    return (boxes[:, :2] + boxes[:, 2:] - targets[:, :2] - targets[:, 2:]).norm(dim=1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------- worked by hand
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_both_eious_notes_5_1_by_hand(name, dtype):
+    box, extended, efficient = BY_HAND[name]
+    boxes, targets = rows(box, dtype=dtype), rows(TARGET, dtype=dtype)
+    tight = 4 * torch.finfo(dtype).eps
+    assert losses.extended_iou(boxes, targets).item() == pytest.approx(extended, rel=tight, abs=tight)
+    assert losses.efficient_iou_loss(boxes, targets).item() == pytest.approx(efficient, rel=tight)
+    # z = 1 - EIoU >= .8: with s = .1 the loss is z - .05, with s = 2 it is z^2 / 4
+    z = 1 - extended
+    assert losses.extended_iou_loss(boxes, targets).item() == pytest.approx(z - 0.05, rel=tight)
+    assert losses.extended_iou_loss(boxes, targets, smooth=2.0).item() == pytest.approx(z * z / 4, rel=tight)
+
+
+def test_the_smoothed_loss_changes_its_form_at_s():
+    # 10 x 10 and its left 9.5, 9, 8 columns: z = .05, .1, .2; s = .1: .05^2 / .2, .1 - .05, .2 - .05
+    boxes = rows((0, 0, 9.5, 10), (0, 0, 9, 10), (0, 0, 8, 10))
+    found = losses.extended_iou_loss(boxes, rows((0, 0, 10, 10)).expand(3, 4))
+    assert found.tolist() == pytest.approx([0.0125, 0.05, 0.15], rel=1e-12)
+
+
+def test_focal_efficient_iou_by_hand_and_its_weight_is_detached():
+    for name, (box, extended, efficient) in BY_HAND.items():
+        weight = math.sqrt(max(extended, 0))  # IoU ** 0.5; the nested one has 1/8, the crossing one 6/34
+        boxes = leaf(box)
+        focal = losses.efficient_iou_loss(boxes, rows(TARGET), focal=0.5)
+        assert focal.item() == pytest.approx(weight * efficient, rel=1e-12, abs=0), name
+        wanted = weight * grad(losses.efficient_iou_loss(boxes, rows(TARGET)).sum(), boxes)[0]
+        found = grad(focal.sum(), boxes)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0, msg=name)
+        assert bool(found.any()) == (extended > 0), name  # not even overlapping: nothing to learn, and no NaN
+
+
+def test_extended_iou_depends_on_the_side_of_the_origin_unless_boxes_overlap():
+    # "x disjoint" upside down: ay = 0, ey = 3, (4 - 6)(3 + 0) = -6, U = 16 + 6 + 6; the other way up it is -10 / 32
+    assert losses.extended_iou(rows((6, 0, 8, 3)), rows(TARGET)).item() == pytest.approx(-6 / 28, rel=1e-12)
+    # "both disjoint" mirrored in x, moved to the origin: TARGET (3, 0, 7, 4), box (0, 6, 2, 9): a = 3, 6, e = 2, 4
+    assert losses.extended_iou(rows((0, 6, 2, 9)), rows((3, 0, 7, 4))).item() == pytest.approx(-20 / 42, rel=1e-12)
+    # "crossing" upside down: as before
+    assert losses.extended_iou(rows((2, -3, 6, 3)), rows(TARGET)).item() == pytest.approx(6 / 34, rel=1e-12)
+
+
+def test_side_likelihood_notes_5_2_by_hand():
+    # IoU 7 * 8 / 80 = .7. Errors: -1/10, 0, 0, 2/20. left .01 / .02 = 1/2, bottom .01 / .08 = 1/8; ln(.1 * 1 * .5 * .2)
+    boxes, targets, sizes = rows((1, 0, 8, 8)), rows((0, 0, 8, 10)), torch.tensor([[10.0, 20.0]]).double()
+    deviations = rows((0.1, 1.0, 0.5, 0.2))
+    found = losses.side_likelihood_loss(boxes, targets, deviations, sizes)
+    assert found.item() == pytest.approx(0.7 * (0.625 + math.log(0.01)), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_deviations_are_not_floored(dtype):
+    # errors 1e-4 * 4 / 4 on the left only, s = 1e-4 (PyTorch's own floor is 1e-3): 1/2 + 4 ln 1e-4, times IoU
+    boxes, targets, small = rows(TARGET, dtype=dtype), rows(TARGET, dtype=dtype), rows([1e-4] * 4, dtype=dtype)
+    sizes = torch.full((1, 2), 4, dtype=dtype)
+    assert losses.side_likelihood_loss(boxes, targets, small, sizes).item() == pytest.approx(4 * math.log(1e-4))
+    shifted = rows((4e-4, 0, 4, 4), dtype=dtype)
+    found = losses.side_likelihood_loss(shifted, targets, small, sizes)
+    assert found.item() == pytest.approx((1 - 1e-4) * (0.5 + 4 * math.log(1e-4)), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- oracles
+
+
+def ratio(part, whole):
+    return Fraction(part, whole) if whole else Fraction(0)
+
+
+def exact_efficient(a, b):
+    """Efficient IoU loss of two integer boxes as a fraction; 0 / 0 is 0."""
+    w, h, w2, h2 = a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]
+    both = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    cw, ch = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
+    rho2 = Fraction((a[0] + a[2] - b[0] - b[2]) ** 2 + (a[1] + a[3] - b[1] - b[3]) ** 2, 4)
+    iou = ratio(both, w * h + w2 * h2 - both)
+    return 1 - iou + ratio(rho2, cw**2 + ch**2) + ratio((w - w2) ** 2, cw**2) + ratio((h - h2) ** 2, ch**2)
+
+
+def exact_extended(a, b):
+    """Extended IoU of two integer boxes as a fraction, by the one formula of the notes, 5.1; 0 / 0 is 0."""
+    ox, oy = min(a[0], b[0]), min(a[1], b[1])
+    ax, ay = max(a[0], b[0]) - ox, max(a[1], b[1]) - oy
+    ex, ey = min(a[2], b[2]) - ox, min(a[3], b[3]) - oy
+    both = ex * ey + min(ax, ex) * min(ay, ey) - ax * max(ay, ey) - max(ax, ex) * ay
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return ratio(both, union)
+
+
+def exact_smoothed(a, b, s=Fraction(1, 10)):
+    z = 1 - exact_extended(a, b)
+    return z * z / (2 * s) if z < s else z - s / 2
+
+
+def slow_sides(a, b, deviations, size):
+    terms = 0.0
+    for k in range(4):
+        error = (b[k] - a[k]) / size[k % 2]
+        terms += error**2 / (2 * deviations[k] ** 2) + math.log(deviations[k])
+    return oracles.iou(a, b) * terms
+
+
+def boxes_of(sides):
+    corner = st.integers(-30, 30)
+    return st.tuples(corner, corner, sides, sides).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+
+
+def pairs_of(sides):
+    return st.lists(st.tuples(boxes_of(sides), boxes_of(sides)), min_size=1, max_size=8)
+
+
+pairs = pairs_of(st.integers(1, 40))
+pairs_with_empty_boxes = pairs_of(st.integers(0, 5))
+
+
+@fewer
+@given(st.one_of(pairs, pairs_with_empty_boxes))
+def test_both_eious_equal_exact_fractions(some):
+    for dtype, tight in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        boxes, targets = rows(*(a for a, _ in some), dtype=dtype), rows(*(b for _, b in some), dtype=dtype)
+        for found, exact in (
+            (losses.efficient_iou_loss(boxes, targets), exact_efficient),
+            (losses.extended_iou(boxes, targets), exact_extended),
+            (losses.extended_iou_loss(boxes, targets), exact_smoothed),
+        ):
+            assert found.dtype == dtype and found.shape == (len(some),)
+            assert found.tolist() == pytest.approx([float(exact(a, b)) for a, b in some], abs=tight)
+
+
+@fewer
+@given(pairs, st.lists(st.floats(0.01, 2), min_size=4, max_size=4), st.tuples(st.floats(1, 50), st.floats(1, 50)))
+def test_side_likelihood_equals_a_loop(some, deviations, size):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    s, sizes = rows(deviations).expand_as(boxes), torch.tensor([size], dtype=torch.float64).expand(len(some), 2)
+    wanted = [slow_sides(a, b, deviations, size) for a, b in some]
+    assert losses.side_likelihood_loss(boxes, targets, s, sizes).tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------- laws
+
+
+@fewer
+@given(pairs)
+def test_equal_boxes_have_loss_zero_to_the_last_bit(some):
+    for dtype in (torch.float32, torch.float64):
+        boxes = rows(*(a for a, _ in some), dtype=dtype) / 7  # not representable: rounded as real boxes are
+        for name in ("efficient", "focal", "extended"):
+            assert not BOX_LOSSES[name](boxes, boxes.clone()).any(), name
+        assert (losses.extended_iou(boxes, boxes.clone()) == 1).all()
+        still = boxes.requires_grad_()
+        assert not grad(losses.extended_iou_loss(still, boxes.detach().clone()).sum(), still)[0].any()
+
+
+@fewer
+@given(st.one_of(pairs, pairs_with_empty_boxes))
+def test_both_eious_are_symmetric_to_the_last_bit(some):
+    boxes, targets = rows(*(a for a, _ in some)) / 7, rows(*(b for _, b in some)) / 7
+    for f in (losses.extended_iou, losses.extended_iou_loss, BOX_LOSSES["efficient"], BOX_LOSSES["focal"]):
+        assert torch.equal(f(boxes, targets), f(targets, boxes))
+
+
+@fewer
+@given(pairs, st.integers(-500, 500), st.integers(-500, 500), st.floats(0.05, 20))
+def test_a_common_shift_and_scale_change_nothing(some, dx, dy, scale):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    deviations, sizes = unit_sides(boxes)
+    shift = torch.tensor([dx, dy, dx, dy]).double()
+    moved = [(t + shift) * scale for t in (boxes, targets)]
+    for f in (losses.extended_iou, losses.extended_iou_loss, BOX_LOSSES["efficient"], BOX_LOSSES["focal"]):
+        torch.testing.assert_close(f(*moved), f(boxes, targets), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        losses.side_likelihood_loss(*moved, deviations, sizes * scale),
+        losses.side_likelihood_loss(boxes, targets, deviations, sizes), rtol=1e-9, atol=1e-9,
+    )  # fmt: skip
+
+
+@fewer
+@given(st.one_of(pairs, pairs_with_empty_boxes))
+def test_ranges(some):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    extended, efficient = losses.extended_iou(boxes, targets), losses.efficient_iou_loss(boxes, targets)
+    area = ((boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)) > 0
+    assert ((extended > -1) | ~area).all() and (extended >= -1).all() and (extended <= 1).all()
+    assert (efficient >= 0).all() and (efficient <= 3.25).all()
+
+
+def test_the_ranges_are_used_up():
+    # unit boxes d apart on the diagonal: I = 2 (1 - d^2), U = 2 - I = 2 d^2, so 1 / d^2 - 1; -0.9999 for d = 100
+    assert losses.extended_iou(rows((100, 100, 101, 101)), rows((0, 0, 1, 1))).item() == pytest.approx(1e-4 - 1)
+    # a point in the corner of a box: 1 - 0 + (4 + 4) / 32 + 1 + 1
+    assert losses.efficient_iou_loss(rows((4, 4, 4, 4)), rows(TARGET)).item() == 3.25
+
+
+@fewer
+@given(pairs)
+def test_extended_iou_is_torchvisions_iou_where_boxes_overlap_and_below_zero_where_they_are_apart(some):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    extended, iou = losses.extended_iou(boxes, targets), box_iou(boxes, targets).diagonal()
+    overlap = iou > 0
+    torch.testing.assert_close(extended[overlap], iou[overlap], rtol=1e-12, atol=0)
+    apart = (torch.maximum(boxes[:, :2], targets[:, :2]) > torch.minimum(boxes[:, 2:], targets[:, 2:])).any(1)
+    assert (extended[apart] < 0).all() and (extended[~apart] >= 0).all()
+
+
+@fewer
+@given(pairs)
+def test_efficient_iou_is_torchvisions_distance_iou_where_sides_are_equal(some):
+    boxes = rows(*(a for a, _ in some))
+    corners = rows(*(b for _, b in some))[:, :2]
+    targets = torch.cat([corners, corners + boxes[:, 2:] - boxes[:, :2]], dim=1)
+    wanted = distance_box_iou_loss(boxes, targets, eps=0.0)  # their eps would stand in both denominators
+    torch.testing.assert_close(losses.efficient_iou_loss(boxes, targets), wanted, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("name", [*SMOOTH, "close"])
+def test_gradients_of_both_eious_are_right(name):
+    targets = leaf(TARGET) if name != "close" else leaf([10 * x for x in TARGET])
+    boxes = leaf(CLOSE if name == "close" else BY_HAND[name][0])
+    assert gradcheck(losses.efficient_iou_loss, (boxes, targets))
+    assert gradcheck(losses.extended_iou, (boxes, targets))
+    assert gradcheck(losses.extended_iou_loss, (boxes, targets))
+    assert (losses.extended_iou_loss(boxes, targets).item() < 0.05) == (name == "close")  # both parts are seen
+
+
+@pytest.mark.parametrize("name", ["nested", "crossing", "close"])
+def test_gradients_of_the_weighted_losses_are_those_with_a_constant_weight(name):
+    targets = rows(TARGET) if name != "close" else rows([10 * x for x in TARGET])
+    boxes = leaf(CLOSE if name == "close" else BY_HAND[name][0])
+    deviations, sizes = leaf((0.3, 0.7, 1.1, 0.2)), torch.tensor([[5.0, 7.0]]).double()
+
+    def iou(b):
+        return losses.extended_iou(b, targets).detach()  # the IoU where boxes overlap
+
+    # Divided by the detached weight: what is left has no weight in its values, and must have none in its gradients.
+    def without_weight(b, s):
+        return losses.side_likelihood_loss(b, targets, s, sizes) / iou(b)
+
+    assert gradcheck(without_weight, (boxes, deviations))
+    assert gradcheck(lambda b: losses.efficient_iou_loss(b, targets, focal=0.5) / iou(b).sqrt(), (boxes,))
+    # and with it, by hand: the constant IoU times -error / (size s^2), and times (s^2 - error^2) / s^3
+    errors = (targets - boxes).detach() / sizes.repeat(1, 2)
+    s = deviations.detach()
+    wanted = (-errors / (sizes.repeat(1, 2) * s**2), (s**2 - errors**2) / s**3)
+    found = grad(losses.side_likelihood_loss(boxes, targets, deviations, sizes).sum(), (boxes, deviations))
+    for slope, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(slope, iou(boxes) * plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_likelihood_is_best_where_the_deviation_is_the_error():
+    # d / ds of e^2 / (2 s^2) + ln s = (s^2 - e^2) / s^3. e = 1/8 on every side; s = e / 2, e, 2 e: -48, 0, 3, times
+    # the IoU: two 8 x 8 boxes, one moved by 1 in x and in y, 49 / 79
+    boxes, sizes = rows((1, 1, 9, 9)).expand(3, 4), torch.full((3, 2), 8.0).double()
+    s = torch.tensor([[1 / 16], [1 / 8], [1 / 4]]).double().repeat(1, 4).requires_grad_()
+    found = losses.side_likelihood_loss(boxes, boxes + 1, s, sizes)
+    slope = grad(found.sum(), s)[0]
+    wanted = torch.tensor([[-48.0], [0], [3]]).double().expand(3, 4) * 49 / 79
+    torch.testing.assert_close(slope, wanted, rtol=1e-12, atol=1e-12)
+    assert found[1] < found[0] and found[1] < found[2]
+
+
+@pytest.mark.parametrize("name", [*DISJOINT, "touching"])
+@pytest.mark.parametrize("loss", ["efficient", "extended"])
+def test_boxes_that_do_not_overlap_are_pulled_together(loss, name):
+    for box, target in ((BY_HAND[name][0], TARGET), (TARGET, BY_HAND[name][0])):  # from either side
+        shift = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+        away = [distance(rows(box), rows(target)).item()]
+        for _ in range(4):
+            moved = rows(box) + shift.repeat(1, 2)
+            slope = grad(BOX_LOSSES[loss](moved, rows(target)).sum(), shift)[0]
+            shift = (shift - 0.25 * slope / slope.norm()).detach().requires_grad_()
+            away.append(distance(rows(box) + shift.repeat(1, 2), rows(target)).item())
+        assert all(later < earlier for earlier, later in zip(away, away[1:], strict=False)), away
+        assert away[0] - away[-1] > 0.5  # of 4 steps of 1/4
+
+
+@pytest.mark.parametrize("loss", ["efficient", "extended"])
+def test_descent_from_disjoint_boxes_reaches_the_target(loss):
+    starts = [BY_HAND[name][0] for name in (*DISJOINT, "touching")] + [(-5, -6, -2, -1), (-7, -2, -3, 9)]
+    boxes, targets = leaf(*starts), rows(*[TARGET] * len(starts))
+    for rate in (0.3, 0.1, 0.03, 0.01):
+        steps = torch.optim.Adam([boxes], lr=rate)
+        for _ in range(60):
+            steps.zero_grad()
+            BOX_LOSSES[loss](boxes, targets).sum().backward()
+            steps.step()
+    assert (boxes.detach() - targets).abs().max() < 0.05  # of sides of 4; they began 4 and more away
+
+
+def test_descent_on_the_likelihood_reaches_the_target_from_an_overlap_and_moves_nothing_without_one():
+    boxes, targets = leaf((2, 1, 6, 7), (6, 1, 8, 4)), rows(TARGET, TARGET)
+    deviations, sizes = unit_sides(boxes.detach())
+    for _ in range(200):
+        slope = grad(losses.side_likelihood_loss(boxes, targets, deviations, sizes).sum(), boxes)[0]
+        boxes = (boxes - slope).detach().requires_grad_()
+    assert boxes[0].tolist() == pytest.approx(TARGET, abs=1e-6)
+    assert boxes[1].tolist() == [6, 1, 8, 4]
+
+
+# --------------------------------------------------------------------------------------------------- degenerate boxes
+
+POINT, LINE, WALL = (1, 2, 1, 2), (0, 2, 4, 2), (2, 0, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("box", "target", "extended", "efficient"),
+    [
+        (POINT, POINT, 0, 1),  # nothing over nothing is 0
+        (LINE, LINE, 0, 1),
+        (LINE, WALL, 0, 3),  # a cross: enclosing 4 x 4, one centre, sides 1 + 1
+        (POINT, LINE, 0, 1 + 1 / 16 + 1),  # on it: enclosing 4 x 0, centre 1 off
+        (POINT, (4, 6, 4, 6), -1, 2),  # apart: 1 + the whole diagonal
+        (POINT, (1, 6, 1, 6), 0, 2),  # apart, one above the other: I = (0 + 0)(0 - 4)
+        (POINT, TARGET, 0, 1 + 1 / 32 + 2),
+        (TARGET, POINT, 0, 1 + 1 / 32 + 2),
+        ((8, 0, 8, 4), TARGET, -(4 * 4) / (16 + 16), 1 + 36 / 80 + 16 / 64),  # the wall x = 8: I = (4 - 8)(4 + 0)
+        ((1e-30, 0, 2e-30, 1e-30), (0, 0, 0, 0), 0, 1),  # too small to be told from nothing in float32
+    ],
+)
+def test_boxes_without_area_are_defined_and_never_nan(box, target, extended, efficient, dtype):
+    boxes, targets = leaf(box, dtype=dtype), leaf(target, dtype=dtype)
+    if box[0] != 1e-30 or dtype == torch.float32:
+        assert losses.extended_iou(boxes, targets).item() == pytest.approx(extended, abs=1e-6)
+        assert losses.efficient_iou_loss(boxes, targets).item() == pytest.approx(efficient, abs=1e-6)
+    for name, loss in BOX_LOSSES.items():
+        found = loss(boxes, targets)
+        assert torch.isfinite(found).all(), name
+        assert all(torch.isfinite(slope).all() for slope in grad(found.sum(), (boxes, targets))), name
+    assert losses.side_likelihood_loss(boxes, targets, *unit_sides(boxes)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_boxes_give_empty_results_of_the_same_dtype_and_a_gradient(dtype):
+    boxes, targets = leaf(dtype=dtype), rows(dtype=dtype)
+    for name, loss in BOX_LOSSES.items():
+        found = loss(boxes, targets)
+        assert found.shape == (0,) and found.dtype == dtype, name
+        assert grad(found.sum(), boxes)[0].shape == (0, 4), name
+    for found in (losses.extended_iou(boxes, targets), losses.crowding(boxes)):
+        assert found.shape == (0,) and found.dtype == dtype
+    found = losses.emphasis_weights(torch.zeros(0, dtype=dtype), 1.0)
+    assert found.shape == (0,) and found.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtypes_are_kept(dtype):
+    boxes, targets = rows((2, 1, 6, 7), (6, 1, 8, 4), dtype=dtype), rows(TARGET, TARGET, dtype=dtype)
+    results = [loss(boxes, targets) for loss in BOX_LOSSES.values()]
+    results += [losses.extended_iou(boxes, targets), losses.crowding(boxes)]
+    results += [losses.emphasis_weights(results[-1], 0.5)]
+    assert [r.dtype for r in results] == [dtype] * len(results) and {r.shape for r in results} == {(2,)}
+
+
+# ------------------------------------------------------------------------------------------------------------ crowding
+
+
+def test_crowding_notes_5_3_by_hand():
+    # b overlaps a and c; a and c only touch (edge x = 4); d stands alone: 1/3, 2/3, 1/3, 0 of three others
+    a, b, c, d = (0, 0, 4, 4), (2, 2, 6, 6), (4, 0, 8, 4), (20, 20, 30, 30)
+    assert losses.crowding(rows(a, b, c, d)).tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3, 0])
+    assert losses.crowding(rows(a)).tolist() == [0]
+    assert losses.crowding(rows(a, a)).tolist() == [1, 1]  # two objects in one place
+    assert losses.crowding(rows(a, POINT, POINT)).tolist() == [0, 0, 0]  # 0 over 16, 0 over 0
+
+
+@fewer
+@given(st.lists(st.one_of(boxes_of(st.integers(1, 40)), boxes_of(st.integers(0, 3))), min_size=1, max_size=15))
+def test_crowding_equals_a_loop(some):
+    for i, found in enumerate(losses.crowding(rows(*some)).tolist()):
+        hits = sum(oracles.iou(some[i], other) > 0 for j, other in enumerate(some) if j != i)
+        assert found == pytest.approx(hits / max(len(some) - 1, 1), abs=1e-12)
+
+
+def test_emphasis_notes_5_3_by_hand():
+    # 1 + (0, 1/2, 1) = 1, 1.5, 2, mean 1.5; with 1/2: 1, 1.25, 1.5, mean 1.25
+    density = torch.tensor([0, 0.5, 1.0]).double()
+    assert losses.emphasis_weights(density, 1).tolist() == pytest.approx([2 / 3, 1, 4 / 3])
+    assert losses.emphasis_weights(density, 0.5).tolist() == pytest.approx([0.8, 1, 1.2])
+    assert losses.emphasis_weights(density, 0).tolist() == [1, 1, 1]
+
+
+@fewer
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30), st.floats(0, 10))
+def test_emphasis_has_mean_one_and_keeps_the_order(values, strength):
+    weights = losses.emphasis_weights(torch.tensor(values, dtype=torch.float64), strength)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-12) and (weights > 0).all()
+    ordered = weights[torch.tensor(values).argsort(stable=True)]
+    assert (ordered.diff() >= 0).all()
+    assert torch.equal(losses.emphasis_weights(torch.tensor(values), 0), torch.ones(len(values)))
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+GOOD = rows(TARGET, TARGET, TARGET)
+SIDES = unit_sides(GOOD)
+
+
+def with_row(values, row, column, value):
+    values = values.clone()
+    values[row, column] = value
+    return values
+
+
+TWO_BOXES = {
+    "efficient_iou_loss": losses.efficient_iou_loss,
+    "extended_iou": losses.extended_iou,
+    "extended_iou_loss": losses.extended_iou_loss,
+    "side_likelihood_loss": lambda boxes, targets: losses.side_likelihood_loss(boxes, targets, *SIDES),
+}
+
+
+@pytest.mark.parametrize("name", TWO_BOXES)
+@pytest.mark.parametrize(("row", "column", "value"), [(1, 2, -1.0), (2, 1, 5.0), (0, 0, math.nan), (1, 3, math.inf)])
+def test_a_bad_box_is_an_error_that_names_argument_row_value_and_rule(name, row, column, value):
+    bad = with_row(GOOD, row, column, value)
+    bad = with_row(bad, 2, 2, -7.0) if row < 2 else bad  # the first bad row is named, not the last
+    rule = rf"must be finite xyxy with x1 <= x2 and y1 <= y2, got \[.*{value}.*\] in row {row}$"
+    with pytest.raises(ValueError, match="^boxes " + rule):
+        TWO_BOXES[name](bad, GOOD)
+    with pytest.raises(ValueError, match="^targets " + rule):
+        TWO_BOXES[name](GOOD, bad)
+    with pytest.raises(ValueError, match="^boxes " + rule):
+        losses.crowding(bad)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_deviations_and_sizes_must_be_finite_and_positive(value):
+    deviations, sizes = SIDES
+    for name, arguments in (
+        ("deviations", (with_row(deviations, 1, 3, value), sizes)),
+        ("sizes", (deviations, with_row(sizes, 1, 1, value))),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} must be finite and > 0, got \[.*{value}\] in row 1$"):
+            losses.side_likelihood_loss(GOOD, GOOD, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.efficient_iou_loss(GOOD, GOOD, focal=-0.5), "focal must be finite and >= 0, got -0.5"),
+        (lambda: losses.efficient_iou_loss(GOOD, GOOD, focal=math.nan), "focal must be finite and >= 0, got nan"),
+        (lambda: losses.extended_iou_loss(GOOD, GOOD, smooth=0.0), "smooth must be finite and > 0, got 0.0"),
+        (lambda: losses.extended_iou_loss(GOOD, GOOD, smooth=-1), "smooth must be finite and > 0, got -1"),
+        (lambda: losses.emphasis_weights(torch.zeros(2), -0.1), "strength must be finite and >= 0, got -0.1"),
+        (lambda: losses.emphasis_weights(torch.tensor([0, math.nan]), 1), "density .* got nan in row 1"),
+        (lambda: losses.emphasis_weights(torch.tensor([0, math.inf]), 1), "density .* got inf in row 1"),
+        (lambda: losses.emphasis_weights(torch.tensor([0.5, -2.0]), 1), "density .* got -2.0 in row 1"),
+        (lambda: losses.emphasis_weights(torch.zeros(2, 1), 1), r"density must be \(N,\), got \(2, 1\)"),
+        (lambda: losses.extended_iou(GOOD, GOOD[:2]), r"targets must be \(N, 4\), N as in boxes, got \(2, 4\)"),
+        (lambda: losses.crowding(GOOD[0]), r"boxes must be \(N, 4\), N as in boxes, got \(4,\)"),
+        (lambda: losses.extended_iou(GOOD, GOOD.float()), "targets must be float32 or float64, .* got torch.float32"),
+        (lambda: losses.crowding(GOOD.long()), "boxes must be float32 or float64, .* got torch.int64"),
+        (lambda: losses.side_likelihood_loss(GOOD, GOOD, GOOD + 1, GOOD), r"sizes must be \(N, 2\), .* got \(3, 4\)"),
+    ],
+)
+def test_what_is_not_allowed_is_an_error_that_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
