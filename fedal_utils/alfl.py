@@ -150,7 +150,7 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
         config.iou_power, config.emphasis,
     )  # fmt: skip
     if config.detector == "yolo":
-        if config.evidence or localisation != Localisation():
+        if config.evidence or not localisation.plain:
             raise ValueError("detector 'yolo' has neither RoI heads nor an evidence head: use 'faster_rcnn' (or 'ssd')")
         return yolo.build(
             classes, config.image_size, rng, depth=config.depth, width=config.channels, norm=config.norm,

@@ -17,6 +17,10 @@ from typing import Any, get_type_hints
 PROFILES = ("smoke", "quick", "paper")
 _LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 
+BOX_LOSSES = ("smooth_l1", "efficient_iou", "extended_iou")
+COMPANIONS = ("none", "sides", "iou")
+FILTERS = ("semantic", "diversity", "overlap", "localisation")  # of HUALE's cascade, in the published order
+
 # Settings that came after runs had been published: at these values the code does what it did before, so they leave the
 # digest, and the folder, of those runs as it was.
 _LATER: dict[str, Any] = dict(
@@ -25,7 +29,7 @@ _LATER: dict[str, Any] = dict(
     views=False, as_released=False, gains=(0.05, 1.0, 0.5), digit_classes=10, warmup_epochs=0.0, box_loss="smooth_l1",
     box_weight=1.0, box_focal=0.0, companion="none", companion_weight=1.0, iou_power=0.5, emphasis=0.0, evidence=False,
     afresh=False, scored=0, cascade=(4.0, 3.0, 2.0, 1.5), quota=0.15,
-    cascade_order=("semantic", "diversity", "overlap", "localisation"),
+    cascade_order=FILTERS,
 )  # fmt: skip
 
 
@@ -131,7 +135,7 @@ class Config(Recipe):
     empty: str = "last"
     scored: int = 0  # at most so many unlabelled images are looked at in a cycle, drawn at random; 0 = all
     cascade: tuple[float, ...] = (4.0, 3.0, 2.0, 1.5)  # what retrieval and the first three filters leave, in budgets
-    cascade_order: tuple[str, ...] = ("semantic", "diversity", "overlap", "localisation")
+    cascade_order: tuple[str, ...] = FILTERS
     quota: float = 0.15  # part of the budget that 'hua' draws from images with score zero
     seconds_per_image: float = 2.0
     seconds_per_box: float = 7.0
@@ -160,12 +164,25 @@ class Config(Recipe):
             raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.first_pass < 1 or not self.visit > 0:
             raise ValueError(f"first_pass and visit must be > 0, got {self.first_pass} and {self.visit}")
-        for name, allowed in (("optimiser_state", ("restart", "client", "travels")), ("on_failure", ("stop", "skip"))):
+        choices = {
+            "optimiser_state": ("restart", "client", "travels"), "on_failure": ("stop", "skip"),
+            "box_loss": BOX_LOSSES, "companion": COMPANIONS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if sorted(self.cascade_order) != sorted(FILTERS):
+            raise ValueError(f"cascade_order must name each of {FILTERS} once, got {self.cascade_order}")
+        falling = (*self.cascade, 1.0)
+        if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
+            raise ValueError(f"cascade must be four numbers >= 1 that do not grow, in budgets, got {self.cascade}")
+        if self.afresh and self.optimiser_state != "restart":
+            raise ValueError(
+                f"afresh=True begins again in every cycle: optimiser_state={self.optimiser_state!r} cannot live on"
+            )
         if not 0 < self.anneal <= 1:
             raise ValueError(f"anneal must be in (0, 1], got {self.anneal}")
         if not 0 < self.fraction <= 1:

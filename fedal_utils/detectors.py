@@ -551,7 +551,7 @@ def build(
             f"backbone {backbone!r} holds layers without pretrained weights (extra maps, pyramid): frozen, they would "
             "stay random; freeze 'lite0', or train it"
         )
-    if detector == "ssd" and localisation not in (None, Localisation()):
+    if detector == "ssd" and localisation is not None and not localisation.plain:
         raise ValueError(f"detector 'ssd' has no RoI heads to give {localisation} to: use 'faster_rcnn'")
     shape = (backbone, classes, image_size, norm, width, anchor_side, anchor_ratios, pretrained, evidence)
     with borrowed_global_rng(generator):

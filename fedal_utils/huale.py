@@ -368,7 +368,7 @@ def _spaced(found: Detections, most: int, keep: int) -> Tensor:
     # 7 boxes, 3 kept: ranks 0 * 7 // 3, 1 * 7 // 3, 2 * 7 // 3 = 0, 2, 4
     r = -(-rank * keep // count.clamp(min=1))  # the first r with r * n / keep >= rank
     stepped = (r < keep) & (r * count // keep == rank)
-    return found.valid & (stepped | (count <= max(most, keep)))
+    return found.valid & (stepped | (count <= most))
 
 
 def _class_vectors(found: Detections) -> Tensor:
@@ -463,7 +463,7 @@ def hua(
         return _closest(boxes[:, None], objects.boxes[image], objects.valid[image])[:, 0]
 
     obj = _in_blocks(covering, objects.boxes.shape[1], crowd.boxes[image, row], image)
-    near = (_iou(crowd.boxes[image, row], objects.boxes[image, obj]) > iou) & objects.valid[image, obj]
+    near = _iou(crowd.boxes[image, row], objects.boxes[image, obj]) > iou  # a box that is no object has no area
     image, row, obj = image[near], row[near], obj[near]
     if uncertainty == "epistemic":
         losses = _predicted_losses(crowd)
@@ -596,10 +596,10 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     'first cycle' (where nothing has been chosen yet: random labels for everybody). Columns: effect, part, points, low,
     high (`metrics.paired_test`), p, seeds. An effect whose runs are missing is left out.
     """
-    ends = metrics.cycle_ends(table) if len(table) else table
     curves: dict[tuple, dict[int, np.ndarray]] = {}
-    for (arm, method, seed), rows in ends.groupby(["arm", "method", "seed"]) if len(ends) else ():
-        curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
+    for arm, runs in table.groupby("arm") if len(table) else ():
+        for (method, seed), rows in metrics.cycle_ends(runs).groupby(["method", "seed"]):
+            curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
     parts = {"all cycles": slice(None), "without the first": slice(1, None), "first cycle": slice(0, 1)}
     found = []
     for effect, (one, other) in EFFECTS.items():

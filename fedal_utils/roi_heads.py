@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 
 from . import losses
+from .config import BOX_LOSSES, COMPANIONS
 
-BOX_LOSSES = ("smooth_l1", "efficient_iou", "extended_iou")
-COMPANIONS = ("none", "sides", "iou")
 LEAST_DEVIATION = 0.02  # of the proposal's side: below it the likelihood rewards nothing but false certainty
 
 

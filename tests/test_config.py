@@ -26,8 +26,10 @@ def another(name, value):
         return value + 1
     if isinstance(value, float):
         return value / 2 + 0.0625
-    if name in ("optimiser_state", "on_failure"):
-        return {"restart": "client", "stop": "skip"}[value]
+    if name in ("optimiser_state", "on_failure", "box_loss", "companion"):
+        return {"restart": "client", "stop": "skip", "smooth_l1": "extended_iou", "none": "sides"}[value]
+    if name in ("cascade", "cascade_order"):
+        return (5.0, *value[1:]) if name == "cascade" else value[::-1]
     if isinstance(value, str):
         return value + "x"
     if value is None:
@@ -209,3 +211,42 @@ def test_overrides_have_the_last_word_and_unknown_names_are_refused():
         config.load("11_fedavg", client=2)
     with pytest.raises(ValueError, match="profile must be one of"):
         config.load("11_fedavg", "huge")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"box_loss": "giou"}, "box_loss must be one of .*smooth_l1.*'giou'"),
+        ({"companion": "both"}, "companion must be one of .*sides.*'both'"),
+        (
+            {"cascade_order": ("semantic", "overlap")},
+            "cascade_order must name each of .* once, got .'semantic', 'overlap'",
+        ),
+        ({"cascade": (4.0, 3.0, 2.0)}, "cascade must be four numbers"),
+        ({"cascade": (4.0, 5.0, 2.0, 1.5)}, "cascade must be four numbers >= 1 that do not grow"),
+        ({"cascade": (4.0, 3.0, 2.0, 0.5)}, "cascade must be four numbers >= 1"),
+        ({"quota": 1.5}, r"quota must be in \[0, 1\], got 1.5"),
+        ({"afresh": True, "optimiser_state": "client"}, "afresh=True .*'client' cannot live on"),
+    ],
+)
+def test_a_setting_of_the_cascade_or_the_losses_is_checked_at_once(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**values)
+
+
+def test_notebook_20_has_sizes_of_its_own_and_photographs_without_an_entry_too():
+    for profile, name in (
+        ("smoke", None),
+        ("quick", None),
+        ("quick", "carla"),
+        ("quick", "some/folder"),
+        ("paper", "coco"),
+    ):
+        settings = load("20_huale", profile, name)
+        assert (settings.detector, settings.clients, settings.partition) == ("faster_rcnn", 1, "iid")
+        assert settings.afresh and settings.rounds == 1 and settings.start_images == 0
+        assert settings.methods == ("random", "entropy_max", "cald", "cascade")
+    assert load("20_huale", "paper").data == "voc07" and load("20_huale", "paper", "coco").scored == 10_000
+    assert load("11_fedavg", "paper").data == "kitti-2"
+    epochs = load("20_huale", "paper", "voc12")
+    assert (epochs.first, epochs.budget, epochs.cycles, epochs.epochs, epochs.step_at) == (500, 500, 7, 20, (0.8, 0.95))

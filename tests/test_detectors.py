@@ -295,7 +295,7 @@ def test_the_threshold_is_exclusive_and_no_detection_is_an_empty_row():
 @pytest.mark.parametrize("own_box", [False, True])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_what_is_known_of_a_box_follows_it(classes, own_box, agnostic):
-    """Threshold, the best 60 pairs, NMS and the best 9 each take some away; what is left still says where it is from."""
+    """Threshold, the best 60 pairs, NMS and the best 9 each take some away; what is left says where it is from."""
     rng = torch_rng_for(0, "extra")
     shape = (3, 40, classes) if own_box else (3, 40)
     boxes = random_boxes(rng, *shape, least=12.0)
@@ -629,6 +629,7 @@ def test_an_evidence_head_changes_nothing_else_of_an_ssd():
     assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
     assert {k.split(".")[0] for k in state.keys() - plain.state_dict().keys()} == {"evidence_head"}
     targets = random_targets(torch_rng_for(0, "targets"), 2, some_ignored=True)
+    targets[0][0, :3], targets[1][0, :3], targets[2][0, :3] = model.anchors[[40, 270, -2]], 1, False  # one on each map
     wanted = plain.loss(pixels(2, 64, 64), *targets)
     parts = model.loss(pixels(2, 64, 64), *targets)
     assert parts.keys() == {*wanted, "evidence"} and all(torch.equal(parts[k], wanted[k]) for k in wanted)
@@ -643,6 +644,7 @@ def test_an_evidence_head_changes_nothing_else_of_an_ssd():
 def test_an_ssds_evidence_is_five_times_the_mean_squared_error_of_positive_anchors_by_a_loop():
     model = small(evidence=True)
     boxes, classes, ignore = random_targets(torch_rng_for(2, "targets"), 3, some_ignored=True)
+    boxes[0, :3], classes[0, :3], ignore[0, :3] = model.anchors[[40, 270, -2]], torch.tensor([1, 2, 3]), False
     with torch.no_grad():
         evidence = model.loss(pixels(3, 64, 64), boxes, classes, ignore)["evidence"].item()
         logits = model(pixels(3, 64, 64))[0]

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from fedal_utils import plots
 from fedal_utils.boxes import Detections
-from fedal_utils.data import Labels
+from fedal_utils.data import Images, Labels
 
 START = {"sum": 0.30, "avg": 0.25, "max": 0.28, "random": 0.20, "centralised": 0.35}
 
@@ -646,3 +646,49 @@ def test_save_is_deterministic_and_leaves_nothing_else(tmp_path):
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["one.png", "two.png"]
     with pytest.raises(ValueError, match=r"saved as \.png"):
         plots.save(ax, tmp_path / "three.pdf")
+
+
+# --------------------------------------------------------------------------------------------- effects, two views
+
+
+def test_effects_stand_in_order_with_their_intervals():
+    frame = pd.DataFrame(
+        {"effect": ["losses", "losses", "choice", "choice"], "part": ["all", "later"] * 2,
+         "points": [3.0, 1.0, -1.0, 0.5], "low": [2.0, np.nan, -2.0, 0.0], "high": [4.0, np.nan, 0.0, 1.0]}
+    )  # fmt: skip
+    ax = plots.effects(frame)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["losses", "choice"]
+    assert ax.yaxis_inverted()
+    shown = lines(ax)
+    assert shown["all"].get_xdata().tolist() == [3.0, -1.0] and shown["later"].get_xdata().tolist() == [1.0, 0.5]
+    assert shown["all"].get_marker() != shown["later"].get_marker()
+    spans = [path.vertices[:, 0].tolist() for c in ax.collections for path in c.get_paths()]
+    assert [2.0, 4.0] in spans and [-2.0, 0.0] in spans and [0.0, 1.0] in spans
+    with pytest.raises(ValueError, match="lacks .*'high'"):
+        plots.effects(frame.drop(columns="high"))
+    with pytest.raises(ValueError, match="rows"):
+        plots.effects(frame[:0])
+
+
+def test_two_views_draw_the_mirrored_box_where_it_lies_in_the_mirror_image():
+    pixels = torch.zeros(1, 3, 32, 64, dtype=torch.uint8)
+    pixels[:, :, 8:24, 4:20] = 255
+    images = Images(("a",), pixels, torch.tensor([[32, 64]]))
+
+    def found(box):
+        return Detections(
+            torch.tensor([[box]]), torch.tensor([[0.9]]), torch.tensor([[1]]), torch.tensor([[[0.1, 0.9]]])
+        )
+
+    box = [4.0, 8.0, 20.0, 24.0]
+    figure = plots.two_views(images, found(box), found(box), ("cell",), [0], ["entropy 0.3"])
+    left, right = figure.axes[:2]
+    (plain,), (mirrored,) = left.patches, right.patches
+    assert (plain.get_x(), plain.get_width()) == (4, 16) and (mirrored.get_x(), mirrored.get_width()) == (44, 16)
+    for ax, patch in ((left, plain), (right, mirrored)):  # each lies on its bright square
+        shown = np.asarray(ax.get_images()[0].get_array())
+        x, y = int(patch.get_x()), int(patch.get_y())
+        assert (shown[y : y + 16, x : x + 16] == shown.max()).all() and shown[:, :x].max() == 0
+    assert left.get_title() == "entropy 0.3" and right.get_title() == "mirrored"
+    with pytest.raises(ValueError, match="one title per image"):
+        plots.two_views(images, found(box), found(box), ("cell",), [0], [])

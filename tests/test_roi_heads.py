@@ -469,6 +469,8 @@ def test_only_torchvisions_settings_are_plain():
         assert not Localisation(**options).plain
     with pytest.raises(ValueError, match="'ssd' has no RoI heads to give Localisation.*use 'faster_rcnn'"):
         detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(0, "w"), localisation=HUALE)
+    weights = Localisation(weight=5.0, companion_weight=0.2)  # of losses that nobody asks for
+    assert detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(0, "w"), localisation=weights)
 
 
 # ----------------------------------------------------------------------------------------------------------- prediction

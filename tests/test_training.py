@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedal_utils import data, detectors, training, yolo
 from fedal_utils.config import Recipe
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import TrainingDiverged, draw_batches, fit, learning_rate_factor, predict
+from fedal_utils.training import TrainingDiverged, draw_batches, embed, fit, learning_rate_factor, predict
 
 PLAIN = Recipe(batch=4, lr=1e-3, flip=0.0)
 
@@ -129,6 +129,27 @@ def test_fit_follows_the_schedule(scenes, monkeypatch):
     seen.clear()
     trained(scenes, replace(PLAIN, epochs=3, schedule="step", step_at=(0.5,)))  # 6 images in batches of 4: 6 steps
     assert [lr for lr, *_ in seen] == pytest.approx([1e-3] * 3 + [1e-4] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({}, 5),  # 6 images in batches of 4: a pass has 2 steps
+        ({"warmup_epochs": 0.0}, 5),
+        ({"warmup_epochs": 1.0}, 2),
+        ({"warmup_epochs": 1.5}, 3),
+        ({"warmup_epochs": 2.0, "warmup": 1}, 1),  # a limit, no length
+        ({"warmup_epochs": 9.0}, 5),
+        ({"warmup_epochs": 0.2}, 0),
+    ],
+)
+@pytest.mark.parametrize("steps", [7, None])
+def test_a_warm_up_takes_no_more_steps_than_so_many_passes(scenes, monkeypatch, options, length, steps):
+    seen = steps_taken(monkeypatch)
+    recipe = replace(PLAIN, **{"optimiser": "sgd", "warmup": 5, "epochs": 4, **options})
+    trained(scenes, recipe, iterations=steps)
+    wanted = [1e-3 * min(1.0, (step + 1) / (length + 1)) for step in range(steps or 8)]
+    assert [s["lr"][0] for s in seen] == pytest.approx(wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
@@ -302,6 +323,19 @@ def test_a_gradient_is_clipped_to_the_norm_that_was_given():
     free = moved(scenes, replace(plain, clip=0.0))
     assert free > 0.06
     assert moved(scenes, replace(plain, clip=1e6)) == pytest.approx(free, rel=1e-4)
+
+
+@pytest.mark.parametrize("detector", ["ssd", "faster_rcnn"])
+def test_an_evidence_head_is_clipped_by_itself_and_slows_nobody(scenes, detector):
+    recipe = replace(PLAIN, optimiser="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, clip=0.25)
+    start = new_model(detector, evidence=True).state_dict()
+    with_it, without = (trained(scenes, recipe, 1, detector, evidence=e)[0].state_dict() for e in (True, False))
+    assert all(torch.equal(v, with_it[k]) for k, v in without.items())
+    heads = {k for k in with_it if "evidence_head" in k}
+    assert heads == with_it.keys() - without.keys() and heads
+    for names in (heads, without.keys()):
+        norm = math.sqrt(sum(float((with_it[k] - start[k]).square().sum()) for k in names))
+        assert norm == pytest.approx(0.1 * 0.25, rel=1e-3)  # both would have gone further
 
 
 def test_the_moving_average_of_weights_by_hand_for_two_steps(scenes):
@@ -498,3 +532,73 @@ def test_predictions_come_in_order_and_do_not_depend_on_the_batch(scenes):
     assert a.valid.sum(1).min() > 0 and not torch.equal(a.scores[0], a.scores[5])
     few = predict(model, scenes.images, batch=4, score_above=0.02, top=2)
     assert few.boxes.shape[1] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ embedding
+
+
+@pytest.mark.parametrize("detector", ["ssd", "faster_rcnn", "yolo"])
+def test_an_embedding_is_one_vector_an_image_in_order_whatever_the_batch(scenes, detector):
+    model = new_yolo() if detector == "yolo" else new_model(detector)
+    vectors = embed(model, scenes.images, batch=4)
+    width = {"ssd": 64 + 96 + 128, "faster_rcnn": 128, "yolo": 32 + 64 + 128}[detector]
+    assert vectors.shape == (6, width) and vectors.dtype == torch.float32 and torch.isfinite(vectors).all()
+    assert not vectors.requires_grad and not model.training
+    spread = (vectors[:, None] - vectors).abs().amax(2)
+    assert spread[~torch.eye(6, dtype=torch.bool)].min() > 1e-3  # six images, six places
+    order = [4, 0, 5, 2]
+    for batch in (1, 3):  # nor does a vector depend on the other images
+        again = embed(model, scenes.images.take(order), batch=batch)
+        assert torch.allclose(again, vectors[order], atol=1e-4 * float(vectors.abs().max()))
+    assert embed(model, scenes.images.take([])).shape == (0, 0)
+
+
+def test_an_embedding_is_the_mean_of_each_map_by_hand(scenes):
+    for model in (new_model(), new_yolo()):
+        vectors = embed(model, scenes.images)
+        with torch.no_grad():
+            maps = model.eval().backbone(scenes.images.pixels)
+        means = [[float(channel.mean()) for m in maps for channel in m[i]] for i in range(6)]
+        assert torch.allclose(vectors, torch.tensor(means), atol=1e-5)
+
+
+def test_faster_rcnns_embedding_weighs_proposals_by_their_foreground_by_hand(scenes):
+    model = new_model("faster_rcnn").eval()
+    with torch.no_grad():
+        model.roi.box_predictor.cls_score.weight *= 30  # or all weights are much the same
+        model.roi.box_predictor.cls_score.bias[0] += 4
+        images, maps = model.pyramid(scenes.images.pixels)
+        proposals, _ = model.rpn(images, maps)
+        wanted = []
+        for i, own in enumerate(proposals):
+            features = model.roi.box_head(model.roi.box_roi_pool({k: m[i : i + 1] for k, m in maps.items()}, [own],
+                                                                 images.image_sizes[:1]))  # fmt: skip
+            scores = model.roi.box_predictor(features)[0].softmax(1)
+            foreground = [1 - float(p[0]) for p in scores]
+            weighed = sum(f * w for f, w in zip(features, foreground, strict=True))
+            wanted.append(weighed / sum(foreground))
+            assert max(foreground) > 2 * min(foreground)
+    assert torch.allclose(embed(model, scenes.images), torch.stack(wanted), atol=1e-4)
+
+
+def test_an_image_without_a_proposal_has_an_embedding_too(scenes):
+    model = new_model("faster_rcnn").eval()
+    found = model.rpn.forward
+
+    def lost(images, maps):  # image 1 of every batch
+        proposals, losses = found(images, maps)
+        return [p[:0] if i == 1 else p for i, p in enumerate(proposals)], losses
+
+    wanted = embed(model, scenes.images)
+    model.rpn.forward = lost
+    vectors = embed(model, scenes.images)
+    assert not vectors[1].any() and torch.allclose(vectors[[0, 2, 3, 4, 5]], wanted[[0, 2, 3, 4, 5]], atol=1e-4)
+
+
+@pytest.mark.parametrize("detector", ["ssd", "faster_rcnn"])
+def test_cached_maps_have_the_embedding_of_their_pixels(scenes, cached, detector):
+    model = lite0(detector=detector)
+    maps, pixels = (embed(model, images, batch=4) for images in (cached, scenes.images))
+    assert maps.dtype == torch.float32 and torch.allclose(maps, pixels, atol=2e-2 * float(pixels.abs().max()))
+    apart = (pixels[:, None] - pixels).norm(dim=2)[~torch.eye(6, dtype=torch.bool)].min()
+    assert (maps - pixels).norm(dim=1).max() < 0.2 * apart

@@ -619,6 +619,34 @@ def test_views_are_joined_before_one_nms():
     assert torch.allclose(joined.scores[:, 0], best)
 
 
+@pytest.mark.parametrize("views", [((1.0, False),), ((0.5, True),), yolo.VIEWS])
+def test_a_detection_knows_which_map_it_came_from(views):
+    """Every output is its anchor in the middle of its cell: a box's sides say which map and which view it is from."""
+    model, size = lively(size=(128, 160)), (128, 160)
+    with torch.no_grad():
+        for layer in model.head:
+            layer.weight.zero_()
+            layer.bias.zero_()
+    x = pixels(2, size)
+    found = model.predict(x, score_above=0.1, nms_iou=1.0, top=100_000, candidates=100_000, views=views)
+    assert found.extra["level"].shape == found.labels.shape and found.extra["level"].dtype == torch.int64
+    inner = [(round(128 * scale), round(160 * scale)) for scale, _ in views]
+    sizes = {  # (width, height) of each anchor in each view -> its map
+        (w / 4 * 160 / width, h / 4 * 128 / height): level
+        for height, width in inner for level, anchors in enumerate(COCO_ANCHORS) for w, h in anchors
+    }  # fmt: skip
+    boxes, levels = found.boxes[found.valid], found.extra["level"][found.valid]
+    whole = (boxes > 0).all(1) & (boxes[:, 2] < 160) & (boxes[:, 3] < 128)  # not cut at the edge
+    sides = boxes[whole, 2:] - boxes[whole, :2]
+    table = torch.tensor(list(sizes))
+    near = (sides[:, None] - table).abs().amax(2)  # (boxes, anchors)
+    assert near.amin(1).max() < 1e-3 and (near < 0.05).sum(1).max() == 1
+    assert torch.equal(torch.tensor(list(sizes.values()))[near.argmin(1)], levels[whole])
+    assert levels[whole].bincount(minlength=3).min() > 3 and len(near.argmin(1).unique()) > 6 * len(views)
+    cells = [math.ceil(h / 32) * math.ceil(w / 32) for h, w in inner]  # of the coarsest map
+    assert (levels == 2).sum() <= 3 * 2 * 3 * sum(cells) and (levels == 1).sum() <= 4 * 3 * 2 * 3 * sum(cells)
+
+
 # ----------------------------------------------------------------------------------------------------------- freezing
 
 
