@@ -725,11 +725,11 @@ def ablation_caption(frame: pd.DataFrame, y: str = "ap50") -> str:
 
 
 @style()
-def effects(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def effects(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50") -> Axes:
     """Differences in points with their intervals, one row an effect, one marker for each part of the curve.
 
     frame: columns effect, part, points, low, high, in order of appearance from the top. An interval of NaN (one seed)
-    is not drawn.
+    is not drawn. `y` names the metric whose points (100 x) these are.
     """
     absent = [column for column in ("effect", "part", "points", "low", "high") if column not in frame.columns]
     if absent or not len(frame):
@@ -741,15 +741,15 @@ def effects(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for number, part in enumerate(parts):
         marker, colour = marks[number % len(marks)]
         rows = frame[frame["part"] == part]
-        y = np.array([names.index(name) for name in rows["effect"]]) + 0.22 * (number - (len(parts) - 1) / 2)
+        at = np.array([names.index(name) for name in rows["effect"]]) + 0.22 * (number - (len(parts) - 1) / 2)
         points, low, high = (rows[column].to_numpy(dtype=float) for column in ("points", "low", "high"))
-        ax.hlines(y, low, high, color=colour, linewidth=1.4, zorder=2)
-        ax.plot(points, y, marker, color=colour, label=part, zorder=3)
+        ax.hlines(at, low, high, color=colour, linewidth=1.4, zorder=2)
+        ax.plot(points, at, marker, color=colour, label=part, zorder=3)
     ax.axvline(0, color="0.5", linewidth=0.8, zorder=1)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(False, axis="y")
-    ax.set_xlabel("difference in AP50 points (100 x AP)")
+    ax.set_xlabel(f"difference in points, {y_label(y)}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
     return ax
 

@@ -242,11 +242,13 @@ def test_notebook_20_has_sizes_of_its_own_and_photographs_without_an_entry_too()
         ("quick", "some/folder"),
         ("paper", "coco"),
     ):
-        settings = load("20_huale", profile, name)
+        settings = config.load("20_huale", profile, name)
         assert (settings.detector, settings.clients, settings.partition) == ("faster_rcnn", 1, "iid")
         assert settings.afresh and settings.rounds == 1 and settings.start_images == 0
         assert settings.methods == ("random", "entropy_max", "cald", "cascade")
-    assert load("20_huale", "paper").data == "voc07" and load("20_huale", "paper", "coco").scored == 10_000
-    assert load("11_fedavg", "paper").data == "kitti-2"
-    epochs = load("20_huale", "paper", "voc12")
+    assert (
+        config.load("20_huale", "paper").data == "voc07" and config.load("20_huale", "paper", "coco").scored == 10_000
+    )
+    assert config.load("11_fedavg", "paper").data == "kitti-2"
+    epochs = config.load("20_huale", "paper", "voc12")
     assert (epochs.first, epochs.budget, epochs.cycles, epochs.epochs, epochs.step_at) == (500, 500, 7, 20, (0.8, 0.95))
