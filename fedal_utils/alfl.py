@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -570,6 +570,8 @@ def train(
     scratch = detectors.clone(model)
     recipe, iterations = _recipe(config, turn)
     names = federation.take_part([c.name for c in turn.clients], config.fraction, run.rng("take part", cycle, round))
+    keeps = turn.state != "restart"
+    unasked = config.afresh and not config.as_released and config.batch_norm != "local" and (cycle, round) == (0, 0)
     updates = []
     for client in turn.clients:
         if client.name not in names:
@@ -577,7 +579,6 @@ def train(
         if len(client.pool.labelled()) == 0:
             client.status = "no labels"
             continue
-        keeps = turn.state != "restart"
         luggage = len(federation.pack(client.memory)) if turn.state == "travels" and client.memory else 0
         client.received = 0 if client.own else len(message) + luggage
         try:
@@ -588,13 +589,18 @@ def train(
             ):
                 raise ClientLost(f"client {client.name}: its update did not arrive in cycle {cycle}, round {round}")
             images, labels = client.pool.training_set()
-            update = federation.train_client(
-                scratch, federation.pack(client.own) if client.own else message, images, labels, recipe,
-                run.torch_rng("train", client.name, cycle, round), client.name, iterations,
-                "fp32" if apart(run, cycle) else config.wire, config.batch_norm, client.home, study.device,
-                memory=client.memory if keeps else None, travels=turn.state == "travels",
-                span=_span(config, turn, client, recipe, iterations) if keeps else None,
-            )  # fmt: skip
+
+            def work(client=client, images=images, labels=labels) -> Update:
+                return federation.train_client(
+                    scratch, federation.pack(client.own) if client.own else message, images, labels, recipe,
+                    run.torch_rng("train", client.name, cycle, round), client.name, iterations,
+                    "fp32" if apart(run, cycle) else config.wire, config.batch_norm, client.home, study.device,
+                    memory=client.memory if keeps else None, travels=turn.state == "travels",
+                    span=_span(config, turn, client, recipe, iterations) if keeps else None,
+                )  # fmt: skip
+
+            shared = unasked and scheme_of(run.method)[0] == "fedavg"
+            update = _first_update(run, client.name, work) if shared else work()
         except (ClientLost, training.TrainingDiverged) as error:
             if config.on_failure == "stop":
                 raise type(error)(f"{error}; on_failure='skip' goes on without it") from error
@@ -604,6 +610,32 @@ def train(
         if turn.first:
             client.own = federation.unpack(update.payload)
     return updates
+
+
+# What the first training of a run does not depend on, where the first labels are random.
+_NOT_AT_FIRST = (
+    "profile", "cycles", "budget", "score_above", "nms_iou", "class_agnostic", "views", "empty", "scored", "cascade",
+    "cascade_order", "quota", "seconds_per_image", "seconds_per_box", "evaluate_every", "on_failure", "methods",
+    "seeds", "side_seeds",
+)  # fmt: skip
+
+
+def _first_update(run: record.Run, client: str, work: Callable[[], Update]) -> Update:
+    """What a client sends after cycle 0 of runs that begin afresh: trained once for all ways of asking, then read.
+
+    Until something has been chosen, the methods of a seed are one and the same run; on a GPU, where two trainings never
+    are, this is what makes them a pair.
+    """
+    default = Config()
+    config = run.config.replace(**{name: getattr(default, name) for name in _NOT_AT_FIRST})
+
+    def make() -> dict:
+        update = work()
+        payload = torch.frombuffer(bytearray(update.payload), dtype=torch.uint8)
+        return {**{f.name: getattr(update, f.name) for f in fields(update) if f.name != "memory"}, "payload": payload}
+
+    known = record.shared(config, "shared", run.seed, f"first-update-{client}", make, root=run.root)
+    return Update(**{**known, "payload": known["payload"].numpy().tobytes()})
 
 
 class ClientLost(RuntimeError):

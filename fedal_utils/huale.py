@@ -588,6 +588,35 @@ EFFECTS = {  # name: (arm and method) minus (arm and method)
 }
 
 
+def _curves(table: pd.DataFrame, y: str) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """(arm, method) -> seed -> learning curve in points."""
+    curves: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for arm, runs in table.groupby("arm") if len(table) else ():
+        for (method, seed), rows in metrics.cycle_ends(runs).groupby(["method", "seed"]):
+            curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
+    return curves
+
+
+def arm_gains(
+    table: pd.DataFrame, method: str, reference: str, ys: Sequence[str] = ("ap50", "ap_coco")
+) -> pd.DataFrame:
+    """Each arm minus the arm `reference` under one method: mean over all cycles, in points, paired by seed.
+
+    table: as for `gain_split`. Columns: effect (the arm), part (the metric), points, low, high, p, seeds.
+    """
+    found = []
+    for y in ys:
+        curves = {arm: seeds for (arm, name), seeds in _curves(table, y).items() if name == method}
+        base = curves.get(reference, {})
+        for arm in (name for name in dict.fromkeys(table["arm"]) if name != reference):
+            seeds = [s for s in sorted(set(curves.get(arm, {})) & set(base)) if len(curves[arm][s]) == len(base[s])]
+            if seeds:
+                test = metrics.paired_test([curves[arm][s].mean() for s in seeds], [base[s].mean() for s in seeds])
+                found.append({"effect": arm, "part": y, "points": test["difference"], "low": test["low"],
+                              "high": test["high"], "p": test["p"], "seeds": len(seeds)})  # fmt: skip
+    return pd.DataFrame(found, columns=["effect", "part", "points", "low", "high", "p", "seeds"])
+
+
 def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     """HUALE's gain over random taken apart, in points (100 x AP), paired by seed.
 
@@ -596,10 +625,7 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     'first cycle' (where nothing has been chosen yet: random labels for everybody). Columns: effect, part, points, low,
     high (`metrics.paired_test`), p, seeds. An effect whose runs are missing is left out.
     """
-    curves: dict[tuple, dict[int, np.ndarray]] = {}
-    for arm, runs in table.groupby("arm") if len(table) else ():
-        for (method, seed), rows in metrics.cycle_ends(runs).groupby(["method", "seed"]):
-            curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
+    curves = _curves(table, y)
     parts = {"all cycles": slice(None), "without the first": slice(1, None), "first cycle": slice(0, 1)}
     found = []
     for effect, (one, other) in EFFECTS.items():

@@ -22,6 +22,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -863,23 +865,30 @@ def two_views(
     """Each image beside its mirror image, both with their detections; `across` such pairs a row.
 
     flipped: detections of the mirrored images with boxes mapped back to the plain ones, as `sampling.Sight` holds them.
-    titles: one per shown image.
+    titles: one per shown image. A box has its class's colour, and fades with its confidence.
     """
     index = np.asarray(index, dtype=int)
     if not len(index) or len(titles) != len(index):
         raise ValueError(f"two_views needs one title per image, got {len(titles)} for {len(index)} images")
     pixels = np.asarray(images.batch(index).cpu())  # (B, 3, H, W)
     width = pixels.shape[3]
-    figure, axes = _grid(2 * len(index), 2 * min(across, len(index)), 2.1, pixels.shape[2] / width, True)
+    figure, axes = _grid(2 * len(index), 2 * min(across, len(index)), 2.6, pixels.shape[2] / width, True)
+    shown = {}
     for place, i in enumerate(index):
         for side, found in enumerate((plain, flipped)):
             ax = axes[2 * place + side]
             boxes, classes, scores, _ = _of_image(found, int(i), above)
             if side:
                 boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-            shown = pixels[place][:, :, ::-1] if side else pixels[place]
-            show_boxes(shown, boxes, [class_names[c - 1] for c in classes], scores, ax, None, class_names)
-            ax.set_title("mirrored" if side else titles[place], fontsize=8)
+            show_boxes(pixels[place][:, :, ::-1] if side else pixels[place], ax=ax)
+            for (x1, y1, x2, y2), c, score in zip(boxes, classes, scores, strict=True):
+                colour = _class_colour(class_names[c - 1], class_names)
+                patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6, alpha=score)
+                shown[class_names[c - 1]] = Line2D([], [], color=colour, linewidth=1.6)
+                ax.add_patch(patch)
+            ax.set_title("mirrored" if side else textwrap.fill(titles[place], 34), fontsize=8)
+    if shown:
+        _one_legend(figure, {name: shown[name] for name in class_names if name in shown})
     return figure
 
 

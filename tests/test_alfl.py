@@ -699,10 +699,10 @@ def test_afresh_every_cycle_trains_from_the_starting_point_also_after_a_break(tm
 
 
 def test_afresh_also_forgets_what_clients_held_for_themselves(tmp_path):
-    """Local first: own weights; kept optimiser states; local BatchNorm statistics. All are of the cycle before."""
+    """Local first: own weights; local BatchNorm statistics. All are of the cycle before."""
     study = huale_study(
         methods=("local-first+random",), clients=2, rounds=1, cycles=3, norm="batch", batch_norm="local",
-        optimiser_state="client", start_images=4, start_iterations=2,
+        start_images=4, start_iterations=2,
     )  # fmt: skip
     run = record.Run(study.config, "small", "local-first+random", 0, tmp_path)
     clients, model = alfl.start(run, study)
@@ -711,11 +711,10 @@ def test_afresh_also_forgets_what_clients_held_for_themselves(tmp_path):
     for cycle in range(2):
         for client in clients:
             alfl.ask(run, study, model, client, cycle)
-        held = [(client.memory, client.home, client.own) for client in clients]
+        held = [(client.home, client.own) for client in clients]
         assert cycle == 0 or all(part for each in held for part in each)
         updates = alfl.train(run, study, model, clients, cycle, 0)
         assert all(torch.equal(v, begun[k]) for k, v in model.state_dict().items())
-        assert all(int(client.memory["steps"]) == 2 for client in clients)
         alfl.keep(clients, updates)
         sent.append({update.client: federation.unpack(update.payload) for update in updates})
     fresh = record.Run(study.config, "small", "local-first+random", 0, tmp_path / "other")
@@ -729,3 +728,30 @@ def test_afresh_also_forgets_what_clients_held_for_themselves(tmp_path):
         state = federation.unpack(update.payload)
         assert all(torch.equal(state[k], sent[1][update.client][k]) for k in state)
         assert any(not torch.equal(state[k], sent[0][update.client][k]) for k in state)
+
+
+def test_until_something_is_chosen_the_methods_of_a_seed_are_trained_once(tmp_path, monkeypatch):
+    """Rule 2, paired starts: the cycle-0 model is shared, and is the one that a run of its own would train."""
+    study = huale_study(score_above=0.2, cycles=2, methods=("random", "cascade"), evaluate_every=1)
+    trained = []
+    real = alfl.federation.train_client
+
+    def counted(*args, **kwargs):
+        trained.append(len(args[2]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(alfl.federation, "train_client", counted)
+    small_run.loop(tmp_path / "both", study)
+    first, asked = study.config.first, study.config.budget
+    assert trained == [first, first + asked, first + asked]  # random: both cycles; cascade: the second only
+    small_run.loop(tmp_path / "alone", changed(study, methods=("cascade",)))
+    assert trained[3:] == [first, first + asked]
+    other = changed(study, methods=("cascade",), cascade_order=study.config.cascade_order[::-1], budget=asked + 1)
+    small_run.loop(tmp_path / "both", other)  # what is chosen later does not move the first training
+    assert trained[5:] == [first + asked + 1]
+    small_run.loop(tmp_path / "both", changed(study, methods=("random",), emphasis=0.5))  # another loss does
+    assert trained[6:] == [first, first + asked]
+    both, alone = (
+        record.table(study.config, "small", root=tmp_path / where, methods=["cascade"]) for where in ("both", "alone")
+    )
+    pd.testing.assert_frame_equal(both, alone)

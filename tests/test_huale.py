@@ -1061,6 +1061,24 @@ def test_the_gain_is_split_as_by_hand():
     assert "against CALD as published" not in split.index.get_level_values(0)  # CALD was not run
 
 
+def test_arms_are_held_against_one_of_them_seed_by_seed():
+    table = curves_table(
+        {
+            ("plain", "random", 0): [0.40, 0.50], ("plain", "random", 1): [0.30, 0.50],
+            ("plain", "cascade", 0): [0.9, 0.9],
+            ("a", "random", 0): [0.44, 0.54], ("a", "random", 1): [0.34, 0.50], ("b", "random", 1): [0.20, 0.40],
+            ("c", "random", 0): [0.9],
+        }
+    )  # fmt: skip
+    table["ap_coco"] = table["ap50"] / 2
+    gains = huale.arm_gains(table, "random", "plain")
+    assert gains[["effect", "part"]].to_records(index=False).tolist() == [
+        ("a", "ap50"), ("b", "ap50"), ("a", "ap_coco"), ("b", "ap_coco"),
+    ]  # fmt: skip
+    assert gains["points"].tolist() == pytest.approx([3.0, -10.0, 1.5, -5.0])  # a: 4 and 2 points
+    assert gains["seeds"].tolist() == [2, 1, 2, 1]  # c has fewer cycles, b has one seed in common
+
+
 def test_unpaired_seeds_and_unequal_curves_are_left_out():
     p, w = huale.PLAIN, huale.WHOLE
     table = curves_table({(p, "random", 0): [0.4, 0.5], (w, "random", 0): [0.5, 0.7], (w, "random", 1): [0.9, 0.9]})

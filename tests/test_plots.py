@@ -684,6 +684,7 @@ def test_two_views_draw_the_mirrored_box_where_it_lies_in_the_mirror_image():
     figure = plots.two_views(images, found(box), found(box), ("cell",), [0], ["entropy 0.3"])
     left, right = figure.axes[:2]
     (plain,), (mirrored,) = left.patches, right.patches
+    assert plain.get_alpha() == pytest.approx(0.9) and figure.legends[0].get_texts()[0].get_text() == "cell"
     assert (plain.get_x(), plain.get_width()) == (4, 16) and (mirrored.get_x(), mirrored.get_width()) == (44, 16)
     for ax, patch in ((left, plain), (right, mirrored)):  # each lies on its bright square
         shown = np.asarray(ax.get_images()[0].get_array())
