@@ -308,7 +308,7 @@ _SMALL_RCNN = dict(
 _HUALE: dict[str, dict[str, Any]] = {
     "digits": {
         **_SMALL_RCNN, "image_size": (96, 96), "digit_classes": 3, "scenes": (240, 80), "anchor_side": 24.0,
-        "anchor_ratios": (1.0,), "side_seeds": 1, "first": 4, "budget": 6, "cycles": 3, "iterations": 90,
+        "anchor_ratios": (1.0,), "side_seeds": 1, "first": 4, "budget": 6, "cycles": 3, "iterations": 75,
     },
     "bccd": {
         **_SMALL_RCNN, "image_size": (192, 256), "anchor_side": 24.0, "anchor_ratios": (0.7, 1.0, 1.4), "first": 8,
