@@ -331,8 +331,13 @@ _NOT_AT_THE_START = (
 
 def beginning(config: Config) -> Config:
     """The config with all that does not move the starting point at its default: what that is saved under."""
+    return _apart_from(config, _NOT_AT_THE_START)
+
+
+def _apart_from(config: Config, names: Sequence[str]) -> Config:
+    """The config with these settings at their defaults: what is the same whatever they are is saved under it."""
     default = Config()
-    return config.replace(**{name: getattr(default, name) for name in _NOT_AT_THE_START})
+    return config.replace(**{name: getattr(default, name) for name in names})
 
 
 # --- who acts when ----------------------------------------------------------------------------------------------------
@@ -517,7 +522,7 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
         model.load_state_dict(client.own, strict=False)
     waiting = client.pool.unlabelled()
     rng = run.rng("ask", client.name, cycle)
-    if config.scored and strategy != "random" and len(waiting) > config.scored:
+    if config.scored and _home(strategy).needs(strategy) and len(waiting) > config.scored:
         waiting = np.sort(run.rng("looked at", client.name, cycle).permutation(waiting)[: max(config.scored, count)])
     sight = see(replace(study, config=config), model, client.pool, waiting, strategy)
     choice = choose(config, strategy, sight, count, rng)
@@ -626,15 +631,15 @@ def _first_update(run: record.Run, client: str, work: Callable[[], Update]) -> U
     Until something has been chosen, the methods of a seed are one and the same run; on a GPU, where two trainings never
     are, this is what makes them a pair.
     """
-    default = Config()
-    config = run.config.replace(**{name: getattr(default, name) for name in _NOT_AT_FIRST})
 
     def make() -> dict:
         update = work()
         payload = torch.frombuffer(bytearray(update.payload), dtype=torch.uint8)
         return {**{f.name: getattr(update, f.name) for f in fields(update) if f.name != "memory"}, "payload": payload}
 
-    known = record.shared(config, "shared", run.seed, f"first-update-{client}", make, root=run.root)
+    known = record.shared(
+        _apart_from(run.config, _NOT_AT_FIRST), "shared", run.seed, f"first-update-{client}", make, root=run.root
+    )  # fmt: skip
     return Update(**{**known, "payload": known["payload"].numpy().tobytes()})
 
 

@@ -30,7 +30,7 @@ from .sampling import Choice, Scores, Sight
 
 LN2 = math.log(2)
 SUM_TOLERANCE = 1e-3  # a softmax kept in half precision adds up to one no better
-SIZES = (4.0, 3.0, 2.0, 1.5)  # budgets left by retrieval and the first three filters; the last filter leaves one
+SIZES = Config.cascade  # budgets left by retrieval and the first three filters; the last filter leaves one
 NEEDS = {
     "cascade": ("detections", "flipped"),
     "cald": ("detections", "views", "labelled"),
@@ -597,6 +597,19 @@ def _curves(table: pd.DataFrame, y: str) -> dict[tuple[str, str], dict[int, np.n
     return curves
 
 
+_COLUMNS = ("effect", "part", "points", "low", "high", "p", "seeds")
+
+
+def _difference(
+    effect: str, part: str, one: dict[int, np.ndarray], other: dict[int, np.ndarray], seeds: Sequence[int],
+    where: slice = slice(None),
+) -> dict:  # fmt: skip
+    """A row of `_COLUMNS`: the mean of this part of each curve of `one` minus that of `other`, paired by seed."""
+    test = metrics.paired_test([one[s][where].mean() for s in seeds], [other[s][where].mean() for s in seeds])
+    values = (test["difference"], test["low"], test["high"], test["p"], len(seeds))
+    return dict(zip(_COLUMNS, (effect, part, *values), strict=True))
+
+
 def arm_gains(
     table: pd.DataFrame, method: str, reference: str, ys: Sequence[str] = ("ap50", "ap_coco")
 ) -> pd.DataFrame:
@@ -611,10 +624,8 @@ def arm_gains(
         for arm in (name for name in dict.fromkeys(table["arm"]) if name != reference):
             seeds = [s for s in sorted(set(curves.get(arm, {})) & set(base)) if len(curves[arm][s]) == len(base[s])]
             if seeds:
-                test = metrics.paired_test([curves[arm][s].mean() for s in seeds], [base[s].mean() for s in seeds])
-                found.append({"effect": arm, "part": y, "points": test["difference"], "low": test["low"],
-                              "high": test["high"], "p": test["p"], "seeds": len(seeds)})  # fmt: skip
-    return pd.DataFrame(found, columns=["effect", "part", "points", "low", "high", "p", "seeds"])
+                found.append(_difference(arm, y, curves[arm], base, seeds))
+    return pd.DataFrame(found, columns=_COLUMNS)
 
 
 def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
@@ -634,12 +645,8 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
         for part, where in parts.items() if seeds else ():
             if any(len(a[seed]) != len(b[seed]) or not len(a[seed][where]) for seed in seeds):
                 continue
-            test = metrics.paired_test([a[s][where].mean() for s in seeds], [b[s][where].mean() for s in seeds])
-            found.append(
-                {"effect": effect, "part": part, "points": test["difference"], "low": test["low"], "high": test["high"],
-                 "p": test["p"], "seeds": len(seeds)}
-            )  # fmt: skip
-    return pd.DataFrame(found, columns=["effect", "part", "points", "low", "high", "p", "seeds"])
+            found.append(_difference(effect, part, a, b, seeds, where))
+    return pd.DataFrame(found, columns=_COLUMNS)
 
 
 def split_findings(split: pd.DataFrame) -> str:
