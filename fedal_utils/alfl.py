@@ -27,9 +27,25 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import data, detectors, federation, huale, metrics, partition, record, sampling, seeding, training, yolo
+from . import (
+    class_sets,
+    classifiers,
+    data,
+    detectors,
+    federation,
+    huale,
+    kafal,
+    metrics,
+    partition,
+    record,
+    sampling,
+    seeding,
+    training,
+    yolo,
+)  # fmt: skip
 from .augment import VIEWS, Viewed, move_boxes
 from .boxes import Detections, flip_boxes
+from .classifiers import Classifier
 from .config import Config, fitted
 from .data import Dataset, Images, Labels
 from .detectors import Detector
@@ -44,7 +60,13 @@ CROWD = 1000  # boxes of an image at most, where they are wanted before non-maxi
 YOLO_ANCHOR = 10.0  # pixels, width of the smallest anchor at 640 px
 CHAINS = ("chain", "chain-fedavg", "accumulate")
 SCHEMES = ("fedavg", "local-first", *CHAINS, CENTRALISED)
-STRATEGIES = (*sampling.STRATEGIES, *huale.STRATEGIES)  # ways of asking, all schemes take them all
+ASKED = ("local", "alone")  # "entropy.local": not the global model is asked, see `ask`
+BOX_STRATEGIES = (*sampling.BOX_STRATEGIES, *huale.STRATEGIES, *kafal.BOX_STRATEGIES)  # all schemes take them all
+CLASS_STRATEGIES = (
+    *sampling.CLASS_STRATEGIES, *kafal.CLASS_STRATEGIES,
+    *(f"{name}.{who}" for name in ("entropy", "margin", "confidence", "coreset", "badge") for who in ASKED),
+)  # fmt: skip
+STRATEGIES = tuple(dict.fromkeys((*BOX_STRATEGIES, *CLASS_STRATEGIES)))  # ways of asking
 
 
 @dataclass
@@ -53,7 +75,10 @@ class Client:
 
     home: BatchNorm statistics under the policy 'local'. memory: its optimiser's state, where that is kept or travels.
     own: the weights of its own model while it has one (local-first, and the chain's first pass). status: why it sent
-    nothing in this round: 'no labels', 'lost', 'diverged', or '' if it did. received: bytes that it got in this round.
+    nothing in this round: 'no labels', 'lost', 'diverged', or '' if it did. received: bytes that it got in this round;
+    heard: bytes of other clients' models that it got to ask with. last: its own weights after its latest training,
+    where a strategy compares them with the global model; known: the global model that it got last, while that is not
+    the current one (KAFAL's algorithm 1: a client that missed rounds compares stale models).
     """
 
     name: str
@@ -61,8 +86,14 @@ class Client:
     home: State = field(default_factory=dict)
     memory: State = field(default_factory=dict)
     own: State = field(default_factory=dict)
+    last: State = field(default_factory=dict)
+    known: State = field(default_factory=dict)
     status: str = ""
     received: int = 0
+    heard: int = 0
+
+
+KEPT = ("home", "memory", "own", "last", "known")  # of a client, in the resume point
 
 
 @dataclass(frozen=True)
@@ -107,8 +138,8 @@ class Study:
 
     @property
     def name(self) -> str:
-        known = self.config.data in data.NAMES
-        return self.config.data if known else Path(self.config.data).expanduser().resolve().name
+        known = self.config.data in (*data.NAMES, *class_sets.NAMES)
+        return self.config.data if known else Path(self.config.data).expanduser().resolve().stem
 
     def view(self, rows: Sequence[int], test: bool = False) -> Dataset:
         """These rows of the training (or test) set with their pixels."""
@@ -143,8 +174,10 @@ def scheme_of(method: str) -> tuple[str, str]:
     return scheme, rest
 
 
-def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector:
-    """The config's detector with weights drawn from `rng`."""
+def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector | Classifier:
+    """The config's detector (or classifier) with weights drawn from `rng`."""
+    if config.classifier:
+        return classifiers.build(config.classifier, classes, config.image_size, rng)
     localisation = Localisation(
         config.box_loss, config.box_weight, config.box_focal, config.companion, config.companion_weight,
         config.iou_power, config.emphasis,
@@ -173,16 +206,21 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores = torch.get_num_threads()
     place = root or os.environ.get("FEDAL_DATA") or record.home() / "data"
-    train, test = data.load(
-        config.data, config.image_size, root=place, min_object=config.min_object, limit=config.limit,
-        scenes=config.scenes, digit_classes=config.digit_classes,
-    )  # fmt: skip
-    if config.data not in data.NAMES:
+    if config.classifier:
+        train, test = class_sets.load(config.data, config.image_size, root=place, limit=config.limit)
+    else:
+        train, test = data.load(
+            config.data, config.image_size, root=place, min_object=config.min_object, limit=config.limit,
+            scenes=config.scenes, digit_classes=config.digit_classes,
+        )  # fmt: skip
+    if config.data not in (*data.NAMES, *class_sets.NAMES):
         config = fitted(config, len(train))
     if config.partition == "natural" and train.images.groups:
         config = config.replace(clients=len(set(train.images.groups)))
+    elif config.partition.endswith(".json"):
+        config = config.replace(clients=len(partition.load(config.partition, train.images.ids)[1]))
     for method in config.methods:
-        scheme_of(method)
+        _check_method(config, method)
     photos = (train, test)
     if config.frozen:
         model = new_detector(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)
@@ -199,6 +237,19 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     return Study(config, train, test, photos, device)
 
 
+def _check_method(config: Config, method: str) -> None:
+    """Raises on a method that is unknown, or that this config's kind of model cannot do."""
+    scheme, rest = scheme_of(method)
+    asks = scheme_of(rest)[1] if scheme == CENTRALISED and rest != "random" else rest
+    what, allowed = ("classifiers", CLASS_STRATEGIES) if config.classifier else ("detectors", BOX_STRATEGIES)
+    if asks not in allowed:
+        raise ValueError(f"method {method!r} is not for {what}: ways of asking are {', '.join(allowed)}")
+    if scheme != "fedavg" and config.classifier:
+        raise ValueError(f"method {method!r}: classifiers know one scheme, fedavg; write {asks!r}")
+    if scheme != "fedavg" and asks in kafal.BOX_STRATEGIES:
+        raise ValueError(f"method {method!r} compares clients with the global model, which {scheme} has none of")
+
+
 def deal(
     config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[str]]:
@@ -211,13 +262,23 @@ def deal(
         parts = partition.iid(len(rows), config.clients, rng)
     elif config.partition == "dirichlet":
         dominant = train.dominant_class().numpy()[rows]
-        parts = partition.dirichlet(dominant, config.clients, config.alpha, rng, least=config.labels_needed())
+        least = LEAST if config.classifier else config.labels_needed()
+        parts = partition.dirichlet(dominant, config.clients, config.alpha, rng, least=least)
+    elif config.partition == "dirichlet-equal":
+        dominant = train.dominant_class().numpy()[rows]
+        parts = partition.dirichlet_equal(dominant, config.clients, config.alpha, rng)
+    elif config.partition.endswith(".json"):
+        parts, names = partition.load(config.partition, train.images.ids)
+        return [np.intersect1d(part, rows) for part in parts], names
     elif config.partition == "missing":
         classes = train.labels.classes.numpy()[rows]
         present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
         parts, _ = partition.missing_class(present, config.missing, rng)
     else:
-        raise ValueError(f"partition must be 'iid', 'dirichlet', 'missing' or 'natural', got {config.partition!r}")
+        raise ValueError(
+            "partition must be 'iid', 'dirichlet', 'dirichlet-equal', 'missing', 'natural' or a file saved by "
+            f"partition.save (*.json), got {config.partition!r}"
+        )
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
 
 
@@ -232,12 +293,30 @@ def share_out(config: Config, train: Dataset, seed: int) -> tuple[np.ndarray, li
     first, rest = start_rows(config, train, seed), np.sort(_order(train, seed)[aside:])
     parts, names = deal(config, train, rest, seeding.rng_for(seed, "partition"))
     for name, part in zip(names, parts, strict=True):
-        if len(part) < config.labels_needed():
+        if len(part) < (1 if config.classifier else config.labels_needed()):
             raise ValueError(
                 f"client {name} holds {len(part)} images, but first={config.first} and {config.cycles - 1} cycles of "
                 f"budget={config.budget} ask for {config.labels_needed()}; lower budget, first, cycles or clients"
             )
     return first, parts, names
+
+
+LEAST = 10  # images of a classifier's client under 'dirichlet', at least
+
+
+def save_partition(study: Study, seed: int, path: str | Path) -> Path:
+    """Who holds which training image on this seed, as a file that `Config.partition` can name."""
+    _, parts, names = share_out(study.config, study.train, seed)
+    return partition.save(path, study.name, study.train.images.ids, parts, names)
+
+
+def to_ask(config: Config, pool: Pool, cycle: int) -> int:
+    """How many images this client asks for in a cycle. A classifier's client asks for what it has left at most."""
+    count = config.first if cycle == 0 else config.budget
+    part = config.first_part if cycle == 0 else config.budget_part
+    if part:
+        count = math.ceil(round(part * len(pool), 9))  # 0.05 * 20 is a little more than one
+    return min(count, len(pool.unlabelled())) if config.classifier else count
 
 
 def _order(train: Dataset, seed: int) -> np.ndarray:
@@ -292,8 +371,8 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
         rows = run.asked_rows()
         for client in clients:
             client.pool.replay(rows)
-            for what in ("home", "memory", "own"):
-                getattr(client, what).update(run.resumed[what].get(client.name, {}))
+            for what in KEPT:
+                getattr(client, what).update(run.resumed.get(what, {}).get(client.name, {}))
         return clients, model.to(study.device)
     model.load_state_dict(starting_point(run, study, first), strict=False)
     return clients, model.to(study.device)
@@ -307,6 +386,8 @@ def starting_point(run: record.Run, study: Study, rows: np.ndarray) -> State:
         model = new_detector(config, len(study.class_names), run.torch_rng("weights"))
         if len(rows) == 0 or config.start_iterations == 0:
             return federation.state_of(model, model.exchanged())
+        if config.classifier:
+            return _classifier_start(run, study, model, rows)
         images, labels = train.images.take(rows), train.labels.take(rows)
         schedule = config.replace(schedule="cosine", warmup=config.start_warmup)
         for _ in training.fit(
@@ -319,13 +400,35 @@ def starting_point(run: record.Run, study: Study, rows: np.ndarray) -> State:
     return record.shared(beginning(config), "shared", run.seed, "starting-point", make, root=run.root)
 
 
+def _classifier_start(run: record.Run, study: Study, model: Classifier, rows: np.ndarray) -> State:
+    """A classifier trained on the start images alone, with plain cross-entropy."""
+    config, oracle = run.config, Oracle(study.train.labels)
+    oracle.ask(rows)
+    lesson = _lesson(study, "starting point", rows, oracle.labels_of(rows), run.torch_rng("starting point"))
+    recipe = config.replace(schedule="cosine", warmup=config.start_warmup, balanced=False, compensation=0.0)
+    return training.fit_classifier(
+        model, lesson, study.train.images, recipe, config.start_iterations, device=study.device
+    ).state
+
+
+def _lesson(
+    study: Study, who: str, rows: np.ndarray, labels: Labels, rng: torch.Generator, unlabelled: Sequence[int] = (),
+    memory: State | None = None, span: tuple[int, int] | None = None,
+) -> training.Lesson:  # fmt: skip
+    """What a classifier's client trains on: rows of the training set, and the labels that the Oracle gave for them."""
+    classes = labels.classes[:, 0] - 1
+    counts = torch.bincount(classes, minlength=len(study.class_names))
+    return training.Lesson(who, rows, classes, counts, np.asarray(unlabelled, dtype=np.int64), rng, memory, span)
+
+
 # What a starting point does not depend on: with all else equal, notebooks, schemes and optimiser settings share it.
 _NOT_AT_THE_START = (
     "profile", "clients", "partition", "alpha", "missing", "fraction", "weights", "wire", "cycles", "first", "budget",
     "rounds", "iterations", "epochs", "tail", "anneal", "warmup", "optimiser_state", "first_pass", "passes", "visit",
     "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
     "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds",
-    "schedule", "afresh", "scored", "cascade", "cascade_order", "quota", "side_seeds",
+    "schedule", "afresh", "scored", "cascade", "cascade_order", "quota", "side_seeds", "balanced", "compensation",
+    "first_part", "budget_part", "stacked", "alone_epochs",
 )  # fmt: skip
 
 
@@ -443,7 +546,19 @@ def _seen_as(study: Study, model: Detector, rows: np.ndarray, name: str) -> Cach
     return study.views[name].take(rows)
 
 
-def see(study: Study, model: Detector, pool: Pool, positions: np.ndarray, strategy: str) -> Sight:
+@dataclass(frozen=True)
+class Others:
+    """Models beside the one that is asked: the client's own last one, its local-only one, and all clients' (M)."""
+
+    own: Detector | Classifier | None = None
+    alone: Classifier | None = None
+    committee: Sequence[Classifier] = ()
+
+
+def see(
+    study: Study, model: Detector | Classifier, pool: Pool, positions: np.ndarray, strategy: str,
+    others: Others | None = None,
+) -> Sight:  # fmt: skip
     """What a strategy may see of unlabelled images of a pool: what it needs and no more, labels least of all.
 
     CALD and HUA pooling count boxes from the scores of their released codes on (0.05, 0.3), the rest from the config's.
@@ -457,9 +572,24 @@ def see(study: Study, model: Detector, pool: Pool, positions: np.ndarray, strate
     def look_at(what: Images | CachedImages | Viewed, **options) -> Detections:
         return look(config, model, what, device, above, **options)
 
+    def scores_by(who: Classifier) -> torch.Tensor:
+        return training.class_scores(who, images, device=device)
+
     seen: dict = {}
+    others = others or Others()
     if "detections" in needed:
         seen["detections"] = look_at(images)
+    if "own" in needed and others.own is not None:
+        seen["own"] = look(config, others.own, images, device, above)
+    if "logits" in needed:
+        seen["logits"] = scores_by(model)
+    if "own_logits" in needed and others.own is not None:
+        seen["own_logits"] = scores_by(others.own)
+    if "committee" in needed and others.committee:
+        seen["committee"] = torch.stack([scores_by(member) for member in others.committee])
+    if "alone_logits" in needed and others.alone is not None:
+        seen["alone_logits"] = scores_by(others.alone)
+        seen["alone_embedding"] = training.embed(others.alone, images, device=device)
     if "flipped" in needed:
         found = look_at(_seen_as(study, model, rows, "flip"))
         back = flip_boxes(found.boxes, images.image_size[1]) * found.valid[..., None]
@@ -478,7 +608,7 @@ def see(study: Study, model: Detector, pool: Pool, positions: np.ndarray, strate
         known = pool.index[pool.labelled()]
         seen["known"] = training.embed(model, study.train.images.take(known), device=device)
     if "labelled" in needed:
-        _, labels = pool.training_set()
+        labels = pool.labels_of(pool.index[pool.labelled()])
         counted = torch.where(labels.ignore, 0, labels.classes).flatten()
         seen["labelled"] = torch.bincount(counted, minlength=len(study.class_names) + 1)[1:].numpy() / max(
             1, len(labels.classes)
@@ -488,7 +618,7 @@ def see(study: Study, model: Detector, pool: Pool, positions: np.ndarray, strate
 
 def _home(strategy: str):
     """The module that a way of asking belongs to: it says what that `needs` and how to `choose`."""
-    return huale if strategy in huale.STRATEGIES else sampling
+    return next((module for module in (huale, kafal) if strategy in module.STRATEGIES), sampling)
 
 
 def choose(config: Config, strategy: str, sight: Sight, k: int, rng: np.random.Generator) -> Choice:
@@ -497,26 +627,34 @@ def choose(config: Config, strategy: str, sight: Sight, k: int, rng: np.random.G
         return huale.choose(
             strategy, sight, k, rng, config.empty, sizes=config.cascade, order=config.cascade_order, quota=config.quota
         )  # fmt: skip
-    return sampling.choose(strategy, sight, k, rng, config.empty)
+    return _home(strategy).choose(strategy, sight, k, rng, config.empty)
 
 
-def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: int) -> None:
+def ask(
+    run: record.Run, study: Study, model: Detector | Classifier, client: Client, cycle: int,
+    clients: Sequence[Client] = (),
+) -> None:  # fmt: skip
     """Score the client's unlabelled images, choose, and have the Oracle label them.
 
     The first labels are random (as_released: scored by the starting point); a chain's first visit scores all that it
     asks for. A client with a model of its own scores with that. The centralised reference asks what its method asked,
-    in the same cycles.
+    in the same cycles. A strategy's name says which model is asked: "entropy" the global one, as the client knows it,
+    "entropy.local" the client's own after its latest training, "entropy.alone" one that it trains on its own labels
+    for the purpose. clients: all of them, for a strategy that asks everyone's models.
     """
     config = run.config
     scheme, strategy = scheme_of(run.method)
     if scheme == CENTRALISED and strategy != "random":
         _ask_again(run, client, cycle, strategy)
         return
-    count = config.first if cycle == 0 else config.budget
+    count = to_ask(config, client.pool, cycle)
     if scheme in CHAINS:
         count = config.labels_needed()
-    elif cycle == 0 and not config.as_released:
+    elif cycle == 0 and (config.classifier or not config.as_released):
         strategy = "random"
+    strategy, _, asked = strategy.partition(".")
+    if client.known:
+        model = _with(model, client.known)
     if client.own:
         model = detectors.clone(model)
         model.load_state_dict(client.own, strict=False)
@@ -524,10 +662,57 @@ def ask(run: record.Run, study: Study, model: Detector, client: Client, cycle: i
     rng = run.rng("ask", client.name, cycle)
     if config.scored and _home(strategy).needs(strategy) and len(waiting) > config.scored:
         waiting = np.sort(run.rng("looked at", client.name, cycle).permutation(waiting)[: max(config.scored, count)])
-    sight = see(replace(study, config=config), model, client.pool, waiting, strategy)
+    others = _others(run, study, model, client, cycle, strategy, asked, clients)
+    model = {"local": others.own, "alone": others.alone}.get(asked) or model
+    sight = see(replace(study, config=config), model, client.pool, waiting, strategy, others)
     choice = choose(config, strategy, sight, count, rng)
     why = np.where(choice.scores.scored, choice.scores.values, np.nan)[choice.positions]
     client.pool.ask(waiting[choice.positions], cycle, why)
+
+
+def _with(model: Detector | Classifier, *states: State) -> Detector | Classifier:
+    """A copy of the model with these weights."""
+    copied = detectors.clone(model)
+    for state in states:
+        copied.load_state_dict(state, strict=False)
+    return copied
+
+
+def _others(
+    run: record.Run, study: Study, model: Detector | Classifier, client: Client, cycle: int, strategy: str,
+    asked: str, clients: Sequence[Client],
+) -> Others:  # fmt: skip
+    """The models that a strategy needs beside the global one. Those of other clients are sent, and billed."""
+    needed, own, alone, committee = _home(strategy).needs(strategy), None, None, []
+    if client.last and (asked == "local" or {"own", "own_logits"} & needed):
+        own = _with(model, client.last, client.home)
+    if asked == "alone" or "alone_logits" in needed:
+        alone = local_only(run, study, client, cycle)
+    if "committee" in needed:
+        voting = [c for c in clients or (client,) if c.last]
+        client.heard = sum(len(federation.pack(c.last, run.config.wire)) for c in voting if c is not client)
+        committee = [_with(model, c.last) for c in voting]
+    return Others(own, alone, committee)
+
+
+def local_only(run: record.Run, study: Study, client: Client, cycle: int) -> Classifier:
+    """A model trained on the client's labels alone, from new weights that all clients of a cycle share (LoGo, 9.1).
+
+    Plain cross-entropy, at most `alone_epochs` passes, until 99 % of the training images are right; the learning rate
+    falls to a tenth after three quarters of them (as_released: after 37 batches, as the released code steps its
+    schedule once a batch).
+    """
+    config, pool = run.config, client.pool
+    model = new_detector(config, len(study.class_names), run.torch_rng("local-only weights", cycle))
+    rows = pool.index[pool.labelled()]
+    lesson = _lesson(study, client.name, rows, pool.labels_of(rows), run.torch_rng("local-only", client.name, cycle))
+    recipe = config.replace(
+        epochs=config.alone_epochs, schedule="step", step_at=(0.75,), warmup=0, balanced=False, compensation=0.0
+    )
+    if config.as_released:
+        recipe = recipe.replace(step_at=(37 / lesson.steps(recipe, None),))
+    training.fit_classifier(model, lesson, study.train.images, recipe, device=study.device, until=0.99)
+    return model
 
 
 def _ask_again(run: record.Run, client: Client, cycle: int, method: str) -> None:
@@ -554,12 +739,15 @@ def train(
     """
     config = run.config
     if config.afresh and cycle > 0 and round == 0:
+        _remember_global(run, model, clients)
         first = start_rows(config, study.train, run.seed)
         model.load_state_dict(starting_point(run, study, first), strict=False)
         for client in clients:
             client.memory, client.home, client.own = {}, {}, {}
     for client in clients:
         client.status, client.received = "", 0
+    if config.classifier:
+        return _train_together(run, study, model, clients, cycle, round)
     if scheme_of(run.method)[0] == CENTRALISED:
         return _train_on_one_node(run, study, model, clients, cycle, round)
     turn = whose_turn(run, clients, cycle, round)
@@ -605,7 +793,7 @@ def train(
                 )  # fmt: skip
 
             shared = unasked and scheme_of(run.method)[0] == "fedavg"
-            update = _first_update(run, client.name, work) if shared else work()
+            update = _first_updates(run, client.name, lambda work=work: [work()])[0] if shared else work()
         except (ClientLost, training.TrainingDiverged) as error:
             if config.on_failure == "stop":
                 raise type(error)(f"{error}; on_failure='skip' goes on without it") from error
@@ -614,33 +802,122 @@ def train(
         updates.append(update)
         if turn.first:
             client.own = federation.unpack(update.payload)
+        if _compares(run.method):
+            client.last = federation.unpack(update.payload)
     return updates
+
+
+def _compares(method: str) -> bool:
+    """True if a way of asking looks at clients' own models, which are then kept."""
+    strategy, _, asked = scheme_of(method)[1].partition(".")
+    if "+" in strategy:  # the centralised reference asks what another method asked
+        return False
+    return asked == "local" or bool({"own", "own_logits", "committee"} & _home(strategy).needs(strategy))
+
+
+def _train_together(
+    run: record.Run, study: Study, model: Classifier, clients: Sequence[Client], cycle: int, round: int
+) -> list[Update]:  # fmt: skip
+    """One round of a classifier: all clients that take part train at once, from the global model.
+
+    With `compensation`, from a cycle's second round on, each also learns from the global model on its unlabelled
+    images (KAFAL, 4.2). as_released: everyone takes part in a cycle's last round, whatever `fraction` says, and the
+    "unlabelled" images are those that were unlabelled in the first cycle.
+    """
+    config, last = run.config, (cycle, round + 1) not in run.plan
+    names = federation.take_part([c.name for c in clients], config.fraction, run.rng("take part", cycle, round))
+    if config.as_released and last:
+        names = [c.name for c in clients]
+    message = broadcast(model, config.batch_norm, config.wire)
+    here, lessons = [], []
+    for client in clients:
+        if client.name not in names:
+            continue
+        if len(client.pool.labelled()) == 0:
+            client.status = "no labels"
+            continue
+        client.received = len(message)
+        if config.lost and run.rng("lost", client.name, cycle, round).random() < config.lost:
+            if config.on_failure == "stop":
+                raise ClientLost(
+                    f"client {client.name}: its update did not arrive in cycle {cycle}, round {round}; "
+                    "on_failure='skip' goes on without it"
+                )
+            client.status = "lost"
+            continue
+        here.append(client)
+        lessons.append(_lesson_of(run, study, client, cycle, round))
+    recipe, iterations = _recipe(config, Turn((), anneal=round_factor(config, cycle, round)))
+
+    def work() -> list[Update | training.TrainingDiverged]:
+        return federation.train_together(
+            model, message, lessons, study.train.images, recipe, iterations, model if round else None, config.wire,
+            study.device, config.as_released, config.stacked,
+        )  # fmt: skip
+
+    shared = config.afresh and cycle == 0 and not config.lost and config.on_failure == "stop"
+    sent = _first_updates(run, f"round-{round}", work, here) if shared else work()
+    updates = []
+    for client, update in zip(here, sent, strict=True):
+        if isinstance(update, training.TrainingDiverged):
+            if config.on_failure == "stop":
+                raise type(update)(f"{update}; on_failure='skip' goes on without it")
+            client.status = "diverged"
+            continue
+        if _compares(run.method):
+            client.last = federation.unpack(update.payload)
+        updates.append(update)
+    return updates
+
+
+def _lesson_of(run: record.Run, study: Study, client: Client, cycle: int, round: int) -> training.Lesson:
+    """This client's lesson in this round: its labels, its unlabelled images, and what its optimiser remembers."""
+    config, pool = run.config, client.pool
+    rows = pool.index[pool.labelled()]
+    unlabelled = pool.index[pool.asked_in != 0] if config.as_released else pool.index[pool.unlabelled()]
+    memory, span = None, None
+    if config.optimiser_state == "client":
+        memory = client.memory
+        each = config.iterations or config.epochs * math.ceil(len(rows) / config.batch)
+        here = [r for c, r in run.plan if c == cycle] if config.afresh else run.plan
+        span = (int(memory.get(training.STEPS, 0)), each * len(here))
+    return _lesson(
+        study, client.name, rows, pool.labels_of(rows), run.torch_rng("train", client.name, cycle, round),
+        unlabelled, memory, span,
+    )  # fmt: skip
 
 
 # What the first training of a run does not depend on, where the first labels are random.
 _NOT_AT_FIRST = (
     "profile", "cycles", "budget", "score_above", "nms_iou", "class_agnostic", "views", "empty", "scored", "cascade",
     "cascade_order", "quota", "seconds_per_image", "seconds_per_box", "evaluate_every", "on_failure", "methods",
-    "seeds", "side_seeds",
+    "seeds", "side_seeds", "budget_part", "alone_epochs",
 )  # fmt: skip
 
 
-def _first_update(run: record.Run, client: str, work: Callable[[], Update]) -> Update:
-    """What a client sends after cycle 0 of runs that begin afresh: trained once for all ways of asking, then read.
+def _first_updates(run: record.Run, what: str | int, work: Callable[[], list[Update]], clients=()) -> list[Update]:
+    """What clients send in cycle 0 of runs that begin afresh: trained once for all ways of asking, then read.
 
     Until something has been chosen, the methods of a seed are one and the same run; on a GPU, where two trainings never
-    are, this is what makes them a pair.
+    are, this is what makes them a pair. clients: whose optimisers' memory goes with it.
     """
 
     def make() -> dict:
-        update = work()
-        payload = torch.frombuffer(bytearray(update.payload), dtype=torch.uint8)
-        return {**{f.name: getattr(update, f.name) for f in fields(update) if f.name != "memory"}, "payload": payload}
+        sent = []
+        for update in work():
+            if isinstance(update, Exception):
+                raise update
+            payload = torch.frombuffer(bytearray(update.payload), dtype=torch.uint8)
+            kept = {f.name: getattr(update, f.name) for f in fields(update) if f.name != "memory"}
+            sent.append({**kept, "payload": payload})
+        return {"sent": sent, "memory": {client.name: client.memory for client in clients}}
 
     known = record.shared(
-        _apart_from(run.config, _NOT_AT_FIRST), "shared", run.seed, f"first-update-{client}", make, root=run.root
+        _apart_from(run.config, _NOT_AT_FIRST), "shared", run.seed, f"first-updates-{what}", make, root=run.root
     )  # fmt: skip
-    return Update(**{**known, "payload": known["payload"].numpy().tobytes()})
+    for client in clients:
+        client.memory = known["memory"][client.name]
+    return [Update(**{**sent, "payload": sent["payload"].numpy().tobytes()}) for sent in known["sent"]]
 
 
 class ClientLost(RuntimeError):
@@ -692,19 +969,29 @@ def merge(run: record.Run, model: Detector, clients: Sequence[Client], updates: 
     """
     if not updates:
         return
-    if run.config.as_released and len(updates) > 1:
+    merged = {update.client for update in updates}
+    _remember_global(run, model, [client for client in clients if client.name not in merged])
+    if run.config.as_released and len(updates) > 1 and not run.config.classifier:
         ordered = sorted(updates, key=lambda update: update.client)
         state = federation.weighted(ordered, federation.percent_shares(len(ordered)))
     else:
         state = federation.average(updates, run.config.weights)
     model.load_state_dict(state, strict=False)
     travelling = federation.average_memory(updates, run.config.weights)
-    merged = {update.client for update in updates}
     for client in clients:
-        if client.name in merged and scheme_of(run.method)[0] == "local-first":
-            client.own = {}  # who sent nothing goes on alone until it does
+        if client.name in merged:
+            client.known = {}
+            if scheme_of(run.method)[0] == "local-first":
+                client.own = {}  # who sent nothing goes on alone until it does
         if travelling:
             client.memory = dict(travelling)
+
+
+def _remember_global(run: record.Run, model: Detector | Classifier, clients: Sequence[Client]) -> None:
+    """These clients miss what comes next: the global model that they know is this one, or an older one."""
+    if run.config.classifier or _compares(run.method):
+        for client in clients:
+            client.known = client.known or federation.state_of(model, federation.sent_keys(model))
 
 
 def keep(clients: Sequence[Client], updates: Sequence[Update]) -> None:
@@ -776,7 +1063,7 @@ def judge(
     study: Study, model: Detector, clients: Sequence[Client] = (), alone: bool = False
 ) -> dict[str, float]:  # fmt: skip
     """Metrics on the test set; where clients hold BatchNorm statistics (alone: weights) of their own, the mean over
-    their models.
+    their models. Of a classifier also by each client's mix of classes.
     """
     states = [state for client in clients if (state := {**(client.own if alone else {}), **client.home})]
     if states:
@@ -786,6 +1073,11 @@ def judge(
             own.load_state_dict(state, strict=False)
             each.append(judge(study, own))
         return {key: float(np.mean([found[key] for found in each])) for key in each[0]}
+    if isinstance(model, Classifier):
+        scores = training.class_scores(model, study.test.images, device=study.device)
+        held = study.train.class_counts().numpy()
+        mixes = np.stack([held[client.pool.index].sum(axis=0) for client in clients]) if clients else None
+        return metrics.accuracy(scores, study.test.labels.classes[:, 0].cpu() - 1, study.class_names, mixes)
     found = training.predict(model, study.test.images, device=study.device)
     return metrics.evaluate(found, study.test.labels, study.class_names)
 
@@ -835,7 +1127,7 @@ def commit(
     kept = model.exchanged() if config.frozen else list(model.state_dict())
     state = {
         "model": federation.state_of(model, kept),
-        **{what: {c.name: getattr(c, what) for c in clients if getattr(c, what)} for what in ("home", "memory", "own")},
+        **{what: {c.name: getattr(c, what) for c in clients if getattr(c, what)} for what in KEPT},
     }
     run.commit(cycle, round, [*rows, server], asked, state)
     return server
@@ -857,7 +1149,8 @@ def _traffic(
     hop = visit and not turn.first and (cycle, round + 1) in run.plan
     silent = hop or apart(run, cycle)  # a hop is counted when it arrives
     sent = {update.client: update.bytes for update in updates}
-    return {c.name: (0 if silent else sent.get(c.name, 0), c.received) for c in clients}
+    heard = {c.name: c.heard if round == 0 else 0 for c in clients}  # asking comes before a cycle's first round
+    return {c.name: (0 if silent else sent.get(c.name, 0), c.received + heard[c.name]) for c in clients}
 
 
 # --- what the paper sends ---------------------------------------------------------------------------------------------

@@ -154,6 +154,23 @@ def join_four(
     return joined, boxes, classes.gather(1, order), ignore.gather(1, order)
 
 
+def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
+    """Images (B, 3, H, W) with a black border of `crop` pixels, cut back to their size from `shift` (B, 2) on.
+
+    shift: (down, right) in 0..2 * crop, whole numbers; `crop` itself gives the image as it was.
+    """
+    if crop == 0:
+        return pixels
+    height, width = pixels.shape[-2:]
+    shift = shift.to(pixels.device)
+    rows = shift[:, :1] + torch.arange(height, device=pixels.device)  # (B, H)
+    columns = shift[:, 1:] + torch.arange(width, device=pixels.device)  # (B, W)
+    padded = torch.nn.functional.pad(pixels, (crop,) * 4)
+    image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+    channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
 def augment(
     pixels: Tensor,
     boxes: Tensor,

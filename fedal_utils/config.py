@@ -29,7 +29,8 @@ _LATER: dict[str, Any] = dict(
     views=False, as_released=False, gains=(0.05, 1.0, 0.5), digit_classes=10, warmup_epochs=0.0, box_loss="smooth_l1",
     box_weight=1.0, box_focal=0.0, companion="none", companion_weight=1.0, iou_power=0.5, emphasis=0.0, evidence=False,
     afresh=False, scored=0, cascade=(4.0, 3.0, 2.0, 1.5), quota=0.15,
-    cascade_order=FILTERS,
+    cascade_order=FILTERS, crop=0, balanced=False, compensation=0.0, classifier="", first_part=0.0, budget_part=0.0,
+    stacked=True, alone_epochs=50,
 )  # fmt: skip
 
 
@@ -59,6 +60,10 @@ class Recipe:
     zoom: tuple[float, float] = (1.0, 1.0)  # range of the random scale
     shift: float = 0.0  # largest random translation, part of the side
     mosaic: float = 0.0  # probability of four images joined to one
+    # classifiers only
+    crop: int = 0  # pixels of black border that a random crop may shift the image into
+    balanced: bool = False  # balanced softmax: class scores + log of the client's labelled counts
+    compensation: float = 0.0  # weight of the distillation from the global model on mixed unlabelled images, 0 = off
 
     def changes_pixels(self) -> bool:
         """True when augmentation does more than flip."""
@@ -76,6 +81,8 @@ class Config(Recipe):
     digit_classes: int = 10  # DigitScenes: the digits 0 to digit_classes - 1
     limit: tuple[int, int] | None = None  # at most so many training and test images
     min_object: float = 0.0  # pixels: a box with a shorter side is ignored
+    # a classifier of whole images in the place of a detector: 'resnet8' | 'conv4', see `classifiers`
+    classifier: str = ""
     # detector
     detector: str = "ssd"
     backbone: str = "small"
@@ -114,7 +121,9 @@ class Config(Recipe):
     # cycles of asking, rounds of training
     cycles: int = 5
     first: int = 8  # images labelled at each client in cycle 0, at random
-    budget: int = 8  # images labelled at each client in every later cycle
+    budget: int = 8  # images labelled at each client in every later cycle (classifiers: or what it has left)
+    first_part: float = 0.0  # classifiers: the same as a part of the client's images, rounded up; 0 = `first`
+    budget_part: float = 0.0  # likewise, 0 = `budget`
     rounds: int = 3
     iterations: int = 12  # gradient steps of one client in one round; 0 = recipe.epochs instead
     tail: int = 0  # further rounds, of training only, after those of the last cycle
@@ -126,6 +135,7 @@ class Config(Recipe):
     visit: float = 1.0  # a visit of the accumulating chain trains so long, as part of a round
     lost: float = 0.0  # probability that a client's update does not arrive
     on_failure: str = "stop"  # a client whose training diverges: 'stop' the run | 'skip' it in this round
+    stacked: bool = True  # clients of classifiers train as one stacked model, else one after another
     threads: int = 1  # CPU threads of a training step; the same number gives the same bits on the same kind of CPU
     # asking
     score_above: float = 0.25  # a detection counts from this confidence on; released code
@@ -137,6 +147,7 @@ class Config(Recipe):
     cascade: tuple[float, ...] = (4.0, 3.0, 2.0, 1.5)  # what retrieval and the first three filters leave, in budgets
     cascade_order: tuple[str, ...] = FILTERS
     quota: float = 0.15  # part of the budget that 'hua' draws from images with score zero
+    alone_epochs: int = 50  # a local-only model (LoGo's) trains so long at most, and stops at 99 % training accuracy
     seconds_per_image: float = 2.0
     seconds_per_box: float = 7.0
     # judging
@@ -150,11 +161,20 @@ class Config(Recipe):
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ValueError(f"profile must be one of {PROFILES}, got {self.profile!r}")
-        positive = ("batch", "clients", "cycles", "rounds", "first", "budget", "side_seeds")
+        positive = ("batch", "clients", "cycles", "rounds", "first", "budget", "side_seeds", "alone_epochs")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        counts = ("start_images", "start_iterations", "start_warmup", "merge_images", "iterations", "epochs", "tail")
+        counts = (
+            "start_images",
+            "start_iterations",
+            "start_warmup",
+            "merge_images",
+            "iterations",
+            "epochs",
+            "tail",
+            "crop",
+        )
         for name in (*counts, "passes", "warmup", "warmup_epochs", "nominal", "evaluate_every", "threads", "scored"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -171,7 +191,7 @@ class Config(Recipe):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota"):
+        for name in ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota", "first_part", "budget_part"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if sorted(self.cascade_order) != sorted(FILTERS):
@@ -179,7 +199,12 @@ class Config(Recipe):
         falling = (*self.cascade, 1.0)
         if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
             raise ValueError(f"cascade must be four numbers >= 1 that do not grow, in budgets, got {self.cascade}")
-        if self.afresh and self.optimiser_state != "restart":
+        if self.compensation < 0:
+            raise ValueError(f"compensation must be >= 0, got {self.compensation}")
+        if (self.balanced or self.compensation or self.first_part or self.budget_part) and not self.classifier:
+            raise ValueError("balanced, compensation, first_part and budget_part are for classifiers: set classifier")
+        kept = ("restart", "client") if self.classifier else ("restart",)
+        if self.afresh and self.optimiser_state not in kept:
             raise ValueError(
                 f"afresh=True begins again in every cycle: optimiser_state={self.optimiser_state!r} cannot live on"
             )

@@ -8,6 +8,7 @@ updates arrive changes no bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .classifiers import Classifier
 from .config import Recipe
 from .data import Images, Labels
 from .detectors import Detector
-from .training import STEPS, CachedImages, TrainingDiverged, fit
+from .training import STEPS, CachedImages, Lesson, TrainingDiverged, fit, fit_classifier, fit_stacked
 
 State = dict[str, Tensor]
 WEIGHTS = ("images", "boxes", "equal")
@@ -259,6 +261,39 @@ def train_client(
         client, sent, images=len(images), boxes=int((labels.classes > 0).sum()), steps=steps, loss=losses[-1],
         memory=luggage,
     )  # fmt: skip
+
+
+def train_together(
+    model: Classifier, payload: bytes, lessons: Sequence[Lesson], images: Images, recipe: Recipe,
+    iterations: int | None = None, teacher: Classifier | None = None, wire: str = "fp32",
+    device: str | torch.device = "cpu", as_released: bool = False, stacked: bool = True,
+) -> list[Update | TrainingDiverged]:  # fmt: skip
+    """All clients' part of one round of a classifier: from the global weights, each on its own lesson, in its order.
+
+    stacked: as one model (`training.fit_stacked`), else one client after another. `model` is not changed. A client
+    whose training diverges has its error in its place, and its memory is as it was.
+    """
+    start = unpack(payload)
+    options = {"teacher": teacher, "device": device, "as_released": as_released}
+    if stacked:
+        taught = fit_stacked(model, [start] * len(lessons), lessons, images, recipe, iterations, **options)
+    else:
+        taught = []
+        for lesson in lessons:
+            scratch = copy.deepcopy(model)
+            scratch.load_state_dict(start, strict=False)
+            try:
+                taught.append(fit_classifier(scratch, lesson, images, recipe, iterations, **options))
+            except TrainingDiverged as error:
+                taught.append(error)
+    return [
+        result if isinstance(result, TrainingDiverged)
+        else Update(
+            lesson.who, pack(result.state, wire), images=len(lesson.rows), boxes=len(lesson.rows), steps=result.steps,
+            loss=result.loss,
+        )
+        for result, lesson in zip(taught, lessons, strict=True)
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
-"""Box losses that torchvision.ops lacks: two losses named EIoU, a likelihood per side, weights for crowded objects.
+"""Losses that PyTorch and torchvision lack: two EIoUs, a likelihood per side, crowding weights, class losses.
 
-Row i of `boxes` is held against row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results are (N,) of
-the same dtype, without reduction, and empty for N = 0. x2 < x1, y2 < y1 and non-finite numbers raise. A box may have
-zero area: a ratio whose denominator vanishes is 0 then, and no NaN comes of it, in the value or in the gradient.
+Of boxes: row i of `boxes` is held against row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results
+are (N,) of the same dtype, without reduction, and empty for N = 0. x2 < x1, y2 < y1 and non-finite numbers raise. A box
+may have zero area: a ratio whose denominator vanishes is 0 then, and no NaN comes of it, in the value or the gradient.
+
+Of classes: logits are (..., B, C) for B images, `...` nothing or (M,) clients side by side; results are (...,), means
+over the images of each client.
 """
 
 from __future__ import annotations
@@ -114,6 +117,90 @@ def emphasis_weights(density: Tensor, strength: float) -> Tensor:
         row = int((~good).nonzero()[0])
         raise ValueError(f"density must be finite and in [0, 1], got {density[row].item()} in row {row}")
     return weights / weights.mean()  # N = 0: empty over NaN is empty
+
+
+def balanced_cross_entropy(
+    logits: Tensor, labels: Tensor, counts: Tensor | None, valid: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Balanced softmax loss (...,), for training only; Ren et al. 2020 (2007.10740), KAFAL's balanced classifier.
+
+    Cross-entropy of logits (..., B, C) + ln n over the classes with n > 0; a class without labels is left out, and its
+    logit gets a gradient of exactly 0. labels (..., B) int64, 0 .. C - 1; counts (..., C) of the client's labels, in
+    any unit, None: plain cross-entropy; valid (..., B) bool: images that count, without any the loss is 0.
+
+    ValueError: shapes that do not fit and, if labels and counts are on the CPU, a label that is no class or whose count
+    is 0, and counts below 0 or not finite. On a GPU this would wait for the device at every step: there, the loss of a
+    label without count is infinite.
+    """
+    classes = logits.shape[-1]
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels must be {tuple(logits.shape[:-1])}, logits without C, got {tuple(labels.shape)}")
+    if counts is not None and counts.shape != (*logits.shape[:-2], classes):
+        raise ValueError(f"counts must be {(*logits.shape[:-2], classes)}, (..., C), got {tuple(counts.shape)}")
+    if valid is None:
+        valid = torch.ones_like(labels, dtype=torch.bool)
+    elif valid.shape != labels.shape:
+        raise ValueError(f"valid must be {tuple(labels.shape)} as labels, got {tuple(valid.shape)}")
+    labels = labels.masked_fill(~valid, 0)
+    if labels.device.type == "cpu" and (counts is None or counts.device.type == "cpu"):
+        _check_labels(labels, valid, counts, classes)
+    logits = _at_least_float32(logits).masked_fill(~valid[..., None], 0)  # whatever stands there, no NaN comes of it
+    if counts is not None:
+        present = (counts > 0)[..., None, :]  # (..., 1, C)
+        prior = torch.where(present, counts[..., None, :], 1).to(logits.dtype).log()
+        present = present | ~present.any(-1, keepdim=True)  # a client without labels: its images do not count either
+        logits = (logits + prior).masked_fill(~present, -torch.inf)
+    each = -logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)  # (..., B)
+    return each.masked_fill(~valid, 0).sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def compensation_weights(counts: Tensor) -> Tensor:
+    """Class weights (..., C) of KAFAL's distillation (ICCV 2023, released code): the fewer labels, the larger.
+
+    1 / (n + 1e-6) over its sum, over the classes with n > 0; 0 for the others, and all 0 without a label. counts:
+    (..., C) >= 0. The result is float64 for float64 counts, else float32.
+    """
+    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise ValueError(f"counts must be finite and >= 0, got {counts.tolist()}")
+    inverse = torch.where(counts > 0, 1 / (counts.double() + 1e-6), 0)
+    total = inverse.sum(-1, keepdim=True)
+    weights = inverse / torch.where(total > 0, total, 1)
+    return weights.to(torch.promote_types(counts.dtype, torch.float32))
+
+
+def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """KAFAL's knowledge-compensatory distillation (...,), >= 0 (ICCV 2023, released code); 0 where both agree.
+
+    mean_b w_b (1 / C) sum_c q_c (ln q_c - ln p_c), p and q softmaxes of the student's and the teacher's logits
+    (..., B, C); the mean, not the sum, over classes is the released code's. weights (..., B) >= 0, one an image. No
+    gradient flows to the teacher.
+    """
+    for name, values, expected in (("teacher", teacher, student.shape), ("weights", weights, student.shape[:-1])):
+        if values.shape != expected:
+            raise ValueError(f"{name} must be {tuple(expected)} beside the student's logits, got {tuple(values.shape)}")
+    log_p = _at_least_float32(student).log_softmax(-1)
+    log_q = _at_least_float32(teacher.detach()).log_softmax(-1)
+    apart = (log_q.exp() * (log_q - log_p)).mean(-1)  # (..., B)
+    return (weights * apart).mean(-1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_labels(labels: Tensor, valid: Tensor, counts: Tensor | None, classes: int) -> None:
+    """ValueError unless every valid label is a class that the client has labels of."""
+    wrong = ((labels < 0) | (labels >= classes)) & valid
+    if bool(wrong.any()):
+        raise ValueError(f"labels must be classes 0..{classes - 1}, got {int(labels[wrong][0])}")
+    if counts is None:
+        return
+    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise ValueError(f"counts must be finite and >= 0, got {counts.tolist()}")
+    unseen = (counts.gather(-1, labels) == 0) & valid
+    if bool(unseen.any()):
+        label = int(labels[unseen][0])
+        raise ValueError(f"class {label} is a label of this batch, but its count is 0: {counts.tolist()}")
 
 
 def _check(**arguments: Tensor) -> None:

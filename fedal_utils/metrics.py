@@ -73,6 +73,32 @@ def evaluate(
     return out
 
 
+def accuracy(
+    scores: torch.Tensor, classes: torch.Tensor, class_names: Sequence[str], mixes: np.ndarray | None = None
+) -> dict[str, float]:
+    """Accuracy of whole-image classification: 'accuracy', and 'accuracy/<class>' (NaN for a class without an image).
+
+    scores (N, C), classes (N,) from 0. mixes (M, C): each client's share of every class. A client's accuracy is that
+    of the same model on the test set weighed by the client's own mix of classes; 'accuracy_mean_client' is the mean
+    over clients, 'accuracy_worst_client' the smallest.
+    """
+    if len(scores) != len(classes) or not len(scores):
+        raise ValueError(f"accuracy needs scores of every image and at least one, got {len(scores)} for {len(classes)}")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("a class score is not finite: a broken model has no accuracy")
+    truth = classes.cpu().numpy()
+    right = (scores.argmax(dim=1).cpu().numpy() == truth).astype(float)
+    each = np.array([right[truth == c].mean() if (truth == c).any() else math.nan for c in range(len(class_names))])
+    out = {"accuracy": float(right.mean())}
+    if mixes is not None:
+        judged = np.isfinite(each)
+        mixes = np.asarray(mixes, dtype=float)[:, judged]
+        weight = mixes.sum(axis=1, keepdims=True)
+        clients = (mixes @ each[judged])[weight[:, 0] > 0] / weight[weight[:, 0] > 0, 0]
+        out |= {"accuracy_mean_client": float(clients.mean()), "accuracy_worst_client": float(clients.min())}
+    return out | {f"accuracy/{name}": float(value) for name, value in zip(class_names, each, strict=True)}
+
+
 def coco(
     detections: Detections,
     labels: Labels,

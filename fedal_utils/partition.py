@@ -1,14 +1,20 @@
 """Split a training set over clients: every image goes to one client at most, and no client is empty.
 
 Each function returns a list of sorted index arrays, one a client. What fits no client is returned beside, never lost
-in silence.
+in silence. `save` and `load` keep a split in a small JSON file, by image ids, so that it outlives the order of a set.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+
+FORMAT = 1  # of the file that `save` writes
+ALTERNATIONS = 2000  # of normalising rows and columns, before `dirichlet_equal` draws again
 
 
 def _check_clients(images: int, clients: int) -> None:
@@ -54,6 +60,89 @@ def dirichlet(
         f"no Dirichlet({alpha}) draw in {tries} gave each of {clients} clients {least} of {len(dominant)} images; "
         "raise alpha or lower clients"
     )
+
+
+def _log_dirichlet(alpha: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Logarithms of rows from Dirichlet(alpha), up to a constant a row: G(a) = G(a + 1) U^(1/a) never underflows."""
+    return np.log(rng.standard_gamma(alpha + 1, shape)) + np.log1p(-rng.random(shape)) / alpha
+
+
+def _log_sum(logs: np.ndarray, axis: int) -> np.ndarray:
+    """log of the sum of exponentials along an axis, which stays."""
+    highest = logs.max(axis=axis, keepdims=True)
+    return highest + np.log(np.exp(logs - highest).sum(axis=axis, keepdims=True))
+
+
+def _balanced(logs: np.ndarray, columns: np.ndarray, tolerance: float) -> np.ndarray | None:
+    """The matrix (M, C) scaled until rows sum to 1 and columns to `columns`; None if that takes too long."""
+    target = np.log(columns)
+    for _ in range(ALTERNATIONS):
+        logs = logs - _log_sum(logs, axis=0) + target
+        rows = _log_sum(logs, axis=1)
+        if np.abs(np.exp(rows) - 1).max() <= tolerance:
+            return np.exp(logs)
+        logs = logs - rows
+    return None
+
+
+def _whole(wanted: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Integers (M, C) near `wanted` whose columns sum to `counts` (C,) and whose rows sum to `sizes` (M,).
+
+    Largest remainders settle the columns. Then one image at a time goes from a client with too many to one with too
+    few, of the class where that leaves both nearest to what they want.
+    """
+    dealt = np.floor(wanted).astype(np.int64)
+    for column, lacking in enumerate(counts - dealt.sum(axis=0)):
+        order = np.argsort(dealt[:, column] - wanted[:, column], kind="stable")
+        dealt[order[:lacking], column] += 1
+    while (dealt.sum(axis=1) != sizes).any():
+        over = int(np.argmax(dealt.sum(axis=1) - sizes))
+        under = int(np.argmin(dealt.sum(axis=1) - sizes))
+        gain = (dealt[over] - wanted[over]) - (dealt[under] - wanted[under])
+        column = int(np.argmax(np.where(dealt[over] > 0, gain, -np.inf)))
+        dealt[over, column] -= 1
+        dealt[under, column] += 1
+    return dealt
+
+
+def dirichlet_equal(
+    classes: np.ndarray, clients: int, alpha: float, rng: np.random.Generator, tries: int = 100
+) -> list[np.ndarray]:
+    """Label skew with equal sizes, as LoGo's released code splits (Kim et al. 2023): Dirichlet(alpha), then balanced.
+
+    A matrix clients x classes with rows from Dirichlet(alpha) is normalised by columns and by rows in turn, until rows
+    sum to 1 and column c to clients * n_c / N (clients / classes where all classes are as large), to within min(1,
+    clients / classes, classes / clients) / 1000. Scaled to images it is rounded, so that every image goes to one client
+    and sizes differ by one at most. A draw that is not balanced after ALTERNATIONS is drawn again, `tries` at most.
+
+    classes: (N,) class of each image, any integers. alpha: concentration; small = each client sees few classes, large =
+    IID. The released code splits without the matrix from alpha 10 on; here one rule holds for all.
+    """
+    classes = np.asarray(classes)
+    _check_clients(len(classes), clients)
+    if not 0 < alpha < np.inf:
+        raise ValueError(f"alpha must be > 0 and finite, got {alpha}")
+    present, number, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    share, kinds = len(classes) / clients, len(present)
+    tolerance = min(1, clients / kinds, kinds / clients) / 1000
+    for _ in range(tries):
+        balanced = _balanced(_log_dirichlet(alpha, (clients, kinds), rng), counts / share, tolerance)
+        if balanced is not None:
+            break
+    else:
+        raise ValueError(
+            f"none of {tries} Dirichlet({alpha}) draws for {clients} clients and {kinds} classes was balanced after "
+            f"{ALTERNATIONS} alternations; raise alpha"
+        )
+    sizes = np.full(clients, len(classes) // clients)
+    sizes[rng.permutation(clients)[: len(classes) % clients]] += 1
+    dealt = _whole(balanced * share, sizes, counts)
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for column in range(kinds):
+        members = rng.permutation(np.flatnonzero(number.reshape(-1) == column))
+        for part, chunk in zip(parts, np.split(members, np.cumsum(dealt[:-1, column])), strict=True):
+            part.append(chunk)
+    return [np.sort(np.concatenate(part)) for part in parts]
 
 
 def missing_class(
@@ -109,3 +198,93 @@ def class_counts(classes: np.ndarray, parts: Sequence[np.ndarray], class_count: 
     return np.stack(
         [np.bincount(classes[part].reshape(-1), minlength=class_count + 1)[1 : class_count + 1] for part in parts]
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def save(
+    path: str | Path, name_of_set: str, ids: Sequence[str], parts: Sequence[np.ndarray], names: Sequence[str]
+) -> Path:
+    """Write who holds which image as JSON: format, data set, client -> its image ids, sorted; clients in their order.
+
+    ids: (N,) of the set; parts: rows of each client; names: of the clients, unique. Images that no client has are
+    allowed. The same split gives the same bytes; the file is put in place by one rename. Raises ValueError for what
+    `load` would refuse.
+    """
+    path = Path(path)
+    if len(parts) != len(names) or len(set(names)) != len(names):
+        raise ValueError(f"{path}: {len(parts)} clients need as many different names, got {list(names)}")
+    clients = {}
+    for name, part in zip(names, parts, strict=True):
+        rows = np.asarray(part)
+        outside = rows[(rows < 0) | (rows >= len(ids))]
+        if len(outside):
+            raise ValueError(f"{path}: client {name!r} has row {outside[0]}; rows are 0..{len(ids) - 1}")
+        clients[str(name)] = sorted(ids[row] for row in rows)
+    _rows(path, clients, ids, name_of_set)
+    content = {"format": FORMAT, "data_set": name_of_set, "clients": clients}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path, ids: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
+    """The split that `save` wrote, for a set with these ids: sorted rows of each client, and the clients' names.
+
+    Raises ValueError, naming file and value, for a file of another kind or format, an id that the set does not have, an
+    id that two clients or one client twice have, and a client without images.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except FileNotFoundError:
+        raise ValueError(f"partition file {path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"partition file {path} is truncated or not JSON: {error}") from None
+    if not isinstance(content, dict) or not {"format", "data_set", "clients"} <= content.keys():
+        raise ValueError(f"{path} is no partition: it needs the keys format, data_set and clients")
+    if content["format"] != FORMAT:
+        raise ValueError(f"partition file {path} has the format {content['format']!r}; allowed is {FORMAT}")
+    clients = content["clients"]
+    if not isinstance(clients, dict) or not clients:
+        raise ValueError(f"partition file {path}: clients must map names to lists of image ids, got {clients!r:.80}")
+    for name, held in clients.items():
+        if not isinstance(held, list) or not all(isinstance(i, str) for i in held):
+            raise ValueError(f"partition file {path}: client {name!r} must have a list of image ids, got {held!r:.80}")
+    return _rows(path, clients, ids, content["data_set"]), list(clients)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys occur once; JSON itself would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} occurs more than once")
+    return found
+
+
+def _rows(path: Path, clients: dict[str, list[str]], ids: Sequence[str], name_of_set: str) -> list[np.ndarray]:
+    """Sorted rows of each client; every id is known and used once, no client is empty."""
+    row = {i: n for n, i in enumerate(ids)}
+    if len(row) != len(ids):
+        raise ValueError(f"{path}: the {len(ids)} ids of the data set are not unique")
+    owner: dict[str, str] = {}
+    for name, held in clients.items():
+        if not held:
+            raise ValueError(f"{path}: client {name!r} has no image; each needs at least one")
+        for i in held:
+            if i not in row:
+                raise ValueError(
+                    f"{path}: client {name!r} has the image id {i!r}, which this data set does not have (the file is "
+                    f"for {name_of_set!r})"
+                )
+            if i in owner:
+                raise ValueError(f"{path}: image id {i!r} is held by {owner[i]!r} and by {name!r}; one is allowed")
+            owner[i] = name
+    return [np.sort(np.array([row[i] for i in held], dtype=np.int64)) for held in clients.values()]

@@ -2,21 +2,25 @@
 
 A strategy sees a `Sight` and nothing else: what the model says about images, never their labels. Scores of single
 detections are reduced to one number an image by sum, mean or maximum. Source of the reductions: van Bommel 2021,
-section 7.1 of the released code.
+section 7.1 of the released code. Whole images are scored by the class scores of one model or of a committee of models:
+N images, C classes, D embedding, M members.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import Detections
 
 EMPTY_RULES = ("last", "first", "never")
+UNCERTAINTIES = ("entropy", "margin", "confidence")  # of whole images
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Sight:
     detections: on the images as they are, cut at the score threshold. flipped: on the mirrored images, boxes mapped
     back. views: changed images by name. crowd: all boxes before non-maximum suppression. embedding (N, D) of these
     images, known (L, D) of the labelled ones. labelled (C,): mean boxes of each class per labelled image.
+
+    Of whole images, class scores before the softmax: logits (N, C) of the model that is asked, own_logits (N, C) of the
+    client's own last local model, committee (M, N, C) of every client's model; alone_logits (N, C) and alone_embedding
+    (N, D) of a model that was trained on the client's labels alone. own: detections by the client's own detector.
     """
 
     images: int
@@ -58,6 +66,12 @@ class Sight:
     embedding: Tensor | None = None
     known: Tensor | None = None
     labelled: np.ndarray | None = None
+    logits: Tensor | None = None
+    own_logits: Tensor | None = None
+    committee: Tensor | None = None
+    alone_logits: Tensor | None = None
+    alone_embedding: Tensor | None = None
+    own: Detections | None = None
 
 
 @dataclass(frozen=True)
@@ -115,21 +129,63 @@ def random(images: int, rng: np.random.Generator) -> Scores:
     return Scores(rng.random(images), np.ones(images, dtype=bool))
 
 
+def uncertainty(logits: Tensor, how: str) -> Scores:
+    """How unsure a model is of whole images, from its class scores (N, C), in float64; Settles (2012), ch. 2.
+
+    'entropy' of the class probabilities in nats (eq. 2.3), 0 .. ln C; 'margin', 1 - (best - second best) (eq. 2.2),
+    and 'confidence', 1 - best (least confidence, eq. 2.1), both turned so that bigger = ask first.
+    """
+    probs = _finite("logits", logits.double()).softmax(1)
+    if how == "entropy":
+        values = torch.special.entr(probs).sum(1)
+    elif how == "margin":
+        if probs.shape[1] < 2:
+            raise ValueError(f"a margin needs two classes or more, got logits {tuple(logits.shape)}")
+        best, second = probs.topk(2, dim=1).values.unbind(1)
+        values = 1 - (best - second)
+    elif how == "confidence":
+        values = 1 - probs.amax(1)
+    else:
+        raise ValueError(f"uncertainty must be one of {UNCERTAINTIES}, got {how!r}")
+    return Scores(values.cpu().numpy(), np.ones(len(values), dtype=bool))
+
+
+def query_by_committee(committee: Tensor) -> Scores:
+    """Mean divergence in nats of the members' class probabilities from their mean, 0 .. ln M, in float64.
+
+    1/M sum_m KL(P_m || P), P the consensus 1/M sum_m P_m; McCallum and Nigam 1998; Settles (2012), ch. 3.
+    committee: (M, N, C) class scores; one member alone never disagrees.
+    """
+    if committee.dim() != 3 or not len(committee):
+        raise ValueError(f"a committee must be (M, N, C) with M >= 1, got {tuple(committee.shape)}")
+    members = _finite("committee", committee.double().transpose(0, 1)).log_softmax(2)  # (N, M, C)
+    consensus = members.logsumexp(1, keepdim=True) - math.log(members.shape[1])  # (N, 1, C) logs: nothing underflows
+    apart = (members.exp() * (members - consensus)).sum(2)  # (N, M)
+    return Scores(apart.mean(1).clamp(min=0).cpu().numpy(), np.ones(len(apart), dtype=bool))
+
+
 _VALUES: dict[str, Callable[[Detections], Tensor]] = {
     "confidence": least_confidence, "entropy": entropy, "margin": margin,
 }  # fmt: skip
 _SHORT = {"sum": "confidence_sum", "avg": "confidence_avg", "max": "confidence_max"}
-STRATEGIES = (
+BOX_STRATEGIES = (
     "random", "sum", "avg", "max", "count", "coreset",
     *(f"{value}_{how}" for value in ("entropy", "margin") for how in ("sum", "avg", "max")),
 )  # fmt: skip
+CLASS_STRATEGIES = ("random", "entropy", "margin", "confidence", "coreset", "badge", "qbc")
+STRATEGIES = tuple(dict.fromkeys(BOX_STRATEGIES + CLASS_STRATEGIES))
+_NEEDS = {
+    **dict.fromkeys(BOX_STRATEGIES, ("detections",)),
+    **dict.fromkeys(UNCERTAINTIES, ("logits",)),
+    "random": (), "coreset": ("embedding", "known"), "badge": ("logits", "embedding"), "qbc": ("committee",),
+}  # fmt: skip
 
 
 def needs(strategy: str) -> frozenset[str]:
     """The fields of `Sight` that a strategy reads; none for one that looks at nothing."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
-    return frozenset({"random": (), "coreset": ("embedding", "known")}.get(strategy, ("detections",)))
+    return frozenset(_NEEDS[strategy])
 
 
 def choose(strategy: str, sight: Sight, k: int, rng: np.random.Generator, empty: str = "last") -> Choice:
@@ -137,14 +193,32 @@ def choose(strategy: str, sight: Sight, k: int, rng: np.random.Generator, empty:
     if strategy == "coreset":
         if sight.embedding is None or sight.known is None:
             raise ValueError("strategy 'coreset' needs embeddings of the unlabelled and the labelled images")
-        if len(sight.embedding) != sight.images:
-            raise ValueError(
-                f"strategy 'coreset' needs embeddings of {sight.images} images, got {len(sight.embedding)}"
-            )
-        positions, distances = k_center(sight.embedding, sight.known, k, rng)
+        embedding = required(sight, strategy, "embedding")
+        positions, distances = k_center(embedding, sight.known, k, rng)
         return Choice(positions, Scores(distances, np.ones(sight.images, dtype=bool)))
-    scores = score(strategy, sight.detections, sight.images, rng)
+    if strategy == "badge":
+        logits, embedding = (required(sight, strategy, name) for name in ("logits", "embedding"))
+        positions, norms = badge(logits, embedding, k, rng)
+        return Choice(positions, Scores(norms, np.ones(sight.images, dtype=bool)))
+    if strategy == "qbc":
+        scores = query_by_committee(required(sight, strategy, "committee"))
+    elif strategy in UNCERTAINTIES:
+        scores = uncertainty(required(sight, strategy, "logits"), strategy)
+    else:
+        scores = score(strategy, sight.detections, sight.images, rng)
     return Choice(top_k(scores, k, rng, empty), scores)
+
+
+def required(sight: Sight, strategy: str, field: str) -> Tensor | Detections:
+    """This field of a `Sight`; ValueError unless it is there and about all of its images."""
+    values = getattr(sight, field)
+    if values is None:
+        raise ValueError(f"strategy {strategy!r} needs {field!r} of its Sight, which has none")
+    found = values.shape[1] if field == "committee" else len(values)
+    if found != sight.images:
+        what = "embeddings" if field == "embedding" else repr(field)
+        raise ValueError(f"strategy {strategy!r} needs {what} of {sight.images} images, got {found}")
+    return values
 
 
 def score(strategy: str, detections: Detections | None, images: int, rng: np.random.Generator) -> Scores:
@@ -154,8 +228,10 @@ def score(strategy: str, detections: Detections | None, images: int, rng: np.ran
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
-    if strategy == "coreset":
-        raise ValueError("strategy 'coreset' chooses a set of images together; it has no score of one image")
+    if strategy in ("coreset", "badge"):
+        raise ValueError(f"strategy {strategy!r} chooses a set of images together; it has no score of one image")
+    if strategy not in BOX_STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} ranks whole images by their class scores, not by detections: `choose`")
     if strategy == "random":
         return random(images, rng)
     if detections is None or len(detections) != images:
@@ -177,12 +253,9 @@ def k_center(
     (zeros where there was none). Ties break by `rng`.
     """
     points, centres = embedding.double(), known.double().to(embedding.device)
-    if k < 0 or k > len(points):
-        raise ValueError(f"budget of {k} images, but the pool has {len(points)} unlabelled ones")
-    for name, values in (("embedding", points), ("known", centres)):
-        if not bool(torch.isfinite(values).all()):
-            row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"non-finite {name} in row {row}: a broken model must not choose labels")
+    _affordable(k, len(points))
+    _finite("embedding", points)
+    _finite("known", centres)
     order = torch.from_numpy(rng.permutation(len(points))).to(points.device)  # argmax takes the first of equals
     points = points[order]
     nearest = points.new_full((len(points),), torch.inf)
@@ -199,6 +272,48 @@ def k_center(
     distances = torch.empty_like(before)
     distances[order] = before
     return np.array(chosen, dtype=np.int64), distances.cpu().numpy()
+
+
+def badge(
+    logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """BADGE (Ash et al. 2020, 1906.03671, algorithm 1): k-means++ seeds among the gradients each image would cause.
+
+    The gradient of the last layer, if the model's own guess were the label: g = (p - onehot(argmax p)) (x) h, with p
+    (N, C) the softmax of `logits` and h (N, D) the `embedding`. The first centre is the longest g (as in the authors'
+    code; ties break by `rng`), each further one is drawn with a probability in proportion to its squared distance to
+    the nearest centre; where all are 0, among the images that are left. Returns positions (k,) and |g| (N,).
+
+    |a (x) h - a' (x) h'|^2 = |a|^2 |h|^2 + |a'|^2 |h'|^2 - 2 (a . a') (h . h'): no (N, C D) table is made. Distances
+    below 1e-6 of the norms could be rounding of this difference and count as 0, so that equal images are equal.
+    """
+    if logits.dim() != 2 or embedding.dim() != 2 or len(logits) != len(embedding):
+        raise ValueError(f"(N, C) logits and (N, D) embedding, got {tuple(logits.shape)} and {tuple(embedding.shape)}")
+    _affordable(k, len(logits))
+    guess = _finite("logits", logits.double()).softmax(1)
+    apart = guess - F.one_hot(guess.argmax(1), guess.shape[1])  # (N, C), the factor a
+    points = _finite("embedding", embedding.double()).to(apart.device)
+    squared = apart.square().sum(1) * points.square().sum(1)  # (N,)
+    if not bool(torch.isfinite(squared).all()):
+        row = int((~torch.isfinite(squared)).nonzero()[0])
+        raise ValueError(f"non-finite gradient in row {row}: its embedding is too long to be squared")
+    norms = squared.sqrt().cpu().numpy()
+    nearest = torch.full_like(squared, torch.inf)
+    left, chosen = np.ones(len(norms), dtype=bool), []
+    for _ in range(k):
+        if chosen:
+            weights = np.where(left, nearest.cpu().numpy(), 0.0)
+            weights = weights / weights.max() if weights.max() > 0 else left.astype(float)
+            best = int(rng.choice(len(weights), p=weights / weights.sum()))
+        else:
+            tie = rng.permutation(len(norms))
+            best = int(tie[norms[tie].argmax()])
+        left[best] = False
+        chosen.append(best)
+        sizes = squared + squared[best]
+        distance = sizes - 2 * (apart @ apart[best]) * (points @ points[best])
+        nearest = torch.minimum(nearest, distance.masked_fill(distance <= 1e-12 * sizes, 0))
+    return np.array(chosen, dtype=np.int64), norms
 
 
 def cascade(
@@ -221,6 +336,19 @@ def cascade(
     return stages
 
 
+def _affordable(k: int, images: int) -> None:
+    if k < 0 or k > images:
+        raise ValueError(f"budget of {k} images, but the pool has {images} unlabelled ones")
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """The same values; ValueError with the first row of (N, ...) that holds a non-finite one."""
+    if not bool(torch.isfinite(values).all()):
+        row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"non-finite {name} in row {row}: a broken model must not choose labels")
+    return values
+
+
 def top_k(scores: Scores, k: int, rng: np.random.Generator, empty: str = "last") -> np.ndarray:
     """Positions of the k largest scores, best first; ties break by `rng`, never by memory order.
 
@@ -230,8 +358,7 @@ def top_k(scores: Scores, k: int, rng: np.random.Generator, empty: str = "last")
     """
     if empty not in EMPTY_RULES:
         raise ValueError(f"the rule for images without detections must be one of {EMPTY_RULES}, got {empty!r}")
-    if k < 0 or k > len(scores):
-        raise ValueError(f"budget of {k} images, but the pool has {len(scores)} unlabelled ones")
+    _affordable(k, len(scores))
     if not np.isfinite(scores.values[scores.scored]).all():
         bad = np.flatnonzero(~np.isfinite(scores.values) & scores.scored)
         raise ValueError(f"non-finite score at position {bad[0]}: it can be neither best nor worst")

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .augment import augment
+from .augment import augment, random_crop
 from .boxes import Detections, cat
+from .classifiers import Classifier, State, join, mark_valid, split, stacked
 from .config import Recipe
 from .data import Images, Labels, _rows
 from .detectors import Detector
+from .losses import balanced_cross_entropy, compensation_loss, compensation_weights
 
 
 class TrainingDiverged(ValueError):
@@ -358,3 +360,403 @@ def embed(
     model.to(device).eval()
     parts = [model.embed(x).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
     return torch.cat(parts) if parts else torch.zeros(0, 0)
+
+
+# --- classifiers: one client, or M clients as one stacked model -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one client of a classifier trains on in one call; rows count in the training set.
+
+    rows (n,) of its labelled images, classes (n,) int64 from 0, counts (C,) of them by class; unlabelled: rows that
+    may be mixed for distillation (empty: none). rng: the one source of order, augmentation and mixing. memory, span: as
+    in `fit`.
+    """
+
+    who: str
+    rows: np.ndarray
+    classes: Tensor
+    counts: Tensor
+    unlabelled: np.ndarray
+    rng: torch.Generator
+    memory: dict[str, Tensor] | None = None
+    span: tuple[int, int] | None = None
+
+    def steps(self, recipe: Recipe, iterations: int | None) -> int:
+        """Gradient steps of this call."""
+        return recipe.epochs * math.ceil(len(self.rows) / recipe.batch) if iterations is None else iterations
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A client's weights after a call (on the CPU), the steps it took, its mean loss, and the parts of that."""
+
+    state: State
+    steps: int
+    loss: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """All that is random in one step of one client: rows, what becomes of their pixels, how they are mixed.
+
+    index (B,) into the lesson's rows; flip (B,) bool; shift (B, 2) in 0..2 * crop; of the second batch likewise, and
+    beta (U,), partner (U,): image b becomes beta_b * itself + (1 - beta_b) * its partner.
+    """
+
+    index: Tensor
+    flip: Tensor
+    shift: Tensor
+    mixed: np.ndarray | None = None
+    mixed_flip: Tensor | None = None
+    mixed_shift: Tensor | None = None
+    beta: Tensor | None = None
+    partner: Tensor | None = None
+
+
+def _draws(lesson: Lesson, recipe: Recipe, iterations: int | None, mixing: bool, one_partner: bool) -> Iterator[_Draw]:
+    """The steps of one client. The second stream of numbers is drawn apart, so that mixing moves nothing of the first.
+
+    Mixed batches are always full: an unlabelled pool smaller than a batch is gone through several times.
+    """
+    rng, batch = lesson.rng, recipe.batch
+    apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
+    mixing = mixing and len(lesson.unlabelled) > 0
+    stream = (
+        draw_batches(len(lesson.unlabelled), batch, None, lesson.steps(recipe, iterations), apart) if mixing else None
+    )
+
+    def changes(count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        flip = torch.rand(count, generator=source) < recipe.flip
+        return flip, torch.randint(0, 2 * recipe.crop + 1, (count, 2), generator=source)
+
+    epochs = recipe.epochs if iterations is None else None
+    for _, _, index in draw_batches(len(lesson.rows), batch, epochs, iterations, rng):
+        draw = _Draw(index, *changes(len(index), rng))
+        if stream is not None:
+            _, _, picked = next(stream)
+            beta = torch.rand(batch, 3, generator=apart).median(dim=1).values  # of three uniforms: Beta(2, 2)
+            partner = torch.randperm(batch, generator=apart)
+            if one_partner:
+                partner = partner[:1].expand(batch)
+            draw = _Draw(
+                draw.index, draw.flip, draw.shift, lesson.unlabelled[picked.numpy()], *changes(batch, apart), beta,
+                partner,
+            )  # fmt: skip
+        yield draw
+
+
+def _pixels(
+    model: Classifier, images: Images, rows: np.ndarray, flip: Tensor, shift: Tensor, crop: int, device: torch.device
+) -> Tensor:  # fmt: skip
+    """(B, 3, H, W) scaled pixels of these rows, mirrored and cropped."""
+    return model.scaled(random_crop(images.batch(rows, device, flip=flip), shift, crop))
+
+
+def _plain_sgd(recipe: Recipe) -> None:
+    if recipe.optimiser != "sgd" or recipe.ema or recipe.amp or recipe.warmup_momentum or recipe.warmup_bias_lr:
+        raise ValueError(
+            "classifiers train with plain SGD and momentum, as KAFAL and LoGo do: set optimiser='sgd', ema=0, "
+            f"amp=False and no warm-up of momentum or biases (got optimiser={recipe.optimiser!r})"
+        )
+
+
+def _check_lesson(lesson: Lesson, recipe: Recipe, iterations: int | None) -> None:
+    if len(lesson.rows) == 0:
+        raise ValueError(f"client {lesson.who} has no labelled image to train on")
+    if lesson.steps(recipe, iterations) < 1:
+        raise ValueError(f"client {lesson.who} would make no step: iterations={iterations}, epochs={recipe.epochs}")
+
+
+def fit_classifier(
+    model: Classifier, lesson: Lesson, images: Images, recipe: Recipe, iterations: int | None = None,
+    teacher: Classifier | None = None, device: str | torch.device = "cpu", as_released: bool = False,
+    until: float = 1.1,
+) -> Taught:  # fmt: skip
+    """Train `model` in place on one client's labelled images: SGD with momentum and weight decay on all weights.
+
+    images: the whole training set. teacher: the global model of this round, for the distillation of KAFAL's 4.2 (with
+    `recipe.compensation` > 0); it is not changed. as_released: one partner for all images of a batch, and a teacher
+    that uses each batch's statistics. until: stop after the pass whose training accuracy reaches this.
+    `fit_stacked` does the same for many clients at once; this is what it is tested against.
+    """
+    device = torch.device(device)
+    _plain_sgd(recipe)
+    _check_lesson(lesson, recipe, iterations)
+    model.to(device).train()
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    if lesson.memory:
+        _recall(optimiser, model, lesson.memory)
+    counts = lesson.counts.to(device)
+    gamma = compensation_weights(counts)
+    classes = lesson.classes.to(device)
+    teacher = _ready(teacher, recipe, device, as_released)
+    before, whole = lesson.span or (0, lesson.steps(recipe, iterations))
+    losses, right, seen = [], 0, 0
+    for done, draw in enumerate(_draws(lesson, recipe, iterations, teacher is not None, as_released)):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.lr * learning_rate_factor(recipe, before + done, whole)
+        x = _pixels(model, images, lesson.rows[draw.index.numpy()], draw.flip, draw.shift, recipe.crop, device)
+        target = classes[draw.index.to(device)]
+        scores = model.scores(x)
+        parts = {"supervised": balanced_cross_entropy(scores, target, counts if recipe.balanced else None)}
+        if draw.mixed is not None:
+            u = _pixels(model, images, draw.mixed, draw.mixed_flip, draw.mixed_shift, recipe.crop, device)
+            beta, partner = draw.beta.to(device), draw.partner.to(device)
+            mixed = beta[:, None, None, None] * u + (1 - beta)[:, None, None, None] * u[partner]
+            with torch.no_grad():
+                taught = teacher.scores(mixed)
+                guess = taught.argmax(1)
+                weight = beta * gamma[guess] + (1 - beta) * gamma[guess[partner]]
+            parts["compensation"] = recipe.compensation * compensation_loss(model.scores(mixed), taught, weight)
+        optimiser.zero_grad(set_to_none=True)
+        sum(parts.values()).backward()
+        if recipe.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimiser.step()
+        losses.append({k: v.detach() for k, v in parts.items()})
+        right, seen = right + (scores.argmax(1) == target).sum(), seen + len(target)
+        if seen >= len(lesson.rows):
+            if until <= 1 and int(right) >= until * seen:
+                break
+            right, seen = 0, 0
+    model.eval()
+    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if v.dim() > 0}
+    means = {k: float(sum(step.get(k, 0.0) for step in losses)) / len(losses) for k in losses[0]}
+    taught = _sound(Taught(state, len(losses), sum(means.values()), means), lesson, images)
+    if lesson.memory is not None:
+        _remember(optimiser, model, lesson.memory, before + len(losses))
+    return taught
+
+
+def _ready(
+    teacher: Classifier | None, recipe: Recipe, device: torch.device, as_released: bool
+) -> Classifier | None:  # fmt: skip
+    """A teacher that can be asked and does not learn; None where nothing is distilled."""
+    if teacher is None or recipe.compensation == 0:
+        return None
+    return copy.deepcopy(teacher).to(device).requires_grad_(False).train(as_released)
+
+
+def _sound(taught: Taught, lesson: Lesson, images: Images) -> Taught:
+    broken = [k for k, v in taught.state.items() if not bool(torch.isfinite(v).all())]
+    if broken or not math.isfinite(taught.loss):
+        what = f"loss is {taught.loss}" + (f", weight {broken[0]!r} is not finite" if broken else "")
+        some = [images.ids[row] for row in lesson.rows[:4]]
+        raise TrainingDiverged(f"client {lesson.who}: {what}, trained on images {some}...; lower lr")
+    return taught
+
+
+# Scaled pixels of a step (clients x batch x height x width) that one stack holds on a CPU. More, and the activations
+# leave its caches: at 32 x 32 a stack then takes longer than its clients one after another (`make bench`).
+CPU_STACK = 1 << 15
+
+
+def clients_per_stack(batch: int, image_size: tuple[int, int], device: str | torch.device) -> int:
+    """How many clients train as one stacked model: on a CPU as many as pay, on a GPU all (a number larger than any)."""
+    if torch.device(device).type != "cpu":
+        return 1 << 30
+    return max(1, CPU_STACK // (batch * image_size[0] * image_size[1]))
+
+
+def fit_stacked(
+    model: Classifier, states: Sequence[State], lessons: Sequence[Lesson], images: Images, recipe: Recipe,
+    iterations: int | None = None, teacher: Classifier | None = None, device: str | torch.device = "cpu",
+    as_released: bool = False, most: int | None = None,
+) -> list[Taught | TrainingDiverged]:  # fmt: skip
+    """What `fit_classifier` does, for all clients at once: equal to it but for rounding, from the same generators.
+
+    states: each client's weights to start from; `model` is not changed. Clients may differ in the number of images, of
+    steps and in class counts. most: clients in one stack, by default `clients_per_stack`. A client whose training
+    diverges harms nobody else: its error stands in its place. Memories are updated as `fit_classifier` does, but for a
+    client that diverged.
+    """
+    device = torch.device(device)
+    if len(states) != len(lessons):
+        raise ValueError(f"{len(lessons)} lessons, but {len(states)} states to start from")
+    _plain_sgd(recipe)
+    for lesson in lessons:
+        _check_lesson(lesson, recipe, iterations)
+    most = most or clients_per_stack(recipe.batch, images.image_size, device)
+    teacher = _ready(teacher, recipe, device, as_released)
+    out: list[Taught | TrainingDiverged | None] = [None] * len(lessons)
+    mixing = [teacher is not None and len(lesson.unlabelled) > 0 for lesson in lessons]
+    for kind in (True, False):
+        same = [m for m, mixes in enumerate(mixing) if mixes == kind]
+        for start in range(0, len(same), most):
+            members = same[start : start + most]
+            results, memories = _run_stack(
+                model, [states[m] for m in members], [lessons[m] for m in members], images, recipe, iterations,
+                teacher if kind else None, device, as_released,
+            )  # fmt: skip
+            for m, taught, memory in zip(members, results, memories, strict=True):
+                try:
+                    out[m] = _sound(taught, lessons[m], images)
+                except TrainingDiverged as error:
+                    out[m] = error
+                    continue
+                if lessons[m].memory is not None:
+                    lessons[m].memory.update(memory)
+    return out
+
+
+def _run_stack(
+    model: Classifier, states: Sequence[State], lessons: Sequence[Lesson], images: Images, recipe: Recipe,
+    iterations: int | None, teacher: Classifier | None, device: torch.device, one_partner: bool,
+) -> tuple[list[Taught], list[State]]:  # fmt: skip
+    """One stack from start to end, and the clients' optimiser memories. Who has taken all its steps leaves."""
+    streams = [_draws(lesson, recipe, iterations, teacher is not None, one_partner) for lesson in lessons]
+    steps = [lesson.steps(recipe, iterations) for lesson in lessons]
+    states, memories = list(states), [dict(lesson.memory or {}) for lesson in lessons]
+    sums = torch.zeros(2, len(lessons), device=device)
+    done = 0
+    while any(done < count for count in steps):
+        here = [m for m, count in enumerate(steps) if done < count]
+        net = stacked(model, len(here)).to(device)
+        net.load_state_dict(join([states[m] for m in here]), strict=False)
+        net.train()
+        names = [name for name, _ in net.named_parameters()]
+        momenta = [
+            torch.cat([memories[m].get(f"momentum_buffer:{name}", torch.zeros_like(states[m][name])) for m in here])
+            for name in names
+        ]  # fmt: skip
+        momenta = [momentum.to(device) for momentum in momenta]
+        tutor = _Tutor(net, [lessons[m] for m in here], images, recipe, teacher, device)
+        for step in range(done, min(steps[m] for m in here)):
+            sums[:, here] += tutor.losses([next(streams[m]) for m in here])
+            factors = []
+            for m in here:
+                before, whole = lessons[m].span or (0, steps[m])
+                factors.append(learning_rate_factor(recipe, before + step, whole))
+            _sgd_step(list(net.parameters()), momenta, factors, recipe)
+        done = step + 1
+        after = split(net.state_dict(), len(here))
+        kept = split(dict(zip(names, momenta, strict=True)), len(here))
+        for place, m in enumerate(here):
+            states[m] = after[place]
+            memories[m] = {f"momentum_buffer:{name}": value for name, value in kept[place].items()}
+    taught = []
+    for m, lesson in enumerate(lessons):
+        supervised, compensation = (sums[:, m] / steps[m]).tolist()
+        parts = {"supervised": supervised} | ({"compensation": compensation} if teacher is not None else {})
+        taught.append(Taught(states[m], steps[m], sum(parts.values()), parts))
+        memories[m][STEPS] = torch.tensor((lesson.span or (0, 0))[0] + steps[m])
+    return taught, memories
+
+
+class _Tutor:
+    """The losses of M clients' next step on their stacked model, each client's from its own draws."""
+
+    def __init__(
+        self, net: Classifier, lessons: Sequence[Lesson], images: Images, recipe: Recipe, teacher: Classifier | None,
+        device: torch.device,
+    ):  # fmt: skip
+        self.net, self.lessons, self.images, self.recipe, self.teacher = net, lessons, images, recipe, teacher
+        self.device, self.place = device, torch.arange(len(lessons), device=device)[:, None]  # (M, 1)
+        self.counts = torch.stack([lesson.counts for lesson in lessons]).to(device)  # (M, C)
+        self.gamma = compensation_weights(self.counts)
+        self.valid: Tensor | None = None
+
+    def losses(self, draws: Sequence[_Draw]) -> Tensor:
+        """(2, M): supervised loss and distillation of each client; their gradients are in the net afterwards."""
+        rows, flip, shift, target, valid = self._padded(draws)
+        mark_valid(self.net, valid if valid is None else valid.T)
+        scores = self._scores(self._pixels(rows, flip, shift))
+        supervised = balanced_cross_entropy(scores, target, self.counts if self.recipe.balanced else None, valid)
+        compensation = torch.zeros_like(supervised)
+        if self.teacher is not None:
+            mark_valid(self.net, None)
+            compensation = self.recipe.compensation * self._compensation(draws)
+        self.net.zero_grad(set_to_none=True)
+        (supervised + compensation).sum().backward()
+        return torch.stack([supervised, compensation]).detach()
+
+    def _padded(self, draws: Sequence[_Draw]) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor | None]:
+        """Rows (M, B), flips, shifts, classes, and which of them count where batches are of different length."""
+        lengths = [len(draw.index) for draw in draws]
+        longest = max(lengths)
+
+        def fill(t: Tensor) -> Tensor:  # with its first entry
+            return t if len(t) == longest else torch.cat([t, t[:1].expand(longest - len(t), *t.shape[1:])])
+
+        index = [fill(draw.index) for draw in draws]
+        rows = np.stack([lesson.rows[i.numpy()] for lesson, i in zip(self.lessons, index, strict=True)])
+        target = torch.stack([lesson.classes[i] for lesson, i in zip(self.lessons, index, strict=True)])
+        flip, shift = torch.stack([fill(d.flip) for d in draws]), torch.stack([fill(d.shift) for d in draws])
+        valid = None
+        if min(lengths) < longest:
+            valid = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(self.device)  # (M, B)
+        return rows, flip, shift, target.to(self.device), valid
+
+    def _pixels(self, rows: np.ndarray, flip: Tensor, shift: Tensor) -> Tensor:
+        """(M, B, 3, H, W) scaled pixels."""
+        x = _pixels(
+            self.net, self.images, rows.ravel(), flip.flatten(), shift.flatten(0, 1), self.recipe.crop, self.device
+        )
+        return x.unflatten(0, rows.shape)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """(M, B, 3, H, W) -> (M, B, C) by each client's own weights."""
+        return self.net.scores(x.transpose(0, 1).flatten(1, 2)).unflatten(1, (len(self.lessons), -1)).transpose(0, 1)
+
+    def _compensation(self, draws: Sequence[_Draw]) -> Tensor:
+        """(M,) distillation of the global model on mixed unlabelled images (KAFAL, 4.2)."""
+        u = self._pixels(
+            np.stack([d.mixed for d in draws]), torch.stack([d.mixed_flip for d in draws]),
+            torch.stack([d.mixed_shift for d in draws]),
+        )  # fmt: skip
+        beta = torch.stack([d.beta for d in draws]).to(self.device)  # (M, U)
+        partner = torch.stack([d.partner for d in draws]).to(self.device)
+        part = beta[:, :, None, None, None]
+        mixed = part * u + (1 - part) * u[self.place, partner]
+        with torch.no_grad():
+            if self.teacher.training:  # as released: it uses the statistics of each client's batch
+                taught = torch.stack([self.teacher.scores(x) for x in mixed])
+            else:
+                taught = self.teacher.scores(mixed.flatten(0, 1)).unflatten(0, mixed.shape[:2])
+            likely = self.gamma.gather(1, taught.argmax(2))  # (M, U)
+            weight = beta * likely + (1 - beta) * likely.gather(1, partner)
+        return compensation_loss(self._scores(mixed), taught, weight)
+
+
+@torch.no_grad()
+def _sgd_step(
+    parameters: list[Tensor], momenta: list[Tensor], factors: Sequence[float], recipe: Recipe
+) -> None:  # fmt: skip
+    """One step of torch's SGD for M clients whose weights lie one after another in each parameter.
+
+    factors (M,): on each client's learning rate. The gradient is clipped client by client.
+    """
+    clients, grads = len(factors), [p.grad for p in parameters]
+
+    def spread(values: Tensor, like: Tensor) -> Tensor:  # (M,) over a parameter's first dimension
+        return values.repeat_interleave(len(like) // clients).view(-1, *[1] * (like.dim() - 1))
+
+    if recipe.clip > 0:
+        squares = sum(g.square().unflatten(0, (clients, -1)).flatten(1).sum(1) for g in grads)
+        scale = (recipe.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(spread(scale, grad))
+    torch._foreach_add_(grads, parameters, alpha=recipe.weight_decay)
+    torch._foreach_mul_(momenta, recipe.momentum)
+    torch._foreach_add_(momenta, grads)
+    if len(set(factors)) == 1:
+        torch._foreach_add_(parameters, momenta, alpha=-recipe.lr * factors[0])
+        return
+    rates = torch.tensor([recipe.lr * factor for factor in factors], device=parameters[0].device)
+    for parameter, momentum in zip(parameters, momenta, strict=True):
+        parameter.sub_(spread(rates, parameter) * momentum)
+
+
+@torch.inference_mode()
+def class_scores(
+    model: Classifier, images: Images, batch: int = 256, device: str | torch.device = "cpu"
+) -> Tensor:  # fmt: skip
+    """(N, C) class scores of all images, in order, on the CPU; no image gives (0, C)."""
+    model.to(device).eval()
+    parts = [model(x).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
+    return torch.cat(parts) if parts else torch.zeros(0, model.head.out_features)

@@ -1,4 +1,7 @@
-"""Both EIoUs by hand and against exact fractions, their laws and gradients; likelihood per side; crowding weights."""
+"""Both EIoUs by hand and against exact fractions, their laws and gradients; likelihood per side; crowding weights.
+
+Then the losses of classes: balanced softmax and KAFAL's distillation, by hand, against loops, with their gradients.
+"""
 
 import math
 from fractions import Fraction
@@ -6,12 +9,14 @@ from fractions import Fraction
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck
 from torchvision.ops import box_iou, distance_box_iou_loss
 
 from fedal_utils import losses
+from fedal_utils.seeding import torch_rng_for
 
 fewer = settings(max_examples=50)  # of up to eight rows each
 TARGET = (0, 0, 4, 4)
@@ -522,5 +527,232 @@ def test_deviations_and_sizes_must_be_finite_and_positive(value):
     ],
 )
 def test_what_is_not_allowed_is_an_error_that_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------------------- balanced softmax, by hand
+
+THREE = torch.tensor([[math.log(2), math.log(3), math.log(5)], [0, 0, 0]], dtype=torch.float64)  # exp: 2, 3, 5; 1, 1, 1
+
+
+def random_batch(*lead, images=5, classes=4):
+    """logits (..., B, C) that need a gradient, labels (..., B), counts (..., C) > 0."""
+    rng = torch_rng_for(0, "batch", len(lead), images, classes)
+    logits = 3 * torch.randn(*lead, images, classes, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, classes, (*lead, images), generator=rng)
+    counts = torch.randint(1, 30, (*lead, classes), generator=rng)
+    return logits.requires_grad_(), labels, counts
+
+
+def slow_balanced(logits, labels, counts, valid):
+    """Balanced softmax word by word: -log(n_y exp f_y / sum_k n_k exp f_k), mean over the images that count."""
+    each = []
+    for row, label, real in zip(logits.tolist(), labels.tolist(), valid.tolist(), strict=True):
+        if real:
+            parts = [n * math.exp(f) for f, n in zip(row, counts.tolist(), strict=True)]
+            each.append(-math.log(parts[label] / sum(parts)))
+    return sum(each) / max(1, len(each))
+
+
+def test_balanced_softmax_by_hand():
+    # n = 4, 2, 0. Image 0, label 0: 4 * 2 / (4 * 2 + 2 * 3) = 4 / 7; image 1, label 1: 2 / (4 + 2) = 1 / 3
+    labels, counts = torch.tensor([0, 1]), torch.tensor([4, 2, 0])
+    found = losses.balanced_cross_entropy(THREE, labels, counts)
+    assert found.shape == () and found.item() == pytest.approx((math.log(7 / 4) + math.log(3)) / 2, rel=1e-12)
+    # plain: 2 / 10 and 1 / 3; and the first image alone
+    assert losses.balanced_cross_entropy(THREE, labels, None).item() == pytest.approx(math.log(15) / 2, rel=1e-12)
+    only = losses.balanced_cross_entropy(THREE, labels, counts, torch.tensor([True, False]))
+    assert only.item() == pytest.approx(math.log(7 / 4), rel=1e-12)
+
+
+def test_the_gradient_of_a_class_without_labels_is_exactly_zero_and_the_others_are_by_hand():
+    # (P - onehot) / B with P = (8, 6) / 14 for image 0 and (4, 2) / 6 for image 1
+    logits = THREE.clone().requires_grad_()
+    slope = grad(losses.balanced_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([4.0, 2.0, 0.0])), logits)[0]
+    assert (slope[:, 2] == 0).all()
+    wanted = torch.tensor([[4 / 7 - 1, 3 / 7], [2 / 3, 1 / 3 - 1]], dtype=torch.float64) / 2
+    torch.testing.assert_close(slope[:, :2], wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_class_alone_has_nothing_to_learn_and_no_nan(dtype):
+    logits = torch.tensor([[80.0, -90.0, 1e4]], dtype=dtype, requires_grad=True)  # the absent ones would win by far
+    loss = losses.balanced_cross_entropy(logits, torch.tensor([1]), torch.tensor([0, 7, 0]))
+    assert loss.item() == 0 and not grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_equal_counts_are_pytorchs_cross_entropy_in_value_and_gradient(lead):
+    logits, labels, counts = random_batch(*lead)
+    for n in (None, torch.full_like(counts, 12), torch.full(counts.shape, 0.25)):
+        found = losses.balanced_cross_entropy(logits, labels, n)
+        wanted = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape).mean(-1)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        slopes = [grad(value.sum(), logits, retain_graph=True)[0] for value in (found, wanted)]
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)
+
+
+def test_many_clients_at_once_are_many_single_calls_and_equal_a_loop():
+    logits, labels, counts = random_batch(4, images=6, classes=5)
+    counts[1, 2] = counts[3, 0] = 0
+    labels[1][labels[1] == 2] = 3
+    labels[3][labels[3] == 0] = 4
+    valid = torch.rand(4, 6, generator=torch_rng_for(0, "valid")) < 0.7
+    valid[2] = False  # a client without an image in this batch
+    found = losses.balanced_cross_entropy(logits, labels, counts, valid)
+    singles = [losses.balanced_cross_entropy(*one) for one in zip(logits, labels, counts, valid, strict=True)]
+    torch.testing.assert_close(found, torch.stack(singles), rtol=1e-12, atol=0)
+    wanted = [slow_balanced(*one) for one in zip(logits.detach(), labels, counts, valid, strict=True)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-9) and found[2] == 0
+    slope = grad(found.sum(), logits)[0]
+    assert torch.isfinite(slope).all() and not slope[~valid].any()
+    assert not slope[1, :, 2].any() and not slope[3, :, 0].any() and slope[1, :, 3].any()
+    assert gradcheck(lambda x: losses.balanced_cross_entropy(x, labels, counts, valid), (logits,))
+
+
+def test_what_stands_in_padding_does_not_matter():
+    logits, labels, counts = random_batch(2)
+    counts[0, 0] = 0
+    labels[0][labels[0] == 0] = 1
+    valid = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    want = losses.balanced_cross_entropy(logits[0, :3], labels[0, :3], counts[0])
+    for rubbish, label in ((math.nan, -1), (math.inf, 99), (0.0, 0)):
+        padded = logits.detach().clone()
+        padded[0, 3:], labels[0, 3:] = rubbish, label
+        padded.requires_grad_()
+        found = losses.balanced_cross_entropy(padded, labels, counts, valid)
+        torch.testing.assert_close(found[0], want, rtol=1e-12, atol=0)
+        slope = grad(found.sum(), padded)[0]
+        assert torch.isfinite(slope).all() and not slope[0, 3:].any()
+    nobody = torch.zeros_like(valid)  # and no labels at all: the seat of a client that does not train
+    loss = losses.balanced_cross_entropy(padded, labels, torch.zeros_like(counts), nobody)
+    assert not loss.any() and not grad(loss.sum(), padded)[0].any()
+
+
+@given(st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any), st.floats(0.01, 100))
+def test_counts_in_another_unit_give_the_same_loss(counts, unit):
+    labels = torch.tensor([counts.index(max(counts))] * 2)
+    found, scaled = (
+        losses.balanced_cross_entropy(THREE, labels, torch.tensor(counts, dtype=torch.float64) * u) for u in (1, unit)
+    )
+    assert found.item() == pytest.approx(scaled.item(), rel=1e-9, abs=1e-12)
+
+
+def test_half_precision_logits_are_summed_in_single_precision():
+    logits, labels, counts = random_batch()
+    half = losses.balanced_cross_entropy(logits.detach().bfloat16(), labels, counts)
+    whole = losses.balanced_cross_entropy(logits.detach().bfloat16().float(), labels, counts)
+    assert half.dtype == torch.float32 and half == whole
+
+
+def test_labels_on_a_device_are_not_waited_for():
+    meta = [t.detach().to("meta") for t in random_batch(2)]  # shapes without numbers: looking at one would raise
+    valid = torch.ones_like(meta[1], dtype=torch.bool)
+    for counts in (meta[2], None):
+        assert losses.balanced_cross_entropy(meta[0], meta[1], counts, valid).shape == (2,)
+    with pytest.raises(ValueError, match="labels must be"):  # shapes cost nothing and are looked at everywhere
+        losses.balanced_cross_entropy(meta[0], meta[1][:1], None)
+
+
+# ------------------------------------------------------------------------------------------------ KAFAL's distillation
+
+
+def test_compensation_weights_by_hand():
+    # 1 / 1, 1 / 2, 1 / 4: of 7 / 4 in all; the class without labels gets nothing
+    found = losses.compensation_weights(torch.tensor([1, 2, 0, 4], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
+    # the added 1e-6 is seen where counts are as small: 1 / 2e-6 and 1 / 4e-6
+    small = losses.compensation_weights(torch.tensor([1e-6, 3e-6], dtype=torch.float64))
+    assert small.tolist() == pytest.approx([2 / 3, 1 / 3], rel=1e-9)
+    whole = losses.compensation_weights(torch.tensor([[1, 2, 0, 4], [0, 0, 0, 0], [0, 9, 0, 0]]))
+    assert whole.dtype == torch.float32 and whole.shape == (3, 4)
+    assert whole[0].tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
+    assert whole[1:].tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=8).filter(any))
+def test_compensation_weights_sum_to_one_and_fall_with_the_count(counts):
+    found = losses.compensation_weights(torch.tensor(counts).double()).tolist()
+    assert sum(found) == pytest.approx(1, rel=1e-12)
+    for n, w in zip(counts, found, strict=True):
+        assert (w > 0) == (n > 0)
+        assert all(w > w2 for n2, w2 in zip(counts, found, strict=True) if 0 < n < n2)
+
+
+def test_compensation_loss_by_hand():
+    # teacher q = (1/2, 1/4, 1/4), student p = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2, over C = 3.
+    # Weights .6, .2; the second image agrees: 0. Mean of two images: .6 / 4 ln 2 / 3 / 2
+    student = torch.tensor([[1.0, 1, 2], [1, 2, 3]], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([[2.0, 1, 1], [1, 2, 3]], dtype=torch.float64).log().requires_grad_()
+    found = losses.compensation_loss(student, teacher, torch.tensor([0.6, 0.2]))
+    assert found.shape == () and found.item() == pytest.approx(0.6 * math.log(2) / 4 / 3 / 2, rel=1e-7)
+    found.backward()
+    assert teacher.grad is None
+    # w (p - q) / (C B)
+    wanted = torch.tensor([[-0.25, 0, 0.25], [0, 0, 0]], dtype=torch.float64) * 0.6 / 6
+    torch.testing.assert_close(student.grad, wanted, rtol=1e-6, atol=1e-15)
+
+
+def slow_compensation(student, teacher, weights):
+    total = 0.0
+    for f, g, w in zip(student.tolist(), teacher.tolist(), weights.tolist(), strict=True):
+        p, q = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (f, g))
+        total += w * sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True)) / len(f)
+    return total / len(weights)
+
+
+def test_distilling_many_clients_at_once_is_many_single_calls_and_equals_a_loop():
+    student, _, _ = random_batch(3, images=6, classes=5)
+    teacher = random_batch(3, images=6, classes=5)[0].detach().flip(1)
+    weights = torch.rand(3, 6, generator=torch_rng_for(0, "weights"), dtype=torch.float64)
+    found = losses.compensation_loss(student, teacher, weights)
+    singles = [losses.compensation_loss(*one) for one in zip(student, teacher, weights, strict=True)]
+    torch.testing.assert_close(found, torch.stack(singles), rtol=1e-12, atol=0)
+    wanted = [slow_compensation(*one) for one in zip(student.detach(), teacher, weights, strict=True)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-9) and (found > 0).all()
+    assert gradcheck(lambda x: losses.compensation_loss(x, teacher, weights), (student,))
+    assert losses.compensation_loss(student, student, weights).tolist() == [0, 0, 0]
+
+
+def test_a_certain_teacher_gives_no_nan():
+    student = torch.tensor([[0.0, 2000.0]], requires_grad=True)  # q log q with q = 0, and log p far below
+    loss = losses.compensation_loss(student, torch.tensor([[2000.0, 0.0]]), torch.ones(1))
+    assert loss.item() == pytest.approx(1000) and torch.isfinite(grad(loss, student)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0, 3]), None), "must be classes 0..2, got 3"),
+        (lambda: losses.balanced_cross_entropy(THREE, torch.tensor([-1, 0]), None), "classes 0..2, got -1"),
+        (
+            lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0, 2]), torch.tensor([4, 2, 0])),
+            r"class 2 is a label of this batch, but its count is 0: \[4, 2, 0\]",
+        ),
+        (
+            lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0, 1]), torch.tensor([4, 2, -1])),
+            r"counts must be finite and >= 0, got \[4, 2, -1\]",
+        ),
+        (
+            lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0, 1]), torch.tensor([4, 2, math.nan])),
+            r"counts must be finite and >= 0, got \[4.0, 2.0, nan\]",
+        ),
+        (lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0]), None), r"labels must be \(2,\).* got \(1,\)"),
+        (
+            lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0, 1]), torch.ones(2)),
+            r"counts must be \(3,\), .* got \(2,\)",
+        ),
+        (
+            lambda: losses.balanced_cross_entropy(THREE, torch.tensor([0, 1]), None, torch.ones(3, dtype=torch.bool)),
+            r"valid must be \(2,\) as labels, got \(3,\)",
+        ),
+        (lambda: losses.compensation_weights(torch.tensor([1.0, -2.0])), r"finite and >= 0, got \[1.0, -2.0\]"),
+        (lambda: losses.compensation_weights(torch.tensor([1.0, math.inf])), "finite and >= 0, got .*inf"),
+        (lambda: losses.compensation_loss(THREE, THREE[:1], torch.ones(2)), r"teacher must be \(2, 3\).* got \(1, 3\)"),
+        (lambda: losses.compensation_loss(THREE, THREE, torch.ones(3)), r"weights must be \(2,\).* got \(3,\)"),
+    ],
+)
+def test_class_losses_refuse_in_words_what_makes_no_sense(call, message):
     with pytest.raises(ValueError, match=message):
         call()

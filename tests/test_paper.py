@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy import stats
 
-from fedal_utils import record
+from fedal_utils import kafal, record, sampling
 
 PAPERS = sorted((Path(__file__).resolve().parents[1] / "results" / "paper").glob("*.csv"))
-RANGES = {"fraction": (0, 1), "percent": (0, 100), "%": (0, 100), "MB": (0, 1e6), "rounds": (0, 1000)}
+RANGES = {
+    "fraction": (0, 1),
+    "percent": (0, 100),
+    "%": (0, 100),
+    "MB": (0, 1e6),
+    "rounds": (0, 1000),
+    "images": (1, 1e6),
+}
 FOUR = ["SUM", "AVG", "MAX", "RND"]
 
 
@@ -156,3 +165,139 @@ def test_megabytes_follow_from_the_sizes(paper):
     assert set(rows["setting"]) == set(totals)
     for row in rows.itertuples():
         assert row.value == pytest.approx(totals[row.setting](row.x), abs=0.5), row
+
+
+# ------------------------------------------------------------------------------------------ KAFAL 2023 and LoGo 2023
+
+NOT_OURS = {"LL4AL", "ALFA-Mix"}
+METHODS = {*kafal.CLASS_STRATEGIES, *sampling.CLASS_STRATEGIES}
+
+
+@pytest.fixture(scope="module")
+def kafal_paper() -> pd.DataFrame:
+    return record.read_paper("kafal")
+
+
+@pytest.fixture(scope="module")
+def logo_paper() -> pd.DataFrame:
+    return record.read_paper("logo")
+
+
+def accuracies(paper: pd.DataFrame, item: str) -> dict[str, dict[float, float]]:
+    """method -> x -> accuracy."""
+    methods = paper.loc[paper["item"] == item, "setting"].unique()
+    return {method: series(paper, item, method, "accuracy") for method in methods}
+
+
+def protocol(paper: pd.DataFrame) -> dict[str, float]:
+    """metric -> value of the released code."""
+    rows = paper[(paper["item"] == "protocol") & (paper["setting"] == "released code")]
+    return dict(zip(rows["metric"], rows["value"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["kafal", "logo"])
+def test_methods_go_by_our_names_and_every_source_says_of_what_kind_it_is(name):
+    frame = record.read_paper(name)
+    measured = frame[frame["metric"] == "accuracy"]
+    assert set(measured["setting"]) <= METHODS | NOT_OURS and set(measured["unit"]) == {"fraction"}
+    assert measured["source"].str.startswith("[2nd] ").all()  # neither paper's own tables were found
+    assert frame["source"].str.match(r"\[(2nd|code|derived)\] |abstract; ").all()
+    assert frame.loc[frame["metric"] != "accuracy", "tolerance"].isna().all()
+    assert frame.loc[frame["item"].str.startswith("protocol"), "value"].notna().all()
+
+
+def test_kafals_clients_add_up(kafal_paper):
+    images, first, cycle = (
+        series(kafal_paper, f"protocol, {what}", "released partition", "images")
+        for what in ("images of each client", "first labels of each client", "labels asked of each client a cycle")
+    )
+    told = protocol(kafal_paper)
+    assert list(images) == list(first) == list(cycle) == list(range(int(told["clients"])))
+    assert (sum(images.values()), sum(first.values()), sum(cycle.values())) == (50_000, 5_005, 2_506)
+    for client, count in images.items():  # each share is rounded up
+        assert first[client] == math.ceil(count * 10 / 100) and cycle[client] == math.ceil(count * 5 / 100)
+    assert (told["share_first"], told["share_cycle"]) == (0.1, 0.05)
+    labels = [sum(first.values()) + k * sum(cycle.values()) for k in range(int(told["cycles"]))]
+    assert labels == [5005, 7511, 10017, 12523, 15029, 17535]
+    for curve in accuracies(kafal_paper, "CIFAR-10, by labels").values():
+        assert list(curve) == labels
+    assert math.ceil(told["participation"] * told["clients"]) == 8
+
+
+def test_kafals_curves_are_the_same_by_labels_and_by_cycle(kafal_paper):
+    for more, counts in (("", [6] * 9), (", earlier cell", [4] * 2)):
+        by_labels = accuracies(kafal_paper, f"CIFAR-10, by labels{more}")
+        by_cycle = accuracies(kafal_paper, f"CIFAR-10, by cycle{more}")
+        assert [len(curve) for curve in by_labels.values()] == counts
+        assert by_labels == {
+            method: {5005 + 2506 * cycle: value for cycle, value in curve.items()} for method, curve in by_cycle.items()
+        }
+
+
+def test_all_methods_of_kafals_figure_start_together_and_kafal_ends_first(kafal_paper):
+    for item, start, end, methods, beaten in (
+        ("CIFAR-10, by cycle", 0.5060, 0.7460, 9, {2: "coreset"}),
+        ("CIFAR-100, by cycle", 0.1767, 0.3204, 7, {2: "badge"}),
+    ):
+        curves = accuracies(kafal_paper, item)
+        assert len(curves) == methods and {curve[0] for curve in curves.values()} == {start}
+        assert all(list(curve) == list(range(6)) for curve in curves.values())
+        assert all(a < b for curve in curves.values() for a, b in pairwise(curve.values()))
+        assert curves["ksas"][5] == end
+        for cycle in range(1, 6):
+            best = max(curve[cycle] for curve in curves.values())
+            assert curves[beaten.get(cycle, "ksas")][cycle] == best
+
+
+def test_what_is_uncertain_in_kafals_figure_is_visible(kafal_paper):
+    later = accuracies(kafal_paper, "CIFAR-10, by cycle")
+    earlier = accuracies(kafal_paper, "CIFAR-10, by cycle, earlier cell")
+    assert set(earlier) == {"LL4AL", "qbc"}
+    for method, curve in earlier.items():
+        assert list(curve) == [2, 3, 4, 5] and curve[5] == later[method][5]
+        assert all(curve[cycle] != later[method][cycle] for cycle in (2, 3, 4))
+        told = kafal_paper[(kafal_paper["item"] == "CIFAR-10, by cycle") & (kafal_paper["setting"] == method)]
+        assert told["source"].str.contains("an earlier cell has other values").all()
+    starts = [number_at_start(kafal_paper, f"CIFAR-10, MobileNetV2, partition {p}, by labels") for p in "ABC"]
+    assert max(starts) - min(starts) == pytest.approx(0.0942)  # the partition alone moves nine points
+
+
+def number_at_start(paper: pd.DataFrame, item: str) -> float:
+    curve = series(paper, item, "badge", "accuracy")
+    assert list(curve) == list(range(5000, 20_001, 2500))
+    return curve[5000]
+
+
+def test_kafals_parameters_by_hand(kafal_paper):
+    # conv 3 -> 16; blocks 16, 32, 64 of two 3x3 convs, each with its batch norm (2 a channel), the two wider ones with
+    # a 1x1 shortcut without one; a last batch norm; linear 64 -> 10
+    blocks = sum(9 * i * o + 9 * o * o + 4 * o + (i * o if i != o else 0) for i, o in ((16, 16), (16, 32), (32, 64)))
+    total = 9 * 3 * 16 + blocks + 2 * 64 + 64 * 10 + 10
+    assert protocol(kafal_paper)["parameters"] == total == 77_946
+
+
+def test_kafals_numbers_join_our_runs_by_cycle_whatever_the_partition(kafal_paper):
+    rows = [
+        {"method": method, "seed": seed, "cycle": cycle, "round": r, "client": "server", "images": 5000 + 2500 * cycle,
+         "accuracy": accuracy + 0.001 * seed if r else 0.1}
+        for method in ("ksas", "random") for seed in (0, 1) for r in (0, 1)
+        for cycle, accuracy in enumerate(accuracies(kafal_paper, "CIFAR-10, by cycle")[method].values())
+    ]  # fmt: skip
+    frame = record.compare_paper(pd.DataFrame(rows), "kafal", "quick", items=["CIFAR-10, by cycle"], x="cycle")
+    run = frame["setting"].isin(["ksas", "random"])
+    assert (frame.loc[run, "verdict"] == "matches").all() and run.sum() == 12
+    assert (frame.loc[~run, "verdict"] == "not run").all()
+
+
+def test_logos_numbers_and_protocols(logo_paper):
+    for name, random, logo in (("CIFAR-10", 0.6914, 0.7192), ("CIFAR-100", 0.3267, 0.3427), ("SVHN", 0.8547, 0.8708)):
+        item = f"{name}, re-run, end"
+        assert number(logo_paper, item, "random", "accuracy") == random
+        assert number(logo_paper, item, "logo", "accuracy") == logo
+    for item, setting, cycles in (("protocol", "released code", 16), ("protocol, re-run", "FAST", 8)):
+        first, step, last = (number(logo_paper, item, setting, f"share_{s}") for s in ("first", "cycle", "last"))
+        assert 1 + (last - first) / step == pytest.approx(cycles)
+    told = protocol(logo_paper)
+    assert told["t_threshold"] == pytest.approx(stats.t.ppf(0.975, 4), abs=5e-4)  # of 5 seeds, though it has 4
+    assert told["seeds"] == 4 and stats.t.ppf(0.975, 3) == pytest.approx(3.182, abs=5e-4)
+    assert told["features"] == 64 * (32 // 2**4) ** 2  # four poolings of 32 pixels

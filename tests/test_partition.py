@@ -1,5 +1,7 @@
 """Splits over clients: exact cover without overlap, the skews by their statistics, van Bommel's split at scale."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +64,7 @@ def test_the_same_generator_gives_the_same_split_and_another_a_different_one():
     for split in (
         lambda rng: partition.iid(80, 3, rng),
         lambda rng: partition.dirichlet(dominant, 3, 0.5, rng),
+        lambda rng: partition.dirichlet_equal(dominant, 3, 0.5, rng),
         lambda rng: partition.missing_class(present, [[0], [1], []], rng)[0],
     ):
         a, b, c = (split(rng_for(seed, "p")) for seed in (0, 0, 1))
@@ -200,6 +203,10 @@ def test_class_counts_by_hand():
         (lambda rng: partition.dirichlet(np.zeros(9), 2, float("inf"), rng), "alpha must be > 0 and finite, got inf"),
         (lambda rng: partition.dirichlet(np.zeros(9), 2, 1.0, rng, least=5), "at least 5 images need more"),
         (lambda rng: partition.dirichlet(np.zeros(9), 9, 0.01, rng, tries=3), r"no Dirichlet\(0.01\) draw .*raise"),
+        (lambda rng: partition.dirichlet_equal(np.zeros(3), 4, 1.0, rng), "4 clients cannot share 3 images"),
+        (lambda rng: partition.dirichlet_equal(np.zeros(3), 0, 1.0, rng), "clients must be 1 or more, got 0"),
+        (lambda rng: partition.dirichlet_equal(np.zeros(9), 2, -1.0, rng), "alpha must be > 0 and finite, got -1.0"),
+        (lambda rng: partition.dirichlet_equal(np.zeros(9), 2, float("nan"), rng), "alpha must be .*, got nan"),
         (lambda rng: partition.missing_class(np.ones((1, 2), bool), [[], []], rng), "2 clients cannot share 1 images"),
         (lambda rng: partition.missing_class(np.ones((4, 2), bool), [[], [2]], rng), "client 1 misses class column 2"),
         (lambda rng: partition.missing_class(np.ones((4, 2), bool), [[], [0]], rng), r"clients \[1\] get no image"),
@@ -210,3 +217,203 @@ def test_class_counts_by_hand():
 def test_what_cannot_be_split_is_an_error_that_says_why(call, message):
     with pytest.raises(ValueError, match=message):
         call(rng_for(0, "p"))
+
+
+# ------------------------------------------------------------------------------------------- label skew, equal sizes
+
+
+@given(
+    st.lists(st.integers(-1, 4), min_size=1, max_size=80),
+    st.integers(1, 9),
+    st.sampled_from([0.001, 0.01, 0.1, 1.0, 10.0, 1e4]),
+    st.integers(0, 5),
+)
+def test_dirichlet_equal_covers_exactly_with_sizes_within_one(classes, clients, alpha, seed):
+    clients = min(clients, len(classes))
+    parts = partition.dirichlet_equal(np.array(classes), clients, alpha, rng_for(seed, "p"))
+    assert len(parts) == clients
+    assert_exact_cover(parts, len(classes))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_dirichlet_equal_with_classes_of_very_different_size_still_covers_exactly():
+    classes = np.repeat(np.arange(5), [4000, 900, 90, 9, 1])
+    for alpha in (0.01, 1.0, 1e3):
+        parts = partition.dirichlet_equal(classes, 7, alpha, rng_for(0, "p"))
+        assert_exact_cover(parts, len(classes))
+        assert sorted({len(part) for part in parts}) == [714, 715]
+
+
+def test_dirichlet_equal_is_the_more_skewed_the_smaller_alpha():
+    classes = np.repeat(np.arange(10), 500)
+    top = []
+    for alpha in (0.01, 0.1, 1.0, 10.0):
+        splits = [partition.dirichlet_equal(classes, 10, alpha, rng_for(seed, "p")) for seed in range(5)]
+        top.append(np.mean([shares_of_class(parts, classes).max(axis=1).mean() for parts in splits]))
+    assert top[0] > 0.8 and top[-1] < 0.25  # the most frequent class at a client; 0.1 if all were equal
+    assert all(a > b + 0.1 for a, b in zip(top, top[1:], strict=False)), top
+
+
+def test_dirichlet_equal_with_a_large_alpha_is_iid():
+    classes = np.repeat(np.arange(4), [100, 200, 300, 400])
+    shares = shares_of_class(partition.dirichlet_equal(classes, 5, 1e6, rng_for(0, "p")), classes)
+    assert np.abs(shares - [0.1, 0.2, 0.3, 0.4]).max() <= 0.0051  # one of 200 images
+
+
+def test_dirichlet_equal_with_one_class_is_an_equal_split():
+    parts = partition.dirichlet_equal(np.full(11, 3), 4, 0.1, rng_for(0, "p"))
+    assert_exact_cover(parts, 11)
+    assert sorted(len(part) for part in parts) == [2, 3, 3, 3]
+
+
+def test_dirichlet_equal_takes_images_of_a_class_at_random():
+    classes = np.repeat(np.arange(2), 200)
+    first = partition.dirichlet_equal(classes, 2, 1e6, rng_for(0, "p"))[0]
+    assert len(set(first[:100])) == 100 and np.diff(first).max() > 3  # no run of neighbours
+
+
+def test_the_alternation_gives_the_margins_that_it_promises_and_keeps_the_odds():
+    # The scaled matrix is the only one with these margins and the odds ratio of the draw (Sinkhorn): by hand for
+    # [[4, 1], [1, 1]] with rows 1, columns 1: a^2 / (1 - a)^2 = 4, so a = 2/3.
+    logs = np.log(np.array([[4.0, 1.0], [1.0, 1.0]]))
+    balanced = partition._balanced(logs, np.array([1.0, 1.0]), 1e-9)
+    assert balanced == pytest.approx(np.array([[2, 1], [1, 2]]) / 3, abs=1e-6)
+    # unequal classes: columns 3/2 and 1/2; a (a - 1/2) / ((1 - a) (3/2 - a)) = 4 -> 3 a^2 - 9.5 a + 6 = 0
+    a = (9.5 - np.sqrt(9.5**2 - 72)) / 6
+    balanced = partition._balanced(logs, np.array([1.5, 0.5]), 1e-9)
+    assert balanced == pytest.approx(np.array([[a, 1 - a], [1.5 - a, a - 0.5]]), abs=1e-6)
+
+
+def test_log_dirichlet_has_the_moments_of_dirichlet():
+    logs = partition._log_dirichlet(0.5, (20_000, 4), rng_for(0, "p"))
+    shares = np.exp(logs - partition._log_sum(logs, axis=1))
+    assert shares.mean(axis=0) == pytest.approx(np.full(4, 0.25), abs=0.01)
+    assert shares.var() == pytest.approx(0.25 * 0.75 / 3, rel=0.03)  # (1/M)(1 - 1/M) / (M alpha + 1)
+    assert np.isfinite(partition._log_dirichlet(1e-3, (1000, 10), rng_for(0, "p"))).all()
+
+
+def test_whole_numbers_stay_near_what_is_wanted():
+    rng = rng_for(0, "whole")
+    for _ in range(30):
+        real = rng.dirichlet(np.ones(6), 5).T  # (6, 5), columns sum to 1
+        counts = rng.integers(1, 40, 5)
+        wanted = real * counts
+        sizes = np.full(6, counts.sum() // 6)
+        sizes[: counts.sum() % 6] += 1
+        dealt = partition._whole(wanted, sizes, counts)
+        assert (dealt >= 0).all() and (dealt.sum(axis=0) == counts).all() and (dealt.sum(axis=1) == sizes).all()
+    near = np.array([[1.5, 1.5], [1.5, 1.5]])
+    assert np.abs(partition._whole(near, np.array([3, 3]), np.array([3, 3])) - near).max() == 0.5
+
+
+def test_a_draw_that_does_not_balance_is_drawn_again_and_at_last_an_error(monkeypatch):
+    drawn = []
+    draw = partition._log_dirichlet
+    monkeypatch.setattr(partition, "_log_dirichlet", lambda *args: drawn.append(1) or draw(*args))
+    classes = np.repeat(np.arange(10), 50)
+    partition.dirichlet_equal(classes, 10, 0.1, rng_for(0, "p"))
+    assert len(drawn) == 1
+    monkeypatch.setattr(partition, "ALTERNATIONS", 1)
+    with pytest.raises(ValueError, match=r"none of 5 Dirichlet\(0.1\) draws for 10 clients and 10 classes .* 1 alter"):
+        partition.dirichlet_equal(classes, 10, 0.1, rng_for(0, "p"), tries=5)
+    assert len(drawn) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+IDS = ["b", "a", "d", "c", "train/é"]
+SPLIT = [np.array([0, 3]), np.array([4, 1])]
+
+
+def test_a_saved_split_comes_back_also_for_a_set_in_another_order(tmp_path):
+    file = partition.save(tmp_path / "new" / "split.json", "tiny", IDS, SPLIT, ["client 10", "client 2"])
+    parts, names = partition.load(file, IDS)
+    assert names == ["client 10", "client 2"]  # in their order
+    assert [part.tolist() for part in parts] == [[0, 3], [1, 4]] and parts[0].dtype == np.int64
+    again, _ = partition.load(str(file), sorted(IDS))
+    assert [[sorted(IDS)[i] for i in part] for part in again] == [["b", "c"], ["a", "train/é"]]
+    assert [p.name for p in file.parent.iterdir()] == ["split.json"]  # nothing temporary stays
+
+
+def test_the_same_split_is_the_same_bytes_whatever_the_order_of_the_set(tmp_path):
+    one = partition.save(tmp_path / "a.json", "tiny", IDS, SPLIT, ["x", "y"]).read_bytes()
+    order = [3, 0, 4, 1, 2]
+    shuffled = [IDS[i] for i in order]
+    parts = [np.array([order.index(i) for i in part]) for part in SPLIT]
+    assert partition.save(tmp_path / "b.json", "tiny", shuffled, parts, ["x", "y"]).read_bytes() == one
+    assert json.loads(one) == {"format": 1, "data_set": "tiny", "clients": {"x": ["b", "c"], "y": ["a", "train/é"]}}
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = partition.save(tmp_path / "a.json", "tiny", IDS, SPLIT, ["x", "y"])
+    before = file.read_bytes()
+
+    def broken(*_):
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(partition.os, "replace", broken)
+    with pytest.raises(OSError, match="disk is gone"):
+        partition.save(file, "tiny", IDS, [np.array([0]), np.array([1])], ["x", "y"])
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "names", "message"),
+    [
+        ([[0], [1]], ["x"], "2 clients need as many different names"),
+        ([[0], [1]], ["x", "x"], "2 clients need as many different names"),
+        ([[0], []], ["x", "y"], "client 'y' has no image"),
+        ([[0], [5]], ["x", "y"], r"client 'y' has row 5; rows are 0\.\.4"),
+        ([[0], [-1]], ["x", "y"], "client 'y' has row -1"),
+        ([[0], [1, 0]], ["x", "y"], "image id 'b' is held by 'x' and by 'y'"),
+        ([[0], [1, 1]], ["x", "y"], "image id 'a' is held by 'y' and by 'y'"),
+    ],
+)
+def test_a_split_that_could_not_be_read_back_is_not_written(tmp_path, parts, names, message):
+    file = tmp_path / "split.json"
+    with pytest.raises(ValueError, match=f"split.json: {message}"):
+        partition.save(file, "tiny", IDS, [np.array(p, dtype=int) for p in parts], names)
+    assert not file.exists()
+
+
+def of_kind(**changes):
+    return json.dumps({"format": 1, "data_set": "tiny", "clients": {"x": ["a"], "y": ["b", "c"]}} | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "truncated or not JSON"),
+        ("\ufeff[]", "truncated or not JSON"),
+        ("[1]", "no partition"),
+        ("{}", "no partition"),
+        (of_kind(format=2), "has the format 2; allowed is 1"),
+        (of_kind(clients=[["a"]]), "clients must map names to lists"),
+        (of_kind(clients={}), "clients must map names to lists"),
+        (of_kind(clients={"x": "a"}), "client 'x' must have a list of image ids, got 'a'"),
+        (of_kind(clients={"x": [1]}), r"client 'x' must have a list of image ids, got \[1\]"),
+        (of_kind(clients={"x": ["a"], "y": []}), "client 'y' has no image"),
+        (of_kind(clients={"x": ["a", "z"]}), "client 'x' has the image id 'z', .* for 'tiny'"),
+        (of_kind(clients={"x": ["a"], "y": ["b", "a"]}), "image id 'a' is held by 'x' and by 'y'"),
+        (of_kind(clients={"x": ["a", "a"]}), "image id 'a' is held by 'x' and by 'x'"),
+        (of_kind(clients={"x": ["a"], "y": ["b"]}).replace('"y"', '"x"'), "'x' occurs more than once"),
+    ],
+)
+def test_a_partition_file_that_is_wrong_is_an_error_that_names_file_and_value(tmp_path, text, message):
+    file = tmp_path / "wrong.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        partition.load(file, IDS)
+    assert str(file) in str(error.value)
+
+
+def test_other_ways_not_to_be_read(tmp_path):
+    with pytest.raises(ValueError, match="none.json does not exist"):
+        partition.load(tmp_path / "none.json", IDS)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="bytes.json is truncated or not JSON"):
+        partition.load(tmp_path / "bytes.json", IDS)
+    file = partition.save(tmp_path / "ok.json", "tiny", IDS, SPLIT, ["x", "y"])
+    with pytest.raises(ValueError, match="ok.json: the 6 ids of the data set are not unique"):
+        partition.load(file, [*IDS, "a"])

