@@ -1,4 +1,4 @@
-"""All clients at once: the stacked trainer against one client after another, and KAFAL's distillation by a slow oracle."""
+"""All clients at once: the stacked trainer against one client after another; KAFAL's distillation by a slow oracle."""
 
 from __future__ import annotations
 
