@@ -219,6 +219,11 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         config = config.replace(clients=len(set(train.images.groups)))
     elif config.partition.endswith(".json"):
         config = config.replace(clients=len(partition.load(config.partition, train.images.ids)[1]))
+    for_classes = [name for name in ("balanced", "compensation", "first_part", "budget_part") if getattr(config, name)]
+    if for_classes and not config.classifier:
+        raise ValueError(
+            f"{' and '.join(for_classes)} are for classifiers: set classifier to one of {classifiers.NAMES}"
+        )
     for method in config.methods:
         _check_method(config, method)
     photos = (train, test)
@@ -652,6 +657,8 @@ def ask(
         count = config.labels_needed()
     elif cycle == 0 and (config.classifier or not config.as_released):
         strategy = "random"
+    if count == 0:
+        return  # all is labelled
     strategy, _, asked = strategy.partition(".")
     if client.known:
         model = _with(model, client.known)
@@ -830,7 +837,7 @@ def _train_together(
         names = [c.name for c in clients]
     message = broadcast(model, config.batch_norm, config.wire)
     here, lessons = [], []
-    for client in clients:
+    for client in sorted(clients, key=lambda client: client.name):  # who stands where in a stack moves the last bits
         if client.name not in names:
             continue
         if len(client.pool.labelled()) == 0:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import huale, sampling
 from .boxes import Detections
+from .config import Config
 from .sampling import Choice, Scores, Sight
 
 DIRECTIONS = ("both", "client", "global")
@@ -278,3 +279,38 @@ def choose(strategy: str, sight: Sight, k: int, rng: np.random.Generator, empty:
         return logo(alone, embedding, logits, k, rng)
     scores = score(strategy, sight)
     return Choice(sampling.top_k(scores, k, rng, empty), scores)
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+PLAIN, BALANCED, WHOLE = "cross-entropy", "balanced softmax", "KCFU"
+
+
+def training_arms(config: Config) -> dict[str, Config]:
+    """The same experiment with KAFAL's training taken apart: plain FedAvg, with the balanced softmax, and the whole."""
+    return {
+        PLAIN: config.replace(balanced=False, compensation=0.0),
+        BALANCED: config.replace(balanced=True, compensation=0.0),
+        WHOLE: config.replace(balanced=True, compensation=1.0),
+    }
+
+
+def mixes(config: Config, alphas: tuple[float, ...] = (0.1, 1.0, 100.0)) -> dict[str, Config]:
+    """The same experiment from clients that know few classes each to clients that are alike."""
+    return {f"alpha {alpha:g}": config.replace(alpha=alpha) for alpha in alphas}
+
+
+def disagreement_map(
+    client_logits: Tensor, global_logits: Tensor, counts: np.ndarray | Tensor
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Sums of disagreement by the class that the global model sees: (C,) each of plain KL and of KSAS, parts of one.
+
+    Which classes would get a client's budget if images were asked in proportion to their score.
+    """
+    seen, classes = global_logits.argmax(1), global_logits.shape[1]
+    out = []
+    for prior in (np.ones(classes), counts):
+        score = specialised_divergence(client_logits, global_logits, prior).cpu()
+        total = torch.zeros(classes, dtype=torch.float64).index_add_(0, seen.cpu(), score)
+        out.append((total / total.sum().clamp(min=1e-300)).numpy())
+    return out[0], out[1]

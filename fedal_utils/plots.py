@@ -102,6 +102,9 @@ X_LABELS = {
     "rounds": "communication rounds",
 }
 Y_LABELS = {
+    "accuracy": "accuracy",
+    "accuracy_mean_client": "accuracy, mean over clients",
+    "accuracy_worst_client": "accuracy, worst client",
     "ap50": "AP at IoU 0.5",
     "ap75": "AP at IoU 0.75",
     "ap_coco": "AP, COCO (IoU .50:.95)",

@@ -852,7 +852,7 @@ class _Progress:
 
     def step(self, cycle: int, round: int, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         server = next((row for row in rows if row.get("client") == "server"), {})
-        news = {k: float(server[k]) for k in ("images", "ap50", "loss") if server.get(k) is not None}
+        news = {k: float(server[k]) for k in ("images", "ap50", "accuracy", "loss") if server.get(k) is not None}
         if self.bar is not None:
             self.bar.set_postfix({"cycle": cycle, **{k: f"{v:.4g}" for k, v in news.items()}}, refresh=False)
             self.bar.update()
