@@ -248,7 +248,8 @@ def needs(strategy: str) -> frozenset[str]:
 def score(strategy: str, sight: Sight) -> Scores:
     """Scores by name: of 'ksas' and its two directions, of 'jeffreys' (KSAS with equal counts), of KSAS on boxes.
 
-    Without a model of its own (`own_logits` or `own` is None) a client has nothing to compare: no image is scored.
+    Without a model of its own (`own_logits` or `own` is None) a client has nothing to compare, and one whose labelled
+    images show no object has no boxes to specialise in: no image is scored.
     """
     needs(strategy)
     if strategy == "logo":
@@ -261,6 +262,8 @@ def score(strategy: str, sight: Sight) -> Scores:
     if counts is None:
         raise ValueError(f"strategy {strategy!r} needs 'labelled' of its Sight, which has none")
     if strategy in BOX_STRATEGIES:
+        if not np.asarray(counts).any():
+            return Scores(np.zeros(sight.images), np.zeros(sight.images, dtype=bool))
         return ksas_boxes(server, client, counts, strategy.removeprefix("ksas_"))
     values = specialised_divergence(client, server, counts, _DIRECTION[strategy])
     return Scores(values.cpu().numpy(), np.ones(sight.images, dtype=bool))
