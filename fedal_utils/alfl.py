@@ -139,7 +139,10 @@ class Study:
     @property
     def name(self) -> str:
         known = self.config.data in (*data.NAMES, *class_sets.NAMES)
-        return self.config.data if known else Path(self.config.data).expanduser().resolve().stem
+        if known:
+            return self.config.data
+        place = Path(self.config.data).expanduser().resolve()
+        return place.stem if place.is_file() else place.name
 
     def view(self, rows: Sequence[int], test: bool = False) -> Dataset:
         """These rows of the training (or test) set with their pixels."""

@@ -38,10 +38,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from . import data, download
-from .seeding import rng_for
 
 NAMES = ("digit-images", "cifar10", "cifar10-jpeg", "cifar100")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -88,10 +87,7 @@ def load(
     none. fetch: download CIFAR's pickles if they are not there. ValueError for imperfect input, ConnectionError if a
     download fails; both name the file or folder. A split has to fit into `data.MAX_BYTES`.
     """
-    limit = limit or (None, None)
-    for most in limit:
-        if most is not None and most < 1:
-            raise ValueError(f"limit must be at least 1 image or None, got {limit}")
+    limit = data.checked_limit(limit)
     size = data._size_pair(image_size)
     with contextlib.ExitStack() as opened:
         found = _find(name, data.data_root(root), seed, fetch, opened)
@@ -121,9 +117,7 @@ def _find(name: str, root: Path, seed: int, fetch: bool, opened: contextlib.Exit
 def _dataset(
     found: _Found, split: str, side: _Side, size: tuple[int, int], most: int | None, seed: int
 ) -> data.Dataset:
-    rows = np.arange(len(side.ids))
-    if most is not None and most < len(rows):
-        rows = np.sort(rng_for(seed, "limit", split).permutation(len(rows))[:most])
+    rows = data.within_limit(len(side.ids), most, seed, split)
     name = f"{found.label} {split}"
     pixels, sizes = _pixels(name, side.read, rows, size)
     height, width = size
@@ -174,10 +168,7 @@ def _letterboxed(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 def _rgb(tree: _Tree, file: str) -> Image.Image:
     """The whole, upright image as 8-bit RGB; a broken or deeper one is an error."""
     where = f"image {tree.place}/{file}"
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: broken images would pass as grey; set it to False"
-        )
+    data.refuse_half_images()
     try:
         image = Image.open(io.BytesIO(tree.read(file)))
         mode = image.mode

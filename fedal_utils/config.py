@@ -166,16 +166,10 @@ class Config(Recipe):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         counts = (
-            "start_images",
-            "start_iterations",
-            "start_warmup",
-            "merge_images",
-            "iterations",
-            "epochs",
-            "tail",
-            "crop",
-        )
-        for name in (*counts, "passes", "warmup", "warmup_epochs", "nominal", "evaluate_every", "threads", "scored"):
+            "start_images", "start_iterations", "start_warmup", "merge_images", "iterations", "epochs", "tail", "crop",
+            "passes", "warmup", "warmup_epochs", "nominal", "evaluate_every", "threads", "scored",
+        )  # fmt: skip
+        for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -379,7 +373,7 @@ _KAFAL_ALL = dict(
 _KAFAL: dict[str, dict[str, Any]] = {
     "digit-images": {
         **_KAFAL_ALL, "image_size": (16, 16), "clients": 5, "alpha": 0.3, "first_part": 0.04,
-        "budget_part": 0.04, "cycles": 3, "rounds": 6, "iterations": 8, "batch": 16, "lr": 0.05, "step_at": (0.6,),
+        "budget_part": 0.04, "cycles": 3, "rounds": 4, "iterations": 8, "batch": 16, "lr": 0.05, "step_at": (0.6,),
         "flip": 0.0, "crop": 1,
         "alone_epochs": 20, "side_seeds": 1, "threads": 1,
     },

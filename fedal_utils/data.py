@@ -346,12 +346,17 @@ def _file(path: Path, stated: tuple[int, int] | None) -> _File:
     return _File(path, (height, width), turn=True)
 
 
-def _read_rgb(file: _File) -> Image.Image:
-    """The whole image as 8-bit RGB, of the size the annotation states; a truncated file is an error."""
+def refuse_half_images() -> None:
+    """ValueError where Pillow was told to fill in the missing part of a truncated image."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: broken images would pass as grey; set it to False"
         )
+
+
+def _read_rgb(file: _File) -> Image.Image:
+    """The whole image as 8-bit RGB, of the size the annotation states; a truncated file is an error."""
+    refuse_half_images()
     with _opened(file.path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"image {file.path} has mode {image.mode!r} (more than 8 bits); allowed are 8-bit images")
@@ -1534,6 +1539,21 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("FEDAL_DATA") or "data")
 
 
+def checked_limit(limit: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """At most so many train and test images; ValueError below 1."""
+    limit = limit or (None, None)
+    if any(most is not None and most < 1 for most in limit):
+        raise ValueError(f"limit must be at least 1 image or None, got {limit}")
+    return limit
+
+
+def within_limit(count: int, most: int | None, seed: int, split: str) -> np.ndarray:
+    """Which of `count` images stay, in their order; nested: the 50 of a limit are among the 100 of another."""
+    if most is None or most >= count:
+        return np.arange(count)
+    return np.sort(rng_for(seed, "limit", split).permutation(count)[:most])
+
+
 def _found(name: str, root: Path, seed: int, fetch: bool) -> tuple[_Found, Path]:
     source = SOURCES.get(name)
     if source is None:
@@ -1581,10 +1601,7 @@ def load(
     test, of the digits 0 to digit_classes - 1. fetch: download, or unpack, what is missing where that is possible. A
     set above `max_bytes` streams with `workers` processes.
     """
-    limit = limit or (None, None)
-    for n in limit:
-        if n is not None and n < 1:
-            raise ValueError(f"limit must be at least 1 image or None, got {limit}")
+    limit = checked_limit(limit)
     if name == "digits":
         counts = [n if most is None else min(n, most) for n, most in zip(scenes, limit, strict=True)]
         size = _size_pair(image_size)
@@ -1600,9 +1617,7 @@ def load(
     sides = []
     label = name if name in SOURCES else source.name
     for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):
-        if most is not None and most < len(records):
-            chosen = np.sort(rng_for(seed, "limit", split).permutation(len(records))[:most])
-            records = [records[i] for i in chosen]
+        records = [records[i] for i in within_limit(len(records), most, seed, split)]
         counts = Counter(found.counts) if split == "train" else Counter()
         sides.append(
             _assemble(

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .classifiers import Classifier
+from .classifiers import Classifier, State
 from .config import Recipe
 from .data import Images, Labels
 from .detectors import Detector
 from .training import STEPS, CachedImages, Lesson, TrainingDiverged, fit, fit_classifier, fit_stacked
 
-State = dict[str, Tensor]
 WEIGHTS = ("images", "boxes", "equal")
 BATCH_NORM = ("average", "local", "frozen")
 _WIRE = {"fp32": torch.float32, "fp16": torch.float16}

@@ -659,7 +659,6 @@ class _Tutor:
         self.device, self.place = device, torch.arange(len(lessons), device=device)[:, None]  # (M, 1)
         self.counts = torch.stack([lesson.counts for lesson in lessons]).to(device)  # (M, C)
         self.gamma = compensation_weights(self.counts)
-        self.valid: Tensor | None = None
 
     def losses(self, draws: Sequence[_Draw]) -> Tensor:
         """(2, M): supervised loss and distillation of each client; their gradients are in the net afterwards."""
