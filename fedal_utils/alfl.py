@@ -32,6 +32,7 @@ from . import (
     classifiers,
     data,
     detectors,
+    dual_vae,
     federation,
     huale,
     kafal,
@@ -54,6 +55,7 @@ from .pool import Oracle, Pool, total
 from .roi_heads import Localisation
 from .sampling import Choice, Sight, View
 from .training import CachedImages
+from .vae import VAE
 
 CENTRALISED = "centralised"
 CROWD = 1000  # boxes of an image at most, where they are wanted before non-maximum suppression
@@ -61,7 +63,9 @@ YOLO_ANCHOR = 10.0  # pixels, width of the smallest anchor at 640 px
 CHAINS = ("chain", "chain-fedavg", "accumulate")
 SCHEMES = ("fedavg", "local-first", *CHAINS, CENTRALISED)
 ASKED = ("local", "alone")  # "entropy.local": not the global model is asked, see `ask`
-BOX_STRATEGIES = (*sampling.BOX_STRATEGIES, *huale.STRATEGIES, *kafal.BOX_STRATEGIES)  # all schemes take them all
+BOX_STRATEGIES = (  # all schemes take them all
+    *sampling.BOX_STRATEGIES, *huale.STRATEGIES, *kafal.BOX_STRATEGIES, *dual_vae.STRATEGIES,
+)  # fmt: skip
 CLASS_STRATEGIES = (
     *sampling.CLASS_STRATEGIES, *kafal.CLASS_STRATEGIES,
     *(f"{name}.{who}" for name in ("entropy", "margin", "confidence", "coreset", "badge") for who in ASKED),
@@ -78,7 +82,8 @@ class Client:
     nothing in this round: 'no labels', 'lost', 'diverged', or '' if it did. received: bytes that it got in this round;
     heard: bytes of other clients' models that it got to ask with. last: its own weights after its latest training,
     where a strategy compares them with the global model; known: the global model that it got last, while that is not
-    the current one (KAFAL's algorithm 1: a client that missed rounds compares stale models).
+    the current one (KAFAL's algorithm 1: a client that missed rounds compares stale models). coder: the weights of its
+    VAE, where that is not refitted in every cycle; it never leaves the client.
     """
 
     name: str
@@ -88,12 +93,13 @@ class Client:
     own: State = field(default_factory=dict)
     last: State = field(default_factory=dict)
     known: State = field(default_factory=dict)
+    coder: State = field(default_factory=dict)
     status: str = ""
     received: int = 0
     heard: int = 0
 
 
-KEPT = ("home", "memory", "own", "last", "known")  # of a client, in the resume point
+KEPT = ("home", "memory", "own", "last", "known", "coder")  # of a client, in the resume point
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,8 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
     if config.detector == "yolo":
         if config.evidence or not localisation.plain:
             raise ValueError("detector 'yolo' has neither RoI heads nor an evidence head: use 'faster_rcnn' (or 'ssd')")
+        if config.learned_loss:
+            raise ValueError("detector 'yolo' has no head that learns an image's loss: use 'ssd'")
         return yolo.build(
             classes, config.image_size, rng, depth=config.depth, width=config.channels, norm=config.norm,
             anchor_scale=config.anchor_side / YOLO_ANCHOR, frozen=config.frozen, gains=config.gains,
@@ -196,6 +204,7 @@ def new_detector(config: Config, classes: int, rng: torch.Generator) -> Detector
         config.detector, config.backbone, classes, config.image_size, rng, norm=config.norm, width=config.width,
         anchor_side=config.anchor_side, anchor_ratios=config.anchor_ratios, pretrained=config.pretrained,
         frozen=config.frozen, localisation=localisation, evidence=config.evidence,
+        learned_loss=config.learned_loss,
     )  # fmt: skip
 
 
@@ -254,6 +263,14 @@ def _check_method(config: Config, method: str) -> None:
         raise ValueError(f"method {method!r} is not for {what}: ways of asking are {', '.join(allowed)}")
     if scheme != "fedavg" and config.classifier:
         raise ValueError(f"method {method!r}: classifiers know one scheme, fedavg; write {asks!r}")
+    if asks in dual_vae.STRATEGIES and config.detector != "ssd":
+        raise ValueError(f"method {method!r} needs the loss of each image: set detector='ssd', not {config.detector!r}")
+    if asks in ("d4", "vae_d4") and not config.learned_loss:
+        raise ValueError(f"method {method!r} asks a head that learns the detector's loss: set learned_loss=True")
+    if asks in dual_vae.DIAGNOSTIC and not config.diagnostic:
+        raise ValueError(
+            f"method {method!r} looks at hidden labels: an upper bound and no method; set diagnostic=True to run it"
+        )
     if scheme != "fedavg" and asks in kafal.BOX_STRATEGIES:
         raise ValueError(f"method {method!r} compares clients with the global model, which {scheme} has none of")
 
@@ -369,7 +386,7 @@ def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
     if train.labels is None:
         raise ValueError(f"data set {train.name!r} has no labels: it can be scored, but nobody can answer for it")
     first, parts, names = share_out(config, train, run.seed)
-    oracle = Oracle(train.labels, config.seconds_per_image, config.seconds_per_box)
+    oracle = Oracle(train.labels, config.seconds_per_image, config.seconds_per_box, config.diagnostic)
     clients = [
         Client(name, Pool(name, train.images, oracle, part)) for name, part in zip(names, parts, strict=True)
     ]  # fmt: skip
@@ -429,6 +446,10 @@ def _lesson(
     return training.Lesson(who, rows, classes, counts, np.asarray(unlabelled, dtype=np.int64), rng, memory, span)
 
 
+_OF_THE_VAE = (
+    "vae", "vae_size", "latent", "kl_weight", "vae_iterations", "vae_batch", "vae_lr", "vae_on", "vae_refit",
+    "vae_corrected", "vae_part", "standard", "shortlist", "pseudo_above", "task_aware", "diagnostic",
+)  # fmt: skip
 # What a starting point does not depend on: with all else equal, notebooks, schemes and optimiser settings share it.
 _NOT_AT_THE_START = (
     "profile", "clients", "partition", "alpha", "missing", "fraction", "weights", "wire", "cycles", "first", "budget",
@@ -436,7 +457,7 @@ _NOT_AT_THE_START = (
     "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
     "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds",
     "schedule", "afresh", "scored", "cascade", "cascade_order", "quota", "side_seeds", "balanced", "compensation",
-    "first_part", "budget_part", "stacked", "alone_epochs",
+    "first_part", "budget_part", "stacked", "alone_epochs", *_OF_THE_VAE,
 )  # fmt: skip
 
 
@@ -556,11 +577,16 @@ def _seen_as(study: Study, model: Detector, rows: np.ndarray, name: str) -> Cach
 
 @dataclass(frozen=True)
 class Others:
-    """Models beside the one that is asked: the client's own last one, its local-only one, and all clients' (M)."""
+    """Models beside the one that is asked: the client's own last one, its local-only one, and all clients' (M).
+
+    coder: the client's VAE; noise: what it samples with, where it does (as_released).
+    """
 
     own: Detector | Classifier | None = None
     alone: Classifier | None = None
     committee: Sequence[Classifier] = ()
+    coder: VAE | None = None
+    noise: torch.Generator | None = None
 
 
 def see(
@@ -585,8 +611,16 @@ def see(
 
     seen: dict = {}
     others = others or Others()
-    if "detections" in needed:
+    if {"detections", "consistency", "self_training", "doubt"} & needed:
         seen["detections"] = look_at(images)
+    if "novelty" in needed or config.shortlist and strategy in dual_vae.STRATEGIES:
+        seen |= _as_the_coder_sees(study, pool, rows, others)
+    for how in needed & set(dual_vae.TERMS.values()):
+        hidden = pool.hidden_labels(rows) if how == "hidden" else None
+        seen["usefulness"] = dual_vae.usefulness(
+            how, config, model, images, study.photos[0].images.take(rows), seen.get("detections"), others.coder,
+            hidden, device,
+        )  # fmt: skip
     if "own" in needed and others.own is not None:
         seen["own"] = look(config, others.own, images, device, above)
     if "logits" in needed:
@@ -624,9 +658,26 @@ def see(
     return Sight(len(positions), **seen)
 
 
+def _as_the_coder_sees(study: Study, pool: Pool, rows: np.ndarray, others: Others) -> dict:
+    """What the client's VAE says of these images: fields of `Sight`."""
+    config, photos = study.config, study.photos[0].images
+    if others.coder is None:
+        raise ValueError("a strategy that asks by novelty needs a VAE: give it as `others.coder`")
+    options = {"device": study.device, "generator": others.noise}
+    judged = training.vae_losses(others.coder, photos.take(rows), **options)
+    seen = {"novelty": judged["reconstruction"]}
+    if config.vae_corrected:
+        seen["texture"] = dual_vae.texture(photos.take(rows), others.coder.size)
+    if config.shortlist:
+        known = photos.take(pool.index[pool.labelled()])
+        seen["latent"] = judged["latent"]
+        seen["known_latent"] = training.vae_losses(others.coder, known, **options)["latent"]
+    return seen
+
+
 def _home(strategy: str):
     """The module that a way of asking belongs to: it says what that `needs` and how to `choose`."""
-    return next((module for module in (huale, kafal) if strategy in module.STRATEGIES), sampling)
+    return next((module for module in (huale, kafal, dual_vae) if strategy in module.STRATEGIES), sampling)
 
 
 def choose(config: Config, strategy: str, sight: Sight, k: int, rng: np.random.Generator) -> Choice:
@@ -634,6 +685,10 @@ def choose(config: Config, strategy: str, sight: Sight, k: int, rng: np.random.G
     if strategy in huale.STRATEGIES:
         return huale.choose(
             strategy, sight, k, rng, config.empty, sizes=config.cascade, order=config.cascade_order, quota=config.quota
+        )  # fmt: skip
+    if strategy in dual_vae.STRATEGIES:
+        return dual_vae.choose(
+            strategy, sight, k, rng, config.empty, part=config.vae_part, how=config.standard, shortlist=config.shortlist
         )  # fmt: skip
     return _home(strategy).choose(strategy, sight, k, rng, config.empty)
 
@@ -658,7 +713,7 @@ def ask(
     count = to_ask(config, client.pool, cycle)
     if scheme in CHAINS:
         count = config.labels_needed()
-    elif cycle == 0 and (config.classifier or not config.as_released):
+    elif cycle == 0 and (config.classifier or strategy in dual_vae.STRATEGIES or not config.as_released):
         strategy = "random"
     if count == 0:
         return  # all is labelled
@@ -693,7 +748,7 @@ def _others(
     asked: str, clients: Sequence[Client],
 ) -> Others:  # fmt: skip
     """The models that a strategy needs beside the global one. Those of other clients are sent, and billed."""
-    needed, own, alone, committee = _home(strategy).needs(strategy), None, None, []
+    needed, own, alone, committee, coder = _home(strategy).needs(strategy), None, None, [], None
     if client.last and (asked == "local" or {"own", "own_logits"} & needed):
         own = _with(model, client.last, client.home)
     if asked == "alone" or "alone_logits" in needed:
@@ -702,7 +757,25 @@ def _others(
         voting = [c for c in clients or (client,) if c.last]
         client.heard = sum(len(federation.pack(c.last, run.config.wire)) for c in voting if c is not client)
         committee = [_with(model, c.last) for c in voting]
-    return Others(own, alone, committee)
+    if strategy in dual_vae.STRATEGIES and ({"novelty", "consistency"} & needed or run.config.shortlist):
+        coder = vae_of(run, study, model, client, cycle)
+    return Others(own, alone, committee, coder, run.torch_rng("vae noise", client.name, cycle))
+
+
+def vae_of(run: record.Run, study: Study, model: Detector, client: Client, cycle: int) -> VAE:
+    """This client's VAE in this cycle, trained on its labelled images (or all of its own), in pixels."""
+    config, pool, photos = run.config, client.pool, study.photos[0].images
+    coder = dual_vae.new_vae(config, run.torch_rng("vae weights"))
+    if client.coder and not config.vae_refit:
+        coder.load_state_dict(client.coder)
+    labelled = pool.index[pool.labelled()]
+    dual_vae.train_vae(
+        config, coder, photos, pool.index if config.vae_on == "all" else labelled,
+        run.torch_rng("vae", client.name, cycle), model, labelled, pool.labels_of(labelled), study.device, client.name,
+    )  # fmt: skip
+    if not config.vae_refit:
+        client.coder = {name: value.detach().cpu().clone() for name, value in coder.state_dict().items()}
+    return coder
 
 
 def local_only(run: record.Run, study: Study, client: Client, cycle: int) -> Classifier:
@@ -901,7 +974,7 @@ def _lesson_of(run: record.Run, study: Study, client: Client, cycle: int, round:
 _NOT_AT_FIRST = (
     "profile", "cycles", "budget", "score_above", "nms_iou", "class_agnostic", "views", "empty", "scored", "cascade",
     "cascade_order", "quota", "seconds_per_image", "seconds_per_box", "evaluate_every", "on_failure", "methods",
-    "seeds", "side_seeds", "budget_part", "alone_epochs",
+    "seeds", "side_seeds", "budget_part", "alone_epochs", *_OF_THE_VAE,
 )  # fmt: skip
 
 

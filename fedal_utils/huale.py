@@ -588,46 +588,6 @@ EFFECTS = {  # name: (arm and method) minus (arm and method)
 }
 
 
-def _curves(table: pd.DataFrame, y: str) -> dict[tuple[str, str], dict[int, np.ndarray]]:
-    """(arm, method) -> seed -> learning curve in points."""
-    curves: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for arm, runs in table.groupby("arm") if len(table) else ():
-        for (method, seed), rows in metrics.cycle_ends(runs).groupby(["method", "seed"]):
-            curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
-    return curves
-
-
-_COLUMNS = ("effect", "part", "points", "low", "high", "p", "seeds")
-
-
-def _difference(
-    effect: str, part: str, one: dict[int, np.ndarray], other: dict[int, np.ndarray], seeds: Sequence[int],
-    where: slice = slice(None),
-) -> dict:  # fmt: skip
-    """A row of `_COLUMNS`: the mean of this part of each curve of `one` minus that of `other`, paired by seed."""
-    test = metrics.paired_test([one[s][where].mean() for s in seeds], [other[s][where].mean() for s in seeds])
-    values = (test["difference"], test["low"], test["high"], test["p"], len(seeds))
-    return dict(zip(_COLUMNS, (effect, part, *values), strict=True))
-
-
-def arm_gains(
-    table: pd.DataFrame, method: str, reference: str, ys: Sequence[str] = ("ap50", "ap_coco")
-) -> pd.DataFrame:
-    """Each arm minus the arm `reference` under one method: mean over all cycles, in points, paired by seed.
-
-    table: as for `gain_split`. Columns: effect (the arm), part (the metric), points, low, high, p, seeds.
-    """
-    found = []
-    for y in ys:
-        curves = {arm: seeds for (arm, name), seeds in _curves(table, y).items() if name == method}
-        base = curves.get(reference, {})
-        for arm in (name for name in dict.fromkeys(table["arm"]) if name != reference):
-            seeds = [s for s in sorted(set(curves.get(arm, {})) & set(base)) if len(curves[arm][s]) == len(base[s])]
-            if seeds:
-                found.append(_difference(arm, y, curves[arm], base, seeds))
-    return pd.DataFrame(found, columns=_COLUMNS)
-
-
 def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     """HUALE's gain over random taken apart, in points (100 x AP), paired by seed.
 
@@ -636,7 +596,7 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     'first cycle' (where nothing has been chosen yet: random labels for everybody). Columns: effect, part, points, low,
     high (`metrics.paired_test`), p, seeds. An effect whose runs are missing is left out.
     """
-    curves = _curves(table, y)
+    curves = metrics.curves_by_arm(table, y)
     parts = {"all cycles": slice(None), "without the first": slice(1, None), "first cycle": slice(0, 1)}
     found = []
     for effect, (one, other) in EFFECTS.items():
@@ -645,24 +605,8 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
         for part, where in parts.items() if seeds else ():
             if any(len(a[seed]) != len(b[seed]) or not len(a[seed][where]) for seed in seeds):
                 continue
-            found.append(_difference(effect, part, a, b, seeds, where))
-    return pd.DataFrame(found, columns=_COLUMNS)
-
-
-def split_findings(split: pd.DataFrame) -> str:
-    """What `gain_split` shows, in sentences; an interval that holds zero is no difference shown."""
-    if not len(split):
-        return "Not run."
-    lines = []
-    for row in split[split["part"] != "first cycle"].itertuples():
-        if math.isnan(row.low):
-            verdict = "one seed, so no interval"
-        elif row.low > 0 or row.high < 0:
-            verdict = f"{row.low:+.1f} to {row.high:+.1f}: {'a gain' if row.points > 0 else 'a loss'}"
-        else:
-            verdict = f"{row.low:+.1f} to {row.high:+.1f}: no difference shown"
-        lines.append(f"{row.effect}, {row.part}: {row.points:+.1f} points ({verdict}).")
-    return "\n".join(lines)
+            found.append(metrics.effect(effect, part, a, b, seeds, where))
+    return pd.DataFrame(found, columns=metrics.EFFECT)
 
 
 def published_split(paper: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Losses that PyTorch and torchvision lack: two EIoUs, a likelihood per side, crowding weights, class losses.
+"""Losses that PyTorch and torchvision lack: two EIoUs, a likelihood per side, crowding weights, classes, ranking.
 
 Of boxes: row i of `boxes` is held against row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results
 are (N,) of the same dtype, without reduction, and empty for N = 0. x2 < x1, y2 < y1 and non-finite numbers raise. A box
@@ -182,6 +182,31 @@ def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
     log_q = _at_least_float32(teacher.detach()).log_softmax(-1)
     apart = (log_q.exp() * (log_q - log_p)).mean(-1)  # (..., B)
     return (weights * apart).mean(-1)
+
+
+def ranking_loss(predicted: Tensor, loss: Tensor, margin: float = 1.0, check: bool = True) -> Tensor:
+    """How badly predicted losses (B,) order images as their true losses (B,) do; Yoo and Kweon 2019 (1905.03677) eq. 2.
+
+    Mean over pairs of max(0, -sign(l_i - l_j) (p_i - p_j) + margin). The paper pairs image i with image B - 1 - i; here
+    all pairs i < j count but those of equal loss, which have no order. Without a pair it is 0, with a gradient of 0.
+    Only sign(l_i - l_j) is read of the true losses, so no gradient flows to them.
+
+    ValueError: other shapes, numbers that are not finite. check=False: numbers are not looked at, so that no device is
+    waited for; NaN among the predictions gives NaN then, and a true loss that is NaN makes no pair.
+    """
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin must be finite and > 0, got {margin}")
+    for name, values in (("predicted", predicted), ("loss", loss)):
+        if values.dim() != 1 or values.shape != predicted.shape:
+            raise ValueError(f"{name} must be (B,), B as in predicted, got {tuple(values.shape)}")
+        if check and not bool(torch.isfinite(values).all()):
+            row = int((~torch.isfinite(values)).nonzero()[0])
+            raise ValueError(f"{name} must be finite, got {values[row].item()} in row {row}")
+    predicted, loss = _at_least_float32(predicted), _at_least_float32(loss.detach())
+    i, j = torch.triu_indices(len(loss), len(loss), 1, device=loss.device)  # B = 3: (0, 1), (0, 2), (1, 2)
+    order = torch.sign(loss[i] - loss[j])
+    each = F.relu(margin - order * (predicted[i] - predicted[j])) * order.abs()
+    return each.sum() / order.abs().sum().clamp(min=1)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

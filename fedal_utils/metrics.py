@@ -575,6 +575,98 @@ def findings(summary: pd.DataFrame, baseline: str = "random") -> str:
     return "\n".join(lines) or f"Nothing to compare with {baseline!r}."
 
 
+# --- effects in points ------------------------------------------------------------------------------------------------
+
+
+def curves_by_arm(table: pd.DataFrame, y: str) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """(arm, method) -> seed -> learning curve in points."""
+    curves: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for arm, runs in table.groupby("arm") if len(table) else ():
+        for (method, seed), rows in cycle_ends(runs).groupby(["method", "seed"]):
+            curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
+    return curves
+
+
+EFFECT = ("effect", "part", "points", "low", "high", "p", "seeds")
+
+
+def effect(
+    name: str, part: str, one: dict[int, np.ndarray], other: dict[int, np.ndarray], seeds: Sequence[int],
+    where: slice = slice(None),
+) -> dict:  # fmt: skip
+    """A row of `EFFECT`: the mean of this part of each curve of `one` minus that of `other`, paired by seed."""
+    test = paired_test([one[s][where].mean() for s in seeds], [other[s][where].mean() for s in seeds])
+    values = (test["difference"], test["low"], test["high"], test["p"], len(seeds))
+    return dict(zip(EFFECT, (name, part, *values), strict=True))
+
+
+def arm_gains(
+    table: pd.DataFrame, method: str, reference: str, ys: Sequence[str] = ("ap50", "ap_coco")
+) -> pd.DataFrame:
+    """Each arm minus the arm `reference` under one method: mean over all cycles, in points, paired by seed.
+
+    table: rows of `record.table` of several arms, named in `arm`. Columns: effect (the arm), part (the metric), points,
+    low, high, p, seeds.
+    """
+    found = []
+    for y in ys:
+        curves = {arm: seeds for (arm, name), seeds in curves_by_arm(table, y).items() if name == method}
+        base = curves.get(reference, {})
+        for arm in (name for name in dict.fromkeys(table["arm"]) if name != reference):
+            seeds = [s for s in sorted(set(curves.get(arm, {})) & set(base)) if len(curves[arm][s]) == len(base[s])]
+            if seeds:
+                found.append(effect(arm, y, curves[arm], base, seeds))
+    return pd.DataFrame(found, columns=EFFECT)
+
+
+def gains_at_equal(
+    table: pd.DataFrame, xs: Sequence[str] = ("images", "boxes"), y: str = "ap50", baseline: str = "random"
+) -> pd.DataFrame:  # fmt: skip
+    """Each method minus the baseline at equal labels, counted in images and in boxes: points, paired by seed.
+
+    A difference is that of the mean heights of both curves (straight lines between points) over the labels that both
+    reach: a method that asks for crowded images has paid for more boxes at the same number of images. Columns as
+    `arm_gains`: effect (the method), part ("equal images", ...).
+    """
+    runs = {key: rows.sort_values("cycle") for key, rows in cycle_ends(table).groupby(["method", "seed"])}
+    found = []
+    for method in (name for name in dict.fromkeys(table["method"]) if name != baseline):
+        seeds = sorted(seed for name, seed in runs if name == method and (baseline, seed) in runs)
+        for x in xs if seeds else ():
+            pairs = [_mean_heights(runs[method, s], runs[baseline, s], x, y) for s in seeds]
+            one, other = (
+                {s: np.array([100 * pair[side]]) for s, pair in zip(seeds, pairs, strict=True)} for side in (0, 1)
+            )
+            found.append(effect(method, f"equal {x}", one, other, seeds))
+    return pd.DataFrame(found, columns=EFFECT)
+
+
+def _mean_heights(one: pd.DataFrame, other: pd.DataFrame, x: str, y: str) -> tuple[float, float]:
+    """Mean heights of two curves over the range of x that they share."""
+    curves = [_curve(rows[x], rows[y]) for rows in (one, other)]
+    low, high = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
+    if not low < high:
+        raise ValueError(f"two curves share no range of {x}: {curves[0][0].tolist()} and {curves[1][0].tolist()}")
+    grid = np.unique(np.concatenate([[low, high], *(c[0][(c[0] > low) & (c[0] < high)] for c in curves)]))
+    return tuple(area_under_curve(grid, np.interp(grid, *c)) for c in curves)
+
+
+def effect_findings(effects: pd.DataFrame) -> str:
+    """What a frame of effects shows, in sentences; an interval that holds zero is no difference shown."""
+    if not len(effects):
+        return "Not run."
+    lines = []
+    for row in effects[effects["part"] != "first cycle"].itertuples():
+        if math.isnan(row.low):
+            verdict = "one seed, so no interval"
+        elif row.low > 0 or row.high < 0:
+            verdict = f"{row.low:+.1f} to {row.high:+.1f}: {'a gain' if row.points > 0 else 'a loss'}"
+        else:
+            verdict = f"{row.low:+.1f} to {row.high:+.1f}: no difference shown"
+        lines.append(f"{row.effect}, {row.part}: {row.points:+.1f} points ({verdict}).")
+    return "\n".join(lines)
+
+
 # --- an ablation ------------------------------------------------------------------------------------------------------
 
 

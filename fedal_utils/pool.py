@@ -30,11 +30,13 @@ class Oracle:
 
     seconds_per_image: a look at the image (our estimate). seconds_per_box: drawing one box; 7 s is the median of
     extreme clicking (Papadopoulos et al. 2017, 1708.02750). Every real box is billed, ignored ones too: an annotator
-    draws them before anyone can call them too small or difficult.
+    draws them before anyone can call them too small or difficult. diagnostic: opens `hidden_labels`.
     """
 
-    def __init__(self, labels: Labels, seconds_per_image: float = 2.0, seconds_per_box: float = 7.0):
-        self._labels = labels
+    def __init__(
+        self, labels: Labels, seconds_per_image: float = 2.0, seconds_per_box: float = 7.0, diagnostic: bool = False
+    ):
+        self._labels, self._diagnostic = labels, diagnostic
         self._boxes = (labels.classes > 0).sum(dim=1).numpy()  # (N,)
         self._paid = np.zeros(len(self._boxes), dtype=bool)
         self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
@@ -51,6 +53,14 @@ class Oracle:
         unpaid = np.asarray(index)[~self._paid[index]]
         if len(unpaid):
             raise ValueError(f"labels of images {unpaid[:5].tolist()} were not asked: the Oracle keeps them")
+        return self._labels.take(index)
+
+    def hidden_labels(self, index: np.ndarray) -> Labels:
+        """Labels that nobody has paid for: for an upper bound that is marked as one. PermissionError without that."""
+        if not self._diagnostic:
+            raise PermissionError(
+                "labels that were not asked are for upper bounds only: set diagnostic=True, and say so with the result"
+            )
         return self._labels.take(index)
 
     def bill(self, index: np.ndarray) -> Bill:
@@ -118,6 +128,10 @@ class Pool:
     def labels_of(self, rows: np.ndarray) -> Labels:
         """Labels of asked rows of the training set, this client's or another's: the Oracle refuses unpaid ones."""
         return self._oracle.labels_of(rows)
+
+    def hidden_labels(self, rows: np.ndarray) -> Labels:
+        """See `Oracle.hidden_labels`."""
+        return self._oracle.hidden_labels(rows)
 
     def bill(self) -> Bill:
         """What this client's labels cost so far."""

@@ -56,6 +56,9 @@ class Sight:
     Of whole images, class scores before the softmax: logits (N, C) of the model that is asked, own_logits (N, C) of the
     client's own last local model, committee (M, N, C) of every client's model; alone_logits (N, C) and alone_embedding
     (N, D) of a model that was trained on the client's labels alone. own: detections by the client's own detector.
+
+    Of a VAE: novelty (N,) reconstruction error, latent (N, Z) and known_latent (L, Z) means; texture (N, 2) of the
+    images. usefulness: how much labels of an image would teach, in a sense of `dual_vae.TERMS`.
     """
 
     images: int
@@ -72,6 +75,11 @@ class Sight:
     alone_logits: Tensor | None = None
     alone_embedding: Tensor | None = None
     own: Detections | None = None
+    novelty: Tensor | None = None
+    texture: Tensor | None = None
+    latent: Tensor | None = None
+    known_latent: Tensor | None = None
+    usefulness: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ def choose(strategy: str, sight: Sight, k: int, rng: np.random.Generator, empty:
     return Choice(top_k(scores, k, rng, empty), scores)
 
 
-def required(sight: Sight, strategy: str, field: str) -> Tensor | Detections:
+def required(sight: Sight, strategy: str, field: str) -> Tensor | Detections | Scores:
     """This field of a `Sight`; ValueError unless it is there and about all of its images."""
     values = getattr(sight, field)
     if values is None:

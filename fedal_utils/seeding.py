@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,6 +38,11 @@ def torch_rng_for(seed: int, *names: str | int, device: str | torch.device = "cp
     generator = torch.Generator(device=device)
     generator.manual_seed(_entropy(seed, names) % (1 << 63))
     return generator
+
+
+def python_sample(seed: int, count: int, k: int) -> list[int]:
+    """k of `count` numbers as Python's own `random.sample` draws them: for subsets published with such a seed only."""
+    return random.Random(seed).sample(range(count), k)
 
 
 @contextlib.contextmanager

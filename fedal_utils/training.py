@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .augment import augment, random_crop
+from .augment import Viewed, augment, random_crop
 from .boxes import Detections, cat
 from .classifiers import Classifier, State, join, mark_valid, split, stacked
 from .config import Recipe
 from .data import Images, Labels, _rows
-from .detectors import Detector
+from .detectors import SSD, Detector
 from .losses import balanced_cross_entropy, compensation_loss, compensation_weights
+from .vae import VAE, losses_of
 
 
 class TrainingDiverged(ValueError):
@@ -299,12 +300,15 @@ def fit(
     model.eval()
 
 
-def _clipped_together(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """All parameters, and apart from them those of an evidence head: it must not slow what it only looks on at."""
-    parts = ([], [])
+ONLOOKERS = ("evidence_head", "loss_head")  # parts of a detector that learn from maps which they do not train
+
+
+def _clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """All parameters, but each head that only looks on apart: it must not slow what it looks on at."""
+    parts: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *ONLOOKERS)}
     for name, parameter in model.named_parameters():
-        parts["evidence_head" in name.split(".")].append(parameter)
-    return parts
+        parts[next((head for head in ONLOOKERS if head in name.split(".")), "")].append(parameter)
+    return list(parts.values())
 
 
 def _read_losses(waiting: list, sums: dict[str, float], images, who: str) -> int:
@@ -360,6 +364,40 @@ def embed(
     model.to(device).eval()
     parts = [model.embed(x).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
     return torch.cat(parts) if parts else torch.zeros(0, 0)
+
+
+@torch.inference_mode()
+def learned_losses(
+    model: SSD, images: Images | CachedImages | Viewed, batch: int = 64, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Predicted loss of each image (N,), in order, on the CPU: see `SSD.predicted_loss`. No image gives (0,)."""
+    model.to(device).eval()
+    parts = [model.predicted_loss(x).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+@torch.inference_mode()
+def image_losses(
+    model: SSD, images: Images | CachedImages | Viewed, boxes: Tensor, classes: Tensor, ignore: Tensor,
+    batch: int = 32, device: str | torch.device = "cpu", summed: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """{"classification": (N,), "regression": (N,)} of each image, in order, on the CPU: see `SSD.image_losses`.
+
+    boxes (N, K, 4) xyxy pixels, classes (N, K) 1..C with 0 = padding, ignore (N, K).
+    """
+    if not len(images) == len(boxes) == len(classes) == len(ignore):
+        raise ValueError(
+            f"{len(images)} images, but boxes for {len(boxes)}, classes for {len(classes)}, ignore for {len(ignore)}"
+        )
+    model.to(device).eval()
+    chunks = _chunks(len(images), batch)
+    kept: dict[str, list[Tensor]] = {"classification": [], "regression": []}
+    for chunk, x in zip(chunks, images.batches(chunks, device), strict=True):
+        rows = torch.from_numpy(chunk)
+        target = (t[rows].to(device) for t in (boxes, classes, ignore))
+        for name, part in model.image_losses(x, *target, summed=summed).items():
+            kept[name].append(part.to("cpu"))
+    return {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in kept.items()}
 
 
 # --- classifiers: one client, or M clients as one stacked model -------------------------------------------------------
@@ -759,3 +797,113 @@ def class_scores(
     model.to(device).eval()
     parts = [model(x).to("cpu") for x in images.batches(_chunks(len(images), batch), device)]
     return torch.cat(parts) if parts else torch.zeros(0, model.head.out_features)
+
+
+# --- autoencoders -----------------------------------------------------------------------------------------------------
+
+SCALED_BYTES = 1 << 30  # images at an autoencoder's size are kept up to so many bytes, else scaled in every step
+
+
+def fit_vae(
+    vae: VAE, images: Images, rows: np.ndarray, rng: torch.Generator, iterations: int, batch: int = 16,
+    lr: float = 1e-3, weight_decay: float = 1e-5, clip: float = 5.0, device: str | torch.device = "cpu",
+    who: str = "vae", task: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Iterator[dict]:  # fmt: skip
+    """Train `vae` in place on these rows of `images` with Adam; yields as `fit` does, of each part its mean an image.
+
+    The loss is the batch's mean of reconstruction + kl_weight * kl, plus the mean of what `task` makes of the
+    reconstructions: task(pixels, rows) gets float pixels 0..255 (B, 3, H, W) at the images' own size, through which its
+    gradient comes, and their rows (B,) in `images`; it returns one number or one an image, weighted as it should count.
+    clip: largest norm of the gradient, 0 = any. rng: the one source of order and of the latents' noise.
+    AL-VAE: lr 1e-4, batch 32, the sum over the batch. With `vae.as_released` its penalty is taken (`kl_as_released`),
+    and the gradient is never reset in a call: each step adds to what clipping left of the sum so far.
+    """
+    _check_pixels(images)
+    rows = _rows(rows, len(images))
+    if len(rows) == 0:
+        raise ValueError(f"client {who} has no image to train its autoencoder on")
+    if iterations < 1 or batch < 1:
+        raise ValueError(f"iterations and batch must be >= 1, got {iterations} and {batch}")
+    if not (0 < lr < math.inf and 0 <= weight_decay < math.inf and 0 <= clip < math.inf):
+        raise ValueError(f"need finite lr > 0, weight_decay >= 0, clip >= 0, got {lr}, {weight_decay} and {clip}")
+    device = torch.device(device)
+    vae.to(device).train()
+    optimiser = torch.optim.Adam(vae.parameters(), lr=lr, weight_decay=weight_decay)
+    noise = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
+    optimiser.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    in_row = 0
+    scaled = None
+    if 12 * len(rows) * math.prod(vae.size) <= SCALED_BYTES:  # scaling an image costs as much as learning from it
+        parts = images.batches([rows[chunk] for chunk in _chunks(len(rows), 64)], device)
+        scaled = torch.cat([vae.prepare(pixels) for pixels in parts])
+    for done, (epoch, last, index) in enumerate(draw_batches(len(rows), batch, None, iterations, rng), start=1):
+        chosen = rows[index.numpy()]
+        x = vae.prepare(images.batch(chosen, device)) if scaled is None else scaled[index.to(device)]
+        output = vae(x, noise)
+        parts = losses_of(vae, x, *output)  # (B,) each
+        each = parts["reconstruction"] + vae.kl_weight * parts["kl"]
+        if task is not None:
+            parts["task"] = task(vae.restore(output[0], images.image_size), torch.from_numpy(chosen))
+            if parts["task"].shape not in ((), each.shape):
+                raise ValueError(f"task must return one number or ({len(each)},), got {tuple(parts['task'].shape)}")
+            each = each + parts["task"]
+        loss = each.mean()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            broken = chosen[~torch.isfinite(each.detach()).cpu().numpy()]
+            split_up = ", ".join(f"{k} {float(v.detach().mean()):.4g}" for k, v in parts.items())
+            names = [images.ids[i] for i in (broken if len(broken) else chosen)][:4]
+            raise TrainingDiverged(f"client {who}: loss is {value} ({split_up}) on images {names}...; lower lr")
+        if not vae.as_released:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip > 0:
+            nn.utils.clip_grad_norm_(vae.parameters(), clip)
+        optimiser.step()
+        in_row += 1
+        for key, part in {"loss": loss, **parts}.items():
+            sums[key] = sums.get(key, 0.0) + float(part.detach().mean())
+        if last:
+            yield {"epoch": epoch, "steps": done, **{k: v / in_row for k, v in sums.items()}}
+            sums, in_row = {}, 0
+    optimiser.zero_grad(set_to_none=True)
+    _check_weights(vae, who)
+    vae.eval()
+
+
+@torch.inference_mode()
+def vae_losses(
+    vae: VAE, images: Images, batch: int = 64, device: str | torch.device = "cpu",
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of all images, in order, on the CPU: "reconstruction" (N,), "kl" (N,) unweighted, "latent" (N, D) means.
+
+    Latents are their means; with `vae.as_released` they are drawn from `generator`, which is then needed (else unused).
+    """
+    _check_pixels(images)
+    if batch < 1:
+        raise ValueError(f"batch must be >= 1, got {batch}")
+    if vae.as_released and generator is None:
+        raise ValueError("a VAE as released draws its latents when it scores, too: give a generator")
+    vae.to(device).eval()
+    chunks = _chunks(len(images), batch)
+    found = {"reconstruction": [torch.zeros(0)], "kl": [torch.zeros(0)], "latent": [torch.zeros(0, vae.latent)]}
+    for rows, pixels in zip(chunks, images.batches(chunks, device), strict=True):
+        x = vae.prepare(pixels)
+        output = vae(x, generator if vae.as_released else None)
+        parts = {k: v.float().cpu() for k, v in (losses_of(vae, x, *output) | {"latent": output[1]}).items()}
+        broken = ~torch.isfinite(parts["reconstruction"] + parts["kl"])
+        if broken.any():
+            first = int(broken.nonzero()[0])
+            values = ", ".join(f"{k} {float(parts[k][first]):.4g}" for k in ("reconstruction", "kl"))
+            name = images.ids[rows[first]]
+            raise ValueError(f"image {name!r}: {values}; a broken VAE must not choose labels: train it again")
+        for key, value in parts.items():
+            found[key].append(value)
+    return {key: torch.cat(values) for key, values in found.items()}
+
+
+def _check_pixels(images: Images) -> None:
+    if isinstance(images, CachedImages):
+        raise ValueError("an autoencoder needs pixels, got a backbone's cached features: give it the images themselves")

@@ -13,9 +13,9 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.ssd import SSD as TorchSSD
 from torchvision.ops import box_iou
 
-from fedal_utils import data, detectors, metrics, training
+from fedal_utils import alfl, data, detectors, metrics, training
 from fedal_utils.boxes import clip_boxes
-from fedal_utils.config import Recipe
+from fedal_utils.config import Config, Recipe
 from fedal_utils.detectors import clone, match_anchors, select_detections, ssd_loss
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
 
@@ -183,6 +183,77 @@ def test_least_negatives_let_an_empty_image_teach_the_background():
     some = ssd_loss(logits, deltas, matched, *empty, anchors, CODER, least_negatives=8)
     assert some["classification"].item() == pytest.approx(8 * 1.098612, rel=1e-5)  # 8 x ln 3, over max(1, 0 positives)
     assert some["regression"].item() == 0
+
+
+def loss_case(case, images=5, anchors=300):
+    """Logits, deltas, matched, boxes, classes, anchors: image 0 has no object, 1 one, the last only an ignored one."""
+    rng = torch_rng_for(case, "each")
+    places = random_boxes(rng, anchors)
+    boxes, classes, ignore = random_targets(rng, images, columns=3, some_ignored=True)
+    classes[0], classes[1], classes[2], classes[-1] = 0, torch.tensor([2, 0, 0]), torch.tensor([3, 1, 2]), 0
+    boxes[1:3], boxes[-1, 0] = random_boxes(rng, 2, 3), places[7]
+    ignore[1:3], classes[-1, 0], ignore[-1, 0] = False, 1, True
+    matched, _ = match_anchors(boxes, classes, ignore, places)
+    logits = torch.randn(images, anchors, 4, generator=rng, requires_grad=True)
+    deltas = torch.randn(images, anchors, 4, generator=rng, requires_grad=True)
+    return logits, deltas, matched, boxes, classes, places
+
+
+@pytest.mark.parametrize("least", [0, 8])
+@pytest.mark.parametrize("case", range(4))
+def test_the_loss_of_each_image_is_the_batch_loss_of_that_image_alone(case, least):
+    *rows, anchors = loss_case(case)
+    logits, deltas, matched, _, _ = rows
+    positives = (matched >= 0).sum(1)
+    assert positives[0] == positives[-1] == 0 < positives[1] and (matched[-1] == -2).any()
+    each = ssd_loss(*rows, anchors, CODER, least_negatives=least, each=True)
+    alone = [ssd_loss(*(t[i : i + 1] for t in rows), anchors, CODER, least_negatives=least) for i in range(5)]
+    for name in ("classification", "regression"):
+        wanted = torch.stack([one[name] for one in alone])
+        torch.testing.assert_close(each[name], wanted, rtol=1e-6, atol=0)
+        weights = torch.arange(1.0, 6.0)  # or a gradient of the wrong image would not be seen
+        slopes = [torch.autograd.grad((x * weights).sum(), (logits, deltas), retain_graph=True, allow_unused=True)
+                  for x in (each[name], wanted)]  # fmt: skip
+        assert [g is None for g in slopes[0]] == [g is None for g in slopes[1]]
+        for ours, theirs in zip(*slopes, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+    assert (each["classification"] > 0).tolist() == [
+        least > 0,
+        True,
+        True,
+        bool(positives[3] > 0) or least > 0,
+        least > 0,
+    ]
+    summed = ssd_loss(*rows, anchors, CODER, least_negatives=least, each=True, summed=True)
+    batch = ssd_loss(*rows, anchors, CODER, least_negatives=least)
+    for name, values in summed.items():
+        torch.testing.assert_close(values, each[name] * positives.clamp(min=1), rtol=1e-6, atol=0)
+        assert values.sum().item() / int(positives.sum()) == pytest.approx(batch[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_the_loss_of_each_image_equals_torchvisions_for_that_image(case):
+    rng = torch_rng_for(case, "loss")
+    anchors = random_boxes(rng, 200)
+    boxes, classes, ignore = random_targets(rng, 4, columns=3)
+    logits, deltas = torch.randn(2, 4, 200, 4, generator=rng)
+    matched, _ = match_anchors(boxes, classes, ignore, anchors)
+    each = ssd_loss(logits, deltas, matched, boxes, classes, anchors, CODER, each=True)
+    reference = TorchSSD(nn.Identity(), DefaultBoxGenerator([[2]]), (64, 64), 4, head=nn.Identity())
+    for i, (target, own) in enumerate(
+        zip(as_list(boxes, classes), torch_matched(boxes, classes, anchors), strict=True)
+    ):
+        outputs = {"bbox_regression": deltas[i : i + 1], "cls_logits": logits[i : i + 1]}
+        wanted = reference.compute_loss([target], outputs, [anchors], [own])
+        assert each["classification"][i].item() == pytest.approx(wanted["classification"].item(), rel=1e-5)
+        assert each["regression"][i].item() == pytest.approx(wanted["bbox_regression"].item(), rel=1e-5)
+
+
+def test_a_sum_over_the_batch_that_is_not_divided_is_refused():
+    *rows, anchors = loss_case(0)
+    with pytest.raises(ValueError, match="summed=True .* needs each=True"):
+        ssd_loss(*rows, anchors, CODER, summed=True)
 
 
 # ---------------------------------------------------------------------------------------------------- post-processing
@@ -667,6 +738,128 @@ def test_an_ssds_evidence_of_images_without_objects_is_zero_and_has_finite_gradi
     assert parts["evidence"] == 0 and parts["classification"] > 0
     sum(parts.values()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------- SSD: the loss of each image
+
+
+def few_targets():
+    """Targets of four images with 0, 1, 3 objects and with an ignored box beside a real one."""
+    boxes, classes, ignore = torch.zeros(4, 3, 4), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3).bool()
+    boxes[1, 0], classes[1, 0] = torch.tensor([4.0, 6, 30, 40]), 2
+    boxes[2] = torch.tensor([[2.0, 3, 20, 25], [30, 28, 62, 60], [40, 2, 58, 18]])
+    classes[2] = torch.tensor([1, 3, 2])
+    boxes[3, :2], classes[3, :2] = torch.tensor([[8.0, 8, 40, 40], [30, 30, 62, 62]]), 1
+    ignore[3, 1] = True
+    return boxes, classes, ignore
+
+
+def test_an_ssds_loss_of_each_image_is_its_loss_of_a_batch_of_that_image():
+    model, x, targets = small(), pixels(4, 64, 64), few_targets()
+    each, summed = model.image_losses(x, *targets), model.image_losses(x, *targets, summed=True)
+    assert each.keys() == summed.keys() == {"classification", "regression"}
+    positives = (match_anchors(*targets, model.anchors)[0] >= 0).sum(1)
+    for i in range(4):
+        alone = model.loss(x[i : i + 1], *(t[i : i + 1] for t in targets))
+        for name, value in alone.items():
+            assert each[name][i].item() == pytest.approx(value.item(), rel=1e-5)
+            assert summed[name][i].item() == pytest.approx(value.item() * max(1, int(positives[i])), rel=1e-5)
+    assert positives[0] == 0 < positives[1:].min() and positives.max() > 1
+    without = model.image_losses(x, *(t[:, :0] for t in targets))  # no column of boxes at all
+    assert without["classification"].shape == (4,) and not without["regression"].any()
+    assert without["classification"][0].item() == pytest.approx(each["classification"][0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["small", "lite0"])
+def test_the_gradient_of_an_image_loss_reaches_float_pixels(backbone):
+    if backbone == "lite0":
+        pytest.importorskip("timm")
+    model, targets = small(backbone=backbone, frozen=backbone == "lite0").eval(), few_targets()
+    x = pixels(4, 64, 64)
+    plain = model.image_losses(x, *targets)
+    point = x.float().requires_grad_()
+    found = model.image_losses(point, *targets)
+    assert all(torch.allclose(found[name], plain[name], rtol=1e-5) for name in plain)
+    slope = torch.autograd.grad(found["classification"].sum() + found["regression"].sum(), point)[0]
+    assert torch.isfinite(slope).all() and slope.flatten(1).any(1).all()
+    # the loss falls against it, by as much as it says: from 1e-3 of a grey value on the mean pixel to the other side
+    step = 1e-3 * slope / slope.abs().mean((1, 2, 3), keepdim=True)
+    with torch.no_grad():
+        up, down = (sum(model.image_losses(x + side * step, *targets).values()) for side in (1, -1))
+    assert torch.allclose(up - down, 2 * (slope * step).sum((1, 2, 3)), rtol=0.1)
+    only = torch.autograd.grad(model.image_losses(point, *targets)["classification"][2], point)[0].flatten(1).any(1)
+    assert only.tolist() == [False, False, True, False]
+    assert all(p.grad is None for p in model.backbone.parameters())
+    maps = model.features(x)
+    assert all(m.requires_grad == (not model.frozen) for m in maps)  # uint8 pixels: a frozen backbone keeps no graph
+    assert all(m.requires_grad == (not model.frozen) for m in model.features(x.float()))
+
+
+# --------------------------------------------------------------------------------------------------- SSD: learned loss
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+def test_a_loss_head_changes_nothing_else_of_an_ssd(evidence):
+    plain, model = small(evidence=evidence), small(evidence=evidence, learned_loss=True)
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
+    assert {k.split(".")[0] for k in state.keys() - plain.state_dict().keys()} == {"loss_head"}
+    wanted = plain.loss(pixels(4, 64, 64), *few_targets())
+    parts = model.loss(pixels(4, 64, 64), *few_targets())
+    assert parts.keys() == {*wanted, "ranking"} and all(torch.equal(parts[k], wanted[k]) for k in wanted)
+    parts["ranking"].backward(retain_graph=True)
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    # not joint.bias: a common shift of all predictions changes no order
+    assert moved == {k for k in state if k.startswith("loss_head") and k != "loss_head.joint.bias"}
+    model.zero_grad()
+    sum(parts[k] for k in wanted).backward()
+    assert all((p.grad is None) == name.startswith("loss_head") for name, p in model.named_parameters())
+
+
+def test_the_ranking_of_an_ssd_is_that_of_its_predictions_by_a_loop():
+    model, x, targets = small(learned_loss=True), pixels(4, 64, 64), few_targets()
+    with torch.no_grad():
+        found = model.loss(x, *targets)["ranking"].item()
+        maps = model.neck(model.backbone(x))
+        predicted = []
+        for image in range(4):
+            seen = []
+            for layer, m in zip(model.loss_head.each, maps, strict=True):
+                seen += (layer.weight @ m[image].mean((1, 2)) + layer.bias).clamp(min=0).tolist()
+            joint = model.loss_head.joint
+            predicted.append(
+                sum(w * s for w, s in zip(joint.weight[0].tolist(), seen, strict=True)) + joint.bias.item()
+            )
+        alone = [sum(model.loss(x[i : i + 1], *(t[i : i + 1] for t in targets)).values()).item() for i in range(4)]
+    assert len(seen) == 3 * 32
+    assert model.predicted_loss(x).tolist() == pytest.approx(predicted, rel=1e-4, abs=1e-5)
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    terms = [max(0, 1 - (1 if alone[i] > alone[j] else -1) * (predicted[i] - predicted[j])) for i, j in pairs]
+    assert found == pytest.approx(sum(terms) / 6, rel=1e-4) and len(set(terms)) == 6
+    assert not model.predicted_loss(x).requires_grad
+
+
+def test_a_loss_head_ranks_cached_maps_as_their_pixels_and_lone_images_without_nan():
+    pytest.importorskip("timm")
+    model, x = small(backbone="lite0", frozen=True, learned_loss=True).eval(), pixels(3, 64, 64)
+    assert torch.equal(model.predicted_loss(model.features(x)), model.predicted_loss(x))
+    parts = model.loss(x[:1], *(t[:1] for t in few_targets()))
+    assert parts["ranking"] == 0
+    sum(parts.values()).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_who_has_no_loss_head_says_so():
+    with pytest.raises(ValueError, match="no head that learns an image's loss: build it with learned_loss=True"):
+        small().eval().predicted_loss(pixels(1, 64, 64))
+    with pytest.raises(ValueError, match="'faster_rcnn' has no head that learns an image's loss: use 'ssd'"):
+        small("faster_rcnn", learned_loss=True)
+    for detector in ("yolo", "faster_rcnn"):
+        with pytest.raises(ValueError, match=f"'{detector}' has no head that learns an image's loss: use 'ssd'"):
+            alfl.new_detector(Config(detector=detector, learned_loss=True), 3, torch_rng_for(0, "weights"))
+    for wanted in (False, True):
+        model = alfl.new_detector(Config(detector="ssd", learned_loss=wanted), 3, torch_rng_for(0, "weights"))
+        assert (model.loss_head is not None) == wanted
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

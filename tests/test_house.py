@@ -26,8 +26,10 @@ ORDER = """
     classifiers vae training sampling federation flower metrics record plots notebooks labelling huale kafal dual_vae
     alfl flywheel __main__
 """.split()
-ONLY_IN = {"flwr": "flower", "gradio": "labelling", "papermill": "notebooks", "argparse": "__main__"}
-NOWHERE = {"ultralytics", "yolov5", "hydra", "lightning", "pytorch_lightning", "wandb", "pickle", "random"}
+ONLY_IN = {
+    "flwr": "flower", "gradio": "labelling", "papermill": "notebooks", "argparse": "__main__", "random": "seeding",
+}  # fmt: skip
+NOWHERE = {"ultralytics", "yolov5", "hydra", "lightning", "pytorch_lightning", "wandb", "pickle"}
 CONDA_NAMES = {"torch": "pytorch"}  # where conda calls a package by another name
 
 MODULES = sorted(Path(fedal_utils.__file__).parent.glob("*.py"))

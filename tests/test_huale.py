@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import alfl, config, huale, record, sampling
+from fedal_utils import alfl, config, huale, metrics, record, sampling
 from fedal_utils.boxes import Detections, flip_boxes
 from fedal_utils.huale import FILTERS, cald_consistency, cascade_stages, jensen_shannon, match
 from fedal_utils.sampling import Scores, Sight, View
@@ -1071,7 +1071,7 @@ def test_arms_are_held_against_one_of_them_seed_by_seed():
         }
     )  # fmt: skip
     table["ap_coco"] = table["ap50"] / 2
-    gains = huale.arm_gains(table, "random", "plain")
+    gains = metrics.arm_gains(table, "random", "plain")
     assert gains[["effect", "part"]].to_records(index=False).tolist() == [
         ("a", "ap50"), ("b", "ap50"), ("a", "ap_coco"), ("b", "ap_coco"),
     ]  # fmt: skip
@@ -1095,11 +1095,11 @@ def test_findings_say_what_the_interval_says():
          "points": [2.0, -2.0, 1.0, 1.0, 9.0], "low": [1.0, -3.0, -1.0, math.nan, 8.0],
          "high": [3.0, -1.0, 3.0, math.nan, 10.0]}
     )  # fmt: skip
-    lines = huale.split_findings(frame).splitlines()
+    lines = metrics.effect_findings(frame).splitlines()
     assert [line.split("(")[1].rstrip(").").split(": ")[-1] for line in lines] == [
         "a gain", "a loss", "no difference shown", "one seed, so no interval",
     ]  # fmt: skip
-    assert huale.split_findings(frame[:0]) == "Not run."
+    assert metrics.effect_findings(frame[:0]) == "Not run."
 
 
 def test_the_published_averages_include_the_first_cycle():

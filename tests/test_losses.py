@@ -1,6 +1,7 @@
 """Both EIoUs by hand and against exact fractions, their laws and gradients; likelihood per side; crowding weights.
 
-Then the losses of classes: balanced softmax and KAFAL's distillation, by hand, against loops, with their gradients.
+Then the losses of classes: balanced softmax and KAFAL's distillation, by hand, against loops, with their gradients; and
+the ranking of images by their loss.
 """
 
 import math
@@ -756,3 +757,89 @@ def test_a_certain_teacher_gives_no_nan():
 def test_class_losses_refuse_in_words_what_makes_no_sense(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------------ images ranked by their loss
+
+
+def test_ranking_loss_1905_03677_eq_2_by_hand():
+    # Images 1 and 2 have equal losses: no pair. (0, 1): l0 < l1, max(0, (0 - 1.5) + 1) = 0. (0, 2): (0 - .4) + 1 = .6
+    predicted = torch.tensor([0.0, 1.5, 0.4], dtype=torch.float64, requires_grad=True)
+    loss = torch.tensor([2.0, 5.0, 5.0], dtype=torch.float64, requires_grad=True)
+    found = losses.ranking_loss(predicted, loss)
+    assert found.shape == () and found.item() == pytest.approx(0.6 / 2, rel=1e-12)  # over two pairs, not three
+    found.backward()
+    assert predicted.grad.tolist() == [0.5, 0.0, -0.5] and loss.grad is None  # a step lowers p0 and raises p2
+    # margin 2: (0, 1) .5, (0, 2) 1.6
+    assert losses.ranking_loss(predicted, loss, margin=2.0).item() == pytest.approx((0.5 + 1.6) / 2, rel=1e-12)
+    # the wrong way round: 1.5 + 1 and .4 + 1
+    assert losses.ranking_loss(-predicted, loss).item() == pytest.approx((2.5 + 1.4) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_ranking_loss_equals_torchs_margin_loss_over_all_pairs(case):
+    rng = torch_rng_for(case, "ranking")
+    predicted = torch.randn(7, generator=rng, dtype=torch.float64, requires_grad=True)
+    loss = torch.randint(0, 5, (7,), generator=rng)  # of seven in 0..4, some are equal
+    pairs = [(i, j) for i in range(7) for j in range(i + 1, 7) if loss[i] != loss[j]]
+    assert 0 < len(pairs) < 21
+    first, second = (predicted[list(side)] for side in zip(*pairs, strict=True))
+    sign = torch.tensor([1.0 if loss[i] > loss[j] else -1.0 for i, j in pairs])
+    wanted = F.margin_ranking_loss(first, second, sign, margin=0.7)
+    found = losses.ranking_loss(predicted, loss, margin=0.7)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(grad(x, predicted, retain_graph=True)[0] for x in (found, wanted)))
+    assert gradcheck(lambda p: losses.ranking_loss(p, loss, margin=0.7), (predicted,))
+
+
+def test_ranking_loss_reads_the_order_of_images_and_not_their_place_or_unit():
+    rng = torch_rng_for(0, "ranking")
+    predicted, loss = torch.randn(2, 9, generator=rng, dtype=torch.float64)
+    found, order = losses.ranking_loss(predicted, loss), torch.randperm(9, generator=rng)
+    for p, true in ((predicted[order], loss[order]), (predicted + 3, loss), (predicted, 5 * loss.exp())):
+        torch.testing.assert_close(losses.ranking_loss(p, true), found, rtol=1e-12, atol=0)
+    assert losses.ranking_loss(100 * loss, loss) < found and losses.ranking_loss(1e6 * loss, loss) == 0
+
+
+@pytest.mark.parametrize("loss", [[], [3.0], [3.0, 3.0, 3.0]])
+def test_ranking_loss_without_a_pair_is_zero_with_a_gradient_of_zero(loss):
+    predicted = torch.arange(float(len(loss))).requires_grad_()
+    found = losses.ranking_loss(predicted, torch.tensor(loss))
+    assert found == 0 and found.dtype == torch.float32
+    found.backward()
+    assert predicted.grad is not None and not predicted.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.ranking_loss(torch.zeros(3), torch.zeros(2)), r"loss must be \(B,\).* got \(2,\)"),
+        (lambda: losses.ranking_loss(torch.zeros(3, 1), torch.zeros(3, 1)), r"predicted must be \(B,\).* got \(3, 1\)"),
+        (lambda: losses.ranking_loss(torch.zeros(()), torch.zeros(())), r"predicted must be \(B,\).* got \(\)"),
+        (
+            lambda: losses.ranking_loss(torch.tensor([0, math.nan]), torch.ones(2)),
+            "predicted must be finite, got nan in",
+        ),
+        (
+            lambda: losses.ranking_loss(torch.ones(2), torch.tensor([0, -math.inf])),
+            "loss must be finite, got -inf in row 1",
+        ),
+        (
+            lambda: losses.ranking_loss(torch.ones(2), torch.ones(2), margin=0.0),
+            "margin must be finite and > 0, got 0.0",
+        ),
+        (lambda: losses.ranking_loss(torch.ones(2), torch.ones(2), math.inf), "margin must be finite and > 0, got inf"),
+    ],
+)
+def test_ranking_loss_refuses_in_words_what_makes_no_sense(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_ranking_loss_unchecked_is_nan_for_a_prediction_that_is_and_waits_for_no_device():
+    fine, broken = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, math.nan, 4.0])
+    assert losses.ranking_loss(broken, fine, check=False).isnan()
+    # the pair that is left is (0, 2): (4 - 1) is more than the margin of 1, and less than one of 5, by 2
+    assert losses.ranking_loss(fine, broken, check=False) == 0
+    assert losses.ranking_loss(fine, broken, margin=5.0, check=False) == 2
+    assert losses.ranking_loss(fine.to("meta"), fine.to("meta"), check=False).shape == ()

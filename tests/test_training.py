@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import data, detectors, training, yolo
+from fedal_utils import augment, data, detectors, training, yolo
 from fedal_utils.config import Recipe
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import TrainingDiverged, draw_batches, embed, fit, learning_rate_factor, predict
@@ -338,6 +338,52 @@ def test_an_evidence_head_is_clipped_by_itself_and_slows_nobody(scenes, detector
         assert norm == pytest.approx(0.1 * 0.25, rel=1e-3)  # both would have gone further
 
 
+def test_a_loss_head_and_an_evidence_head_are_clipped_each_by_itself(scenes):
+    recipe = replace(PLAIN, optimiser="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, clip=0.05)
+    both = dict(evidence=True, learned_loss=True)
+    start, end = new_model(**both).state_dict(), trained(scenes, recipe, 1, **both)[0].state_dict()
+    plain = trained(scenes, recipe, 1)[0].state_dict()
+    assert all(torch.equal(v, end[k]) for k, v in plain.items())
+    names = {head: {k for k in end if k.startswith(head)} for head in ("evidence_head", "loss_head")}
+    assert set.union(*names.values()) == end.keys() - plain.keys()
+    for own in (*names.values(), plain.keys()):
+        norm = math.sqrt(sum(float((end[k] - start[k]).square().sum()) for k in own))
+        assert norm == pytest.approx(0.1 * 0.05, rel=1e-3)  # each would have gone further
+
+
+def test_a_loss_head_learns_to_rank_and_training_is_what_it_is_without_it(scenes):
+    """AdamW, clipping, warm-up and an average of the weights: every other weight is the same to the last bit."""
+    recipe = replace(PLAIN, batch=6, lr=5e-3, ema=0.5, warmup=3, schedule="cosine")
+    assert recipe.clip > 0 and recipe.optimiser == "adamw"
+    target = scenes.labels
+    model, (first, *_) = trained(scenes, recipe, 60, learned_loss=True)
+    plain, (wanted, *_) = trained(scenes, recipe, 60)
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
+    assert first["classification"] == wanted["classification"] and first["loss"] > wanted["loss"]
+    untrained = new_model(learned_loss=True)
+    idle = {k: v for k, v in untrained.state_dict().items() if k.startswith("loss_head")}
+    untrained.load_state_dict(state | idle)  # the same detector under a head that has not learned
+    with torch.no_grad():
+        start, end = (
+            m.loss(scenes.images.pixels, target.boxes, target.classes, target.ignore)["ranking"].item()
+            for m in (untrained, model)
+        )  # fmt: skip
+    assert 0.95 < start and end < 0.85 and first["ranking"] > 0.95  # predictions that are all alike: the margin, 1
+    true = sum(training.image_losses(model, scenes.images, target.boxes, target.classes, target.ignore).values())
+    learned = training.learned_losses(model, scenes.images)
+    pairs = [(i, j) for i in range(6) for j in range(6) if true[i] > true[j]]
+    assert sum(bool(learned[i] > learned[j]) for i, j in pairs) >= 12  # of 15
+
+
+def test_a_loss_head_that_breaks_is_a_divergence_with_the_clients_name(scenes):
+    model = new_model(learned_loss=True)
+    with torch.no_grad():
+        model.loss_head.joint.weight[0, 0] = math.nan
+    with pytest.raises(TrainingDiverged, match="client 3: loss is nan .*ranking nan"):
+        list(fit(model, scenes.images, scenes.labels, PLAIN, torch_rng_for(0, "fit"), who="3"))
+
+
 def test_the_moving_average_of_weights_by_hand_for_two_steps(scenes):
     start = new_model().state_dict()
     one, two = (trained(scenes, PLAIN, n)[0].state_dict() for n in (1, 2))
@@ -602,3 +648,45 @@ def test_cached_maps_have_the_embedding_of_their_pixels(scenes, cached, detector
     assert maps.dtype == torch.float32 and torch.allclose(maps, pixels, atol=2e-2 * float(pixels.abs().max()))
     apart = (pixels[:, None] - pixels).norm(dim=2)[~torch.eye(6, dtype=torch.bool)].min()
     assert (maps - pixels).norm(dim=1).max() < 0.2 * apart
+
+
+# --------------------------------------------------------------------------------- losses, predicted and true, by image
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_losses_of_many_images_are_those_of_each_in_order_whatever_the_batch(scenes, summed):
+    model, target = new_model(learned_loss=True, norm="batch"), scenes.labels
+    rows = target.boxes, target.classes, target.ignore
+    viewed = augment.Viewed(scenes.images, "flip")
+    for images, x in ((scenes.images, scenes.images.pixels), (viewed, scenes.images.pixels.flip(-1))):
+        model.train()  # both are asked in eval mode
+        found = training.image_losses(model, images, *rows, batch=4, summed=summed)
+        learned = training.learned_losses(model.train(), images, batch=4)
+        assert not model.training and learned.shape == (6,)
+        with torch.no_grad():
+            wanted = model.image_losses(x, *rows, summed=summed)
+        assert found.keys() == wanted.keys() and all(torch.allclose(found[k], wanted[k], rtol=1e-4) for k in wanted)
+        assert torch.allclose(learned, model.predicted_loss(x), rtol=1e-4, atol=1e-5)
+        for values in (*found.values(), learned):
+            assert values.dtype == torch.float32 and len(set(values.tolist())) == 6 and not values.requires_grad
+
+
+def test_losses_of_cached_maps_are_those_of_their_pixels(scenes, cached):
+    model, target = lite0(learned_loss=True), scenes.labels
+    rows = target.boxes, target.classes, target.ignore
+    a, b = (training.image_losses(model, images, *rows, batch=4) for images in (cached, scenes.images))
+    assert all(torch.allclose(a[k], b[k], rtol=2e-2) for k in b)
+    a, b = (training.learned_losses(model, images, batch=4) for images in (cached, scenes.images))
+    assert torch.allclose(a, b, atol=2e-2 * float(b.abs().max()))
+
+
+def test_no_image_has_no_loss_and_targets_must_be_as_many_as_images(scenes):
+    model, none = new_model(learned_loss=True), scenes.images.take([])
+    rows = scenes.labels.boxes, scenes.labels.classes, scenes.labels.ignore
+    assert training.learned_losses(model, none).shape == (0,)
+    found = training.image_losses(model, none, *(t[:0] for t in rows))
+    assert {k: v.shape for k, v in found.items()} == {"classification": (0,), "regression": (0,)}
+    with pytest.raises(ValueError, match="5 images, but boxes for 6, classes for 6, ignore for 6"):
+        training.image_losses(model, scenes.images.take([0, 1, 2, 3, 4]), *rows)
+    with pytest.raises(ValueError, match="no head that learns an image's loss"):
+        training.learned_losses(new_model(), scenes.images)
