@@ -430,8 +430,9 @@ _DUAL_ALL = dict(
 
 _DUAL: dict[str, dict[str, Any]] = {
     "digits": {
-        **_DUAL_ALL, "digit_classes": 3, "scenes": (300, 80), "first": 12, "budget": 12, "cycles": 3,
-        "iterations": 100, "side_seeds": 1, "vae_size": (32, 32), "latent": 32, "threads": 1,
+        **_DUAL_ALL, "digit_classes": 3, "scenes": (240, 80), "batch": 8, "start_images": 40, "start_iterations": 150,
+        "first": 12, "budget": 12, "cycles": 3, "iterations": 50, "side_seeds": 1, "vae_size": (32, 32),
+        "latent": 32, "vae_iterations": 60, "threads": 1,
     },
     "bccd": {
         **_DUAL_ALL, "first": 8, "budget": 10, "cycles": 4, "iterations": 100, "vae_size": (48, 64), "threads": 1,

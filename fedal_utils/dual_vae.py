@@ -130,6 +130,14 @@ class Reconstructed:
             yield self.vae.to(device).reconstruct(pixels)
 
 
+@torch.inference_mode()
+def as_reconstructed(coder: VAE, images: Images, device: str | torch.device = "cpu", batch: int = 64) -> Images:
+    """These images as the VAE gives them back, to be looked at: 8-bit pixels of their own size."""
+    chunks = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)]
+    parts = [x.round().to("cpu", torch.uint8) for x in Reconstructed(images, coder).batches(chunks, device)]
+    return Images(images.ids, torch.cat(parts), images.sizes)
+
+
 def as_labels(found: Detections, above: float) -> Labels:
     """Detections with a score of `above` and more in the place of ground truth; the rest is background. (N, T)."""
     sure = found.valid & (found.scores >= above)
