@@ -619,7 +619,7 @@ def see(
         hidden = pool.hidden_labels(rows) if how == "hidden" else None
         seen["usefulness"] = dual_vae.usefulness(
             how, config, model, images, study.photos[0].images.take(rows), seen.get("detections"), others.coder,
-            hidden, device,
+            hidden, device, others.noise,
         )  # fmt: skip
     if "own" in needed and others.own is not None:
         seen["own"] = look(config, others.own, images, device, above)

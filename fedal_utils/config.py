@@ -430,7 +430,7 @@ _DUAL_ALL = dict(
 
 _DUAL: dict[str, dict[str, Any]] = {
     "digits": {
-        **_DUAL_ALL, "digit_classes": 3, "scenes": (240, 80), "batch": 8, "start_images": 40, "start_iterations": 150,
+        **_DUAL_ALL, "digit_classes": 3, "scenes": (180, 60), "batch": 8, "start_images": 40, "start_iterations": 150,
         "first": 12, "budget": 12, "cycles": 3, "iterations": 50, "side_seeds": 1, "vae_size": (32, 32),
         "latent": 32, "vae_iterations": 60, "threads": 1,
     },

@@ -107,8 +107,9 @@ def beyond_texture(novelty: Tensor, looks: Tensor) -> Tensor:
         raise ValueError(f"texture of {len(novelty)} images is needed, got {len(looks)}")
     y = novelty.double().numpy()
     X = np.column_stack([np.ones(len(y)), looks.double().numpy()])
-    fitted = X @ np.linalg.lstsq(X, y, rcond=None)[0] if len(y) else y
-    return torch.from_numpy(y - fitted)
+    rest = y - X @ np.linalg.lstsq(X, y, rcond=None)[0] if len(y) else y
+    rounding = len(y) > 0 and np.abs(rest).max() <= 1e-9 * np.abs(y).max()  # all explained: nothing is left to rank by
+    return torch.from_numpy(np.zeros_like(y) if rounding else rest)
 
 
 # -------------------------------------------------------------------------------------- detection losses without labels
@@ -116,10 +117,14 @@ def beyond_texture(novelty: Tensor, looks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Images as a VAE gives them back, in pixels 0..255 of their own size: what a detector needs of a set of images."""
+    """Images as a VAE gives them back, in pixels 0..255 of their own size: what a detector needs of a set of images.
+
+    noise: what a VAE as released draws its latents with.
+    """
 
     images: Images
     vae: VAE
+    noise: torch.Generator | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,7 +132,7 @@ class Reconstructed:
     def batches(self, chunks: Sequence, device: str | torch.device = "cpu") -> Iterator[Tensor]:
         """Float pixels (B, 3, H, W) of each chunk of row numbers in turn."""
         for pixels in self.images.batches(chunks, device):
-            yield self.vae.to(device).reconstruct(pixels)
+            yield self.vae.to(device).reconstruct(pixels, self.noise if self.vae.as_released else None)
 
 
 @torch.inference_mode()
@@ -177,7 +182,7 @@ def _is_ssd(model: Detector) -> None:
 
 def usefulness(
     how: str, config: Config, model: Detector, images: Images | CachedImages, photos: Images, found: Detections | None,
-    coder: VAE | None, hidden: Labels | None, device: str | torch.device,
+    coder: VAE | None, hidden: Labels | None, device: str | torch.device, noise: torch.Generator | None = None,
 ) -> Scores:  # fmt: skip
     """A detection term (a value of `TERMS`) of each image. found: detections from `config.score_above` on."""
     _is_ssd(model)
@@ -189,7 +194,7 @@ def usefulness(
     if how == "doubt":
         return sampling.reduce(sampling.entropy(found), found.valid, "max")
     guess = as_labels(found, config.pseudo_above)
-    shown = Reconstructed(photos, coder) if how == "consistency" else images
+    shown = Reconstructed(photos, coder, noise) if how == "consistency" else images
     return multibox(model, shown, guess, device, summed=config.as_released)
 
 
@@ -290,7 +295,7 @@ def choose(
     scores = score(strategy, sight, part, how)
     if shortlist <= 1 or k == 0:
         return Choice(sampling.top_k(scores, k, rng, empty), scores)
-    best = sampling.top_k(scores, max(k, min(sight.images, math.ceil(shortlist * k))), rng, empty)
+    best = sampling.top_k(scores, max(k, min(sight.images, math.ceil(round(shortlist * k, 9)))), rng, empty)
     latent, known = (sampling.required(sight, strategy, "latent"), sight.known_latent)
     picked, _ = sampling.k_center(latent[best], known, k, rng)
     return Choice(best[picked], scores)

@@ -642,8 +642,9 @@ def gains_at_equal(
 
 
 def _mean_heights(one: pd.DataFrame, other: pd.DataFrame, x: str, y: str) -> tuple[float, float]:
-    """Mean heights of two curves over the range of x that they share."""
-    curves = [_curve(rows[x], rows[y]) for rows in (one, other)]
+    """Mean heights of two curves over the range of x that they share; where x stands still, its last point counts."""
+    parts = (rows.drop_duplicates(x, keep="last") for rows in (one, other))
+    curves = [_curve(rows[x], rows[y]) for rows in parts]
     low, high = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
     if not low < high:
         raise ValueError(f"two curves share no range of {x}: {curves[0][0].tolist()} and {curves[1][0].tolist()}")

@@ -534,6 +534,66 @@ def test_paired_test_at_the_edges():
             metrics.paired_test(a, b)
 
 
+# --- at equal labels --------------------------------------------------------------------------------------------------
+
+IMAGES = [10, 20, 30]
+EQUAL = {  # (method, seed) -> boxes and AP50 at the end of each cycle
+    ("random", 0): ([20, 40, 60], [0.2, 0.4, 0.5]), ("crowded", 0): ([30, 70, 100], [0.2, 0.5, 0.6]),
+    ("random", 1): ([10, 30, 50], [0.1, 0.3, 0.3]), ("crowded", 1): ([10, 30, 50], [0.1, 0.5, 0.5]),
+}  # fmt: skip
+
+
+def labels_table(runs: dict[tuple[str, int], tuple[list[float], list[float]]]) -> pd.DataFrame:
+    """Server rows of two rounds a cycle (the first worth nothing) and clients' rows, in no order."""
+    rows = []
+    for (method, seed), (boxes, heights) in runs.items():
+        for cycle, (images, box, height) in enumerate(zip(IMAGES, boxes, heights, strict=True)):
+            one = {"method": method, "seed": seed, "cycle": cycle, "images": images, "boxes": box}
+            rows += [{**one, "round": r, "client": "server", "ap50": v} for r, v in ((0, 0.01), (1, height))]
+            rows.append({**one, "round": 1, "client": "00", "ap50": math.nan, "images": 1, "boxes": 1})
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def test_gains_at_equal_images_and_at_equal_boxes_by_hand():
+    """Images: (.35 + .55) / 2 - (.3 + .45) / 2 = .075. Boxes 30 to 60: .2 to .425 is .3125 in the mean; random has
+    .3, .4, .5 at 30, 40, 60: (.35 x 10 + .45 x 20) / 30 = .41667. What gains by images loses by boxes."""
+    one = labels_table({key: run for key, run in EQUAL.items() if key[1] == 0})
+    gains = metrics.gains_at_equal(one)
+    assert list(gains.columns) == ["effect", "part", "points", "low", "high", "p", "seeds"]
+    assert gains[["effect", "part", "seeds"]].values.tolist() == [
+        ["crowded", "equal images", 1], ["crowded", "equal boxes", 1],
+    ]  # fmt: skip
+    assert gains["points"].tolist() == pytest.approx([7.5, -31.25 / 3])
+    assert gains[["low", "high"]].isna().all().all()
+    assert metrics.effect_findings(gains).splitlines() == [
+        "crowded, equal images: +7.5 points (one seed, so no interval).",
+        "crowded, equal boxes: -10.4 points (one seed, so no interval).",
+    ]
+    turned = metrics.gains_at_equal(one, xs=("boxes",), baseline="crowded")
+    assert turned["effect"].tolist() == ["random"] and turned["points"].tolist() == pytest.approx([31.25 / 3])
+
+
+def test_gains_at_equal_labels_are_paired_by_seed():
+    """Seed 1: .4 - .25 = .15 by images and, at the same boxes, by boxes. 7.5 and 15: 11.25 +- 12.7062 x 3.75."""
+    gains = metrics.gains_at_equal(labels_table(EQUAL)).set_index("part")
+    assert gains["seeds"].tolist() == [2, 2]
+    assert gains["points"].to_dict() == pytest.approx({"equal images": 11.25, "equal boxes": (15 - 31.25 / 3) / 2})
+    low, high = gains.loc["equal images", ["low", "high"]]
+    assert (low, high) == pytest.approx((11.25 - 12.7062 * 3.75, 11.25 + 12.7062 * 3.75), abs=1e-3)
+    # a seed that only one of the two has counts nothing, and a method without any common seed is not there
+    more = EQUAL | {("crowded", 2): EQUAL["crowded", 0], ("late", 2): EQUAL["crowded", 0]}
+    pd.testing.assert_frame_equal(metrics.gains_at_equal(labels_table(more)).set_index("part"), gains)
+    assert metrics.gains_at_equal(labels_table(EQUAL), baseline="best").empty
+
+
+@pytest.mark.parametrize("boxes", [[70, 80, 90], [60, 80, 90], [1, 10, 20]])
+def test_curves_that_share_no_labels_are_not_compared(boxes):
+    table = labels_table({("random", 0): EQUAL["random", 0], ("crowded", 0): (boxes, [0.2, 0.5, 0.6])})
+    with pytest.raises(ValueError, match="two curves share no range of boxes"):
+        metrics.gains_at_equal(table)
+    assert metrics.gains_at_equal(table, xs=("images",))["points"].tolist() == pytest.approx([7.5])
+
+
 # --- an ablation ------------------------------------------------------------------------------------------------------
 
 

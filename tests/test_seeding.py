@@ -1,12 +1,14 @@
 """Generators by name: what ran before, and what else was drawn, changes nothing."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils.seeding import borrowed_global_rng, rng_for, torch_rng_for
+from fedal_utils.seeding import borrowed_global_rng, python_sample, rng_for, torch_rng_for
 
 name = st.one_of(st.text(max_size=6), st.integers(-5, 40))
 names = st.lists(name, max_size=3).map(tuple)
@@ -101,3 +103,15 @@ def test_a_borrowed_global_generator_is_given_back_after_an_error_and_moves_ours
         with borrowed_global_rng(ours):
             draws.append(torch.rand(3).tolist())
     assert draws[0] != draws[1]
+
+
+def test_pythons_own_sample_is_that_of_every_python_and_leaves_its_global_generator_alone():
+    random.seed(5)
+    state = random.getstate()
+    assert python_sample(137, 16551, 6) == [2371, 5950, 13437, 10670, 6305, 7566]
+    assert random.getstate() == state
+    whole = python_sample(137, 30, 30)
+    assert sorted(whole) == list(range(30)) and python_sample(138, 30, 30) != whole == python_sample(137, 30, 30)
+    assert python_sample(137, 16551, 0) == []
+    with pytest.raises(ValueError, match="[Ss]ample larger than population"):
+        python_sample(137, 5, 6)

@@ -286,6 +286,24 @@ def test_training_brings_the_error_far_below_that_of_the_mean_image():
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
+def test_images_scaled_once_and_scaled_in_every_step_teach_the_same_to_the_last_bit(monkeypatch):
+    images, rows, times = pictures(9, (40, 24)), np.array([7, 1, 4, 0, 8]), []
+    plain = vae.VAE.prepare
+
+    def prepare(self, pixels):
+        times.append(len(pixels))
+        return plain(self, pixels)
+
+    monkeypatch.setattr(vae.VAE, "prepare", prepare)
+    once, each = built(), built()
+    first = run(once, images, 7, rows, batch=2)
+    assert times == [5]
+    monkeypatch.setattr(training, "SCALED_BYTES", 0)
+    assert run(each, images, 7, rows, batch=2) == first
+    assert times == [5] + [2] * 7
+    assert same(once, each) and not same(once, built())
+
+
 def by_hand(model, images, rows, clip, reset, released, iterations=6, batch=5):
     """Training written out; returns the loss of each step."""
     rng = torch_rng_for(0, "fit")
