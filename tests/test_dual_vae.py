@@ -469,6 +469,8 @@ def test_labels_of_other_images_and_other_detectors_are_refused(study):
 class Fixed(nn.Module):
     """In the place of a VAE: pixels come back as `change` makes them."""
 
+    as_released = False
+
     def __init__(self, change):
         super().__init__()
         self.change = change
