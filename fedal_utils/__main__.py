@@ -1,4 +1,4 @@
-"""The command line: `python -m fedal_utils reproduce`, `run 11_fedavg --profile smoke`, `publish`, `doctor`, ..."""
+"""The command line: `python -m fedal_utils reproduce`, `run 11_fedavg --profile smoke`, `publish`, `label`, ..."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,35 @@ def fetch(names: Sequence[str]) -> None:
         print(f"{name}: {download.fetch(known.get(name.lower(), name), data_folder())}")
 
 
+def label(given: argparse.Namespace) -> None:
+    """Serve the labelling page for a folder of images until Ctrl+C; everything is in the store by then."""
+    from . import labelling
+    from .seeding import rng_for
+
+    try:
+        labelling.need_gradio()
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    images = labelling.find_images(given.data)
+    path = Path(given.store or f"{Path(given.data).absolute()}.labels.db")
+    with labelling.Store(path, given.classes, given.task) as store:
+        ids = list(images)
+        order = rng_for(given.seed, "labelling order").permutation(len(ids))
+        store.queue(labelling.Question(ids[i], ids[i], strategy="random") for i in order)
+        page = labelling.launch(
+            store, images, show_suggestion=given.suggestions, show_names=given.names, host=given.host, port=given.port,
+            share=given.share, token=given.token,
+        )  # fmt: skip
+        print(f"labels go to {path}; Ctrl+C ends", flush=True)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            page.close(verbose=False)
+            counts = store.progress()
+            print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {path}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m fedal_utils", description=__doc__.partition(":")[0] + ".")
     top.add_argument("--version", action="version", version=f"fedal {__version__}")
@@ -114,6 +144,22 @@ def parser() -> argparse.ArgumentParser:
     add("doctor", "versions, GPU, memory, data found, profile chosen")
     command = add("data", "download data sets into $FEDAL_DATA or data/")
     command.add_argument("name", nargs="+")
+    command = add("label", "label the images of a folder in the browser")
+    command.add_argument("--data", required=True, metavar="DIR", help="folder of images")
+    command.add_argument("--classes", nargs="+", help="class names; needed the first time")
+    command.add_argument("--task", default="classes", help="classes (one for each image; default) or boxes")
+    command.add_argument("--store", metavar="FILE", help="where the labels go; default: DIR.labels.db")
+    command.add_argument("--seed", type=int, default=0, help="of the random order")
+    command.add_argument("--suggestions", action="store_true", help="show what a model suggests, if the store has it")
+    command.add_argument("--names", action="store_true", help="show file names, which often contain the class")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="default: this machine alone; another one asks for a token"
+    )
+    command.add_argument("--port", type=int, help="default: a free one from 7860 up")
+    command.add_argument(
+        "--share", action="store_true", help="a public link through Gradio's servers; asks for a token"
+    )
+    command.add_argument("--token", help="the password of the page; default: a new one where one is needed")
     return top
 
 
@@ -155,6 +201,8 @@ def _obey(given: argparse.Namespace) -> int:
         doctor()
     elif given.command == "data":
         fetch(given.name)
+    elif given.command == "label":
+        label(given)
     return 0
 
 

@@ -217,7 +217,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores = torch.get_num_threads()
-    place = root or os.environ.get("FEDAL_DATA") or record.home() / "data"
+    place = data_place(root)
     if config.classifier:
         train, test = class_sets.load(config.data, config.image_size, root=place, limit=config.limit)
     else:
@@ -254,6 +254,11 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     return Study(config, train, test, photos, device)
 
 
+def data_place(root: str | Path | None = None) -> Path:
+    """Where data sets lie: the argument, else $FEDAL_DATA, else `data/` of the checkout the notebook was opened in."""
+    return Path(root or os.environ.get("FEDAL_DATA") or record.home() / "data")
+
+
 def _check_method(config: Config, method: str) -> None:
     """Raises on a method that is unknown, or that this config's kind of model cannot do."""
     scheme, rest = scheme_of(method)
@@ -263,6 +268,8 @@ def _check_method(config: Config, method: str) -> None:
         raise ValueError(f"method {method!r} is not for {what}: ways of asking are {', '.join(allowed)}")
     if scheme != "fedavg" and config.classifier:
         raise ValueError(f"method {method!r}: classifiers know one scheme, fedavg; write {asks!r}")
+    if asks in ("model_outlier", "mix") and not config.classifier and config.merge_images < 1:
+        raise ValueError(f"method {method!r} compares with images that are held out: set merge_images to 1 or more")
     if asks in dual_vae.STRATEGIES and config.detector != "ssd":
         raise ValueError(f"method {method!r} needs the loss of each image: set detector='ssd', not {config.detector!r}")
     if asks in ("d4", "vae_d4") and not config.learned_loss:
@@ -375,18 +382,18 @@ def first_questions(study: Study, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame([(name, study.train.images.ids[row]) for name, row in rows], columns=["client", "id"])
 
 
-def start(run: record.Run, study: Study) -> tuple[list[Client], Detector]:
+def start(run: record.Run, study: Study, oracle: Oracle | None = None) -> tuple[list[Client], Detector]:
     """Clients with their pools, and the global model: fresh, or where a broken run stopped.
 
     Partition, start images and the starting point depend on the seed only, so every method begins from the same.
     The starting point is trained centrally on `start_images` images that are in no client's pool (released code: 200
-    images, 200 epochs).
+    images, 200 epochs). oracle: who answers, in the place of the known labels (`flywheel.Answers`).
     """
     config, train = run.config, study.train
     if train.labels is None:
         raise ValueError(f"data set {train.name!r} has no labels: it can be scored, but nobody can answer for it")
     first, parts, names = share_out(config, train, run.seed)
-    oracle = Oracle(train.labels, config.seconds_per_image, config.seconds_per_box, config.diagnostic)
+    oracle = oracle or Oracle(train.labels, config.seconds_per_image, config.seconds_per_box, config.diagnostic)
     clients = [
         Client(name, Pool(name, train.images, oracle, part)) for name, part in zip(names, parts, strict=True)
     ]  # fmt: skip
@@ -579,7 +586,8 @@ def _seen_as(study: Study, model: Detector, rows: np.ndarray, name: str) -> Cach
 class Others:
     """Models beside the one that is asked: the client's own last one, its local-only one, and all clients' (M).
 
-    coder: the client's VAE; noise: what it samples with, where it does (as_released).
+    coder: the client's VAE; noise: what it samples with, where it does (as_released). reference: detections on images
+    that the server holds out.
     """
 
     own: Detector | Classifier | None = None
@@ -587,6 +595,7 @@ class Others:
     committee: Sequence[Classifier] = ()
     coder: VAE | None = None
     noise: torch.Generator | None = None
+    reference: Detections | None = None
 
 
 def see(
@@ -621,6 +630,8 @@ def see(
             how, config, model, images, study.photos[0].images.take(rows), seen.get("detections"), others.coder,
             hidden, device, others.noise,
         )  # fmt: skip
+    if "reference" in needed:
+        seen["reference"] = others.reference
     if "own" in needed and others.own is not None:
         seen["own"] = look(config, others.own, images, device, above)
     if "logits" in needed:
@@ -759,7 +770,11 @@ def _others(
         committee = [_with(model, c.last) for c in voting]
     if strategy in dual_vae.STRATEGIES and ({"novelty", "consistency"} & needed or run.config.shortlist):
         coder = vae_of(run, study, model, client, cycle)
-    return Others(own, alone, committee, coder, run.torch_rng("vae noise", client.name, cycle))
+    reference = None
+    if "reference" in needed:
+        rows = held_out(run.config, study.train, run.seed)
+        reference = look(run.config, model, study.train.images.take(rows), study.device)
+    return Others(own, alone, committee, coder, run.torch_rng("vae noise", client.name, cycle), reference)
 
 
 def vae_of(run: record.Run, study: Study, model: Detector, client: Client, cycle: int) -> VAE:

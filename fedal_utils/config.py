@@ -36,6 +36,7 @@ _LATER: dict[str, Any] = dict(
     stacked=True, alone_epochs=50, learned_loss=False, vae="small", vae_size=(64, 64), latent=64, kl_weight=1.0,
     vae_iterations=200, vae_batch=16, vae_lr=1e-3, vae_on="labelled", vae_refit=True, vae_corrected=False,
     vae_part=0.5, standard="z", shortlist=0.0, pseudo_above=0.5, task_aware=0.0, diagnostic=False,
+    feature_side=64, regularisation=0.1, annotator_error=0.0, goal=0.9, plateau=1.0,
 )  # fmt: skip
 
 
@@ -170,6 +171,12 @@ class Config(Recipe):
     pseudo_above: float = 0.5  # a detection stands in for ground truth from this confidence on
     task_aware: float = 0.0  # weight of the detector's loss on reconstructions in the VAE's
     diagnostic: bool = False  # opens hidden labels to 'd0' and 'vae_d0': upper bounds, never methods
+    # the labelling flywheel, see `flywheel`
+    feature_side: int = 64  # pixels that images are scaled to for the frozen backbone of the class wheel
+    regularisation: float = 0.1  # of its linear classifier: inverse strength of the L2 penalty
+    annotator_error: float = 0.0  # how often a simulated person names the wrong class
+    goal: float = 0.9  # a stopping rule: this accuracy (or AP50) is reached
+    plateau: float = 1.0  # a stopping rule: the last cycle surely gained less than so many points
     alone_epochs: int = 50  # a local-only model (LoGo's) trains so long at most, and stops at 99 % training accuracy
     seconds_per_image: float = 2.0
     seconds_per_box: float = 7.0
@@ -186,7 +193,7 @@ class Config(Recipe):
             raise ValueError(f"profile must be one of {PROFILES}, got {self.profile!r}")
         positive = (
             "batch", "clients", "cycles", "rounds", "first", "budget", "side_seeds", "alone_epochs", "latent",
-            "vae_iterations", "vae_batch",
+            "vae_iterations", "vae_batch", "feature_side",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
@@ -212,7 +219,7 @@ class Config(Recipe):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         parts = ("flip", "score_above", "nms_iou", "mosaic", "lost", "quota", "first_part", "budget_part", "vae_part")
-        for name in (*parts, "pseudo_above"):
+        for name in (*parts, "pseudo_above", "annotator_error", "goal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if sorted(self.cascade_order) != sorted(FILTERS):
@@ -220,11 +227,12 @@ class Config(Recipe):
         falling = (*self.cascade, 1.0)
         if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
             raise ValueError(f"cascade must be four numbers >= 1 that do not grow, in budgets, got {self.cascade}")
-        for name in ("compensation", "kl_weight", "task_aware", "shortlist"):
+        for name in ("compensation", "kl_weight", "task_aware", "shortlist", "plateau"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if not self.vae_lr > 0:
-            raise ValueError(f"vae_lr must be > 0, got {self.vae_lr}")
+        for name in ("vae_lr", "regularisation"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         kept = ("restart", "client") if self.classifier else ("restart",)
         if self.afresh and self.optimiser_state not in kept:
             raise ValueError(
@@ -423,10 +431,11 @@ _KAFAL_PAPER = {
 }  # fmt: skip
 
 # Notebook 40 (SSD + VAE): one node; in every cycle the detector begins again, and takes the same number of steps.
-_DUAL_ALL = dict(
+_ONE_SSD = dict(
     detector="ssd", partition="iid", clients=1, start_images=0, start_iterations=0, rounds=1, anneal=1.0, afresh=True,
-    learned_loss=True, schedule="cosine", warmup=10, kl_weight=0.005, vae_lr=2e-3, vae_iterations=150,
+    schedule="cosine", warmup=10,
 )  # fmt: skip
+_DUAL_ALL = dict(**_ONE_SSD, learned_loss=True, kl_weight=0.005, vae_lr=2e-3, vae_iterations=150)
 
 _DUAL: dict[str, dict[str, Any]] = {
     "digits": {
@@ -454,6 +463,36 @@ _DUAL_PAPER = dict(
     vae_iterations=30000, vae_batch=32, vae_lr=1e-4, threads=0, seeds=(0, 1, 2),
 )  # fmt: skip
 
+# Notebook 50 (the labelling flywheel). Part A, classes: a linear classifier on cached features. Part B ("50b"), boxes:
+# one node, every cycle trains from the first weights (digits: from a starting point); the images that are held out
+# say what the detector makes of images it knows nothing of.
+_WHEEL: dict[str, dict[str, Any]] = {
+    "digit-images": {
+        "image_size": (16, 16), "feature_side": 64, "limit": (900, 500), "clients": 1, "start_images": 0, "first": 20,
+        "budget": 20, "cycles": 6, "rounds": 1, "seconds_per_box": 0.0, "goal": 0.85, "threads": 1,
+    },
+    "": {
+        "image_size": (32, 32), "feature_side": 96, "limit": (10000, 2000), "clients": 1, "start_images": 0,
+        "first": 100, "budget": 100, "cycles": 11, "rounds": 1, "seconds_per_box": 0.0, "goal": 0.7,
+        "seeds": (0, 1, 2, 3, 4), "threads": 1,
+    },
+}  # fmt: skip
+_WHEEL_PAPER = {
+    "data": "cifar10", "image_size": (32, 32), "feature_side": 224, "clients": 1, "start_images": 0, "first": 100,
+    "budget": 100, "cycles": 21, "rounds": 1, "seconds_per_box": 0.0, "goal": 0.9, "threads": 0,
+    "seeds": (0, 1, 2, 3, 4),
+}  # fmt: skip
+_WHEEL_BOXES: dict[str, dict[str, Any]] = {
+    "digits": {
+        **_ONE_SSD, "digit_classes": 3, "scenes": (180, 60), "batch": 8, "start_images": 40, "start_iterations": 150,
+        "merge_images": 10, "first": 12, "budget": 12, "cycles": 3, "iterations": 50, "threads": 1,
+    },
+    "bccd": {
+        **_ONE_SSD, "merge_images": 20, "first": 8, "budget": 10, "cycles": 4, "iterations": 100, "threads": 1,
+    },
+    "": {**_ONE_SSD, "merge_images": 10, "first": 8, "budget": 8, "cycles": 5, "iterations": 150},
+}  # fmt: skip
+
 _BY_PROFILE: dict[str, dict[str, Any]] = {
     "smoke": {"data": "digits", "seeds": (0, 1), "threads": 1},
     "quick": {"data": "bccd", "seeds": (0, 1, 2), "threads": 0},
@@ -474,6 +513,14 @@ _METHODS["30"] = (
 )  # fmt: skip
 
 _METHODS["40"] = ("random", "entropy_max", "coreset", "count", "vae", "d1", "vae_d1")
+_METHODS["50"] = (
+    "random", "confidence", "margin", "ratio", "entropy", "model_outlier", "embedding_outlier", "cluster",
+    "representative", "coreset", "mix", "mix_diverse",
+)  # fmt: skip
+_METHODS["50b"] = (
+    "random", "avg", "margin_avg", "ratio_avg", "entropy_avg", "model_outlier", "embedding_outlier", "cluster",
+    "representative", "mix",
+)  # fmt: skip
 
 # Notebooks with sizes of their own, by their number: by data set ("": photographs without an entry), and in full size.
 _OWN: dict[str, dict[str, dict[str, Any]]] = {
@@ -481,11 +528,15 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
     "20": _HUALE,
     "30": _KAFAL,
     "40": _DUAL,
+    "50": _WHEEL,
+    "50b": _WHEEL_BOXES,
 }
 _OWN_PAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "20": (_HUALE_PAPER, _HUALE_PAPER_BY_DATA), "30": (_KAFAL_PAPER, {}), "40": (_DUAL_PAPER, {}),
+    "50": (_WHEEL_PAPER, {}),
 }  # fmt: skip
-_OWN_DATA = {"30": {"smoke": "digit-images", "quick": "cifar10"}}  # where a notebook is not about detection
+# Where a notebook is not about detection.
+_OWN_DATA = dict.fromkeys(("30", "50"), {"smoke": "digit-images", "quick": "cifar10"})
 
 
 def one_node(config: Config) -> Config:

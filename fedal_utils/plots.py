@@ -42,7 +42,11 @@ class Look(NamedTuple):
 
 
 # Colours of Okabe and Ito (2008) and of Paul Tol's muted set, told apart with any colour vision; never colour alone.
-# Line: least confidence solid, entropy dash-dotted, margin dotted, a reference dashed.
+# Line: least confidence solid, entropy dash-dotted, margin dotted, ratio dash-dot-dotted, a reference dashed.
+DASH_DOTS = (0, (4.5, 1.5, 1, 1.5, 1, 1.5))
+HOURGLASS = Outline([(-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1)], closed=True)
+BOW_TIE = Outline([(-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1)], closed=True)
+TALL = Outline([(-0.5, -1), (0.5, -1), (0.5, 1), (-0.5, 1), (-0.5, -1)], closed=True)
 METHODS: dict[str, Look] = {
     "random": Look("#7F7F7F", "X", "-", "random"),
     "sum": Look("#0072B2", "o", "-", "SUM"),
@@ -55,6 +59,9 @@ METHODS: dict[str, Look] = {
     "margin_sum": Look("#56B4E9", ">", ":", "margin SUM"),
     "margin_avg": Look("#882255", "p", ":", "margin AVG"),
     "margin_max": Look("#999933", "h", ":", "margin MAX"),
+    "ratio_sum": Look("#B07AA1", HOURGLASS, DASH_DOTS, "ratio SUM"),
+    "ratio_avg": Look("#5C7A29", BOW_TIE, DASH_DOTS, "ratio AVG"),
+    "ratio_max": Look("#7B3F00", Outline.wedge(0, 180), DASH_DOTS, "ratio MAX"),
     "cascade": Look("#8C1D40", Outline.unit_regular_star(3, 0.4), "-", "HUALE cascade"),
     "cald": Look("#5E3C99", "H", "-", "CALD"),
     "hua": Look("#1B7837", "8", "-", "HUA pooling"),
@@ -63,6 +70,7 @@ METHODS: dict[str, Look] = {
     "entropy": Look("#C51B7D", Outline.unit_regular_star(4, 0.3), "-.", "entropy"),
     "margin": Look("#4393C3", Outline.unit_regular_star(4, 0.6), ":", "margin"),
     "confidence": Look("#BF812D", Outline.unit_regular_polygon(7), ":", "least confidence"),
+    "ratio": Look("#2E8BA8", TALL, DASH_DOTS, "ratio"),
     "badge": Look("#35978F", Outline.unit_regular_star(6, 0.5), "--", "BADGE"),
     "qbc": Look("#9970AB", Outline.unit_regular_star(7, 0.5), "--", "committee"),
     "logo": Look("#1A1A8C", Outline.unit_regular_star(3, 0.7), "-", "LoGo"),
@@ -84,13 +92,20 @@ METHODS: dict[str, Look] = {
     "vae_d2": Look("#004C54", Outline.unit_regular_polygon(11), "-", "VAE + D2"),
     "vae_d3": Look("#4F772D", Outline.unit_regular_polygon(12), "-", "VAE + D3"),
     "vae_d4": Look("#1D3557", Outline.unit_regular_star(14, 0.7), "-", "VAE + D4"),
+    "model_outlier": Look("#8E6C8A", Outline.unit_regular_star(16, 0.7), "--", "model-based outlier"),
+    "embedding_outlier": Look("#C4A000", Outline.unit_regular_star(13, 0.5), "--", "embedding outlier"),
+    "cluster": Look("#2A9D8F", Outline.unit_regular_star(4, 0.8), "--", "cluster centres"),
+    "representative": Look("#577590", Outline.unit_regular_polygon(13), "--", "representative"),
+    "mix": Look("#E63946", Outline.unit_regular_star(15, 0.8), "-", "mixture"),
+    "mix_diverse": Look("#9D0208", Outline.unit_regular_star(17, 0.6), "-", "mixture with diversity"),
     "centralised": Look("#444444", "d", "--", "centralised"),
     "federated": Look("#AA4499", "*", "-", "federated"),
 }
 _BARE = (
-    "cascade", "cald", "hua", "hua_entropy", "coreset", "entropy", "margin", "confidence", "badge", "qbc", "logo",
-    "jeffreys", "ksas", "ksas_client", "ksas_global", "ksas_sum", "ksas_avg", "ksas_max",
+    "cascade", "cald", "hua", "hua_entropy", "coreset", "entropy", "margin", "confidence", "ratio", "badge", "qbc",
+    "logo", "jeffreys", "ksas", "ksas_client", "ksas_global", "ksas_sum", "ksas_avg", "ksas_max",
     "vae", *(f"{both}{term}" for both in ("", "vae_") for term in ("d0", "d1", "d2", "d3", "d4")),
+    "model_outlier", "embedding_outlier", "cluster", "representative", "mix", "mix_diverse",
     "centralised", "federated",
 )  # fmt: skip  # schemes have no shades of them
 WAYS = tuple(name for name in METHODS if name not in _BARE)
@@ -172,7 +187,7 @@ def _look_of_reference(asks: str) -> Look:
         whose = f"{OWNERS[scheme]} {METHODS[way].name}"
     else:
         whose = "random" if way == "random" else f"{METHODS[way].name}'s"
-    dots = {"-.": (1, 1.5), ":": (1, 1.5, 1, 1.5)}.get(METHODS[way].line, ())
+    dots = {"-.": (1, 1.5), ":": (1, 1.5, 1, 1.5), DASH_DOTS: (1, 1.5) * 3}.get(METHODS[way].line, ())
     dashes = (0, ((2.2, 1.5) if scheme in SCHEMES else (7, 2)) + dots)
     grey = METHODS["centralised"]
     return Look(_mix(look(asks).colour, grey.colour, 0.5), grey.marker, dashes, f"centralised on {whose} labels")

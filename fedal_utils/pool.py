@@ -1,6 +1,7 @@
 """Who is labelled since when, and the Oracle: the only door to labels, which keeps the bill.
 
-`Pool.asked_in` is the whole history of labelling: one integer an image, -1 = unlabelled, else the cycle that asked.
+`Pool.asked_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = set aside (it was asked,
+and nobody could say), else the cycle that asked.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .data import Images, Labels
+
+SET_ASIDE = -2
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,16 @@ class Oracle:
         self._paid = np.zeros(len(self._boxes), dtype=bool)
         self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
 
-    def ask(self, index: np.ndarray) -> None:
-        """Pay for these images; from now on `labels_of` shows them."""
+    def ask(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
+        """Pay for these images; from now on `labels_of` shows them. (n,) True: an Oracle can always say.
+
+        cycle, scores: when and why, for an Oracle who is told (`flywheel.Answers`); ground truth does not care.
+        """
         again = np.asarray(index)[self._paid[index]]
         if len(again):
             raise ValueError(f"images {again.tolist()} were asked before: nobody pays twice for one label")
         self._paid[index] = True
+        return np.ones(len(index), dtype=bool)
 
     def labels_of(self, index: np.ndarray) -> Labels:
         """Labels of images that were asked; any other raises."""
@@ -92,8 +99,14 @@ class Pool:
         return np.flatnonzero(self.asked_in >= 0)
 
     def unlabelled(self) -> np.ndarray:
-        """Positions without a label, ascending."""
-        return np.flatnonzero(self.asked_in < 0)
+        """Positions that can be asked, ascending."""
+        return np.flatnonzero(self.asked_in == -1)
+
+    def set_aside(self, ids: Iterable[str]) -> None:
+        """These images were asked and nobody could say: they are neither labelled nor asked again."""
+        away = set(ids)
+        here = np.array([sample in away for sample in self.ids], dtype=bool)
+        self.asked_in[here & (self.asked_in == -1)] = SET_ASIDE
 
     def candidates(self) -> Images:
         """The unlabelled images, in the order of `unlabelled()`: all that scoring code may see."""
@@ -113,15 +126,15 @@ class Pool:
         if len(positions) and not (0 <= positions.min() and positions.max() < len(self)):
             allowed = f"0..{len(self) - 1}"
             raise ValueError(f"client {self.client}: positions must lie in {allowed}, got {positions.tolist()}")
-        known = positions[self.asked_in[positions] >= 0]
+        known = positions[self.asked_in[positions] != -1]
         if len(known):
             raise ValueError(f"client {self.client}: already labelled: {[self.ids[p] for p in known]}")
         if cycle < 0:
             raise ValueError(f"cycle must be >= 0, got {cycle}")
         if scores is not None and len(scores) != len(positions):
             raise ValueError(f"client {self.client}: {len(positions)} positions, but {len(scores)} scores")
-        self._oracle.ask(self.index[positions])
-        self.asked_in[positions] = cycle
+        answered = self._oracle.ask(self.index[positions], cycle, scores)
+        self.asked_in[positions] = np.where(answered, cycle, SET_ASIDE)
         if scores is not None:
             self.scores[positions] = scores
 

@@ -16,6 +16,12 @@ def test_a_config_is_frozen_and_a_recipe():
         c.lr = 1.0
 
 
+CHOICES = {
+    "optimiser_state": "client", "on_failure": "skip", "box_loss": "extended_iou", "companion": "sides",
+    "vae": "published", "vae_on": "all", "standard": "rank",
+}  # fmt: skip
+
+
 def another(name, value):
     """A different, allowed value of the same type."""
     if name == "profile":
@@ -26,8 +32,8 @@ def another(name, value):
         return value + 1
     if isinstance(value, float):
         return value / 2 + 0.0625
-    if name in ("optimiser_state", "on_failure", "box_loss", "companion"):
-        return {"restart": "client", "stop": "skip", "smooth_l1": "extended_iou", "none": "sides"}[value]
+    if name in CHOICES:
+        return CHOICES[name]
     if name in ("cascade", "cascade_order"):
         return (5.0, *value[1:]) if name == "cascade" else value[::-1]
     if isinstance(value, str):
@@ -140,6 +146,11 @@ def test_unknown_names_and_wrong_types_are_refused_with_a_hint(values, message):
         ({"optimiser_state": "lost"}, r"optimiser_state must be one of .*'travels'\), got 'lost'"),
         ({"on_failure": "retry"}, r"on_failure must be one of \('stop', 'skip'\), got 'retry'"),
         ({"anneal": 0.0}, r"anneal must be in \(0, 1\], got 0.0"),
+        ({"feature_side": 0}, "feature_side must be 1 or more, got 0"),
+        *(({name: 1.5}, rf"{name} must be in \[0, 1\], got 1.5") for name in ("annotator_error", "goal")),
+        ({"goal": float("nan")}, r"goal must be in \[0, 1\], got nan"),
+        ({"regularisation": 0.0}, "regularisation must be > 0, got 0.0"),
+        ({"plateau": -0.5}, "plateau must be >= 0, got -0.5"),
         ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
         ({"fraction": 1.5}, r"fraction must be in \(0, 1\], got 1.5"),
     ],

@@ -22,9 +22,9 @@ else:
 
 # An import points up this list. The README's map is in the same order.
 ORDER = """
-    config seeding boxes download data class_sets augment partition pool backbones losses roi_heads detectors yolo
-    classifiers vae training sampling federation flower metrics record plots notebooks labelling huale kafal dual_vae
-    alfl flywheel __main__
+    config seeding boxes download data exchange class_sets augment partition pool backbones losses roi_heads detectors
+    yolo classifiers vae training sampling federation flower metrics record plots notebooks labelling huale kafal
+    dual_vae alfl flywheel __main__
 """.split()
 ONLY_IN = {
     "flwr": "flower", "gradio": "labelling", "papermill": "notebooks", "argparse": "__main__", "random": "seeding",

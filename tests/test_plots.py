@@ -237,7 +237,7 @@ def lab(colour, eye="all cones"):
 
 def test_no_two_methods_of_the_grammar_look_equal():
     """Other marker, other line, or a colour four just noticeable differences away; and never the same name."""
-    assert len(GRAMMAR) == 42 + 4 * 11 + 11 + 4 * 11
+    assert len(GRAMMAR) == 52 + 4 * 14 + 14 + 4 * 14
     for one, other in itertools.combinations(GRAMMAR, 2):
         a, b = plots.look(one), plots.look(other)
         assert a.name != b.name

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedal_utils import detectors, sampling, training
 from fedal_utils.boxes import Detections
 from fedal_utils.data import Images, Labels
-from fedal_utils.pool import Bill, Oracle, Pool, total
+from fedal_utils.pool import SET_ASIDE, Bill, Oracle, Pool, total
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 BOXES = [2, 0, 3, 1, 1, 4]  # of each image; one of image 2's is ignored
@@ -155,17 +155,24 @@ def test_scrambled_hidden_labels_do_not_move_the_selection(strategy):
     images, labels = world()
     model = detectors.build("ssd", "small", 3, (32, 32), torch_rng_for(0, "weights"), width=16)
 
-    def chosen(truth):
+    others = torch.randint(0, 256, (3, 3, 32, 32), generator=torch_rng_for(0, "held out"), dtype=torch.uint8)
+    held = training.predict(model, Images(("x", "y", "z"), others, torch.tensor([[32, 32]] * 3)), score_above=0.005)
+
+    def chosen(truth, order=range(6)):
         pool = Pool("A", images, Oracle(truth), range(6))
-        found = training.predict(model, pool.candidates(), score_above=0.005)
-        known, *embedding = images.pixels.float().mean((2, 3)).split(1)  # as if image 0 were labelled
-        sight = sampling.Sight(6, found, embedding=torch.cat([known + 1, *embedding]), known=known)
+        shown = pool.candidates().take(list(order))
+        found = training.predict(model, shown, score_above=0.005)
+        known, *embedding = shown.pixels.float().mean((2, 3)).split(1)  # as if image 0 were labelled
+        sight = sampling.Sight(6, found, reference=held, embedding=torch.cat([known + 1, *embedding]), known=known)
         choice = sampling.choose(strategy, sight, 3, rng_for(0, "ask"))
         return choice.positions.tolist(), choice.scores.values.tolist()
 
     assert chosen(labels) == chosen(scrambled(labels, 1))
     picks, values = chosen(labels)
-    assert strategy == "count" or len(set(values)) > 1  # there is something to choose by
+    if strategy in ("cluster", "mix"):  # no scores, but other pixels are another choice
+        assert len({tuple(chosen(labels, np.roll(range(6), shift))[0]) for shift in range(6)}) > 1
+    else:
+        assert strategy == "count" or len(set(values)) > 1  # there is something to choose by
 
 
 def asked_csv(pools, cycles):
@@ -203,6 +210,51 @@ def test_a_history_of_other_images_is_refused():
         pool.replay([{"cycle": 0, "client": "A", "id": "f", "score": 1.0}])
     with pytest.raises(ValueError, match="a position is asked twice"):
         pool.replay([{"cycle": 0, "client": "A", "id": "a", "score": 1.0}] * 2)
+
+
+class Puzzled(Oracle):
+    """Cannot say what is on images 1 and 4."""
+
+    def ask(self, index, cycle=0, scores=None):
+        super().ask(index, cycle, scores)
+        return ~np.isin(index, [1, 4])
+
+
+def test_an_image_that_nobody_can_name_is_set_aside_for_good():
+    images, labels = world()
+    pool = Pool("A", images, Puzzled(labels), [5, 4, 1, 0])
+    pool.ask([0, 1], cycle=0)
+    assert pool.labelled().tolist() == [0] and pool.unlabelled().tolist() == [2, 3]
+    assert pool.asked_in.tolist() == [0, SET_ASIDE, -1, -1] and SET_ASIDE not in (-1, 0)
+    assert pool.bill() == Bill(1, 4, 30.0) and [row["id"] for row in pool.asked_rows(0)] == ["f"]
+    assert pool.training_set()[0].ids == ("f",) and pool.candidates().ids == ("b", "a")
+    with pytest.raises(ValueError, match=r"client A: already labelled: \['e'\]"):
+        pool.ask([1], cycle=1)
+    pool.ask([2, 3], cycle=1)
+    assert pool.labelled().tolist() == [0, 3] and len(pool.unlabelled()) == 0
+    # what asked.csv says, and who was set aside, rebuild it
+    again = Pool("A", images, Puzzled(labels), [5, 4, 1, 0])
+    again.replay(asked_csv([pool], 2))
+    assert again.unlabelled().tolist() == [1, 2]
+    again.set_aside(["b", "e", "f", "nobody"])  # a label that was given stays
+    assert np.array_equal(again.asked_in, pool.asked_in) and again.bill() == pool.bill()
+
+
+def test_an_oracle_can_always_say_and_is_told_when_and_why():
+    images, labels = world()
+    assert Oracle(labels).ask(np.array([3, 1])).tolist() == [True, True]
+    assert Oracle(labels).ask(np.array([], dtype=np.int64)).shape == (0,)
+    told = []
+
+    class Listening(Oracle):
+        def ask(self, index, cycle=0, scores=None):
+            told.append((index.tolist(), cycle, scores))
+            return super().ask(index, cycle, scores)
+
+    pool = Pool("A", images, Listening(labels), [5, 4, 1, 0])
+    pool.ask([2, 0], 3, [0.5, 0.25])
+    pool.ask([1], 4)
+    assert told == [([1, 5], 3, [0.5, 0.25]), ([4], 4, None)]
 
 
 def test_detections_know_nothing_of_labels():

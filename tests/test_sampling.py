@@ -17,12 +17,17 @@ from fedal_utils.boxes import Detections
 from fedal_utils.sampling import Scores, Sight, View, cascade, choose, k_center, score, top_k
 from fedal_utils.seeding import rng_for, torch_rng_for
 
-VALUES = ("confidence", "entropy", "margin")
-REDUCED = [name for name in sampling.BOX_STRATEGIES if name not in ("random", "count", "coreset")]
+VALUES = ("confidence", "entropy", "margin", "ratio")
+# Box strategies that need more than detections, or choose a set; all others reduce detections to one number.
+BEYOND = ("model_outlier", "embedding_outlier", "representative", "coreset", "cluster", "mix")
+REDUCED = [name for name in sampling.BOX_STRATEGIES if name not in ("random", "count", *BEYOND)]
 
 
-def detections(images, columns=4, length=None):
-    """images: for each image a list of (confidence, class distribution); padding of `length` holds rubbish."""
+def detections(images, columns=4, length=None, likeliest=False):
+    """images: for each image a list of (confidence, class distribution); padding of `length` holds rubbish.
+
+    likeliest: a detection is of its likeliest class, else of class 1.
+    """
     length = max([len(image) for image in images] + [length or 0])
     boxes = torch.full((len(images), length, 4), 7.0)
     scores = torch.full((len(images), length), 0.123)  # rubbish where padded: only labels may say what is real
@@ -30,7 +35,8 @@ def detections(images, columns=4, length=None):
     probs = torch.full((len(images), length, columns), 0.321)
     for i, image in enumerate(images):
         for j, (confidence, p) in enumerate(image):
-            scores[i, j], labels[i, j], probs[i, j] = confidence, 1, torch.tensor(p)
+            label = 1 + max(range(columns - 1), key=lambda c: p[1 + c]) if likeliest else 1
+            scores[i, j], labels[i, j], probs[i, j] = confidence, label, torch.tensor(p)
     return Detections(boxes, scores, labels, probs)
 
 
@@ -72,6 +78,14 @@ def test_margin_settles_2_2_by_hand():
     assert values_of("margin_max", found) == pytest.approx([1.0, 0])
 
 
+def test_ratio_monarch_2021_ch_3_by_hand():
+    # (.1, .6, .3, 0): .3 / .6 = .5; (.45, .45, .1, 0): 1; (0, 1, 0, 0): 0
+    found = detections([[(0.6, [0.1, 0.6, 0.3, 0]), (0.45, [0.45, 0.45, 0.1, 0])], [(1.0, [0, 1.0, 0, 0])]])
+    assert values_of("ratio_sum", found) == pytest.approx([1.5, 0])
+    assert values_of("ratio_avg", found) == pytest.approx([0.75, 0])
+    assert values_of("ratio_max", found) == pytest.approx([1.0, 0])
+
+
 def test_box_count_scores_every_image():
     scores = score("count", confidences([0.9, 0.3], [], [0.5]), 3, rng_for(0, "s"))
     assert scores.values.tolist() == [2, 0, 1] and scores.scored.all()
@@ -91,6 +105,13 @@ def test_images_without_detections_are_marked_and_carry_no_number():
         assert np.isfinite(scores.values).all()
         nothing = score(strategy, confidences([], []), 2, rng_for(0, "s"))  # T = 0: not one detection anywhere
         assert not nothing.scored.any() and len(nothing) == 2
+    held = confidences([0.4, 0.8])
+    scores = sampling.box_outlier(confidences([], [0.9], []), held)
+    assert scores.scored.tolist() == [False, True, False] and np.isfinite(scores.values).all()
+    assert not sampling.box_outlier(confidences([], []), held).scored.any()
+    for empty in (confidences([]), confidences([], [])):  # nothing was found on held-out images: no rank
+        unranked = sampling.box_outlier(confidences([0.9], [0.5]), empty)
+        assert not unranked.scored.any() and np.isfinite(unranked.values).all() and len(unranked) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- laws
@@ -104,6 +125,7 @@ image = st.lists(st.tuples(st.floats(0, 1, width=32), distribution), max_size=5)
 
 @given(st.lists(image, min_size=1, max_size=5))
 def test_every_strategy_equals_the_oracle(images):
+    assert set(REDUCED) | {"random", "count", *BEYOND} == set(sampling.BOX_STRATEGIES) and len(REDUCED) == 12
     found = detections(images)
     for strategy in [*REDUCED, "count"]:
         got = score(strategy, found, len(images), rng_for(0, "s"))
@@ -112,6 +134,46 @@ def test_every_strategy_equals_the_oracle(images):
             assert got.scored[i] == (want is not None)
             if want is not None:
                 assert got.values[i] == pytest.approx(want, abs=1e-5)
+
+
+# Some equal, zeros among them; equal odds come from equal rows alone, or a logarithm's last bit would decide.
+PALETTE = [
+    (0, [0.13, 0.31, 0.29, 0.27]), (1, [0.41, 0.11, 0.23, 0.25]), (2, [0.07, 0.51, 0.37, 0.05]), (3, [1.0, 0, 0, 0]),
+    (4, [0.0, 0.61, 0.39, 0]), (5, [0.53, 0.0, 0.0, 0.47]), (6, [0.19, 0.03, 0.67, 0.11]),
+    (7, [0.02, 0.06, 0.01, 0.91]),
+]  # fmt: skip
+row = st.lists(st.sampled_from(PALETTE), max_size=4)
+
+
+@given(st.lists(row, min_size=1, max_size=4), st.lists(row, min_size=1, max_size=4))
+def test_model_outliers_among_boxes_equal_the_oracle(images, held):
+    found, reference = detections(images), detections(held, likeliest=True)
+    choice = choose("model_outlier", Sight(len(images), found, reference=reference), len(images), rng_for(0, "s"))
+    held_probs = reference.probs[reference.valid].tolist()
+    held_labels = reference.labels[reference.valid].tolist()
+    for i, one in enumerate(images):
+        seen = found.probs[i][: len(one)].tolist()
+        want = oracles.box_outlier(seen, held_probs, held_labels)
+        assert choice.scores.scored[i] == (want is not None)
+        if want is not None:
+            assert choice.scores.values[i] == pytest.approx(want, abs=1e-9)
+
+
+def test_model_outliers_among_boxes_by_hand():
+    # held out, log odds of class 1: ln 2, ln 4; of class 2 (one box): ln 2.5
+    held = detections(
+        [[(0.5, [0.25, 0.5, 0.25]), (0.5, [0.125, 0.5, 0.375])], [(0.6, [0.25, 0.125, 0.625])]], 3, likeliest=True
+    )
+    assert held.labels.tolist() == [[1, 1], [2, 0]]
+    # (.25, .75, 0): class 1 ln 3: half lie below, class 2: none: 1 - .25. (.9, .05, .05): nothing below: 1.
+    # (.25, .5, .25): ln 2, a tie with one of two: .25; ln 1: 0: 1 - .125. (.1, .3, .6): ln 3: .5; ln 6: 1: 1 - .75.
+    boxes = [(0.75, [0.25, 0.75, 0.0]), (0.5, [0.9, 0.05, 0.05]), (0.5, [0.25, 0.5, 0.25]), (0.6, [0.1, 0.3, 0.6])]
+    found = detections([*([box] for box in boxes), [boxes[0], boxes[3]], []], 3)  # an image is the mean of its boxes
+    scores = sampling.box_outlier(found, held)
+    assert scores.scored.tolist() == [True] * 5 + [False]
+    assert scores.values[:5] == pytest.approx([0.75, 1, 0.875, 0.25, 0.5], abs=1e-12)
+    choice = choose("model_outlier", Sight(6, found, reference=held), 3, rng_for(0, "c"))
+    assert choice.positions.tolist() == [1, 2, 0]
 
 
 @given(st.lists(image.filter(len), min_size=1, max_size=5))
@@ -131,6 +193,11 @@ def test_padding_never_matters(images, extra):
         a, b = (score(strategy, found, len(images), rng_for(0, "s")) for found in (plain, padded))
         assert a.values == pytest.approx(b.values, abs=1e-12)
         assert a.scored.tolist() == b.scored.tolist()
+    held = confidences([0.4, 0.8], [0.6])
+    a, b = sampling.box_outlier(plain, held), sampling.box_outlier(padded, held)
+    assert a.values == pytest.approx(b.values, abs=1e-12) and a.scored.tolist() == b.scored.tolist()
+    turned = sampling.box_outlier(held, plain), sampling.box_outlier(held, padded)  # padding of the held-out ones
+    assert np.array_equal(turned[0].values, turned[1].values) and np.array_equal(turned[0].scored, turned[1].scored)
     for how in ("sum", "avg", "max"):  # confidences are float32: their float64 sums are exact, so not one bit moves
         assert np.array_equal(values_of(how, plain), values_of(how, padded))
 
@@ -139,6 +206,9 @@ def test_nan_in_the_padding_is_not_looked_at():
     found = confidences([0.9], [0.5, 0.4])
     found.scores[0, 1] = float("nan")
     assert values_of("sum", found) == pytest.approx([0.1, 1.1])
+    found.probs[0, 1] = float("nan")
+    scores = sampling.box_outlier(found, found)
+    assert scores.scored.all() and np.isfinite(scores.values).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- selection
@@ -216,7 +286,30 @@ def test_a_non_finite_score_names_the_image_and_never_sorts():
         (lambda: score("sum", confidences([0.5]), 3, rng_for(0, "s")), "needs detections of 3 images, got 1"),
         (lambda: score("coreset", None, 3, rng_for(0, "s")), "it has no score of one image"),
         (lambda: score("badge", None, 3, rng_for(0, "s")), "it has no score of one image"),
-        (lambda: score("entropy", confidences([0.5]), 1, rng_for(0, "s")), "whole images by their class scores"),
+        *(
+            (lambda name=name: score(name, confidences([0.5]), 1, rng_for(0, "s")), f"'{name}' chooses a set of images")
+            for name in ("cluster", "mix")
+        ),
+        *(
+            (lambda name=name: score(name, confidences([0.5]), 1, rng_for(0, "s")), f"'{name}' is not a score of an")
+            for name in ("entropy", "qbc", "model_outlier", "embedding_outlier", "representative")
+        ),
+        (
+            lambda: choose("model_outlier", Sight(1, confidences([0.5])), 1, rng_for(0, "c")),
+            "'model_outlier' needs 'reference' of its Sight, which has none: hold images out",
+        ),
+        (lambda: choose("model_outlier", Sight(2), 1, rng_for(0, "c")), "needs 'detections' of its Sight"),
+        (
+            lambda: choose("model_outlier", Sight(2, confidences([0.5])), 1, rng_for(0, "c")),
+            "'model_outlier' needs 'detections' of 2 images, got 1",
+        ),
+        (lambda: choose("mix", Sight(9, confidences(*[[0.5]] * 9)), 9, rng_for(0, "c")), "needs 'reference'"),
+        (lambda: choose("cluster", Sight(2, known=points(1)), 1, rng_for(0, "c")), "needs 'embedding' of its Sight"),
+        (lambda: choose("cluster", Sight(2, embedding=points(1)), 1, rng_for(0, "c")), "embeddings of 2 images, got 1"),
+        *(
+            (lambda name=name: choose(name, Sight(1, embedding=points(1)), 1, rng_for(0, "c")), "needs embeddings of")
+            for name in ("embedding_outlier", "representative")
+        ),
         (lambda: sampling.needs("best"), "strategy must be one of .* got 'best'"),
         (lambda: choose("best", Sight(3), 1, rng_for(0, "c")), "strategy must be one of .* got 'best'"),
         (lambda: choose("sum", Sight(3), 1, rng_for(0, "c")), "needs detections of 3 images, got none"),
@@ -249,12 +342,19 @@ def test_scores_are_pure():
     before = [t.clone() for t in (found.boxes, found.scores, found.labels, found.probs)]
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    sight = Sight(2, found, embedding=points(1, 2), known=points(0))
+    held = confidences([0.7, 0.2])
+    held_before = [t.clone() for t in (held.boxes, held.scores, held.labels, held.probs)]
+    sight = Sight(2, found, reference=held, embedding=points(1, 2), known=points(0))
+    runs = [
+        {name: choose(name, sight, 1, rng_for(0, "s")) for name in sampling.BOX_STRATEGIES} for _ in range(2)
+    ]  # fmt: skip
     first, again = (
-        {name: choose(name, sight, 1, rng_for(0, "s")).scores.values.tolist() for name in sampling.BOX_STRATEGIES}
-        for _ in range(2)
+        {name: (c.positions.tolist(), c.scores.values.tolist(), c.scores.scored.tolist()) for name, c in run.items()}
+        for run in runs
     )
     assert first == again
+    for old, new in zip(held_before, (held.boxes, held.scores, held.labels, held.probs), strict=True):
+        assert torch.equal(old, new)
     assert torch.equal(sight.embedding, points(1, 2)) and torch.equal(sight.known, points(0))
     for old, new in zip(before, (found.boxes, found.scores, found.labels, found.probs), strict=True):
         assert torch.equal(old, new)
@@ -267,7 +367,10 @@ def test_every_strategy_runs_on_what_a_detector_returns():
         torch.randint(0, 3, (6, 3), generator=torch_rng_for(0, "l")),
         torch.rand(6, 3, 3, generator=torch_rng_for(0, "p")).softmax(-1),
     )  # fmt: skip
-    sight = Sight(6, found, embedding=torch.rand(6, 5, generator=torch_rng_for(0, "e")), known=torch.zeros(0, 5))
+    sight = Sight(
+        6, found, reference=found.take(np.array([4, 0])), known=torch.zeros(0, 5),
+        embedding=torch.rand(6, 5, generator=torch_rng_for(0, "e")),
+    )  # fmt: skip
     for name in sampling.BOX_STRATEGIES:
         choice = choose(name, sight, 4, rng_for(0, "s"))
         assert len(set(choice.positions.tolist())) == 4 and len(choice.scores) == 6
@@ -290,15 +393,18 @@ def test_each_strategy_says_what_it_looks_at():
     assert needs.pop("random") == set() and needs.pop("coreset") == {"embedding", "known"}
     assert needs.pop("badge") == {"logits", "embedding"} and needs.pop("qbc") == {"committee"}
     assert all(needs.pop(name) == {"logits"} for name in sampling.UNCERTAINTIES)
-    assert len(needs) == 10 and all(fields == {"detections"} for fields in needs.values())
+    assert needs.pop("model_outlier") == needs.pop("mix") == {"detections", "reference"}
+    assert needs.pop("embedding_outlier") == needs.pop("representative") == {"embedding", "known"}
+    assert needs.pop("cluster") == {"embedding"}
+    assert len(needs) == 13 and all(fields == {"detections"} for fields in needs.values())
     every = {field for name in sampling.STRATEGIES for field in sampling.needs(name)}
     assert {f.name for f in dataclasses.fields(Sight)} >= every
 
 
 def test_strategies_of_boxes_come_first_then_those_of_whole_images():
     boxes, classes = sampling.BOX_STRATEGIES, sampling.CLASS_STRATEGIES
-    assert classes == ("random", "entropy", "margin", "confidence", "coreset", "badge", "qbc")
-    assert sampling.STRATEGIES == (*boxes, "entropy", "margin", "confidence", "badge", "qbc")
+    assert classes == ("random", "entropy", "margin", "confidence", "ratio", "coreset", "badge", "qbc")
+    assert sampling.STRATEGIES == (*boxes, "entropy", "margin", "confidence", "ratio", "badge", "qbc")
     assert set(boxes) & set(classes) == {"random", "coreset"}
 
 
@@ -309,7 +415,7 @@ def test_a_sight_has_no_room_for_labels():
     assert dict(Sight(3).views) == {} and Sight(3).detections is None  # what is not looked at need not be there
 
 
-@pytest.mark.parametrize("strategy", [name for name in sampling.BOX_STRATEGIES if name != "coreset"])
+@pytest.mark.parametrize("strategy", [name for name in sampling.BOX_STRATEGIES if name not in BEYOND])
 def test_choosing_is_scoring_and_then_the_best_by_the_same_generator(strategy):
     found = confidences([0.9, 0.6], [], [0.5], [0.7, 0.7])
     rng = rng_for(3, "c")
@@ -319,6 +425,69 @@ def test_choosing_is_scoring_and_then_the_best_by_the_same_generator(strategy):
     assert np.array_equal(choice.positions, want)
     assert np.array_equal(choice.scores.values, want_scores.values)
     assert np.array_equal(choice.scores.scored, want_scores.scored)
+
+
+def wide_sight(images=30, seed=0):
+    """Up to four boxes an image, three classes; held-out detections and embeddings beside them."""
+    rng = rng_for(seed, "wide sight")
+
+    def drawn(count):
+        rows = [[(0.0, rng.dirichlet(np.ones(4)).tolist()) for _ in range(rng.integers(0, 5))] for _ in range(count)]
+        return detections([[(max(p[1:]), p) for _, p in row] for row in rows], likeliest=True)
+
+    embedding, known = torch.from_numpy(rng.normal(size=(images, 5))), torch.from_numpy(rng.normal(size=(6, 5)))
+    return Sight(images, drawn(images), reference=drawn(12), embedding=embedding, known=known)
+
+
+@pytest.mark.parametrize("empty", sampling.EMPTY_RULES)
+def test_outliers_clusters_and_representatives_are_chosen_from_their_sight(empty):
+    sight = wide_sight()
+    assert not sight.detections.valid.any(1).all()  # some images have no detection
+    outliers = {
+        "model_outlier": lambda: sampling.box_outlier(sight.detections, sight.reference),
+        "embedding_outlier": lambda: sampling.embedding_outlier(sight.embedding, sight.known),
+    }
+    for name, made in outliers.items():
+        choice, scores = choose(name, sight, 7, rng_for(3, "c"), empty), made()
+        assert np.array_equal(choice.scores.values, scores.values)
+        assert np.array_equal(choice.scores.scored, scores.scored)
+        assert np.array_equal(choice.positions, top_k(scores, 7, rng_for(3, "c"), empty))
+    choice = choose("cluster", sight, 7, rng_for(3, "c"), empty)
+    assert np.array_equal(choice.positions, sampling.cluster(sight.embedding, 7, rng_for(3, "c")))
+    assert not choice.scores.scored.any() and len(choice.scores) == 30
+    choice = choose("representative", sight, 7, rng_for(3, "c"), empty)
+    want = sampling.representative(sight.embedding, sight.known, 7, rng_for(3, "c"))
+    assert np.array_equal(choice.positions, want.positions)
+    assert np.array_equal(choice.scores.values, want.scores.values) and choice.scores.scored.all()
+
+
+@pytest.mark.parametrize("empty", sampling.EMPTY_RULES)
+def test_the_mixture_asks_each_strategy_its_share_of_what_is_left(empty):
+    sight, left = wide_sight(), list(range(30))
+    choice = choose("mix", sight, 10, rng_for(3, "c"), empty)
+    assert not choice.scores.scored.any() and len(choice.scores) == 30
+    assert len(set(choice.positions.tolist())) == 10
+    asked = iter(choice.positions.tolist())
+    shares = {"avg": 4, "ratio_avg": 2, "entropy_avg": 2, "model_outlier": 1}
+    assert sampling.portions(sampling.MIX, 10) == {**shares, "random": 1}
+    for name, share in shares.items():
+        some = dataclasses.replace(sight, images=len(left), detections=sight.detections.take(np.array(left)))
+        if name == "model_outlier":
+            scores = sampling.box_outlier(some.detections, some.reference)
+        else:
+            scores = score(name, some.detections, len(left), rng_for(0, "s"))
+        worth = np.where(scores.scored, scores.values, 9.0 if empty == "first" else -9.0)
+        taken = [next(asked) for _ in range(share)]
+        assert sorted(worth[[left.index(one) for one in taken]]) == sorted(worth)[-share:]
+        left = [one for one in left if one not in taken]
+    lasts = {int(choose("mix", sight, 10, rng_for(seed, "c"), empty).positions[9]) for seed in range(40)}
+    assert len(lasts) > 10  # drawn
+
+
+def test_the_mixture_asks_its_share_where_nothing_was_detected():
+    empty = Sight(12, confidences(*[[]] * 12), reference=confidences([0.5]))
+    for rule in sampling.EMPTY_RULES:  # also by 'never', which would leave nobody to ask
+        assert len(set(choose("mix", empty, 10, rng_for(0, "c"), rule).positions.tolist())) == 10
 
 
 # --------------------------------------------------------------------------------------------------- greedy k-center
@@ -431,6 +600,7 @@ def test_uncertainty_settles_2_1_to_2_3_by_hand():
     want = {
         "confidence": [0.5, 2 / 3, 0.3],  # 1 - best
         "margin": [0.75, 1, 0.5],  # 1 - (.5 - .25), 1 - 0, 1 - (.7 - .2)
+        "ratio": [0.5, 1, 2 / 7],  # .25 / .5, 1, .2 / .7
         # .5 ln 2 + .5 ln 4; ln 3; the last one as it stands
         "entropy": [1.5 * math.log(2), math.log(3), -0.1 * math.log(0.1) - 0.2 * math.log(0.2) - 0.7 * math.log(0.7)],
     }
@@ -446,7 +616,7 @@ def test_uncertainty_settles_2_1_to_2_3_by_hand():
 def test_uncertainties_stay_in_their_ranges_and_equal_a_loop(rows):
     logits = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
     found = {how: sampling.uncertainty(logits, how).values for how in sampling.UNCERTAINTIES}
-    for how, top in (("entropy", math.log(3)), ("margin", 1), ("confidence", 2 / 3)):
+    for how, top in (("entropy", math.log(3)), ("margin", 1), ("confidence", 2 / 3), ("ratio", 1)):
         assert ((found[how] >= 0) & (found[how] <= top + 1e-12)).all()
     for i, row in enumerate(rows):
         parts = [math.exp(x - max(row)) for x in row]
@@ -454,6 +624,22 @@ def test_uncertainties_stay_in_their_ranges_and_equal_a_loop(rows):
         assert found["entropy"][i] == pytest.approx(-sum(x * math.log(x) for x in p if x > 0), abs=1e-12)
         assert found["margin"][i] == pytest.approx(1 - (p[2] - p[1]), abs=1e-12)
         assert found["confidence"][i] == pytest.approx(1 - p[2], abs=1e-12)
+        assert found["ratio"][i] == pytest.approx(p[1] / p[2], abs=1e-12)
+
+
+def test_uncertainties_of_a_thousand_classes_with_probabilities_of_exactly_zero():
+    logits = torch.full((4, 1000), -1e4)
+    logits[0, 7] = 1e4  # sure: all other probabilities are exactly 0
+    logits[1, [7, 8]] = 1e4  # torn between two
+    logits[2, 7], logits[2, 8] = 1e4, 1e4 - 2  # e^-2 to 1
+    want = {"confidence": [0, 0.5], "margin": [0, 1], "ratio": [0, 1], "entropy": [0, math.log(2)]}
+    uniform = {"confidence": 0.999, "margin": 1, "ratio": 1, "entropy": math.log(1000)}  # all equal: the last row
+    for how in sampling.UNCERTAINTIES:
+        values = sampling.uncertainty(logits, how).values
+        assert np.isfinite(values).all()
+        assert values[[0, 1, 3]] == pytest.approx([*want[how], uniform[how]], abs=1e-12), how
+    assert sampling.uncertainty(logits, "ratio").values[2] == pytest.approx(math.exp(-2), rel=1e-12)
+    assert sampling.uncertainty(1e308 * logits[:1, :9].sign().double(), "ratio").values.tolist() == [0]  # overflows
 
 
 def test_a_committee_mccallum_and_nigam_1998_by_hand():
@@ -528,6 +714,7 @@ def test_strategies_of_whole_images_need_their_fields_of_these_images_and_finite
     [
         (lambda: sampling.uncertainty(torch.zeros(2, 3), "doubt"), "one of .*'confidence'.*, got 'doubt'"),
         (lambda: sampling.uncertainty(torch.zeros(2, 1), "margin"), r"two classes or more, got logits \(2, 1\)"),
+        (lambda: sampling.uncertainty(torch.zeros(2, 1), "ratio"), r"ratio needs two classes .* got logits \(2, 1\)"),
         (lambda: sampling.query_by_committee(torch.zeros(2, 3)), r"\(M, N, C\) with M >= 1, got \(2, 3\)"),
         (lambda: sampling.query_by_committee(torch.zeros(0, 2, 3)), r"M >= 1, got \(0, 2, 3\)"),
         (
@@ -630,3 +817,279 @@ def test_badge_never_writes_the_gradients_down():
         positions, norms = sampling.badge(logits, embedding, 8, rng_for(0, "c"))
     assert len(set(positions.tolist())) == 8 and norms.shape == (images,)
     assert images * wide <= largest.numbers < 2 * images * wide
+
+
+# ------------------------------------------------------------------------------------------------ model-based outliers
+
+
+def slow_model_outlier(logits, held, classes=None):
+    """1 - mean over columns of the part of held-out logits below, of equal ones the half; counted one by one."""
+    out = []
+    for row in logits:
+        ranks = []
+        for c, x in enumerate(row):
+            column = [h[c] for v, h in enumerate(held) if classes is None or classes[v] == c]
+            if column:
+                ranks.append(sum(1.0 if h < x else 0.5 if h == x else 0.0 for h in column) / len(column))
+        out.append(1 - sum(ranks) / len(ranks))
+    return out
+
+
+def test_model_outlier_monarch_2021_ch_4_by_hand():
+    held = torch.tensor([[1.0, 10], [2, 20], [2, 30], [3, 40]])
+    # (2, 35): ranks (1 + 2/2) / 4 = .5 and 3/4 -> 1 - .625; (0, 0): 1; (9, 99): 0; (1, 10): .5/4 each -> .875
+    pool = torch.tensor([[2.0, 35], [0, 0], [9, 99], [1, 10]])
+    scores = sampling.model_outlier(pool, held)
+    assert scores.values.tolist() == [0.375, 1, 0, 0.875] and scores.scored.all()
+    # column 0 among images 1 and 3 alone (2, 3), column 1 among 0 and 2 (10, 30): (2, 35): (.25 + 1) / 2
+    by_class = sampling.model_outlier(pool, held, np.array([1, 0, 1, 0])).values
+    assert by_class.tolist() == [0.375, 1, 0, 1 - (0 + 0.25) / 2]
+    only_one = sampling.model_outlier(pool, held, torch.ones(4, dtype=torch.int64)).values  # column 0 does not count
+    assert only_one.tolist() == [0.25, 1, 0, 0.875]
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 4), st.integers(0, 99), st.booleans())
+def test_model_outlier_equals_the_slow_loop_ties_and_all(images, held, columns, seed, coarse):
+    rng = rng_for(seed, "outlier")
+    pool, others = rng.normal(size=(images, columns)), rng.normal(size=(held, columns))
+    if coarse:
+        pool, others = np.round(pool), np.round(others)
+    classes = rng.integers(0, columns, held)
+    tensors = torch.from_numpy(pool), torch.from_numpy(others)
+    assert sampling.model_outlier(*tensors).values == pytest.approx(slow_model_outlier(pool, others), abs=1e-12)
+    found = sampling.model_outlier(*tensors, classes)
+    assert found.values == pytest.approx(slow_model_outlier(pool, others, classes), abs=1e-12)
+    assert ((found.values >= 0) & (found.values <= 1)).all() and len(found) == images
+    turned = sampling.model_outlier(tensors[0], tensors[1].flip(0), classes[::-1].copy())
+    assert np.array_equal(turned.values, found.values)  # the order of the held-out images does not matter
+
+
+def test_model_outliers_are_low_activations_in_fine_steps():
+    """active-vision 0.4.3 asks high activations first and knows C + 1 levels."""
+    rng, columns = rng_for(0, "outlier"), 3
+    pool = np.linspace(-4, 4, 200)[:, None] + 0.01 * rng.normal(size=(200, columns))  # activations grow row by row
+    values = sampling.model_outlier(torch.from_numpy(pool), torch.from_numpy(rng.normal(size=(500, columns)))).values
+    assert len(set(values)) > 30 * (columns + 1)
+    assert np.corrcoef(values, pool.mean(1))[0, 1] < -0.9
+    asked = top_k(Scores(values, np.ones(200, dtype=bool)), 20, rng_for(0, "t"))
+    assert asked.max() < 50 and values[asked].min() > 0.95 > 0.05 > values[-20:].max()
+
+
+# -------------------------------------------------------------------------------------------------- embedding outliers
+
+
+def unit(rows):
+    return [[x / (math.hypot(*row) or 1) for x in row] for row in rows]
+
+
+def test_embedding_outlier_by_hand():
+    # known: east, north. East: 0 and sqrt 2; west: 2 and sqrt 2; twice north: 0; the length does not matter
+    known, pool = torch.tensor([[3.0, 0], [0, 0.5]]), torch.tensor([[7.0, 0], [-1, 0], [0, 2], [0, 0]])
+    nearest = sampling.embedding_outlier(pool, known, 1)
+    assert nearest.values == pytest.approx([0, math.sqrt(2), 0, 1], abs=1e-12) and nearest.scored.all()
+    both = sampling.embedding_outlier(pool, known, 10).values  # all that there are
+    root = math.sqrt(2)
+    assert both == pytest.approx([root / 2, (2 + root) / 2, root / 2, 1], abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [3, 1024])
+def test_embedding_outlier_equals_the_slow_loop_whatever_the_blocks(block, monkeypatch):
+    monkeypatch.setattr(sampling, "BLOCK", block)
+    rng = rng_for(0, "embedding")
+    known = rng.normal(size=(31, 5)) + 1
+    pool = np.concatenate([rng.normal(size=(20, 5)), 3 * known[:2], np.zeros((1, 5)), 1e200 * known[2:3]])
+    for k in (1, 4, 31, 50):
+        want = [sum(sorted(math.dist(x, y) for y in unit(known))[:k]) / min(k, 31) for x in unit(pool)]
+        found = sampling.embedding_outlier(torch.from_numpy(pool), torch.from_numpy(known), k)
+        assert found.values == pytest.approx(want, abs=1e-9)
+        if k == 1:
+            assert found.values[[20, 21, 23]].tolist() == [0, 0, 0]  # of labelled images themselves: no rounding
+
+
+def test_without_labelled_images_nothing_is_far_from_them():
+    scores = sampling.embedding_outlier(torch.ones(3, 2), torch.zeros(0, 2))
+    assert not scores.scored.any() and not scores.values.any()
+    assert len({tuple(top_k(scores, 3, rng_for(seed, "t"))) for seed in range(40)}) == 6  # so they come at random
+
+
+# ------------------------------------------------------------------------------------------------------------- cluster
+
+
+def heaps(sizes=(5, 3, 9), wide=4, seed=0, spread=0.1):
+    """(N, wide) float32 heaps far from each other, and the heap of each row."""
+    rng = rng_for(seed, "heaps")
+    heap = np.repeat(np.arange(len(sizes)), sizes)
+    rows = 100 * np.eye(wide)[heap] + spread * rng.normal(size=(len(heap), wide))
+    order = rng.permutation(len(heap))
+    return torch.from_numpy(rows[order]).float(), heap[order]
+
+
+@pytest.mark.parametrize("many", [10_000, 10])  # k-means, k-means by batches
+def test_clusters_give_the_image_nearest_to_each_centre_the_largest_first(many):
+    embedding, heap = heaps()
+    asked = sampling.cluster(embedding, 3, rng_for(0, "c"), many)
+    assert asked.dtype == np.int64 and heap[asked].tolist() == [2, 0, 1]
+    rows = embedding.double().numpy()
+    if many > 17:  # centres are means: the nearest one by a loop
+        for one in asked:
+            members = [i for i in range(len(heap)) if heap[i] == heap[one]]
+            centre = rows[members].mean(0)
+            assert one == min(members, key=lambda i: math.dist(rows[i], centre))
+
+
+@pytest.mark.parametrize("many", [10_000, 10])
+def test_clusters_are_filled_up_where_images_are_equal_and_take_each_once(many):
+    rows = torch.tensor([[0.0, 0], [9, 9], [-9, 9]])[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]]
+    for k in (3, 5, 6, 8, 11):
+        asked = sampling.cluster(rows, k, rng_for(k, "c"), many)
+        assert len(set(asked.tolist())) == k
+        assert len({tuple(row) for row in rows[asked[:3]].tolist()}) == 3  # all three before any copy
+    assert sorted(sampling.cluster(rows, 12, rng_for(0, "c"), many).tolist()) == list(range(12))
+    assert sampling.cluster(rows, 0, rng_for(0, "c"), many).tolist() == []
+    firsts = {tuple(sampling.cluster(rows, 3, rng_for(seed, "c"), many)) for seed in range(40)}
+    assert {positions[0] for positions in firsts} == set(range(6))  # any of the six copies of the largest heap
+
+
+def test_clusters_depend_on_the_seed_alone():
+    rows = torch.randn(300, 8, generator=torch_rng_for(0, "rows"))
+    before = rows.clone()
+    for many in (10_000, 100):
+        runs = [sampling.cluster(rows, 20, rng_for(seed, "c"), many).tolist() for seed in (0, 0, 1)]
+        assert runs[0] == runs[1] != runs[2] and all(len(set(run)) == 20 for run in runs)
+    assert torch.equal(rows, before)
+
+
+# ------------------------------------------------------------------------------------------------------ representative
+
+
+def test_representative_by_hand():
+    # centre of the pool: east (two to the east, north and south cancel out); labelled: north
+    pool, known = torch.tensor([[2.0, 0], [5, 0], [0, 1], [0, -3]]), torch.tensor([[0.0, 4]])
+    choice = sampling.representative(pool, known, 2, rng_for(0, "c"))
+    assert choice.scores.values == pytest.approx([1, 1, -1, 1], abs=1e-12)  # south: 0 - -1
+    nobody = sampling.representative(pool, known[:0], 2, rng_for(0, "c"))
+    assert nobody.scores.values == pytest.approx([1, 1, 0, 0], abs=1e-12)
+    firsts = {int(sampling.representative(pool, known[:0], 2, rng_for(s, "c")).positions[0]) for s in range(30)}
+    assert firsts == {0, 1}  # ties break by the generator
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+def test_representative_equals_the_slow_loop_whatever_the_blocks(block, monkeypatch):
+    monkeypatch.setattr(sampling, "BLOCK", block)
+    rng = rng_for(0, "embedding")
+    pool, known = rng.normal(size=(23, 5)) + 1, rng.normal(size=(9, 5)) - 1
+
+    def centre(rows):
+        (mean,) = unit([[sum(column) for column in zip(*unit(rows), strict=True)]])
+        return mean
+
+    def cosine(x, y):
+        return sum(a * b for a, b in zip(x, y, strict=True))
+
+    want = [cosine(x, centre(pool)) - cosine(x, centre(known)) for x in unit(pool)]
+    choice = sampling.representative(torch.from_numpy(pool), torch.from_numpy(known), 6, rng_for(0, "c"))
+    assert choice.scores.values == pytest.approx(want, abs=1e-12)
+    assert choice.positions.tolist() == sorted(range(23), key=lambda i: -want[i])[:6]
+
+
+# ---------------------------------------------------------------------------------------------------------- combination
+
+
+def slow_portions(shares, k):
+    """One image after the other: whole parts in hundredths, the rest to whoever lacks most."""
+    sizes = [share * k // 100 for share in shares]
+    lacks = [share * k % 100 for share in shares]
+    for _ in range(k - sum(sizes)):
+        first = lacks.index(max(lacks))
+        sizes[first], lacks[first] = sizes[first] + 1, -1
+    return sizes
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=6), st.integers(0, 400))
+def test_portions_are_the_largest_remainders_and_add_up(cuts, k):
+    edges = [0, *sorted(cuts), 100]
+    hundredths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    shares = {f"way {i}": share / 100 for i, share in enumerate(hundredths)}
+    sizes = sampling.portions(shares, k)
+    assert list(sizes) == list(shares) and list(sizes.values()) == slow_portions(hundredths, k)
+    assert sum(sizes.values()) == k and all(abs(sizes[n] - share * k) < 1 + 1e-6 for n, share in shares.items())
+
+
+def test_portions_by_hand():
+    assert sampling.portions({"a": 0.4, "b": 0.2, "c": 0.2, "d": 0.1, "e": 0.1}, 30) == dict(a=12, b=6, c=6, d=3, e=3)
+    assert sampling.portions({"a": 0.5, "b": 0.26, "c": 0.24}, 10) == dict(a=5, b=3, c=2)  # 2.6, 2.4: not the first
+    assert sampling.portions({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 5) == dict(a=2, b=2, c=1)  # equal: the first ones
+    assert sampling.portions({"a": 0.29, "b": 0.71}, 100) == dict(a=29, b=71)  # .29 * 100 is 28.99... in floats
+    assert sampling.portions({"a": np.float32(0.5), "b": 0.5}, 1) == dict(a=1, b=0)
+
+
+def test_a_combination_asks_in_order_among_what_is_left_and_nobody_twice():
+    told = []
+
+    def ask(name, left, count):
+        told.append((name, left.tolist(), count))
+        picked = (left if name == "low" else left[::-1])[:count].copy()
+        left[:] = -1  # its own copy
+        return picked
+
+    positions = sampling.combination({"low": 0.5, "none": 0, "high": 0.25, "again": 0.25}, ask, 4, 6)
+    assert positions.tolist() == [0, 1, 5, 4] and positions.dtype == np.int64
+    assert told == [("low", [0, 1, 2, 3, 4, 5], 2), ("high", [2, 3, 4, 5], 1), ("again", [2, 3, 4], 1)]
+    assert sampling.combination({"low": 1}, ask, 0, 6).tolist() == []
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 40), st.integers(0, 9))
+def test_a_combination_takes_exactly_k_different_ones_the_same_for_a_seed(weights, k, seed):
+    shares = {f"way {i}": weight / sum(weights) for i, weight in enumerate(weights)}
+
+    def run():
+        rng = rng_for(seed, "combination")
+        return sampling.combination(shares, lambda name, left, count: rng.choice(left, count, replace=False), k, 40)
+
+    positions = run()
+    assert len(set(positions.tolist())) == len(positions) == k and np.array_equal(positions, run())
+    assert set(positions.tolist()) <= set(range(40))
+
+
+def broken(values):
+    return lambda name, left, count: np.array(values)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sampling.model_outlier(torch.zeros(2, 3), torch.zeros(2, 4)), r"same columns.*\(2, 3\) and \(2, 4\)"),
+        (lambda: sampling.model_outlier(torch.zeros(2, 3), torch.zeros(0, 3)), "one or more of them, got none"),
+        (lambda: sampling.model_outlier(torch.zeros(2, 3), torch.zeros(4, 3), [0, 1]), r"4 held-out .* got \(2,\)"),
+        (lambda: sampling.model_outlier(torch.zeros(2, 3), torch.zeros(2, 3), [0, 3]), r"class 3 of .* 0\.\.2"),
+        (lambda: sampling.model_outlier(torch.zeros(2, 3), torch.zeros(2, 3), [-1, 2]), "class -1 of a held-out"),
+        (lambda: sampling.model_outlier(points(1, math.nan), points(1)), "non-finite logits in row 1"),
+        (lambda: sampling.model_outlier(points(1), points(1, math.inf)), "non-finite held_out_logits in row 1"),
+        (lambda: sampling.embedding_outlier(points(1), torch.zeros(2, 2)), r"same columns.*\(1, 1\) and \(2, 2\)"),
+        (lambda: sampling.embedding_outlier(points(1), points(1), 0), "1 or more, got k = 0"),
+        (lambda: sampling.embedding_outlier(points(1, math.nan), points(1)), "non-finite embedding in row 1"),
+        (
+            lambda: sampling.embedding_outlier(points(*[1] * 20_000, math.nan, 1), points(1)),
+            "non-finite embedding in row 20000",
+        ),
+        (lambda: sampling.embedding_outlier(points(1), points(1, math.inf)), "non-finite known in row 1"),
+        (lambda: sampling.cluster(points(1, 2), 3, rng_for(0, "c")), "budget of 3 images.* pool has 2"),
+        (lambda: sampling.cluster(points(1, math.nan), 1, rng_for(0, "c")), "non-finite embedding in row 1"),
+        (lambda: sampling.representative(points(1, 2), points(1), 3, rng_for(0, "c")), "budget of 3 images"),
+        (lambda: sampling.representative(points(math.inf), points(1), 1, rng_for(0, "c")), "embedding in row 0"),
+        (lambda: sampling.representative(points(1), points(1, math.nan), 1, rng_for(0, "c")), "known in row 1"),
+        (lambda: sampling.portions({"a": 0.5, "b": 0.5 + 1e-8}, 3), "sum to 1.00000001; they must sum to 1"),
+        (lambda: sampling.portions({}, 3), "must sum to 1"),
+        (lambda: sampling.portions({"a": 1.5, "b": -0.5}, 3), "share of 'b' is -0.5"),
+        (lambda: sampling.portions({"a": math.nan}, 3), "share of 'a' is nan"),
+        (lambda: sampling.portions({"a": 1}, -1), "budget of -1 images"),
+        (lambda: sampling.combination({"a": 1}, broken([0, 0]), 2, 5), "'a' was asked for 2 different of the 5 images"),
+        (lambda: sampling.combination({"a": 1}, broken([0, 5]), 2, 5), r"left, got \[0, 5\] of shape \(2,\)"),
+        (lambda: sampling.combination({"a": 1}, broken([0]), 2, 5), "asked for 2 different"),
+        (lambda: sampling.combination({"a": 0.5, "b": 0.5}, broken([3]), 2, 5), "'b' was asked for 1 .* the 4 images"),
+        (lambda: sampling.combination({"a": 1}, broken([0]), 6, 5), "budget of 6 images.* pool has 5"),
+    ],
+)
+def test_what_diversity_and_shares_cannot_work_with_is_an_error_that_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
