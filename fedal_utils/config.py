@@ -473,8 +473,7 @@ _WHEEL: dict[str, dict[str, Any]] = {
     },
     "": {
         "image_size": (32, 32), "feature_side": 96, "limit": (10000, 2000), "clients": 1, "start_images": 0,
-        "first": 100, "budget": 100, "cycles": 11, "rounds": 1, "seconds_per_box": 0.0, "goal": 0.7,
-        "seeds": (0, 1, 2, 3, 4), "threads": 1,
+        "first": 100, "budget": 100, "cycles": 11, "rounds": 1, "seconds_per_box": 0.0, "goal": 0.7, "threads": 1,
     },
 }  # fmt: skip
 _WHEEL_PAPER = {

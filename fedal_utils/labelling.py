@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import html
 import importlib.util
-import inspect
 import io
 import json
 import math
@@ -1301,8 +1300,7 @@ def launch(
         secret = token.encode()
         wishes["auth"] = lambda user, password: secrets.compare_digest(password.encode(), secret)
         wishes["auth_message"] = "Any name, and the token as the password."
-    known = set(inspect.signature(blocks.launch).parameters)
-    blocks.launch(**{name: wish for name, wish in wishes.items() if name in known})
+    blocks.launch(**wishes)
     say(f"labelling page: {blocks.share_url or blocks.local_url}")
     if made is not None:
         say(f"token (any user name, this as the password): {made}")

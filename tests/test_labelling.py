@@ -388,7 +388,7 @@ def worker(path: Path, who: str, root: Path) -> subprocess.Popen:
 
 def test_processes_race_and_one_is_killed_and_nothing_acknowledged_is_lost(make, root):
     store = make(0)
-    images = [f"i{i}" for i in range(400)]
+    images = [f"i{i}" for i in range(150)]
     store.queue(map(Question, images))
     workers = [worker(store.path, who, root) for who in ("Ann", "Ben")]
     try:
@@ -397,7 +397,7 @@ def test_processes_race_and_one_is_killed_and_nothing_acknowledged_is_lost(make,
         for process in workers:
             process.stdin.write("go\n")
             process.stdin.flush()
-        killed = [workers[0].stdout.readline().strip() for _ in range(25)]
+        killed = [workers[0].stdout.readline().strip() for _ in range(15)]
         workers[0].send_signal(signal.SIGKILL)
         rest = workers[0].communicate()[0].splitlines()  # what it said before it died
         acknowledged = {"Ann": killed + rest, "Ben": workers[1].communicate(timeout=60)[0].splitlines()}

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedal_utils import labelling
 from fedal_utils.labelling import Store
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
@@ -169,6 +170,30 @@ class Person:
         assert not self.errors and not self.outside, (self.errors, self.outside)
         self.store.close()
         self.context.close()
+
+
+def test_strangers_are_asked_for_a_token(servers, tmp_path, monkeypatch):
+    import gradio
+
+    given: dict = {}
+
+    def launch(self, server_name, share, auth=None, max_file_size=None, **rest):
+        given.update(server_name=server_name, share=share, auth=auth)
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    with Store(tmp_path / "labels.db", CLASSES) as store:
+        for wish in ({}, {"host": "localhost"}):
+            said: list[str] = []
+            labelling.launch(store, {}, say=said.append, **wish)
+            assert given["auth"] is None and not given["share"] and len(said) == 1
+        for wish in ({"host": "0.0.0.0"}, {"share": True}, {"host": "0.0.0.0", "token": TOKEN}):
+            said = []
+            labelling.launch(store, {}, say=said.append, **wish)
+            token = wish.get("token") or said[1].split()[-1]
+            assert len(token) >= 16 and sum(token in line for line in said) == ("token" not in wish)
+            assert given["auth"]("Ann", token) and not given["auth"]("Ann", token[:-1]) and not given["auth"]("Ann", "")
+        with pytest.raises(ValueError, match="token"):
+            labelling.launch(store, {}, token="short")
 
 
 def test_ten_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, browser):
