@@ -403,6 +403,7 @@ def start(run: record.Run, study: Study, oracle: Oracle | None = None) -> tuple[
         rows = run.asked_rows()
         for client in clients:
             client.pool.replay(rows)
+            client.pool.set_aside(oracle.unsure({cycle for cycle, _ in run.plan[: run.committed]}))
             for what in KEPT:
                 getattr(client, what).update(run.resumed.get(what, {}).get(client.name, {}))
         return clients, model.to(study.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +35,7 @@ from .sampling import Choice, Scores
 PERSON = "person"  # the one pool of the wheel, and who answers where nobody else is named
 LEAST = -50.0  # natural logarithm of a probability: nothing counts as less likely, an unseen class as just that
 FOLDS = 5
+ERRORS = "label errors"  # the strategy of questions that are asked again
 ALONE = ("random", "confidence", "margin", "ratio", "entropy", "model_outlier", "embedding_outlier", "cluster",
          "representative", "coreset")  # fmt: skip
 MIXES: dict[str, dict[str, float]] = {
@@ -100,7 +101,7 @@ class Answers:
                 f"{len(waiting)} questions wait in {self.store.path}: answer them at the page, then run this again"
             )
         given = self.store.labels()
-        unsure = self.unsure()
+        unsure = self.unsure({cycle})
         said = [row for row in rows if self.images.ids[row] not in unsure]
         self._given.update({row: given[self.images.ids[row]] for row in said})
         return np.array([row in self._given for row in rows], dtype=bool)
@@ -110,9 +111,10 @@ class Answers:
         history = self.store.history()
         return history[~history["undone"] & history["action"].isin(["label", "unknown"])]
 
-    def unsure(self) -> set[str]:
-        """Images whose last word is that nobody can say."""
-        last = self._standing().groupby("image")["action"].last()
+    def unsure(self, cycles: Iterable[int]) -> set[str]:
+        """Images whose last word in these cycles is that nobody can say."""
+        standing = self._standing()
+        last = standing[standing["cycle"].isin(list(cycles))].groupby("image")["action"].last()
         return set(last[last == "unknown"].index)
 
     def refresh(self) -> None:
@@ -126,6 +128,13 @@ class Answers:
         if unknown:
             raise ValueError(f"labels of images {unknown[:5]} were not given: the store has no answer to them")
         given = [self._given[int(row)] for row in index]
+        named = given if self.task == "classes" else [one["class"] for drawn in given for one in drawn]
+        new = sorted(set(named) - set(self._number))
+        if new:
+            raise ValueError(
+                f"class {new[0]!r} was added in {self.store.path}, but the data set knows {', '.join(self._number)}; "
+                "give it a folder (or a label) of its own there, and begin a new run"
+            )
         height, width = self.images.image_size
         if self.task == "classes":
             classes = torch.tensor([self._number[name] for name in given], dtype=torch.int64).reshape(-1, 1)
@@ -144,7 +153,10 @@ class Answers:
         return Labels(boxes, classes, never, never.clone())
 
     def bill(self, index: np.ndarray) -> Bill:
-        """Images, boxes (of classes: one an image) and the seconds that the store says these answers took."""
+        """Images, boxes (of classes: one an image) and the seconds that the store says these answers took.
+
+        Time spent on images that nobody could label stands in the store's history and on no bill.
+        """
         labels = self.labels_of(index)
         seconds = self._standing().groupby("image")["seconds"].sum()
         spent = sum(seconds.get(self.images.ids[int(row)], 0.0) for row in index)
@@ -154,7 +166,7 @@ class Answers:
 def truth_of(train: Dataset, task: str) -> dict[str, str | list[dict]]:
     """Image id -> class name, or boxes in pixels of the original image: what a simulated person knows.
 
-    Objects to be ignored (difficult, too small) are left out: nobody would draw them.
+    Objects to be ignored (difficult, too small) or with a side below 1 pixel are left out: nobody would draw them.
     """
     labels, names = train.labels, train.class_names
     if task == "classes":
@@ -164,10 +176,8 @@ def truth_of(train: Dataset, task: str) -> dict[str, str | list[dict]]:
     for i, id_ in enumerate(train.images.ids):
         height, width = train.images.sizes[i].tolist()
         rows = torch.nonzero(labels.valid[i])[:, 0].tolist()
-        found[id_] = [
-            {"class": names[int(labels.classes[i, j]) - 1], "box": _inside(original[i, j].tolist(), width, height)}
-            for j in rows
-        ]
+        drawn = [(names[int(labels.classes[i, j]) - 1], _inside(original[i, j].tolist(), width, height)) for j in rows]
+        found[id_] = [{"class": c, "box": b} for c, b in drawn if b[2] - b[0] >= 1 and b[3] - b[1] >= 1]
     return found
 
 
@@ -364,7 +374,7 @@ def start(run: record.Run, study: Study, person: Person | None = None) -> Wheel:
     given = answers(run, study.train, person, "classes")
     wheel = Wheel(Pool(PERSON, study.train.images, given, range(len(study.train))), given)
     wheel.pool.replay(run.asked_rows())
-    wheel.pool.set_aside(given.unsure())
+    wheel.pool.set_aside(given.unsure({cycle for cycle, _ in run.plan[: run.committed]}))
     if run.committed:
         learn(run, study, wheel, run.plan[run.committed - 1][0])
     return wheel
@@ -378,6 +388,7 @@ def ask(run: record.Run, study: Study, wheel: Wheel, cycle: int) -> None:
     if count == 0:
         return
     strategy, rng = "random" if cycle == 0 else run.method, run.rng("ask", PERSON, cycle)
+    wheel.answers.strategy = strategy
     choice = choose(strategy, study, wheel, pool.index[waiting], count, rng)
     why = np.where(choice.scores.scored, choice.scores.values, np.nan)[choice.positions]
     if wheel.model is not None:
@@ -451,7 +462,7 @@ def commit(run: record.Run, study: Study, wheel: Wheel, cycle: int) -> dict:
 
 
 def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: float = 0.0) -> pd.DataFrame:
-    """Where each rule would have ended the labelling: rows method, rule, images, value, why.
+    """Where each rule would have ended the labelling: columns method, rule, images, value (of y there).
 
     table: of `record.table`, several seeds. goal: the mean over seeds reaches it. budget: so many images. plateau: the
     95 % interval of the gain over the last cycle, paired by seed, lies below this many points (100 x y): the last
@@ -505,6 +516,10 @@ def ask_again(
     Returns image, before, after. The questions go through the same store, under the strategy "label errors".
     """
     rows, classes = wheel.known()
+    history = wheel.answers.store.history()
+    first = history[(history["cycle"] == cycle) & (history["strategy"] != ERRORS)]
+    if first["image"].isin([wheel.answers.images.ids[int(row)] for row in rows[positions]]).any():
+        raise ValueError(f"these images were first asked in cycle {cycle}: ask again in a later one")
     names = [wheel.answers.store.classes[int(c)] for c in classes[positions]]
     other = replace_asker(wheel.answers, person, who)
     other.ask(rows[positions], cycle)
@@ -518,7 +533,7 @@ def ask_again(
 
 def replace_asker(given: Answers, person: Person | None, who: str) -> Answers:
     """The same store, asked in somebody else's name."""
-    other = Answers(given.store, given.images, given.store.classes, given.task, person, "label errors", who)
+    other = Answers(given.store, given.images, given.store.classes, given.task, person, ERRORS, who)
     other._given = dict(given._given)
     return other
 

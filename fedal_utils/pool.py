@@ -62,6 +62,10 @@ class Oracle:
             raise ValueError(f"labels of images {unpaid[:5].tolist()} were not asked: the Oracle keeps them")
         return self._labels.take(index)
 
+    def unsure(self, cycles: Iterable[int]) -> set[str]:
+        """Ids that were asked in these cycles and that nobody could label: none, an Oracle can always say."""
+        return set()
+
     def hidden_labels(self, index: np.ndarray) -> Labels:
         """Labels that nobody has paid for: for an upper bound that is marked as one. PermissionError without that."""
         if not self._diagnostic:

@@ -204,6 +204,16 @@ def labelled(study, root, count=16, method="margin") -> tuple[record.Run, Wheel]
     return run, wheel
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A study, a wheel with 16 labels, and both where all other labels are scrambled; nobody changes them."""
+    order = torch.cat([torch.arange(16), 16 + torch.from_numpy(rng_for(0, "hidden").permutation(44))])
+    study, other = study_of(spread=2.0), study_of(spread=2.0, hidden=order)
+    assert not torch.equal(study.train.labels.classes, other.train.labels.classes)
+    root = tmp_path_factory.mktemp("taught")
+    return study, labelled(study, root / "one")[1], other, labelled(other, root / "other")[1]
+
+
 def test_a_model_outlier_is_ranked_class_by_class(tmp_path):
     """By hand: three classes, features are class scores; images 0 to 5 are labelled, 6, 7, 8 wait."""
     study = study_of()
@@ -229,12 +239,8 @@ def test_a_model_outlier_is_ranked_class_by_class(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_way_of_asking_chooses_each_once_and_knows_no_hidden_label(strategy, tmp_path):
-    order = torch.cat([torch.arange(16), 16 + torch.from_numpy(rng_for(0, "hidden").permutation(44))])
-    study, other = study_of(), study_of(hidden=order)
-    assert not torch.equal(study.train.labels.classes, other.train.labels.classes)
-    _, wheel = labelled(study, tmp_path / "one")
-    _, scrambled = labelled(other, tmp_path / "other")
+def test_every_way_of_asking_chooses_each_once_and_knows_no_hidden_label(strategy, taught):
+    study, wheel, other, scrambled = taught
     rows = np.arange(16, 60)
     choice = flywheel.choose(strategy, study, wheel, rows, 20, rng_for(0, "c"))
     assert len(set(choice.positions.tolist())) == len(choice.positions) == 20
@@ -256,9 +262,8 @@ def test_every_way_of_asking_chooses_each_once_and_knows_no_hidden_label(strateg
     assert sorted(whole.tolist()) == list(range(44))
 
 
-def test_ways_of_asking_differ_and_an_unknown_one_is_refused(tmp_path):
-    study = study_of(spread=2.0)
-    _, wheel = labelled(study, tmp_path)
+def test_ways_of_asking_differ_and_an_unknown_one_is_refused(taught):
+    study, wheel, *_ = taught
     asked = {
         name: frozenset(flywheel.choose(name, study, wheel, np.arange(16, 60), 8, rng_for(0, "c")).positions.tolist())
         for name in STRATEGIES
@@ -270,9 +275,8 @@ def test_ways_of_asking_differ_and_an_unknown_one_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["entropy", "margin", "confidence", "ratio"])
-def test_uncertainty_is_asked_of_the_model_itself(name, tmp_path):
-    study = study_of(spread=2.0)
-    _, wheel = labelled(study, tmp_path)
+def test_uncertainty_is_asked_of_the_model_itself(name, taught):
+    study, wheel, *_ = taught
     choice = flywheel.choose(name, study, wheel, np.arange(16, 60), 5, rng_for(0, "c"))
     p = np.sort(wheel.model.log_probs(study.features[16:]).exp().numpy(), axis=1)
     want = {
@@ -284,9 +288,8 @@ def test_uncertainty_is_asked_of_the_model_itself(name, tmp_path):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_a_mixture_asks_its_portions_of_what_is_left(mix, tmp_path, monkeypatch):
-    study, told, real = study_of(), [], flywheel.choose
-    _, wheel = labelled(study, tmp_path)
+def test_a_mixture_asks_its_portions_of_what_is_left(mix, taught, monkeypatch):
+    (study, wheel, *_), told, real = taught, [], flywheel.choose
 
     def spied(strategy, study, wheel, rows, k, rng):
         found = real(strategy, study, wheel, rows, k, rng)
@@ -306,9 +309,8 @@ def test_a_mixture_asks_its_portions_of_what_is_left(mix, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_thousand_classes_and_probabilities_of_zero_are_no_harm(strategy, tmp_path, monkeypatch):
-    study = study_of()
-    _, wheel = labelled(study, tmp_path)
+def test_a_thousand_classes_and_probabilities_of_zero_are_no_harm(strategy, taught, monkeypatch):
+    study, wheel = taught[0], dataclasses.replace(taught[1])
     monkeypatch.setattr(Wheel, "known", lambda self: (np.arange(16), torch.arange(16) % 5))
     rng = torch_rng_for(0, "thousand")
     weight = 1e6 * torch.randn(1000, 6, generator=rng, dtype=torch.float64)
@@ -343,21 +345,21 @@ def test_a_simulated_person_without_error_is_a_plain_oracle(tmp_path):
 
 
 def test_errors_are_as_many_as_told_and_the_same_in_any_order(tmp_path):
-    study = study_of(count=400, annotator_error=0.3)
+    study = study_of(count=240, annotator_error=0.3)
     truth, said = flywheel.truth_of(study.train, "classes"), []
-    for number, order in enumerate((np.arange(400), rng_for(0, "order").permutation(400))):
+    for number, order in enumerate((np.arange(240), rng_for(0, "order").permutation(240))):
         run = a_run(tmp_path / str(number), study)
         given = flywheel.answers(run, study.train, flywheel.simulated(run, study.train, "classes"), "classes")
         for cycle, part in enumerate(np.array_split(order, 3)):
             assert given.ask(part, cycle).all()
-        said.append(given.labels_of(np.arange(400)).classes[:, 0])
+        said.append(given.labels_of(np.arange(240)).classes[:, 0])
         stored = given.store.labels()
         assert [NAMES[c - 1] for c in said[-1].tolist()] == [stored[id_] for id_ in study.train.images.ids]
     assert torch.equal(*said)
     wrong = said[0] != study.train.labels.classes[:, 0]
     assert [truth[i] for i in study.train.images.ids] == [NAMES[c - 1] for c in study.train.labels.classes[:, 0]]
-    # 120 of 400, standard deviation 9.2; the bounds are four of them away
-    assert 83 < int(wrong.sum()) < 157
+    # 72 of 240, standard deviation 7.1; the bounds are four of them away
+    assert 43 < int(wrong.sum()) < 101
     assert set(said[0][wrong].tolist()) == {1, 2, 3, 4}
     other = labelling.Simulated(truth, 0.3, seed=1)
     mine = torch.tensor([NAMES.index(other.label(i, "classes", NAMES)) + 1 for i in study.train.images.ids])
@@ -402,6 +404,11 @@ def test_questions_wait_until_somebody_answers_them(tmp_path):
             human.answer_all(store, "Bob")
             flywheel.ask(run, study, wheel, cycle)
             assert len(wheel.pool.labelled()) == (9, 15, 21)[cycle]
+            if cycle:
+                guess = wheel.model.log_probs(study.features).argmax(1).tolist()
+                told = store.history().query(f"cycle == {cycle}")
+                rows = [study.train.images.ids.index(image) for image in told["image"]]
+                assert told["suggestion"].tolist() == [NAMES[guess[row]] for row in rows]
             flywheel.learn(run, study, wheel, cycle)
             flywheel.commit(run, study, wheel, cycle)
     (wheel,) = wheels
@@ -411,9 +418,8 @@ def test_questions_wait_until_somebody_answers_them(tmp_path):
     loop(tmp_path / "at once", study, lambda *_: human)
     other = history(tmp_path / "at once")
     assert rows["image"].tolist() == other["image"].tolist() and rows["label"].tolist() == other["label"].tolist()
-    # the model's guess and its score are noted with each later question
     later = rows[rows["cycle"] > 0]
-    assert set(later["suggestion"]) <= set(NAMES) and later["score"].notna().all()
+    assert later["score"].notna().all()
     assert set(later["model"]) == {"linear, cycle 1", "linear, cycle 2"}
 
 
@@ -461,7 +467,7 @@ def test_images_that_nobody_can_name_are_set_aside(tmp_path):
     assert seen[0][0] <= seen[1][0] <= seen[2][0] == set(shrugs)
     rows = history(tmp_path / "run")
     assert not rows["image"].duplicated().any() and len(rows) == 60
-    assert set(rows[rows["action"] == "unknown"]["image"]) == set(shrugs) == wheel.answers.unsure()
+    assert set(rows[rows["action"] == "unknown"]["image"]) == set(shrugs) == wheel.answers.unsure(range(9))
     asked = record.asked(study.config, "wheel", root=tmp_path / "run")
     assert len(asked) == 58 and not set(asked["id"]) & set(shrugs)
 
@@ -710,7 +716,7 @@ def test_comparing_with_held_out_images_needs_held_out_images(scenes):
 
 def test_what_held_out_images_show_is_no_image_of_the_pool(scenes, tmp_path, monkeypatch):
     """The reference of 'model_outlier' is the asked model's detections on images that nobody will ask for."""
-    study = dataclasses.replace(scenes, config=scenes.config.replace(methods=("model_outlier",), cycles=3))
+    study = dataclasses.replace(scenes, config=scenes.config.replace(methods=("model_outlier",)))
     seen, see, looked, look = [], alfl.see, [], alfl.look
 
     def spied_see(study, model, pool, rows, strategy, others=None):
