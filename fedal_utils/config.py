@@ -36,7 +36,7 @@ _LATER: dict[str, Any] = dict(
     stacked=True, alone_epochs=50, learned_loss=False, vae="small", vae_size=(64, 64), latent=64, kl_weight=1.0,
     vae_iterations=200, vae_batch=16, vae_lr=1e-3, vae_on="labelled", vae_refit=True, vae_corrected=False,
     vae_part=0.5, standard="z", shortlist=0.0, pseudo_above=0.5, task_aware=0.0, diagnostic=False,
-    feature_side=64, regularisation=0.1, annotator_error=0.0, goal=0.9, plateau=1.0,
+    feature_model="lite0", feature_side=64, regularisation=0.1, annotator_error=0.0, goal=0.9, plateau=1.0,
 )  # fmt: skip
 
 
@@ -172,6 +172,7 @@ class Config(Recipe):
     task_aware: float = 0.0  # weight of the detector's loss on reconstructions in the VAE's
     diagnostic: bool = False  # opens hidden labels to 'd0' and 'vae_d0': upper bounds, never methods
     # the labelling flywheel, see `flywheel`
+    feature_model: str = "lite0"  # its backbone: EfficientNet-Lite0, or the name of another pretrained model of timm
     feature_side: int = 64  # pixels that images are scaled to for the frozen backbone of the class wheel
     regularisation: float = 0.1  # of its linear classifier: inverse strength of the L2 penalty
     annotator_error: float = 0.0  # how often a simulated person names the wrong class

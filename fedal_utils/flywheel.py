@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import alfl, class_sets, exchange, labelling, metrics, record, sampling, seeding
-from .backbones import Scaled, timm_lite0
+from .backbones import Embedder
 from .boxes import letterbox_boxes, letterbox_fit, to_original
 from .config import Config
 from .data import Dataset, Images, Labels
@@ -217,6 +217,18 @@ def items(given: Answers) -> list[exchange.Item]:
     return found
 
 
+def from_items(found: Iterable[exchange.Item]) -> dict[str, str | list[dict]]:
+    """Finished labels (`exchange.read_coco`, `exchange.read_label_studio`, ...) as what a `labelling.Simulated` knows.
+
+    With it as the person of `answers`, the loop takes in what was labelled elsewhere, through the same store.
+    """
+    return {
+        item.image: item.label if isinstance(item.label, str)
+        else [{"class": box.name, "box": [box.x1, box.y1, box.x2, box.y2]} for box in item.label]
+        for item in found
+    }  # fmt: skip
+
+
 def pictures(images: Images, ids: Sequence[str]) -> dict[str, np.ndarray]:
     """Image id -> uint8 (H, W, 3) of its original size, for the page, of sets that have no files of their own."""
     rows = {id_: i for i, id_ in enumerate(images.ids)}
@@ -263,10 +275,14 @@ def prepare(config: Config, root: str | Path | None = None, device: str | torch.
     """
     train, test = class_sets.load(config.data, config.image_size, root=alfl.data_place(root), limit=config.limit)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    key = Config(data=config.data, image_size=config.image_size, limit=config.limit, feature_side=config.feature_side)
+    names = ("data", "image_size", "limit", "feature_side", "feature_model")
+    key = Config(**{name: getattr(config, name) for name in names})
 
     def make() -> dict:
-        return {part.name: embedded(part.images, config.feature_side, device) for part in (train, test)}
+        return {
+            part.name: embedded(part.images, config.feature_side, device, model=config.feature_model)
+            for part in (train, test)
+        }
 
     kept = record.shared(key, "shared", 0, "features", make)
     if any(len(kept.get(part.name, ())) != len(part) for part in (train, test)):  # another folder of the same name
@@ -277,16 +293,14 @@ def prepare(config: Config, root: str | Path | None = None, device: str | torch.
 
 
 @torch.inference_mode()
-def embedded(images: Images, side: int, device: str | torch.device = "cpu", batch: int = 16) -> Tensor:
-    """(N, 1280) what EfficientNet-Lite0 (ImageNet) makes of images scaled to `side` pixels, before its classifier."""
-    net = timm_lite0().to(device).eval()
-    scaled = Scaled((127 / 255,) * 3, (128 / 255,) * 3).to(device)
+def embedded(
+    images: Images, side: int, device: str | torch.device = "cpu", batch: int = 16, model: str = "lite0"
+) -> Tensor:  # fmt: skip
+    """(N, D) what a pretrained network makes of images scaled to `side` pixels, before its classifier."""
+    net = Embedder(model, side).to(device).eval()
     chunks = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)]
-    parts = []
-    for pixels in images.batches(chunks, device):
-        x = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-        parts.append(net.forward_head(net.forward_features(scaled(x)), pre_logits=True).float().cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, 1280)
+    parts = [net(pixels).float().cpu() for pixels in images.batches(chunks, device)]
+    return torch.cat(parts) if parts else torch.zeros(0, net.width)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fedal_utils import alfl, boxes, config, flywheel, labelling, record, sampling
+from fedal_utils import alfl, boxes, config, exchange, flywheel, labelling, record, sampling
 from fedal_utils.data import Dataset, Images, Labels
 from fedal_utils.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
 from fedal_utils.pool import SET_ASIDE, Bill, Oracle, Pool
@@ -931,3 +931,19 @@ def test_the_backbone_gives_the_same_features_whatever_the_batches():
     assert torch.allclose(together, apart, atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)
     assert flywheel.embedded(images.take([]), 32).shape == (0, 1280)
+
+
+def test_labels_from_elsewhere_join_the_loop_as_a_person():
+    """What was exported, and is read again, answers as the person who drew it did."""
+    drawn = {"a.png": [exchange.Box("cat", 1.5, 2, 30, 41)], "b.png": []}
+    items = [exchange.Item(name, None, (60, 80), boxes) for name, boxes in drawn.items()]
+    truth = flywheel.from_items([*items, exchange.Item("c.png", None, None, "dog")])
+    assert truth == {"a.png": [{"class": "cat", "box": [1.5, 2, 30, 41]}], "b.png": [], "c.png": "dog"}
+    person = labelling.Simulated(truth)
+    assert person.label("a.png", "boxes", ("cat", "dog")) == truth["a.png"]
+    assert person.label("c.png", "classes", ("cat", "dog")) == "dog"
+
+
+def test_an_unknown_feature_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="got 'no_such_net'"):
+        flywheel.embedded(None, 32, model="no_such_net")
