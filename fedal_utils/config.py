@@ -493,6 +493,9 @@ _WHEEL_BOXES: dict[str, dict[str, Any]] = {
     "": {**_ONE_SSD, "merge_images": 10, "first": 8, "budget": 8, "cycles": 5, "iterations": 150},
 }  # fmt: skip
 
+_OF_A_VAE = ("vae", "vae_size", "vae_iterations", "vae_batch", "vae_lr", "latent", "kl_weight", "learned_loss")
+_WHEEL_BOXES_PAPER = {k: v for k, v in _DUAL_PAPER.items() if k not in _OF_A_VAE} | {"merge_images": 500}
+
 _BY_PROFILE: dict[str, dict[str, Any]] = {
     "smoke": {"data": "digits", "seeds": (0, 1), "threads": 1},
     "quick": {"data": "bccd", "seeds": (0, 1, 2), "threads": 0},
@@ -533,7 +536,7 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
 }
 _OWN_PAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "20": (_HUALE_PAPER, _HUALE_PAPER_BY_DATA), "30": (_KAFAL_PAPER, {}), "40": (_DUAL_PAPER, {}),
-    "50": (_WHEEL_PAPER, {}),
+    "50": (_WHEEL_PAPER, {}), "50b": (_WHEEL_BOXES_PAPER, {}),
 }  # fmt: skip
 # Where a notebook is not about detection.
 _OWN_DATA = dict.fromkeys(("30", "50"), {"smoke": "digit-images", "quick": "cifar10"})
