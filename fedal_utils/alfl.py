@@ -456,7 +456,8 @@ def _lesson(
 
 _OF_THE_VAE = (
     "vae", "vae_size", "latent", "kl_weight", "vae_iterations", "vae_batch", "vae_lr", "vae_on", "vae_refit",
-    "vae_corrected", "vae_part", "standard", "shortlist", "pseudo_above", "task_aware", "diagnostic",
+    "vae_corrected", "vae_part", "standard", "shortlist", "pseudo_above", "task_aware", "task_images",
+    "diagnostic",
 )  # fmt: skip
 # What a starting point does not depend on: with all else equal, notebooks, schemes and optimiser settings share it.
 _NOT_AT_THE_START = (

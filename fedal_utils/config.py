@@ -35,7 +35,8 @@ _LATER: dict[str, Any] = dict(
     cascade_order=FILTERS, crop=0, balanced=False, compensation=0.0, classifier="", first_part=0.0, budget_part=0.0,
     stacked=True, alone_epochs=50, learned_loss=False, vae="small", vae_size=(64, 64), latent=64, kl_weight=1.0,
     vae_iterations=200, vae_batch=16, vae_lr=1e-3, vae_on="labelled", vae_refit=True, vae_corrected=False,
-    vae_part=0.5, standard="z", shortlist=0.0, pseudo_above=0.5, task_aware=0.0, diagnostic=False,
+    vae_part=0.5, standard="z", shortlist=0.0, pseudo_above=0.5, task_aware=0.0, task_images=0,
+    diagnostic=False,
     feature_model="lite0", feature_side=64, regularisation=0.1, annotator_error=0.0, goal=0.9, plateau=1.0,
 )  # fmt: skip
 
@@ -170,6 +171,7 @@ class Config(Recipe):
     shortlist: float = 0.0  # the best so many budgets, of which k-center in latent space chooses; 0 = the best alone
     pseudo_above: float = 0.5  # a detection stands in for ground truth from this confidence on
     task_aware: float = 0.0  # weight of the detector's loss on reconstructions in the VAE's
+    task_images: int = 0  # so many labelled images of a batch carry that term (their mean stands for all); 0 = all
     diagnostic: bool = False  # opens hidden labels to 'd0' and 'vae_d0': upper bounds, never methods
     # the labelling flywheel, see `flywheel`
     feature_model: str = "lite0"  # its backbone: EfficientNet-Lite0, or the name of another pretrained model of timm
@@ -202,6 +204,7 @@ class Config(Recipe):
         counts = (
             "start_images", "start_iterations", "start_warmup", "merge_images", "iterations", "epochs", "tail", "crop",
             "passes", "warmup", "warmup_epochs", "nominal", "evaluate_every", "threads", "scored",
+            "task_images",
         )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 0:

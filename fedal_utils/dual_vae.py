@@ -243,6 +243,7 @@ def task_term(
 
     def term(pixels: Tensor, rows: np.ndarray) -> Tensor:
         known = [(b, place[int(row)]) for b, row in enumerate(rows) if int(row) in place]
+        known = known[: config.task_images or len(known)]  # a batch is in drawn order: the first ones are any
         if not known:
             return pixels.sum() * 0
         batch, at = (list(side) for side in zip(*known, strict=True))
@@ -323,7 +324,7 @@ def vae_arms(config: Config) -> dict[str, Config]:
         "corrected for texture": config.replace(vae_corrected=True),
         "diverse": config.replace(shortlist=3.0),
         "ranks": config.replace(standard="rank"),
-        "task-aware": config.replace(task_aware=10.0),
+        "task-aware": config.replace(task_aware=10.0, task_images=2),
     }
 
 

@@ -591,6 +591,8 @@ def test_the_task_term_is_the_weighted_mean_of_the_labelled_rows_losses(study):
     rows = torch.arange(6)
     assert term(back, rows).item() == pytest.approx(7 * sum(each) / 3, rel=1e-4)
     assert term(back[[5, 2]], rows[[5, 2]]).item() == pytest.approx(7 * each[1], rel=1e-4)  # its place is its row's
+    _, _, few, _ = judged(study, task_images=2)
+    assert few(back, rows).item() == pytest.approx(7 * sum(each[:2]) / 2, rel=1e-4)  # the first two that are labelled
     nobody = term(back[[0, 3, 5]], rows[[0, 3, 5]])
     assert nobody.item() == 0
     nobody.backward()
