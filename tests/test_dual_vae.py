@@ -695,7 +695,8 @@ def test_no_strategy_but_the_upper_bounds_looks_at_hidden_labels(study, strategy
 
     monkeypatch.setattr(Oracle, "hidden_labels", peeked)
     model, pool = detector(study, evidence=True), pool_of(study)
-    others = alfl.Others(own=detector(study), coder=coder_of(study))
+    away = alfl.look(study.config, model, study.train.images.take([0, 1]), study.device)
+    others = alfl.Others(own=detector(study), coder=coder_of(study), reference=away)
     positions = pool.unlabelled()[:6]
 
     def ask():
@@ -793,8 +794,8 @@ def test_an_arm_of_the_vae_changes_what_its_name_says(study):
     base = study.config.as_dict()
     changes = [{k for k, v in arm.as_dict().items() if v != base[k]} for arm in arms.values()]
     assert changes == [set(), *({name} for name in (
-        "vae_on", "vae_refit", "vae_corrected", "shortlist", "standard", "task_aware",
-    ))]  # fmt: skip
+        "vae_on", "vae_refit", "vae_corrected", "shortlist", "standard",
+    )), {"task_aware", "task_images"}]  # fmt: skip
 
 
 VOC = [f"{year}_{i:06d}" for year, count in (("2007", 5011), ("2012", 11540)) for i in range(count)]
