@@ -69,7 +69,6 @@ class Sight:
 
     images: int
     detections: Detections | None = None
-    reference: Detections | None = None
     flipped: Detections | None = None
     views: Mapping[str, View] = field(default_factory=dict)
     crowd: Detections | None = None
@@ -87,6 +86,7 @@ class Sight:
     latent: Tensor | None = None
     known_latent: Tensor | None = None
     usefulness: Scores | None = None
+    reference: Detections | None = None
 
 
 @dataclass(frozen=True)

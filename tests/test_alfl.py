@@ -174,7 +174,10 @@ def test_a_client_whose_loss_is_not_finite_stops_the_run_and_damages_nothing(tmp
     assert record.table(broken.config, "small", root=tmp_path / "broken")["cycle"].max() == 1
 
 
-LOOKS_ALONE = (*sampling.BOX_STRATEGIES, *huale.STRATEGIES)  # KSAS on boxes needs a second model
+# KSAS on boxes needs a second model, an outlier among boxes needs images that are held out.
+LOOKS_ALONE = tuple(
+    name for name in (*sampling.BOX_STRATEGIES, *huale.STRATEGIES) if name not in ("model_outlier", "mix")
+)
 
 
 @pytest.mark.parametrize(

@@ -900,7 +900,7 @@ def test_features_are_made_once_standardised_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDAL_HOME", str(tmp_path))
     made = []
 
-    def embedded(images, side, device="cpu", batch=16):
+    def embedded(images, side, device="cpu", batch=16, model="lite0"):
         made.append((len(images), side))
         first = images.pixels.float().mean((2, 3))
         return torch.cat([first, first[:, :1] ** 2, torch.ones(len(images), 1)], 1)
