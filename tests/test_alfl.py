@@ -429,6 +429,7 @@ def test_a_strategy_sees_what_it_needs_of_unlabelled_images_and_nothing_else(str
     if sight.embedding is not None:
         every = training.embed(model, rcnn.train.images)
         assert torch.allclose(sight.embedding, every[pool.index[positions]], atol=1e-4)
+    if sight.known is not None:
         assert torch.allclose(sight.known, every[pool.index[pool.labelled()]], atol=1e-4)
     if sight.crowd is not None:
         agnostic = rcnn.config.replace(class_agnostic=True)
