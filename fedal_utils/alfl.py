@@ -144,11 +144,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        known = self.config.data in (*data.NAMES, *class_sets.NAMES)
-        if known:
-            return self.config.data
-        place = Path(self.config.data).expanduser().resolve()
-        return place.stem if place.is_file() else place.name
+        return short_name(self.config.data)
 
     def view(self, rows: Sequence[int], test: bool = False) -> Dataset:
         """These rows of the training (or test) set with their pixels."""
@@ -252,6 +248,14 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         )  # fmt: skip
     torch.set_num_threads(config.threads or cores)
     return Study(config, train, test, photos, device)
+
+
+def short_name(what: str) -> str:
+    """A data set's name, fit for a file's: a known one's own, else its folder's, or its file's without suffix."""
+    if what in (*data.NAMES, *class_sets.NAMES):
+        return what
+    place = Path(what).expanduser().resolve()
+    return place.stem if place.is_file() else place.name
 
 
 def data_place(root: str | Path | None = None) -> Path:

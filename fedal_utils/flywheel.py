@@ -101,7 +101,7 @@ class Answers:
                 f"{len(waiting)} questions wait in {self.store.path}: answer them at the page, then run this again"
             )
         given = self.store.labels()
-        unsure = self.unsure({cycle})
+        unsure = _last_unknown(standing, {cycle})
         said = [row for row in rows if self.images.ids[row] not in unsure]
         self._given.update({row: given[self.images.ids[row]] for row in said})
         return np.array([row in self._given for row in rows], dtype=bool)
@@ -113,9 +113,7 @@ class Answers:
 
     def unsure(self, cycles: Iterable[int]) -> set[str]:
         """Images whose last word in these cycles is that nobody can say."""
-        standing = self._standing()
-        last = standing[standing["cycle"].isin(list(cycles))].groupby("image")["action"].last()
-        return set(last[last == "unknown"].index)
+        return _last_unknown(self._standing(), cycles)
 
     def refresh(self) -> None:
         """Take in answers that were given again (label errors that were found and asked once more)."""
@@ -161,6 +159,11 @@ class Answers:
         seconds = self._standing().groupby("image")["seconds"].sum()
         spent = sum(seconds.get(self.images.ids[int(row)], 0.0) for row in index)
         return Bill(len(index), int((labels.classes > 0).sum()), float(spent))
+
+
+def _last_unknown(standing: pd.DataFrame, cycles: Iterable[int]) -> set[str]:
+    last = standing[standing["cycle"].isin(list(cycles))].groupby("image")["action"].last()
+    return set(last[last == "unknown"].index)
 
 
 def truth_of(train: Dataset, task: str) -> dict[str, str | list[dict]]:
@@ -260,8 +263,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        known = self.config.data in class_sets.NAMES
-        return self.config.data if known else Path(self.config.data).expanduser().resolve().stem
+        return alfl.short_name(self.config.data)
 
     @property
     def class_names(self) -> tuple[str, ...]:
