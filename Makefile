@@ -7,6 +7,8 @@ DATA   ?=
 PROFILE ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" (smaller, no CUDA).
 PIP_ARGS ?=
+# Clients of `make clients`, e.g. N=4.
+N ?=
 # More arguments for pytest, e.g. ARGS="-x tests/test_record.py".
 ARGS ?=
 
@@ -16,7 +18,7 @@ PY = "$(VENV)/bin/python"
 KEY = $$(sed -n '/^requires-python/,/^\[project.urls/p' pyproject.toml | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test bench lint data clean clean-runs doctor key
+.PHONY: help env reproduce test clients bench lint data clean clean-runs doctor key
 
 help:  ## this text
 	@echo "fedal: federated active learning for object detection. Needs Python >= 3.10 and make; all else is fetched."
@@ -32,6 +34,10 @@ reproduce: env  ## run every notebook, rebuild every table and figure (PROFILE= 
 
 test: env  ## run the tests (ARGS= for pytest)
 	@$(PY) -m pytest $(ARGS)
+
+clients: env  ## the experiment with N real client processes on this machine (N= PROFILE= DATA= ARGS=)
+	@$(PY) -c 'import flwr, ray' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[flower]'
+	@$(PY) -m fedal_utils clients --clients "$(or $(N),0)" --profile "$(PROFILE)" --data "$(DATA)" $(ARGS)
 
 bench: env  ## measure the hot paths against the libraries
 	@$(PY) -m pytest tests/bench -q -s $(ARGS)

@@ -101,7 +101,10 @@ def label(given: argparse.Namespace) -> None:
     with labelling.Store(path, given.classes, given.task) as store:
         ids = list(images)
         order = rng_for(given.seed, "labelling order").permutation(len(ids))
-        store.queue(labelling.Question(ids[i], ids[i], strategy="random") for i in order)
+        if given.asked:  # a client's samples may be named without the suffix of their files
+            images = {**{str(Path(name).with_suffix("")): path for name, path in images.items()}, **images}
+        else:
+            store.queue(labelling.Question(ids[i], ids[i], strategy="random") for i in order)
         page = labelling.launch(
             store, images, show_suggestion=given.suggestions, show_names=given.names, host=given.host, port=given.port,
             share=given.share, token=given.token,
@@ -114,6 +117,41 @@ def label(given: argparse.Namespace) -> None:
             page.close(verbose=False)
             counts = store.progress()
             print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {path}")
+
+
+def clients(given: argparse.Namespace) -> None:
+    """Hand the data out, start a server and its clients as processes, and show the rounds as they come."""
+    from . import homes
+    from .config import load
+
+    try:
+        from . import flower
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    wishes, name = settings(given.set), "60_real_clients"
+    if given.clients:
+        wishes["clients"] = given.clients
+    if given.method:
+        wishes["methods"] = (given.method,)
+    data = notebooks.data_place(given.data) if given.data else None
+    config = load(name, profile_name(given.profile) or notebooks.default_profile(), data, [given.seed], **wishes)
+    flower.check(config)
+    place = Path(
+        given.place or record.home() / "results" / "runs" / name / f"place-{homes.dealt_as(config, given.seed)}"
+    )
+    people = {client: {"person": "human"} for client in given.human}
+    names = homes.deal(config, place, given.seed)
+    print(f"clients {', '.join(names)}; folders in {place / 'clients'}", flush=True)
+    with flower.Deployment(place, given.simulation, people) as deployment:
+        run = deployment.submit(config, name, given.timeout, patience=given.patience if people else 0.0)
+        for client in people:
+            print(f"client {client} waits for labels: {flower.how_to_label(place, client, config, name)}", flush=True)
+        for row in deployment.rounds(run, seconds=given.minutes * 60):
+            print(flower.one_line(row), flush=True)
+        deployment.stop()
+        if not given.simulation:
+            print(deployment.traffic().to_string(index=False))
+    print(f"run folders: {place / 'server' / 'runs'}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,6 +198,20 @@ def parser() -> argparse.ArgumentParser:
         "--share", action="store_true", help="a public link through Gradio's servers; asks for a token"
     )
     command.add_argument("--token", help="the password of the page; default: a new one where one is needed")
+    command.add_argument("--asked", action="store_true", help="only what the store asks already (a client's questions)")
+    command = add("clients", "run the experiment with a server and real clients, processes of this machine (Flower)")
+    command.add_argument("--clients", type=int, default=0, help="how many; default: the profile's")
+    command.add_argument("--profile", default="", help=f"{', '.join(PROFILES)}; default: what fits the machine")
+    command.add_argument("--data", default="", help="a data set's name, or the path of a folder")
+    command.add_argument("--method", default="", help="scheme and way of asking, such as avg or chain+sum")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the config")
+    command.add_argument("--simulation", action="store_true", help="Flower's simulation in the place of processes")
+    command.add_argument("--place", metavar="DIR", help="where the clients' folders go; default: in results/runs")
+    command.add_argument("--human", nargs="*", default=[], metavar="CLIENT", help="clients whose labels a person draws")
+    command.add_argument("--patience", type=float, default=3600.0, help="seconds that a person has in each cycle")
+    command.add_argument("--timeout", type=float, default=600.0, help="seconds that a round waits for a client")
+    command.add_argument("--minutes", type=float, default=600.0, help="wall limit")
     return top
 
 
@@ -203,6 +255,8 @@ def _obey(given: argparse.Namespace) -> int:
         fetch(given.name)
     elif given.command == "label":
         label(given)
+    elif given.command == "clients":
+        clients(given)
     return 0
 
 

@@ -132,7 +132,8 @@ class Study:
 
     train, test: what detectors read: pixels, or a frozen backbone's features cached once. photos: train and test with
     their pixels, for pictures. name: of the data set, short enough for a file's name. views: a frozen backbone's
-    features of changed training images, by view, cached when a strategy first asks for them.
+    features of changed training images, by view, cached when a strategy first asks for them. dealt: of a server that
+    holds nobody's images but its own, which are `train`: so many start images, then so many that are held out.
     """
 
     config: Config
@@ -141,10 +142,23 @@ class Study:
     photos: tuple[Dataset, Dataset]
     device: torch.device
     views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)
+    dealt: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         return short_name(self.config.data)
+
+    def start_rows(self, seed: int) -> np.ndarray:
+        """Rows of the labelled images that the starting point is trained on."""
+        if self.dealt is None:
+            return start_rows(self.config, self.train, seed)
+        return np.arange(self.dealt[0])
+
+    def held_out(self, seed: int) -> np.ndarray:
+        """Rows of the labelled images that the server keeps for judging: in no client's pool, never trained on."""
+        if self.dealt is None:
+            return held_out(self.config, self.train, seed)
+        return np.arange(self.dealt[0], sum(self.dealt))
 
     def view(self, rows: Sequence[int], test: bool = False) -> Dataset:
         """These rows of the training (or test) set with their pixels."""
@@ -234,6 +248,15 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         )
     for method in config.methods:
         _check_method(config, method)
+    study = study_of(config, train, test, device)
+    torch.set_num_threads(config.threads or cores)
+    return study
+
+
+def study_of(
+    config: Config, train: Dataset, test: Dataset, device: torch.device, dealt: tuple[int, int] | None = None
+) -> Study:
+    """A study of these sets: with a frozen backbone, its features of all images, cached once. dealt: see `Study`."""
     photos = (train, test)
     if config.frozen:
         model = new_detector(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)
@@ -246,8 +269,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         train, test = (
             Dataset(p.name, p.images.to(device), p.labels, p.class_names, p.drops) for p in (train, test)
         )  # fmt: skip
-    torch.set_num_threads(config.threads or cores)
-    return Study(config, train, test, photos, device)
+    return Study(config, train, test, photos, device, dealt=dealt)
 
 
 def short_name(what: str) -> str:
@@ -403,16 +425,22 @@ def start(run: record.Run, study: Study, oracle: Oracle | None = None) -> tuple[
     ]  # fmt: skip
     model = new_detector(config, len(study.class_names), run.torch_rng("weights"))
     if run.resumed is not None:
-        model.load_state_dict(run.resumed["model"], strict=False)
         rows = run.asked_rows()
         for client in clients:
             client.pool.replay(rows)
             client.pool.set_aside(oracle.unsure({cycle for cycle, _ in run.plan[: run.committed]}))
-            for what in KEPT:
-                getattr(client, what).update(run.resumed.get(what, {}).get(client.name, {}))
+        go_on(run, model, clients)
         return clients, model.to(study.device)
     model.load_state_dict(starting_point(run, study, first), strict=False)
     return clients, model.to(study.device)
+
+
+def go_on(run: record.Run, model: Detector | Classifier, clients: Sequence[Client]) -> None:
+    """Weights, and what stays with the clients between rounds, as they were when the run broke off."""
+    model.load_state_dict(run.resumed["model"], strict=False)
+    for client in clients:
+        for what in KEPT:
+            getattr(client, what).update(run.resumed.get(what, {}).get(client.name, {}))
 
 
 def starting_point(run: record.Run, study: Study, rows: np.ndarray) -> State:
@@ -426,7 +454,7 @@ def starting_point(run: record.Run, study: Study, rows: np.ndarray) -> State:
         if config.classifier:
             return _classifier_start(run, study, model, rows)
         images, labels = train.images.take(rows), train.labels.take(rows)
-        schedule = config.replace(schedule="cosine", warmup=config.start_warmup)
+        schedule = config.replace(schedule="cosine", warmup=config.start_warmup, proximal=0.0)
         for _ in training.fit(
             model, images, labels, schedule, run.torch_rng("starting point"), iterations=config.start_iterations,
             device=study.device, who="starting point",
@@ -442,7 +470,9 @@ def _classifier_start(run: record.Run, study: Study, model: Classifier, rows: np
     config, oracle = run.config, Oracle(study.train.labels)
     oracle.ask(rows)
     lesson = _lesson(study, "starting point", rows, oracle.labels_of(rows), run.torch_rng("starting point"))
-    recipe = config.replace(schedule="cosine", warmup=config.start_warmup, balanced=False, compensation=0.0)
+    recipe = config.replace(
+        schedule="cosine", warmup=config.start_warmup, balanced=False, compensation=0.0, proximal=0.0
+    )
     return training.fit_classifier(
         model, lesson, study.train.images, recipe, config.start_iterations, device=study.device
     ).state
@@ -463,6 +493,9 @@ _OF_THE_VAE = (
     "vae_corrected", "vae_part", "standard", "shortlist", "pseudo_above", "task_aware", "task_images",
     "diagnostic",
 )  # fmt: skip
+_OF_THE_SERVER = (
+    "proximal", "too_large", "server", "server_lr", "server_momentum", "malicious", "privacy", "clip_norm", "noise",
+)  # fmt: skip
 # What a starting point does not depend on: with all else equal, notebooks, schemes and optimiser settings share it.
 _NOT_AT_THE_START = (
     "profile", "clients", "partition", "alpha", "missing", "fraction", "weights", "wire", "cycles", "first", "budget",
@@ -470,7 +503,7 @@ _NOT_AT_THE_START = (
     "lost", "on_failure", "score_above", "nms_iou", "class_agnostic", "views", "empty", "seconds_per_image",
     "seconds_per_box", "evaluate_every", "as_released", "merge_images", "methods", "seeds",
     "schedule", "afresh", "scored", "cascade", "cascade_order", "quota", "side_seeds", "balanced", "compensation",
-    "first_part", "budget_part", "stacked", "alone_epochs", *_OF_THE_VAE,
+    "first_part", "budget_part", "stacked", "alone_epochs", *_OF_THE_VAE, *_OF_THE_SERVER,
 )  # fmt: skip
 
 
@@ -697,6 +730,20 @@ def _home(strategy: str):
     return next((module for module in (huale, kafal, dual_vae) if strategy in module.STRATEGIES), sampling)
 
 
+def needs(strategy: str) -> frozenset[str] | set[str]:
+    """Fields of `Sight` that a way of asking looks at; none: it needs no model."""
+    return _home(strategy.partition(".")[0]).needs(strategy.partition(".")[0])
+
+
+def way_of_asking(run: record.Run, cycle: int) -> str:
+    """The method's way of asking in this cycle: the first labels are random, but for a chain's (and as_released)."""
+    config, (scheme, strategy) = run.config, scheme_of(run.method)
+    first = cycle == 0 and scheme not in CHAINS
+    if first and (config.classifier or strategy in dual_vae.STRATEGIES or not config.as_released):
+        return "random"
+    return strategy
+
+
 def choose(config: Config, strategy: str, sight: Sight, k: int, rng: np.random.Generator) -> Choice:
     """The k images that a strategy asks next, with the config's settings for it."""
     if strategy in huale.STRATEGIES:
@@ -722,18 +769,38 @@ def ask(
     "entropy.local" the client's own after its latest training, "entropy.alone" one that it trains on its own labels
     for the purpose. clients: all of them, for a strategy that asks everyone's models.
     """
-    config = run.config
     scheme, strategy = scheme_of(run.method)
     if scheme == CENTRALISED and strategy != "random":
         _ask_again(run, client, cycle, strategy)
         return
-    count = to_ask(config, client.pool, cycle)
-    if scheme in CHAINS:
-        count = config.labels_needed()
-    elif cycle == 0 and (config.classifier or strategy in dual_vae.STRATEGIES or not config.as_released):
-        strategy = "random"
-    if count == 0:
-        return  # all is labelled
+    picked = pick(run, study, model, client, cycle, clients)
+    if len(picked.positions):
+        client.pool.ask(picked.positions, cycle, picked.why)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a client would have labelled next: positions of its pool and the score of each (NaN: it had none).
+
+    scores: of everything that was looked at (NaN: not scored), in the order of the pool; detected: (C,) how many boxes
+    of each class the model sees there, where the strategy looks at boxes.
+    """
+
+    positions: np.ndarray
+    why: np.ndarray
+    scores: np.ndarray
+    detected: np.ndarray | None = None
+
+
+def pick(
+    run: record.Run, study: Study, model: Detector | Classifier, client: Client, cycle: int,
+    clients: Sequence[Client] = (),
+) -> Picked:  # fmt: skip
+    """The first half of `ask`: score the client's unlabelled images and choose; nobody is asked yet."""
+    config, strategy = run.config, way_of_asking(run, cycle)
+    count = config.labels_needed() if scheme_of(run.method)[0] in CHAINS else to_ask(config, client.pool, cycle)
+    if count == 0:  # all is labelled
+        return Picked(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))
     strategy, _, asked = strategy.partition(".")
     if client.known:
         model = _with(model, client.known)
@@ -748,8 +815,11 @@ def ask(
     model = {"local": others.own, "alone": others.alone}.get(asked) or model
     sight = see(replace(study, config=config), model, client.pool, waiting, strategy, others)
     choice = choose(config, strategy, sight, count, rng)
-    why = np.where(choice.scores.scored, choice.scores.values, np.nan)[choice.positions]
-    client.pool.ask(waiting[choice.positions], cycle, why)
+    scores, detected = np.where(choice.scores.scored, choice.scores.values, np.nan), None
+    if sight.detections is not None:
+        found = sight.detections
+        detected = torch.bincount(found.labels[found.valid].flatten(), minlength=len(study.class_names) + 1)[1:].numpy()
+    return Picked(waiting[choice.positions], scores[choice.positions], scores, detected)
 
 
 def _with(model: Detector | Classifier, *states: State) -> Detector | Classifier:
@@ -778,7 +848,7 @@ def _others(
         coder = vae_of(run, study, model, client, cycle)
     reference = None
     if "reference" in needed:
-        rows = held_out(run.config, study.train, run.seed)
+        rows = study.held_out(run.seed)
         reference = look(run.config, model, study.train.images.take(rows), study.device)
     return Others(own, alone, committee, coder, run.torch_rng("vae noise", client.name, cycle), reference)
 
@@ -811,8 +881,9 @@ def local_only(run: record.Run, study: Study, client: Client, cycle: int) -> Cla
     rows = pool.index[pool.labelled()]
     lesson = _lesson(study, client.name, rows, pool.labels_of(rows), run.torch_rng("local-only", client.name, cycle))
     recipe = config.replace(
-        epochs=config.alone_epochs, schedule="step", step_at=(0.75,), warmup=0, balanced=False, compensation=0.0
-    )
+        epochs=config.alone_epochs, schedule="step", step_at=(0.75,), warmup=0, balanced=False, compensation=0.0,
+        proximal=0.0,
+    )  # fmt: skip
     if config.as_released:
         recipe = recipe.replace(step_at=(37 / lesson.steps(recipe, None),))
     training.fit_classifier(model, lesson, study.train.images, recipe, device=study.device, until=0.99)
@@ -832,20 +903,26 @@ def broadcast(model: Detector, batch_norm: str, wire: str) -> bytes:
     return federation.pack(federation.state_of(model, federation.sent_keys(model, batch_norm)), wire)
 
 
+# How clients that are elsewhere do their part of a round: those who train, the message to them, and the turn -> what
+# each of them sent, by name, or why it sent nothing.
+Send = Callable[[Sequence[Client], bytes, Turn], dict[str, "Update | ClientLost"]]
+
+
 def train(
-    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int,
+    send: Send | None = None,
 ) -> list[Update]:  # fmt: skip
     """One round: the clients whose turn it is train from the global model (or their own), each on its own labels.
 
     Method 'centralised' trains once on everyone's labels, for as many gradient steps as the clients take together. A
-    client without labels, one whose update is lost, and one whose training diverges (with on_failure='skip') sends
-    nothing; its `status` says why.
+    client without labels sends nothing, nor (with on_failure='skip') does one whose update is lost, whose training
+    diverges, or whose update is not fit to be averaged (`federation.screen`); its `status` says why. send: how it is
+    done where clients are not in this process (`flower`).
     """
     config = run.config
     if config.afresh and cycle > 0 and round == 0:
         _remember_global(run, model, clients)
-        first = start_rows(config, study.train, run.seed)
-        model.load_state_dict(starting_point(run, study, first), strict=False)
+        model.load_state_dict(starting_point(run, study, study.start_rows(run.seed)), strict=False)
         for client in clients:
             client.memory, client.home, client.own = {}, {}, {}
     for client in clients:
@@ -857,19 +934,12 @@ def train(
     turn = whose_turn(run, clients, cycle, round)
     if not turn.clients:
         return []
-    message = broadcast(model, config.batch_norm, config.wire)
-    if turn.frozen:
-        if turn.whole and not config.frozen:
-            model.unfreeze_backbone()
-            message = broadcast(model, config.batch_norm, config.wire)
-        model.freeze_backbone()
-        message = message if turn.whole else broadcast(model, config.batch_norm, config.wire)
-    scratch = detectors.clone(model)
-    recipe, iterations = _recipe(config, turn)
+    message = message_of(config, model, turn)
     names = federation.take_part([c.name for c in turn.clients], config.fraction, run.rng("take part", cycle, round))
-    keeps = turn.state != "restart"
     unasked = config.afresh and not config.as_released and config.batch_norm != "local" and (cycle, round) == (0, 0)
-    updates = []
+    shared = unasked and scheme_of(run.method)[0] == "fedavg" and send is None
+    sent: dict[str, Update | ClientLost | training.TrainingDiverged] = {}
+    here = []
     for client in turn.clients:
         if client.name not in names:
             continue
@@ -878,40 +948,98 @@ def train(
             continue
         luggage = len(federation.pack(client.memory)) if turn.state == "travels" and client.memory else 0
         client.received = 0 if client.own else len(message) + luggage
-        try:
-            if (
-                config.lost
-                and not apart(run, cycle)
-                and run.rng("lost", client.name, cycle, round).random() < config.lost
-            ):
-                raise ClientLost(f"client {client.name}: its update did not arrive in cycle {cycle}, round {round}")
-            images, labels = client.pool.training_set()
-
-            def work(client=client, images=images, labels=labels) -> Update:
-                return federation.train_client(
-                    scratch, federation.pack(client.own) if client.own else message, images, labels, recipe,
-                    run.torch_rng("train", client.name, cycle, round), client.name, iterations,
-                    "fp32" if apart(run, cycle) else config.wire, config.batch_norm, client.home, study.device,
-                    memory=client.memory if keeps else None, travels=turn.state == "travels",
-                    span=_span(config, turn, client, recipe, iterations) if keeps else None,
-                )  # fmt: skip
-
-            shared = unasked and scheme_of(run.method)[0] == "fedavg"
-            update = _first_updates(run, client.name, lambda work=work: [work()])[0] if shared else work()
-        except (ClientLost, training.TrainingDiverged) as error:
+        if (
+            config.lost and not apart(run, cycle) and run.rng("lost", client.name, cycle, round).random() < config.lost
+        ):  # fmt: skip
+            sent[client.name] = ClientLost(
+                f"client {client.name}: its update did not arrive in cycle {cycle}, round {round}"
+            )
+        else:
+            here.append(client)
+    if send is not None:
+        sent |= send(here, message, turn) if here else {}
+    else:
+        scratch = detectors.clone(model)
+        for client in here:
             if config.on_failure == "stop":
-                raise type(error)(f"{error}; on_failure='skip' goes on without it") from error
-            client.status = "lost" if isinstance(error, ClientLost) else "diverged"
-            continue
-        updates.append(update)
-        if turn.first:
-            client.own = federation.unpack(update.payload)
-        if _compares(run.method):
-            client.last = federation.unpack(update.payload)
+                _stop_at_failures(sent)
+
+            def work(client=client) -> Update:
+                return train_one(run, study, scratch, client, message, turn, cycle, round)
+
+            try:
+                sent[client.name] = (
+                    _first_updates(run, client.name, lambda work=work: [work()])[0] if shared else work()
+                )
+            except training.TrainingDiverged as error:
+                sent[client.name] = error
+    if send is not None or config.too_large:
+        before = federation.unpack(message)
+        expected = {key: before[key] for key in federation.sent_keys(model, config.batch_norm)}
+        _screen(config, sent, expected, cycle, round)
+    if config.on_failure == "stop":
+        _stop_at_failures(sent)
+    updates = []
+    for client in turn.clients:
+        result = sent.get(client.name)
+        if isinstance(result, Exception):
+            client.status = result.status if isinstance(result, ClientLost) else "diverged"
+        elif result is not None:
+            updates.append(result)
+            if turn.first:
+                client.own = federation.unpack(result.payload)
+            if compares(run.method):
+                client.last = federation.unpack(result.payload)
     return updates
 
 
-def _compares(method: str) -> bool:
+def _stop_at_failures(sent: dict[str, Update | Exception]) -> None:
+    for result in sent.values():
+        if isinstance(result, Exception):
+            raise type(result)(f"{result}; on_failure='skip' goes on without it") from result
+
+
+def _screen(config: Config, sent: dict[str, Update | Exception], before: State, cycle: int, round: int) -> None:
+    """Puts an error in the place of each update that is not fit to be averaged."""
+    updates = [result for result in sent.values() if isinstance(result, Update)]
+    if any(update.payload for update in updates):  # of a secure sum there is nothing to look at
+        for name, reason in federation.screen(updates, before, config.too_large)[1].items():
+            sent[name] = ClientLost(
+                f"client {name}: its update in cycle {cycle}, round {round} is {reason}", status=reason
+            )  # fmt: skip
+
+
+def message_of(config: Config, model: Detector, turn: Turn) -> bytes:
+    """What is sent to the clients of a turn: the model, or its head. Freezes the backbone where the turn does."""
+    if not turn.frozen:
+        return broadcast(model, config.batch_norm, config.wire)
+    if turn.whole and not config.frozen:
+        model.unfreeze_backbone()
+    message = broadcast(model, config.batch_norm, config.wire)
+    model.freeze_backbone()
+    return message if turn.whole else broadcast(model, config.batch_norm, config.wire)
+
+
+def train_one(
+    run: record.Run, study: Study, scratch: Detector, client: Client, message: bytes, turn: Turn, cycle: int, round: int
+) -> Update:  # fmt: skip
+    """One client's part of a round: train from the message (or from its own weights) on its own labels.
+
+    scratch: a detector of the right shape, whatever it holds; for a turn that trains the head, its backbone is frozen.
+    """
+    config, keeps = run.config, turn.state != "restart"
+    recipe, iterations = _recipe(config, turn)
+    images, labels = client.pool.training_set()
+    return federation.train_client(
+        scratch, federation.pack(client.own) if client.own else message, images, labels, recipe,
+        run.torch_rng("train", client.name, cycle, round), client.name, iterations,
+        "fp32" if apart(run, cycle) else config.wire, config.batch_norm, client.home, study.device,
+        memory=client.memory if keeps else None, travels=turn.state == "travels",
+        span=_span(config, turn, client, recipe, iterations) if keeps else None,
+    )  # fmt: skip
+
+
+def compares(method: str) -> bool:
     """True if a way of asking looks at clients' own models, which are then kept."""
     strategy, _, asked = scheme_of(method)[1].partition(".")
     if "+" in strategy:  # the centralised reference asks what another method asked
@@ -968,7 +1096,7 @@ def _train_together(
                 raise type(update)(f"{update}; on_failure='skip' goes on without it")
             client.status = "diverged"
             continue
-        if _compares(run.method):
+        if compares(run.method):
             client.last = federation.unpack(update.payload)
         updates.append(update)
     return updates
@@ -1025,7 +1153,14 @@ def _first_updates(run: record.Run, what: str | int, work: Callable[[], list[Upd
 
 
 class ClientLost(RuntimeError):
-    """A client's update did not arrive; names the client, the cycle and the round."""
+    """A client's update did not arrive, or cannot be used; names the client, the cycle and the round.
+
+    status: the same in a word or two, for the record.
+    """
+
+    def __init__(self, message: str, status: str = "lost"):
+        super().__init__(message)
+        self.status = status
 
 
 def _recipe(config: Config, turn: Turn) -> tuple[Config, int | None]:
@@ -1057,25 +1192,30 @@ def _train_on_one_node(
     before, whole = _span(config, turn, node, recipe, iterations)
     return [
         federation.train_client(
-            detectors.clone(model), broadcast(model, config.batch_norm, "fp32"), images, labels, recipe,
-            run.torch_rng("train", CENTRALISED, cycle, round), CENTRALISED,
+            detectors.clone(model), broadcast(model, config.batch_norm, "fp32"), images, labels,
+            recipe.replace(proximal=0.0), run.torch_rng("train", CENTRALISED, cycle, round), CENTRALISED,
             None if iterations is None else iterations * len(clients), device=study.device,
             memory=node.memory if keeps else None, span=(before, whole * len(clients)) if keeps else None,
         )
     ]  # fmt: skip
 
 
-def merge(run: record.Run, model: Detector, clients: Sequence[Client], updates: Sequence[Update]) -> None:
+def merge(
+    run: record.Run, model: Detector, clients: Sequence[Client], updates: Sequence[Update],
+    average: Callable[[Sequence[Update]], State] | None = None,
+) -> None:  # fmt: skip
     """The global model becomes the updates' average (of one update: that one); without any it stays as it was.
 
     Optimisers' states that travelled are averaged too and handed to every client. as_released: equal parts in whole
-    percent, whatever the clients hold.
+    percent, whatever the clients hold. average: another way of making one model of the updates (`flower.Server`).
     """
     if not updates:
         return
     merged = {update.client for update in updates}
     _remember_global(run, model, [client for client in clients if client.name not in merged])
-    if run.config.as_released and len(updates) > 1 and not run.config.classifier:
+    if average is not None:
+        state = average(updates)
+    elif run.config.as_released and len(updates) > 1 and not run.config.classifier:
         ordered = sorted(updates, key=lambda update: update.client)
         state = federation.weighted(ordered, federation.percent_shares(len(ordered)))
     else:
@@ -1093,7 +1233,7 @@ def merge(run: record.Run, model: Detector, clients: Sequence[Client], updates: 
 
 def _remember_global(run: record.Run, model: Detector | Classifier, clients: Sequence[Client]) -> None:
     """These clients miss what comes next: the global model that they know is this one, or an older one."""
-    if run.config.classifier or _compares(run.method):
+    if run.config.classifier or compares(run.method):
         for client in clients:
             client.known = client.known or federation.state_of(model, federation.sent_keys(model))
 
@@ -1130,11 +1270,7 @@ def _judged_apart(run: record.Run, study: Study, model: Detector, sent: Sequence
     if config.as_released:
         judges = study.test
     elif config.merge_images or config.start_images:
-        rows = (
-            held_out(config, study.train, run.seed)
-            if config.merge_images
-            else start_rows(config, study.train, run.seed)
-        )
+        rows = study.held_out(run.seed) if config.merge_images else study.start_rows(run.seed)
         judges = study.train.take(rows)
     else:
         return np.full((len(sent), len(study.class_names)), math.nan)
@@ -1188,9 +1324,11 @@ def judge(
 
 def commit(
     run: record.Run, study: Study, model: Detector, clients: Sequence[Client], updates: Sequence[Update],
-    cycle: int, round: int,
+    cycle: int, round: int, more: dict | None = None,
 ) -> dict:  # fmt: skip
     """End of a round: judge (after a cycle's last round, or as the config says), write rows, save the resume point.
+
+    more: what else the resume point keeps.
 
     A client that sent nothing has a row that says why. Of a chain, each visit of the first pass, the merge, the end of
     every later pass and the rounds of chain-fedavg are judged.
@@ -1232,6 +1370,7 @@ def commit(
     state = {
         "model": federation.state_of(model, kept),
         **{what: {c.name: getattr(c, what) for c in clients if getattr(c, what)} for what in KEPT},
+        **(more or {}),
     }
     run.commit(cycle, round, [*rows, server], asked, state)
     return server

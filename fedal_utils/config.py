@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -17,6 +18,12 @@ from typing import Any, get_type_hints
 PROFILES = ("smoke", "quick", "paper")
 _LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 
+# How a server makes one model of the updates; Flower's strategies of that name.
+SERVERS = (
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian", "fedtrimmedavg", "krum",
+    "multikrum",
+)  # fmt: skip
+PRIVACY = ("none", "clip", "secure")
 BOX_LOSSES = ("smooth_l1", "efficient_iou", "extended_iou")
 COMPANIONS = ("none", "sides", "iou")
 VAES = ("small", "published")
@@ -38,6 +45,8 @@ _LATER: dict[str, Any] = dict(
     vae_part=0.5, standard="z", shortlist=0.0, pseudo_above=0.5, task_aware=0.0, task_images=0,
     diagnostic=False,
     feature_model="lite0", feature_side=64, regularisation=0.1, annotator_error=0.0, goal=0.9, plateau=1.0,
+    proximal=0.0, too_large=0.0, server="fedavg", server_lr=0.0, server_momentum=0.9, malicious=1, privacy="none",
+    clip_norm=1.0, noise=0.0,
 )  # fmt: skip
 
 
@@ -51,6 +60,7 @@ class Recipe:
     lr: float = 2e-3
     momentum: float = 0.937
     weight_decay: float = 5e-4
+    proximal: float = 0.0  # FedProx's mu: how strongly weights are pulled back to those that were sent, 0 = off
     schedule: str = "constant"  # 'constant' | 'cosine' | 'step', over one call of fit
     final_lr: float = 0.05  # cosine ends at this part of lr
     step_at: tuple[float, ...] = (0.6, 0.85)  # parts of the run at which 'step' divides by ten
@@ -142,6 +152,14 @@ class Config(Recipe):
     passes: int = 0  # passes, or rounds, after the chain's first; 0 = as many as make equal gradient steps
     visit: float = 1.0  # a visit of the accumulating chain trains so long, as part of a round
     lost: float = 0.0  # probability that a client's update does not arrive
+    too_large: float = 0.0  # an update that moved further than so many times the median update is left out; 0 = off
+    server: str = "fedavg"  # how the updates become one model, see `SERVERS`; all but fedavg need `flower`
+    server_lr: float = 0.0  # learning rate of the server's own step; 0 = 1 for fedavgm, 0.01 for the adaptive ones
+    server_momentum: float = 0.9  # of fedavgm; beta_1 of fedadam and fedyogi
+    malicious: int = 1  # clients that krum, multikrum and fedtrimmedavg bear
+    privacy: str = "none"  # 'clip': updates are clipped and noised | 'secure': the server sees their sum only; `flower`
+    clip_norm: float = 1.0  # L2 norm that a clipped update has at most
+    noise: float = 0.0  # noise multiplier: standard deviation of the noise on the sum, in clip norms
     on_failure: str = "stop"  # a client whose training diverges: 'stop' the run | 'skip' it in this round
     stacked: bool = True  # clients of classifiers train as one stacked model, else one after another
     threads: int = 1  # CPU threads of a training step; the same number gives the same bits on the same kind of CPU
@@ -204,7 +222,7 @@ class Config(Recipe):
         counts = (
             "start_images", "start_iterations", "start_warmup", "merge_images", "iterations", "epochs", "tail", "crop",
             "passes", "warmup", "warmup_epochs", "nominal", "evaluate_every", "threads", "scored",
-            "task_images",
+            "task_images", "malicious",
         )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 0:
@@ -217,7 +235,8 @@ class Config(Recipe):
             raise ValueError(f"first_pass and visit must be > 0, got {self.first_pass} and {self.visit}")
         choices = {
             "optimiser_state": ("restart", "client", "travels"), "on_failure": ("stop", "skip"),
-            "box_loss": BOX_LOSSES, "companion": COMPANIONS, "vae": VAES, "vae_on": TRAINED_ON, "standard": STANDARDS,
+            "server": SERVERS, "privacy": PRIVACY, "box_loss": BOX_LOSSES,
+            "companion": COMPANIONS, "vae": VAES, "vae_on": TRAINED_ON, "standard": STANDARDS,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -231,12 +250,19 @@ class Config(Recipe):
         falling = (*self.cascade, 1.0)
         if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
             raise ValueError(f"cascade must be four numbers >= 1 that do not grow, in budgets, got {self.cascade}")
-        for name in ("compensation", "kl_weight", "task_aware", "shortlist", "plateau"):
+        not_below = ("compensation", "kl_weight", "task_aware", "shortlist", "plateau", "proximal", "server_lr")
+        for name in (*not_below, "noise"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("vae_lr", "regularisation"):
+        for name in ("vae_lr", "regularisation", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.server_momentum < 1:
+            raise ValueError(f"server_momentum must be in [0, 1), got {self.server_momentum}")
+        if self.server == "fedprox" and not self.proximal > 0:
+            raise ValueError(f"server 'fedprox' needs proximal > 0 (its mu), got {self.proximal}")
+        if not (self.too_large == 0 or 1 < self.too_large < math.inf):
+            raise ValueError(f"too_large must be 0 (off) or a finite number > 1, got {self.too_large}")
         kept = ("restart", "client") if self.classifier else ("restart",)
         if self.afresh and self.optimiser_state not in kept:
             raise ValueError(
@@ -496,6 +522,23 @@ _WHEEL_BOXES: dict[str, dict[str, Any]] = {
     "": {**_ONE_SSD, "merge_images": 10, "first": 8, "budget": 8, "cycles": 5, "iterations": 150},
 }  # fmt: skip
 
+# Notebook 60 (real clients): few rounds, for each of a client's answers is a process of its own. A client that fails
+# costs the round that client.
+_CLIENTS_ALL = dict(
+    detector="ssd", on_failure="skip", too_large=20.0, evaluate_every=1, side_seeds=1, seeds=(0,), threads=1,
+)  # fmt: skip
+_CLIENTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        **_DIGITS, **_CLIENTS_ALL, "digit_classes": 3, "scenes": (260, 80), "start_iterations": 120, "first": 12,
+        "budget": 12, "cycles": 2, "rounds": 2, "iterations": 20,
+    },
+    "bccd": {
+        **_CLIENTS_ALL, "clients": 4, "first": 6, "budget": 6, "cycles": 4, "rounds": 3, "iterations": 20,
+        "seeds": (0, 1, 2), "side_seeds": 3,
+    },
+    "": {**_CLIENTS_ALL, "rounds": 2},
+}  # fmt: skip
+
 _OF_A_VAE = ("vae", "vae_size", "vae_iterations", "vae_batch", "vae_lr", "latent", "kl_weight", "learned_loss")
 _WHEEL_BOXES_PAPER = {k: v for k, v in _DUAL_PAPER.items() if k not in _OF_A_VAE} | {"merge_images": 500}
 
@@ -519,6 +562,7 @@ _METHODS["30"] = (
 )  # fmt: skip
 
 _METHODS["40"] = ("random", "entropy_max", "coreset", "count", "vae", "d1", "vae_d1")
+_METHODS["60"] = ("avg",)
 _METHODS["50"] = (
     "random", "confidence", "margin", "ratio", "entropy", "model_outlier", "embedding_outlier", "cluster",
     "representative", "coreset", "mix", "mix_diverse",
@@ -536,10 +580,12 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
     "40": _DUAL,
     "50": _WHEEL,
     "50b": _WHEEL_BOXES,
+    "60": _CLIENTS,
 }
 _OWN_PAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "20": (_HUALE_PAPER, _HUALE_PAPER_BY_DATA), "30": (_KAFAL_PAPER, {}), "40": (_DUAL_PAPER, {}),
     "50": (_WHEEL_PAPER, {}), "50b": (_WHEEL_BOXES_PAPER, {}),
+    "60": ({**_PAPER, "on_failure": "skip", "too_large": 20.0}, _PAPER_BY_DATA),
 }  # fmt: skip
 # Where a notebook is not about detection.
 _OWN_DATA = dict.fromkeys(("30", "50"), {"smoke": "digit-images", "quick": "cifar10"})

@@ -173,6 +173,65 @@ def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -
     return {key: value.to(kinds[key]) for key, value in sums.items()}
 
 
+@torch.no_grad()
+def screen(updates: Sequence[Update], before: State, above: float = 0.0) -> tuple[list[Update], dict[str, str]]:
+    """The updates that are fit to be averaged, in the order in which they came, and of each other client the reason.
+
+    before: the state that was sent to the clients. Reasons, the first that holds, by client name:
+    'unreadable': the payload does not hold a state of plain tensors;
+    'wrong shape': other entries than `before`, or an entry of another shape, or integers in the place of floats;
+    'not finite': a value is NaN or infinite;
+    'too large': with above > 0, the update's distance from `before` (L2 over all entries, float64) is more than `above`
+    times the median distance of all updates that none of the other reasons holds for, itself among them. Of fewer than
+    three such updates none is too large: the median of two is half way between them and says nothing about either.
+    above: 0 = any distance, else > 1. The median stands while less than half of the updates are too large. What an
+    optimiser sends along (`Update.memory`) is not looked at.
+    """
+    if not (above == 0 or 1 < above < math.inf):
+        raise ValueError(f"above must be 0 (off) or a finite number > 1 (times the median distance), got {above}")
+    reasons: dict[str, str] = {}
+    moved: dict[int, float] = {}  # by place in `updates`
+    for place in sorted(range(len(updates)), key=lambda place: updates[place].client):
+        state = _read(updates[place].payload)
+        reason = "unreadable" if state is None else _unfit(state, before)
+        if reason:
+            reasons[updates[place].client] = reason
+        else:
+            moved[place] = _distance(state, before)
+    if above and len(moved) >= 3:
+        most = above * float(np.median(list(moved.values())))
+        for place in [place for place, distance in moved.items() if distance > most]:
+            reasons[updates[place].client] = "too large"
+            del moved[place]
+    return [updates[place] for place in sorted(moved)], dict(sorted(reasons.items()))
+
+
+def _read(payload: bytes) -> State | None:
+    """As `unpack`; None if these bytes hold anything but plain tensors by name."""
+    try:
+        state = unpack(payload)
+    except Exception:  # bytes from outside: torch.load raises whatever its readers trip over
+        return None
+    plain = all(v.layout is torch.strided and v.device.type == "cpu" and not v.is_nested for v in state.values())
+    return state if plain else None
+
+
+def _unfit(state: State, before: State) -> str:
+    """Why a state cannot stand in an average with `before`; '' = it can."""
+    if state.keys() != before.keys():
+        return "wrong shape"
+    for key, sent in before.items():
+        if state[key].shape != sent.shape or state[key].is_floating_point() != sent.is_floating_point():
+            return "wrong shape"
+    return "" if all(bool(torch.isfinite(value).all()) for value in state.values()) else "not finite"
+
+
+def _distance(state: State, before: State) -> float:
+    """L2 norm of state - before over all entries, float64."""
+    squares = (float((state[k].double() - sent.cpu().double()).square().sum()) for k, sent in before.items())
+    return math.sqrt(math.fsum(squares))
+
+
 def percent_shares(count: int) -> np.ndarray:
     """Equal parts as whole percentages that add up to 100, what is left over to the first (released code: 12 % and 11 %
     for nine devices).

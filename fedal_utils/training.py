@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -231,6 +231,8 @@ def fit(
     memory: the optimiser's moments and step count of an earlier call, read at the start (empty: none) and updated in
     place at the end; None = forget. span: (steps before this call, steps in all) of the caller's schedule, by which
     warm-up and learning rate run; None = this call is all there is.
+    With `recipe.proximal > 0` every step also pulls what is trained back to where it was at the start of this call
+    (FedProx, see `_pull_back`); the loss that is yielded is the detector's, without that term.
     """
     device = torch.device(device)
     if len(images) != len(labels.classes):
@@ -249,6 +251,7 @@ def fit(
         _recall(optimiser, model, memory)
     autocast, scaler = _autocast(device, recipe.amp)
     averaged = copy.deepcopy(model.state_dict()) if recipe.ema > 0 else None
+    anchored = _anchored(model, recipe)
     cached = isinstance(images, CachedImages)
     loss_rng = torch.Generator(device="cpu").manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
     sums: dict[str, float] = {}
@@ -279,10 +282,12 @@ def fit(
         stepped = added >= _batches_per_step(recipe, before + done) or done == steps - 1
         done += 1
         if stepped:
-            if recipe.clip > 0:
+            if recipe.clip > 0 or anchored:
                 scaler.unscale_(optimiser)
+            if recipe.clip > 0:
                 for together in _clipped_together(model):
                     nn.utils.clip_grad_norm_(together, recipe.clip)
+            _pull_back(anchored, recipe.proximal)
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
@@ -298,6 +303,27 @@ def fit(
     if memory is not None:
         _remember(optimiser, model, memory, before + done)
     model.eval()
+
+
+def _anchored(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Parameter, Tensor]]:
+    """(parameter, copy of what it is now) of everything that is trained: w and w_t of FedProx; [] where mu is 0."""
+    if not recipe.proximal > 0:
+        return []
+    return [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _pull_back(anchored: Iterable[tuple[Tensor, Tensor]], proximal: float) -> None:
+    """Add mu (w - w_t) to w's gradients: that of FedProx's mu/2 |w - w_t|^2 (Li et al. 2020, 1812.06127 eq. 2).
+
+    Called once a step, however many batches that adds up, on gradients that are unscaled and clipped already: clipping
+    is for the loss, whose gradient is noisy; this term is left as it is, like weight decay. So plain SGD goes further
+    by -lr mu (w - w_t), neither more nor less (AdamW scales it with the rest of the gradient). A parameter that this
+    step's loss did not reach has no step.
+    """
+    for parameter, sent in anchored:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - sent, alpha=proximal)
 
 
 ONLOOKERS = ("evidence_head", "loss_head")  # parts of a detector that learn from maps which they do not train
@@ -518,6 +544,7 @@ def fit_classifier(
     images: the whole training set. teacher: the global model of this round, for the distillation of KAFAL's 4.2 (with
     `recipe.compensation` > 0); it is not changed. as_released: one partner for all images of a batch, and a teacher
     that uses each batch's statistics. until: stop after the pass whose training accuracy reaches this.
+    `recipe.proximal`: as in `fit`; the loss is without it here, too.
     `fit_stacked` does the same for many clients at once; this is what it is tested against.
     """
     device = torch.device(device)
@@ -529,6 +556,7 @@ def fit_classifier(
     )
     if lesson.memory:
         _recall(optimiser, model, lesson.memory)
+    anchored = _anchored(model, recipe)
     counts = lesson.counts.to(device)
     gamma = compensation_weights(counts)
     classes = lesson.classes.to(device)
@@ -555,6 +583,7 @@ def fit_classifier(
         sum(parts.values()).backward()
         if recipe.clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        _pull_back(anchored, recipe.proximal)
         optimiser.step()
         losses.append({k: v.detach() for k, v in parts.items()})
         right, seen = right + (scores.argmax(1) == target).sum(), seen + len(target)
@@ -649,7 +678,7 @@ def _run_stack(
     """One stack from start to end, and the clients' optimiser memories. Who has taken all its steps leaves."""
     streams = [_draws(lesson, recipe, iterations, teacher is not None, one_partner) for lesson in lessons]
     steps = [lesson.steps(recipe, iterations) for lesson in lessons]
-    states, memories = list(states), [dict(lesson.memory or {}) for lesson in lessons]
+    sent, states, memories = states, list(states), [dict(lesson.memory or {}) for lesson in lessons]
     sums = torch.zeros(2, len(lessons), device=device)
     done = 0
     while any(done < count for count in steps):
@@ -663,6 +692,9 @@ def _run_stack(
             for name in names
         ]  # fmt: skip
         momenta = [momentum.to(device) for momentum in momenta]
+        anchors = []  # of FedProx: not where a stack begins again because somebody left, but what the clients were sent
+        if recipe.proximal > 0:
+            anchors = [torch.cat([sent[m][name] for m in here]).to(device) for name in names]
         tutor = _Tutor(net, [lessons[m] for m in here], images, recipe, teacher, device)
         for step in range(done, min(steps[m] for m in here)):
             sums[:, here] += tutor.losses([next(streams[m]) for m in here])
@@ -670,7 +702,7 @@ def _run_stack(
             for m in here:
                 before, whole = lessons[m].span or (0, steps[m])
                 factors.append(learning_rate_factor(recipe, before + step, whole))
-            _sgd_step(list(net.parameters()), momenta, factors, recipe)
+            _sgd_step(list(net.parameters()), momenta, factors, recipe, anchors)
         done = step + 1
         after = split(net.state_dict(), len(here))
         kept = split(dict(zip(names, momenta, strict=True)), len(here))
@@ -762,11 +794,13 @@ class _Tutor:
 
 @torch.no_grad()
 def _sgd_step(
-    parameters: list[Tensor], momenta: list[Tensor], factors: Sequence[float], recipe: Recipe
+    parameters: list[Tensor], momenta: list[Tensor], factors: Sequence[float], recipe: Recipe,
+    anchors: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """One step of torch's SGD for M clients whose weights lie one after another in each parameter.
 
-    factors (M,): on each client's learning rate. The gradient is clipped client by client.
+    factors (M,): on each client's learning rate. The gradient is clipped client by client. anchors: FedProx's w_t of
+    each parameter; none = no such term.
     """
     clients, grads = len(factors), [p.grad for p in parameters]
 
@@ -778,6 +812,8 @@ def _sgd_step(
         scale = (recipe.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(spread(scale, grad))
+    if anchors:
+        _pull_back(zip(parameters, anchors, strict=True), recipe.proximal)
     torch._foreach_add_(grads, parameters, alpha=recipe.weight_decay)
     torch._foreach_mul_(momenta, recipe.momentum)
     torch._foreach_add_(momenta, grads)

@@ -18,7 +18,7 @@ def test_a_config_is_frozen_and_a_recipe():
 
 CHOICES = {
     "optimiser_state": "client", "on_failure": "skip", "box_loss": "extended_iou", "companion": "sides",
-    "vae": "published", "vae_on": "all", "standard": "rank",
+    "vae": "published", "vae_on": "all", "standard": "rank", "server": "fedadam", "privacy": "clip",
 }  # fmt: skip
 
 
@@ -26,6 +26,8 @@ def another(name, value):
     """A different, allowed value of the same type."""
     if name == "profile":
         return "quick"
+    if name == "too_large":
+        return 2.0
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -64,7 +66,9 @@ def test_methods_and_seeds_do_not_move_the_digest():
 def test_runs_published_before_the_later_settings_keep_their_folder(data, digest):
     settings = config.load("11_fedavg", "quick", data)
     assert settings.digest()[:8] == digest
-    assert settings.replace(lost=0.1).digest()[:8] != digest
+    assert settings.replace(proximal=0.0, too_large=0.0).digest()[:8] == digest
+    for later in ({"lost": 0.1}, {"proximal": 0.01}, {"too_large": 3.0}):
+        assert settings.replace(**later).digest()[:8] != digest
 
 
 def test_every_run_in_results_is_still_in_the_folder_of_its_config(root):
@@ -151,6 +155,12 @@ def test_unknown_names_and_wrong_types_are_refused_with_a_hint(values, message):
         ({"goal": float("nan")}, r"goal must be in \[0, 1\], got nan"),
         ({"regularisation": 0.0}, "regularisation must be > 0, got 0.0"),
         ({"plateau": -0.5}, "plateau must be >= 0, got -0.5"),
+        ({"proximal": -0.01}, "proximal must be >= 0, got -0.01"),
+        ({"proximal": float("nan")}, "proximal must be >= 0, got nan"),
+        *(
+            ({"too_large": value}, rf"too_large must be 0 \(off\) or a finite number > 1, got {value}")
+            for value in (-2.0, 0.5, 1.0, float("inf"), float("nan"))
+        ),
         ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
         ({"fraction": 1.5}, r"fraction must be in \(0, 1\], got 1.5"),
     ],

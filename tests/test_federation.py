@@ -496,6 +496,168 @@ def test_what_goes_wrong_at_a_client_names_the_client(scenes):
         train_client(model, pack(large), part.images, part.labels, RECIPE, rng, "A", 1, wire="fp16")
 
 
+# ---------------------------------------------------------------------------------------------- what is left out of it
+
+BEFORE = vector(1, 1)
+
+
+def at(**distances):
+    """An update so far from BEFORE, of each client: (1, 1) and as much along (0.6, 0.8)."""
+    return [update(name, vector(1 + 0.6 * d, 1 + 0.8 * d)) for name, d in distances.items()]
+
+
+def screened(updates, above=0.0, before=BEFORE):
+    kept, reasons = federation.screen(updates, before, above)
+    assert all(any(u is given for given in updates) for u in kept)
+    return [u.client for u in kept], reasons
+
+
+@pytest.mark.parametrize(
+    ("above", "distances", "out"),
+    [
+        (1.5, (1, 1, 2), "C"),  # median 1
+        (2.5, (1, 1, 2), ""),
+        (1.5, (2, 1, 1), "A"),
+        (1.5, (1, 2, 2), ""),  # median 2: who moved less is never too large
+        (1.5, (1, 1, 1), ""),
+        (3.0, (1, 2, 5), ""),  # the median is 2, not 1: itself is one of them
+        (2.25, (1, 2, 5), "C"),
+        (3.0, (1, 1, 1000), "C"),
+        (3.0, (1, 1, 1, 1000), "D"),
+        (1.5, (1, 2, 3, 4), "D"),  # median 2.5: above 3.75
+        (1.75, (1, 2, 3, 4), ""),
+        (3.0, (1000, 1, 1.25, 1000, 0.75), "AD"),  # two of five: median 1.25
+        (3.0, (1, 1000, 1000), ""),  # most of them: they are the median
+        (100.0, (1, 1000), ""),  # fewer than three
+        (1.5, (1, 1000), ""),
+        (1.5, (1000,), ""),
+        (1.5, (), ""),
+        (1.5, (0, 0, 0), ""),  # nobody moved
+        (0.0, (1, 1, 1000), ""),  # off
+    ],
+)
+def test_who_moved_too_far_by_hand(above, distances, out):
+    names = "ABCDE"[: len(distances)]
+    kept, reasons = screened(at(**dict(zip(names, distances, strict=True))), above)
+    assert reasons == dict.fromkeys(out, "too large") and kept == [name for name in names if name not in out]
+
+
+def test_so_many_times_the_median_is_not_yet_too_large():
+    three = [update(name, vector(value, 0)) for name, value in (("A", 2), ("B", -2), ("C", 3))]
+    assert screened(three, 1.5, vector(0, 0)) == (["A", "B", "C"], {})  # 3 = 1.5 x 2
+    assert screened(three, 1.499, vector(0, 0)) == (["A", "B"], {"C": "too large"})
+
+
+def test_the_distance_is_over_all_entries_in_float64_and_from_what_was_sent():
+    before = {"v": torch.tensor([[1e8]]), "w": torch.tensor([5.0, 5.0])}
+    near = {"v": torch.tensor([[1e8]]), "w": torch.tensor([5.0, 6.0])}  # 1
+    far = {"v": torch.tensor([[1e8 + 8]]), "w": torch.tensor([8.0, 9.0])}  # sqrt(64 + 9 + 16) = 9.43
+    three = [update("A", near), update("B", near), update("C", far)]
+    assert screened(three, 9.44, before) == (["A", "B", "C"], {})
+    assert screened(three, 9.43, before) == (["A", "B"], {"C": "too large"})
+    huge = [update(name, vector(value)) for name, value in (("A", 1e38), ("B", -1e38), ("C", 3e38))]  # squares: 1e76
+    assert screened(huge, 2.5, vector(0)) == (["A", "B"], {"C": "too large"})
+
+
+GOOD = raw_update("B", vector(1, 2)).payload
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"", "unreadable"),
+        (b"no state at all", "unreadable"),
+        (GOOD[:-40], "unreadable"),
+        (GOOD[:100] + bytes(100) + GOOD[200:], "unreadable"),
+        ([1.0, 2.0], "unreadable"),
+        (torch.ones(2), "unreadable"),
+        ({"w": None}, "unreadable"),
+        ({"w": torch.nn.Linear}, "unreadable"),  # names code
+        ({"w": torch.ones(2, device="meta")}, "unreadable"),
+        ({"w": torch.ones(2).to_sparse()}, "unreadable"),
+        ({}, "wrong shape"),
+        ({"v": torch.ones(2)}, "wrong shape"),
+        ({1: torch.ones(2)}, "wrong shape"),
+        ({**vector(1, 2), "v": torch.ones(1)}, "wrong shape"),
+        (vector(1, 2, 3), "wrong shape"),
+        ({"w": torch.ones(1, 2)}, "wrong shape"),
+        ({"w": torch.tensor(1.0)}, "wrong shape"),
+        ({"w": torch.tensor([1, 2])}, "wrong shape"),  # integers: `average` refuses them
+        ({"w": torch.tensor([1j, 2])}, "wrong shape"),
+        (vector(1, float("nan"), 3), "wrong shape"),  # the first reason that holds
+        (vector(1, float("nan")), "not finite"),
+        (vector(float("-inf"), 1), "not finite"),
+        ({"w": torch.tensor([1, float("inf")], dtype=torch.float16)}, "not finite"),
+        ({"w": torch.tensor([1, 1e300], dtype=torch.float64)}, "not finite"),  # as a float32 it is
+        (GOOD, None),
+        ({"w": torch.tensor([1, 2], dtype=torch.float16)}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about reading sparse tensors
+def test_what_cannot_be_averaged_is_left_out_with_the_first_reason(sent, reason):
+    odd = Update("B", sent, 1, 1, 1, 0.5) if isinstance(sent, bytes) else raw_update("B", sent)
+    kept, reasons = screened([*at(A=1), odd, *at(C=1)])
+    assert (kept, reasons) == ((["A", "C"], {"B": reason}) if reason else (["A", "B", "C"], {}))
+    for above in (1.5, 3.0):  # nor has it a say in the median: of two
+        assert screened([*at(A=1), odd, *at(C=100)], above)[1].get("C") == (None if reason else "too large")
+
+
+def test_every_bad_one_has_its_reason_and_the_rest_can_be_averaged():
+    bad = [
+        raw_update("b", vector(1, float("nan"))), Update("d", b"?", 1, 1, 1, 0.5), raw_update("f", vector(1)),
+        *at(B=1000),
+    ]  # fmt: skip
+    kept, reasons = federation.screen([bad[3], *at(g=1), bad[2], *at(c=1.25), bad[1], bad[0], *at(a=1.5)], BEFORE, 3.0)
+    assert [u.client for u in kept] == ["g", "c", "a"]  # as they came
+    assert list(reasons.items()) == [("B", "too large"), ("b", "not finite"), ("d", "unreadable"), ("f", "wrong shape")]
+    assert average(kept)["w"].tolist() == pytest.approx([1 + 0.6 * 1.25, 1 + 0.8 * 1.25])
+    assert federation.screen([], BEFORE, 3.0) == ([], {})
+
+
+far_or_broken = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 1000.0, None]), max_size=7)
+
+
+@given(far_or_broken, st.sampled_from([0.0, 1.25, 2.0, 10.0]), st.randoms(use_true_random=False))
+def test_the_order_of_arrival_changes_nothing(far, above, random):
+    """None: not finite. The oracle is a sorted list."""
+    names = "ABCDEFG"[: len(far)]
+    updates = [
+        raw_update(name, vector(1, float("nan"))) if d is None else at(**{name: d})[0]
+        for name, d in zip(names, far, strict=True)
+    ]  # fmt: skip
+    straight = screened(updates, above)
+    mixed = random.sample(updates, len(updates))
+    kept, reasons = screened(mixed, above)
+    assert list(reasons.items()) == list(straight[1].items()) and sorted(kept) == straight[0]
+    assert kept == [u.client for u in mixed if u.client not in reasons]
+    ordered = sorted(d for d in far if d is not None)
+    half = len(ordered) // 2
+    median = (ordered[half] + ordered[~half]) / 2 if ordered else 0
+    most = above * median if above and len(ordered) >= 3 else float("inf")
+    wanted = {name for name, d in zip(names, far, strict=True) if d is not None and d > most * (1 + 1e-6)}
+    assert {name for name, reason in reasons.items() if reason == "too large"} == wanted
+    assert {name for name, reason in reasons.items() if reason == "not finite"} == {
+        name for name, d in zip(names, far, strict=True) if d is None
+    }
+
+
+def test_a_real_round_loses_nobody_and_a_client_a_thousand_times_as_far_is_found(scenes):
+    model = new_model()
+    before = unpack(pack(state_of(model, sent_keys(model))))
+    updates = [one_round(scenes, model, name, rows) for name, rows in (("A", (0, 1)), ("B", (2, 3)), ("C", (4, 5)))]
+    assert screened(updates, 2.0, before) == (["A", "B", "C"], {})
+    poisoned = {k: before[k] + 1000 * (v - before[k]) for k, v in unpack(updates[1].payload).items()}
+    updates[1] = update("B", poisoned)
+    assert screened(updates, 500.0, before) == (["A", "C"], {"B": "too large"})
+    assert screened(updates, 0.0, before) == (["A", "B", "C"], {})
+
+
+@pytest.mark.parametrize("above", [-1.0, 0.5, 1.0, float("inf"), float("nan")])
+def test_a_limit_below_the_median_itself_is_refused(above):
+    with pytest.raises(ValueError, match=rf"above must be 0 \(off\) or a finite number > 1 .*, got {above}"):
+        federation.screen([], BEFORE, above)
+
+
 def test_federated_training_learns(scenes):
     model, whole = new_model(), []
     for turn in range(4):

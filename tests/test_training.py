@@ -1,14 +1,16 @@
 """Training: batches, schedules and averages by hand, the same bytes from the same seed, cached features, divergence."""
 
+import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import augment, data, detectors, training, yolo
+from fedal_utils import augment, classifiers, data, detectors, training, yolo
 from fedal_utils.config import Recipe
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import TrainingDiverged, draw_batches, embed, fit, learning_rate_factor, predict
@@ -404,6 +406,214 @@ def test_the_moving_average_keeps_batch_norms_counter_an_integer(scenes):
     model, _ = trained(scenes, replace(PLAIN, ema=0.9), 3, norm="batch")
     counters = [v for k, v in model.state_dict().items() if "num_batches" in k]
     assert counters and all(v.dtype == torch.int64 and int(v) == 3 for v in counters)
+
+
+# ------------------------------------------------------------------------------------------------------------- FedProx
+
+
+class Line(torch.nn.Module):
+    """A "detector" of one weight, whose loss is 2 w whatever it sees: the gradient is 2 at every step.
+
+    It also has a frozen weight, one that the loss does not reach, and a buffer.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.idle = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+        self.backbone = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("counter", torch.ones(1))
+
+    def loss(self, *_):
+        self.counter += 1
+        return {"slope": 2 * (self.w * self.backbone).sum()}
+
+
+def slide(one_image, steps, model=None, **options):
+    """(w after these steps of SGD with lr 0.5 and mu 0.25, the losses that fit yielded: one of each step)."""
+    model = model or Line()
+    recipe = replace(PLAIN, batch=1, optimiser="sgd", lr=0.5, momentum=0.0, clip=0.0, proximal=0.25)
+    rows = list(
+        fit(model, one_image.images, one_image.labels, replace(recipe, **options), torch_rng_for(0, "fit"), steps)
+    )  # fmt: skip
+    return model.w.item(), [row["loss"] for row in rows]
+
+
+def test_fedprox_1812_06127_eq_2_by_hand(one_image):
+    # w0 = 1; w1 = 1 - .5 x 2 = 0; w2 = 0 - 1 - .5 x .25 x (0 - 1) = -.875; w3 = -.875 - 1 - .125 x -1.875 = -1.640625
+    assert [slide(one_image, steps)[0] for steps in (1, 2, 3)] == [0.0, -0.875, -1.640625]
+    assert [slide(one_image, steps, proximal=0.0)[0] for steps in (1, 2, 3)] == [0.0, -1.0, -2.0]
+    assert slide(one_image, 400)[0] == pytest.approx(1 - 2 / 0.25)  # where 2 + mu (w - w0) = 0
+
+
+def test_the_loss_that_is_yielded_is_without_the_proximal_term(one_image):
+    assert slide(one_image, 3)[1] == [2.0, 0.0, -1.75]  # 2 w at 1, 0 and -.875
+
+
+def test_the_proximal_term_is_not_clipped_with_the_losss_gradient(one_image):
+    # the gradient 2 is clipped to 1/2: w1 = 1 - 1/4; w2 = .75 - .25 - .125 x (.75 - 1) = .53125
+    assert slide(one_image, 2, clip=0.5)[0] == pytest.approx(0.53125, abs=1e-6)
+    assert slide(one_image, 2, clip=0.5, proximal=0.0)[0] == pytest.approx(0.5, abs=1e-6)
+    # mu 4: w2 = .75 - .25 - .5 x 4 x -.25 = 1; were the sum of -1 and 1/2 clipped, it would be elsewhere
+    assert slide(one_image, 2, clip=0.5, proximal=4.0)[0] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_step_of_several_batches_sees_the_proximal_term_once(one_image):
+    # two batches a step, gradients 2 + 2: w1 = 1 - 2 = -1; w2 = -1 - 2 - .125 x (-1 - 1) = -2.75
+    assert slide(one_image, 4, nominal=2)[0] == -2.75
+
+
+@pytest.mark.parametrize(("clip", "wanted"), [(0.0, -0.875), (0.5, 0.53125)])
+def test_the_proximal_term_is_not_scaled_as_half_precision_scales_the_loss(one_image, monkeypatch, clip, wanted):
+    def scaled(*_):
+        return torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    monkeypatch.setattr(training, "_autocast", scaled)
+    assert slide(one_image, 2, clip=clip)[0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_anchor_is_what_the_call_began_with(one_image):
+    model = Line()
+    assert [slide(one_image, 1, model)[0] for _ in range(3)] == [0.0, -1.0, -2.0]  # at the anchor there is no pull
+    assert slide(one_image, 2, model)[0] == -2 - 1.875
+
+
+def test_frozen_weights_buffers_and_weights_out_of_reach_have_no_proximal_term(one_image):
+    model = Line()
+    assert [p is model.w or p is model.idle for p, _ in training._anchored(model, Recipe(proximal=1.0))] == [True] * 2
+    assert training._anchored(model, Recipe()) == []
+    slide(one_image, 3, model)
+    assert model.idle.item() == model.backbone.item() == 1.0 and model.counter.item() == 4.0
+    detector = new_yolo()
+    detector.freeze_backbone()
+    trained = {id(p) for name, p in detector.named_parameters() if not name.startswith("backbone.")}
+    anchored = training._anchored(detector, Recipe(proximal=1.0))
+    assert {id(p) for p, _ in anchored} == trained and all(torch.equal(p, sent) for p, sent in anchored)
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    calls(one_image, replace(PLAIN, proximal=10.0), [3], detector)
+    assert {k for k, v in detector.state_dict().items() if torch.equal(v, before[k])} == {
+        k for k in before if k.startswith("backbone.")
+    }
+
+
+def distance(a, b):
+    return math.sqrt(sum(float((x - y).detach().double().square().sum()) for x, y in zip(a, b, strict=True)))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_second_step_of_a_detector_goes_further_by_lr_mu_and_the_way_it_came(scenes, clip):
+    """With clipping, too: of the first gradient, whose norm is above a half, and of the second."""
+    recipe = replace(PLAIN, optimiser="sgd", momentum=0.0, lr=0.1, clip=clip)
+    pulled = replace(recipe, proximal=3.0)
+    w0, w1, w2, got = (
+        [p.detach() for p in model.parameters()]
+        for model in (new_model(), *(trained(scenes, r, n)[0] for r, n in ((recipe, 1), (recipe, 2), (pulled, 2))))
+    )
+    assert all(torch.allclose(d - c, -0.1 * 3 * (b - a), atol=3e-7) for a, b, c, d in zip(w0, w1, w2, got, strict=True))
+    assert distance(got, w2) > 0.01
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_without_mu_no_bit_changes_and_with_it_the_first_step_is_the_same(scenes, monkeypatch, optimiser):
+    recipe = replace(PLAIN, optimiser=optimiser, ema=0.5, warmup=2)
+    first, rows = trained(scenes, replace(recipe, proximal=7.0), 1)
+    plain, wanted = trained(scenes, recipe, 1)
+    assert same(first, plain) and rows == wanted  # w is w_t
+    third, pulled = (trained(scenes, replace(recipe, proximal=mu), 3)[0] for mu in (0.0, 7.0))
+    seen = []
+    monkeypatch.setattr(training, "_pull_back", lambda anchored, _: seen.extend(anchored))  # and adds nothing
+    assert same(trained(scenes, recipe, 3)[0], third) and seen == [] and not same(third, pulled)
+
+
+@pytest.mark.parametrize(("optimiser", "mus"), [("sgd", (0.0, 1.0, 5.0)), ("adamw", (0.0, 10.0, 1000.0))])
+def test_the_larger_mu_the_nearer_the_weights_stay(scenes, optimiser, mus):
+    recipe = replace(PLAIN, optimiser=optimiser, momentum=0.0, lr=0.1 if optimiser == "sgd" else 1e-3)
+    start = list(new_model().parameters())
+    far, near, nearest = (
+        distance(start, trained(scenes, replace(recipe, proximal=mu), 12)[0].parameters()) for mu in mus
+    )
+    assert 0 < nearest < 0.8 * near and near < 0.8 * far
+
+
+# Classifiers. Three clients whose stacks are made anew when one of them is done: 6, 2 and 4 steps in two passes.
+SGD = Recipe(batch=6, optimiser="sgd", lr=0.05, momentum=0.0, weight_decay=0.0, clip=0.0, crop=1, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def crops():
+    pixels = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8, generator=torch_rng_for(0, "pixels"))
+    return data.Images(tuple(map(str, range(60))), pixels, torch.full((60, 2), 16))
+
+
+def lessons():
+    targets = [torch.arange(count) % 3 for count in (14, 5, 7)]
+    return [
+        training.Lesson(
+            who, np.arange(start, start + len(target)), target, torch.bincount(target, minlength=4), np.arange(50, 59),
+            torch_rng_for(3, who),
+        )
+        for who, start, target in zip("abc", (0, 20, 30), targets, strict=True)
+    ]  # fmt: skip
+
+
+def new_classifier(seed=0):
+    return classifiers.build("resnet8", 4, (16, 16), torch_rng_for(seed, "weights"))
+
+
+def taught(crops, recipe, iterations=None, together=False, teacher=None):
+    start = new_classifier()
+    if together:
+        states = [{k: v for k, v in start.state_dict().items() if v.dim()}] * 3
+        return training.fit_stacked(start, states, lessons(), crops, recipe, iterations, teacher, most=3)
+    return [
+        training.fit_classifier(copy.deepcopy(start), one, crops, recipe, iterations, teacher) for one in lessons()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip": 1.0, "momentum": 0.9, "weight_decay": 5e-4}, {"compensation": 1.0, "balanced": True, "clip": 1.0}],
+)
+def test_stacked_clients_are_pulled_back_as_they_are_one_after_another(crops, options):
+    recipe = replace(SGD, proximal=8.0, **options)
+    teacher = new_classifier(9) if "compensation" in options else None
+    one, other = (taught(crops, recipe, together=together, teacher=teacher) for together in (True, False))
+    free = taught(crops, replace(recipe, proximal=0.0), teacher=teacher)
+    tolerance = dict(rtol=2e-3, atol=2e-5)  # that of test_stacking.py
+    assert [t.steps for t in one] == [6, 2, 4]
+    for a, b, c in zip(one, other, free, strict=True):
+        assert a.steps == b.steps and a.loss == pytest.approx(b.loss, rel=1e-3)
+        for key, value in b.state.items():
+            torch.testing.assert_close(a.state[key], value, **tolerance)
+        assert sum(not torch.allclose(c.state[key], value, **tolerance) for key, value in b.state.items()) > 10
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_second_step_of_a_classifier_goes_further_by_lr_mu_and_the_way_it_came(crops, clip, together):
+    plain = replace(SGD, clip=clip)
+    pulled = replace(plain, proximal=4.0)
+    w0 = {k: v.detach() for k, v in new_classifier().named_parameters()}
+    runs = ((plain, 1), (plain, 2), (pulled, 1), (pulled, 2))
+    for w1, w2, same_first, got in zip(*(taught(crops, r, n, together) for r, n in runs), strict=True):
+        assert all(torch.equal(v, same_first.state[k]) for k, v in w1.state.items())  # at the anchor there is no pull
+        for k, v in w0.items():
+            way = w1.state[k] - v
+            torch.testing.assert_close(got.state[k] - w2.state[k], -0.05 * 4 * way, rtol=0, atol=3e-7)
+        assert distance([got.state[k] for k in w0], [w2.state[k] for k in w0]) > 0.003
+        assert got.loss == w2.loss  # that of both steps, without the term
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_larger_mu_the_nearer_a_classifier_stays(crops, together):
+    start = dict(new_classifier().named_parameters())
+    far, near, nearest = (
+        [
+            distance(start.values(), [t.state[k] for k in start])
+            for t in taught(crops, replace(SGD, proximal=mu), 8, together)
+        ]
+        for mu in (0.0, 2.0, 8.0)
+    )
+    assert all(0 < c < 0.9 * b and b < 0.9 * a for a, b, c in zip(far, near, nearest, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ rows and bytes

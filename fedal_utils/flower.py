@@ -1,0 +1,945 @@
+"""The same experiment on Flower: a ClientApp and a ServerApp around the verbs of `alfl`. Flower is named nowhere else.
+
+Messages of the server, and what a client answers (`Line` sends, `client_app` answers):
+
+    query.hello   class names                        its name, how many images it holds, versions
+    query.score   the model, config, seed, cycle     scores of unlabelled images, how many boxes of each class it sees
+    query.label   config, seed, cycle                the bill, labelled boxes of each class, ids and scores
+    train         the model, config, seed, round     its weights, images, boxes, steps, loss
+    evaluate      the model, config                  AP50 on test images of its own, how many they are
+
+Images and labels are in no message. Seeds come with the message and a client's generators go by its name; updates are
+averaged in the order of names: what arrives when changes no bit. `experiment` is the loop of the notebooks, with the
+verbs of this module where clients are elsewhere.
+
+An answer that does not come, an error, or an update that is not fit to be averaged costs the round that client and
+nothing else (on_failure='skip'); the record names it. Every message can be repeated (`homes`), so a server that was
+killed goes on from its run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+try:
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.common.constant import SUPERLINK_NODE_ID
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp import strategy as strategies
+    from flwr.supercore.task_identity import TaskIdentity
+except ImportError as error:
+    raise ImportError(
+        'this needs Flower: pip install "fedal[flower]" (Python 3.11 or newer); without it, everything runs in the '
+        f"plain loop of the notebooks ({error})"
+    ) from error
+
+from . import alfl, federation, flywheel, homes, metrics, record, training, wire
+from .alfl import Client, ClientLost, Study, Turn
+from .config import Config, checked, load
+from .detectors import Detector
+from .federation import State, Update
+from .pool import Bill
+
+HELLO, SCORE, LABEL = "query.hello", "query.score", "query.label"
+TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
+PAUSE = 0.3  # seconds between two looks for answers
+FAULTS = ("fail", "hang", "nan", "shape", "huge")  # of a drill, see `drill`
+
+
+# --- what travels -----------------------------------------------------------------------------------------------------
+
+
+def arrays_of(payload: bytes) -> ArrayRecord:
+    """A packed state as Flower's arrays, in its order and precision."""
+    return ArrayRecord(torch_state_dict=torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
+
+
+def state_of(arrays: ArrayRecord) -> State:
+    """The state in Flower's arrays, in the precision in which it travelled."""
+    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a message asks for, beside a model: which run, which round, and how it is to be done.
+
+    classes: everybody's class names, in their order. turn: of `alfl.Turn` all that is not clients.
+    """
+
+    config: Config
+    notebook: str
+    method: str
+    seed: int
+    cycle: int
+    round: int
+    classes: tuple[str, ...]
+    turn: Turn = Turn(())
+
+    def record(self) -> ConfigRecord:
+        turn = {f.name: getattr(self.turn, f.name) for f in fields(Turn) if f.name != "clients"}
+        plain = {
+            "config": json.dumps(asdict(self.config)), "notebook": self.notebook, "method": self.method,
+            "seed": self.seed, "cycle": self.cycle, "round": self.round, "classes": json.dumps(self.classes),
+            "turn": json.dumps(turn),
+        }  # fmt: skip
+        return ConfigRecord(plain)
+
+    @classmethod
+    def of(cls, message: Message) -> Task:
+        """Raises ValueError on a message that another version of this package sent."""
+        sent = message.content["task"]
+        try:
+            read = Config(**checked(json.loads(sent["config"])))
+            turn = Turn((), **json.loads(sent["turn"]))
+            plain = {name: sent[name] for name in ("notebook", "method", "seed", "cycle", "round")}
+            return cls(read, **plain, classes=tuple(json.loads(sent["classes"])), turn=turn)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this message is of another version of the package: {error}") from None
+
+
+# --- a client ---------------------------------------------------------------------------------------------------------
+
+
+def home_of(context: Context) -> homes.Home:
+    """This node's home: the folder that its configuration names, or, simulated, the one of its number in the place."""
+    node = context.node_config
+    if "folder" in node:
+        folder = Path(str(node["folder"])).expanduser()
+    elif "partition-id" in node:
+        dealt = sorted((Path(str(context.run_config["place"])) / "clients").iterdir())
+        if int(node["partition-id"]) >= len(dealt):
+            raise ValueError(f"{len(dealt)} clients were dealt, but this is number {node['partition-id']} of the nodes")
+        folder = dealt[int(node["partition-id"])]
+    else:
+        raise ValueError("the node's configuration names no folder: start it with --node-config 'folder=\"...\"'")
+    return homes.Home(
+        folder, str(node.get("name", folder.name)), str(node.get("person", "simulated")),
+        bool(node.get("anonymous", False)),
+    )  # fmt: skip
+
+
+def _device(context: Context) -> str:
+    return str(context.node_config.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def drill(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """A fault on purpose, for drills: the node's configuration says faults="nan@0.1, huge@1.0" (cycle.round).
+
+    fail: an error; hang: no answer for an hour; nan: a weight that is not a number; shape: a weight of another shape;
+    huge: the update a thousand times as large.
+    """
+    due = str(context.node_config.get("faults", ""))
+    if not due or message.metadata.message_type != TRAIN:
+        return call_next(message, context)
+    at = f"@{message.content['task']['cycle']}.{message.content['task']['round']}"
+    kinds = [word.strip().partition("@") for word in due.split(",") if word.strip()]
+    kind = next((kind for kind, _, when in kinds if f"@{when}" == at), None)
+    if any(kind not in FAULTS for kind, _, _ in kinds):
+        raise ValueError(f"faults must be of {FAULTS}, such as 'nan@0.1', got {due!r}")
+    if kind == "fail":
+        raise RuntimeError("a drill: this client fails")
+    if kind == "hang":
+        time.sleep(3600)
+    answer = call_next(message, context)
+    if kind in ("nan", "shape", "huge") and not answer.has_error():
+        before, after = state_of(message.content["arrays"]), state_of(answer.content["arrays"])
+        first = next(iter(after))
+        if kind == "nan":
+            after[first] = torch.full_like(after[first], torch.nan)
+        elif kind == "shape":
+            after[first] = after[first].flatten()[:-1]
+        else:
+            after = {key: before[key] + 1000 * (value - before[key]) for key, value in after.items()}
+        answer.content["arrays"] = ArrayRecord(torch_state_dict=after)
+    return answer
+
+
+client_app = ClientApp(mods=[drill])
+
+
+def _answer(message: Message, **records: Any) -> Message:
+    return Message(RecordDict({name: kept for name, kept in records.items() if kept is not None}), reply_to=message)
+
+
+@client_app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Who this is. ValueError if its annotations name classes that the server does not know."""
+    home, task = home_of(context), Task.of(message)
+    study = home.study(task.config, task.classes, _device(context))
+    said = {"name": home.name, "torch": torch.__version__, "person": home.person}
+    return _answer(message, said=ConfigRecord(said), counts=MetricRecord({"images": len(study.train)}))
+
+
+def _at_work(message: Message, context: Context) -> tuple[homes.Home, Task, record.Run, Study]:
+    home, task = home_of(context), Task.of(message)
+    study = home.study(task.config, task.classes, _device(context))
+    torch.set_num_threads(task.config.threads or torch.get_num_threads())
+    return home, task, home.run(task.config, task.notebook, task.method, task.seed), study
+
+
+def _model(task: Task, run: record.Run, study: Study, *states: State) -> Detector:
+    model = alfl.new_detector(task.config, len(study.class_names), run.torch_rng("weights"))
+    for state in states:
+        model.load_state_dict(state, strict=False)
+    return model.to(study.device)
+
+
+@client_app.query("score")
+def score(message: Message, context: Context) -> Message:
+    """Score the unlabelled images with the model in the message, and note which of them to have labelled."""
+    home, task, run, study = _at_work(message, context)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    sent = state_of(message.content["arrays"]) if "arrays" in message.content else {}  # random asking needs no model
+    if sent:
+        home.keep_sent(run, task.cycle, sent)
+    model = _model(task, run, study, sent)
+    with home.client(run, study, task.cycle, 0, asked=False) as client:
+        picked = alfl.pick(run, study, model, client, task.cycle)
+        counts: dict[str, Any] = {"waiting": len(client.pool.unlabelled()), "picked": len(picked.positions)}
+        home.pick(run, task.cycle, picked, client.coder)
+    if len(picked.scores):
+        counts["scores"] = [float(value) for value in picked.scores]
+    if picked.detected is not None:
+        counts["detected"] = [int(value) for value in picked.detected]
+    return _answer(message, counts=MetricRecord(counts))
+
+
+@client_app.query("label")
+def label(message: Message, context: Context) -> Message:
+    """Have the noted images labelled here; tells the bill, labelled boxes of each class, and what was asked.
+
+    While a human has not answered all of it, it tells how many questions wait.
+    """
+    home, task, run, study = _at_work(message, context)
+    try:
+        client, rows = home.ask(run, study, task.cycle)
+    except flywheel.Unanswered as waiting:
+        return _answer(message, counts=MetricRecord({"unanswered": 1}), said=ConfigRecord({"why": str(waiting)}))
+    bill, (_, labels) = client.pool.bill(), client.pool.training_set()
+    histogram = torch.bincount(labels.classes[labels.valid], minlength=len(study.class_names) + 1)[1:].tolist()
+    counts = {"images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds, "histogram": histogram}
+    if rows:
+        said = ConfigRecord({"ids": [row["id"] for row in rows], "why": [float(row["score"]) for row in rows]})
+        return _answer(message, counts=MetricRecord(counts), said=said)
+    return _answer(message, counts=MetricRecord(counts))
+
+
+@client_app.train()
+def train_here(message: Message, context: Context) -> Message:
+    """Train the model in the message on what is labelled here; the weights go back, or why there are none."""
+    home, task, run, study = _at_work(message, context)
+    turn = task.turn
+    received = state_of(message.content["arrays"]) if "arrays" in message.content else home.sent(run, task.cycle)
+    with home.client(run, study, task.cycle, task.round) as client:
+        if task.config.afresh and task.cycle > 0 and task.round == 0:
+            client.memory, client.home = {}, {}
+        if "memory" in message.content:
+            client.memory = state_of(message.content["memory"])
+        base = home.base(run, task.cycle, task.round)
+        model = _model(task, run, study, base, received)
+        if turn.frozen and not task.config.frozen:
+            if turn.whole:
+                base = {key: value for key, value in received.items() if key.startswith("backbone.")}
+            model.freeze_backbone()
+        payload = federation.pack(received, task.config.wire)
+        try:
+            update = alfl.train_one(run, study, model, client, payload, turn, task.cycle, task.round)
+        except training.TrainingDiverged as error:
+            return _answer(message, said=ConfigRecord({"status": "diverged", "why": str(error)}))
+        if alfl.compares(task.method):
+            client.last = federation.unpack(update.payload)
+        home.remember(run, task.cycle, task.round, client, base)
+    counts = {
+        "images": update.images, "boxes": update.boxes, "equal": 1, "steps": update.steps, "loss": float(update.loss)
+    }  # fmt: skip
+    memory = ArrayRecord(torch_state_dict=federation.unpack(update.memory)) if update.memory else None
+    return _answer(message, arrays=arrays_of(update.payload), memory=memory, counts=MetricRecord(counts))
+
+
+@client_app.evaluate()
+def evaluate_here(message: Message, context: Context) -> Message:
+    """AP50 of the model in the message on the test images of this home (its folder `test`), if it has some."""
+    home, task, run, study = _at_work(message, context)
+    if not (home.folder / "test").is_dir():
+        return _answer(message, counts=MetricRecord({"images": 0}))
+    test = homes.read_set(home.folder / "test", task.config, task.classes)
+    model = _model(task, run, study, state_of(message.content["arrays"]))
+    images = alfl.study_of(task.config, test, test.take([0]), study.device).train.images
+    found = metrics.evaluate(training.predict(model, images, device=study.device), test.labels, study.class_names)
+    boxes = int(test.labels.valid.sum())
+    return _answer(message, counts=MetricRecord({"images": len(test), "boxes": boxes, "ap50": float(found["ap50"])}))
+
+
+# --- the server's line to its clients ---------------------------------------------------------------------------------
+
+
+class Line:
+    """The server's connection to its clients, by name.
+
+    timeout: seconds that a round waits for answers; patience: seconds that a human may take to label.
+    """
+
+    def __init__(self, grid: Grid, timeout: float = 600.0, patience: float = 0.0):
+        self.grid, self.timeout, self.patience = grid, timeout, patience
+        self.nodes: dict[str, int] = {}
+
+    def meet(self, task: Task, names: Sequence[str], wait: float) -> dict[str, int]:
+        """Learn which node is which client; how many images each holds. TimeoutError names who did not come."""
+        deadline, held = time.monotonic() + wait, {}
+        while True:
+            held |= self.greet(task)
+            missing = sorted(set(names) - set(self.nodes))
+            if not missing:
+                return held
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"clients {', '.join(missing)} did not come within {wait:.0f} s")
+            time.sleep(PAUSE)
+
+    def greet(self, task: Task) -> dict[str, int]:
+        """Say hello to nodes that are new; images of each of them."""
+        known, held = set(self.nodes.values()), {}
+        new = {str(node): node for node in self.grid.get_node_ids() if node not in known}
+        if not new:
+            return held
+        answers, failed = self._exchange(HELLO, {name: {"task": task.record()} for name in new}, new, self.timeout)
+        for node, (_, why) in failed.items():
+            raise ValueError(f"node {node} cannot take part: {why}")
+        for node, answer in sorted(answers.items()):
+            name = str(answer["said"]["name"])
+            if name in self.nodes and self.nodes[name] in self.grid.get_node_ids():
+                raise ValueError(f"two nodes say that they are client {name!r}: give one of them another name")
+            self.nodes[name], held[name] = new[node], int(answer["counts"]["images"])
+        return held
+
+    def exchange(
+        self, kind: str, contents: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, RecordDict], dict[str, ClientLost]]:
+        """Send each client its message; answers by name, and of the others why there is none."""
+        answers, failed = self._exchange(kind, contents, self.nodes, self.timeout)
+        lost = {
+            name: ClientLost(f"client {name}: {why} ({kind})", status=status) for name, (status, why) in failed.items()
+        }  # fmt: skip
+        return answers, lost
+
+    def _exchange(
+        self, kind: str, contents: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, int], timeout: float
+    ) -> tuple[dict[str, RecordDict], dict[str, tuple[str, str]]]:
+        online = set(self.grid.get_node_ids())
+        failed = {name: ("away", "it is not there") for name in contents if nodes.get(name) not in online}
+        here = [name for name in sorted(contents) if name not in failed]
+        messages = [Message(RecordDict(dict(contents[n])), nodes[n], kind, ttl=timeout + 5) for n in here]
+        ids = list(self.grid.push_messages(messages))
+        waiting = {id_: name for id_, name in zip(ids, here, strict=True) if id_}
+        failed |= {name: ("away", "it is not there") for id_, name in zip(ids, here, strict=True) if not id_}
+        answers: dict[str, RecordDict] = {}
+        deadline = time.monotonic() + timeout
+        while waiting and time.monotonic() < deadline:
+            for reply in self.grid.pull_messages(list(waiting)):
+                name = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if name is None:
+                    continue
+                if reply.has_error():
+                    failed[name] = ("failed", f"error {reply.error.code}: {reply.error.reason}")
+                elif "said" in reply.content and "status" in reply.content["said"]:
+                    said = reply.content["said"]
+                    failed[name] = (str(said["status"]), str(said["why"]))
+                else:
+                    answers[name] = reply.content
+            if waiting:
+                time.sleep(PAUSE)
+        failed |= {name: ("no answer", f"no answer within {timeout:.0f} s") for name in waiting.values()}
+        return answers, dict(sorted(failed.items()))
+
+
+# --- how one model is made of the updates -----------------------------------------------------------------------------
+
+
+class _Present(Grid):
+    """A grid on which exactly these nodes are: a strategy of Flower's that samples takes them all."""
+
+    def __init__(self, nodes: Iterable[int]):
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> list[int]:
+        return self._nodes
+
+    def _none(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("nothing is sent over this grid")
+
+    set_run = create_message = push_messages = pull_messages = send_and_receive = _none
+
+    @property
+    def run(self) -> Any:
+        return self._none()
+
+
+class Ordered(strategies.FedAvg):
+    """Flower's FedAvg with the sum of `federation`: float64, clients in the order of their names."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        good, _ = self._check_and_log_replies(list(replies), is_train=True)
+        if not good:
+            return None, None
+        counts = np.array([float(reply.content["counts"][self.weighted_by_key]) for reply in good])
+        sent = [(f"{place:09d}", state_of(reply.content["arrays"])) for place, reply in enumerate(good)]
+        merged = federation.weighted_states(sent, counts / counts.sum())
+        return ArrayRecord(torch_state_dict=merged), None
+
+
+def strategy_of(config: Config, clients: int) -> strategies.Strategy:
+    """Flower's strategy of this name (`config.SERVERS`), for so many updates in a round."""
+    shared = {
+        "fraction_train": 1.0, "fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": 1,
+        "weighted_by_key": config.weights,
+    }  # fmt: skip
+    bad, lr = config.malicious, config.server_lr
+    if config.server in ("fedtrimmedavg", "krum", "multikrum") and 2 * bad + 1 > clients:
+        raise ValueError(
+            f"server {config.server!r} bears malicious={bad} of {2 * bad + 1} clients or more, not of {clients}"
+        )
+    adaptive = {"eta": lr or 0.01, "tau": 1e-3, **shared}
+    made = {
+        "fedavg": lambda: Ordered(**shared),
+        "fedprox": lambda: Ordered(**shared),  # the proximal term is the clients'
+        "fedavgm": lambda: strategies.FedAvgM(
+            server_learning_rate=lr or 1.0, server_momentum=config.server_momentum, **shared
+        ),
+        "fedadam": lambda: strategies.FedAdam(beta_1=config.server_momentum, **adaptive),
+        "fedyogi": lambda: strategies.FedYogi(beta_1=config.server_momentum, **adaptive),
+        "fedadagrad": lambda: strategies.FedAdagrad(**adaptive),
+        "fedmedian": lambda: strategies.FedMedian(**shared),
+        "fedtrimmedavg": lambda: strategies.FedTrimmedAvg(beta=bad / clients + 1e-9, **shared),
+        "krum": lambda: strategies.Krum(num_malicious_nodes=bad, **shared),
+        "multikrum": lambda: strategies.MultiKrum(
+            num_malicious_nodes=bad, num_nodes_to_select=max(1, clients - bad), **shared
+        ),
+    }  # fmt: skip
+    return made[config.server]()
+
+
+@contextlib.contextmanager
+def _some_task() -> Iterator[None]:
+    """Flower's messages know their task; in the plain loop, where there is none, they get one of no meaning."""
+    if TaskIdentity._run_id is not None:
+        yield
+        return
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 0, 0, SUPERLINK_NODE_ID
+    try:
+        yield
+    finally:
+        TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = None
+
+
+class Merging:
+    """How the server makes one model of a round's updates (`config.server`), and what it remembers between rounds.
+
+    kept: what `state` gave, of a run that goes on.
+    """
+
+    REMEMBERED = ("momentum_vector", "m_t", "v_t")  # attributes of Flower's strategies
+
+    def __init__(self, config: Config, kept: Mapping[str, Any] | None = None):
+        self.config = config
+        self._kept: dict[str, State] = {name: dict(state) for name, state in (kept or {}).items()}
+
+    def state(self) -> dict[str, State]:
+        """What is remembered, as tensors by name."""
+        return self._kept
+
+    def average(self, number: int, before: State, updates: Sequence[Update]) -> State:
+        """One model of these updates; number: of the round in the run, from 1; before: what the clients were sent."""
+        with _some_task():
+            return self._average(number, before, updates)
+
+    def _average(self, number: int, before: State, updates: Sequence[Update]) -> State:
+        ordered, keys = sorted(updates, key=lambda update: update.client), list(before)
+        strategy = strategy_of(self.config, len(ordered))
+        arrays = ArrayRecord(torch_state_dict=before)
+        list(strategy.configure_train(number, arrays, ConfigRecord(), _Present(range(1, len(ordered) + 1))))
+        for name, state in self._kept.items():
+            tensors = [state[key].numpy() for key in keys]
+            setattr(strategy, name, tensors if name == "momentum_vector" else dict(zip(keys, tensors, strict=True)))
+        replies = [
+            Message(
+                RecordDict(
+                    {"arrays": arrays_of(update.payload), "counts": MetricRecord(
+                        {"images": update.images, "boxes": update.boxes, "equal": 1})}
+                ), place, TRAIN,
+            )
+            for place, update in enumerate(ordered, start=1)
+        ]  # fmt: skip
+        merged, _ = strategy.aggregate_train(number, replies)
+        for name in self.REMEMBERED:
+            kept = getattr(strategy, name, None)
+            if kept is not None:
+                named = kept if isinstance(kept, dict) else dict(zip(keys, kept, strict=True))
+                self._kept[name] = {key: torch.from_numpy(np.array(value)) for key, value in named.items()}
+        state = state_of(merged)
+        if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+            raise ValueError(f"server {self.config.server!r} made weights that are not finite in round {number}")
+        return {key: state[key].to(before[key].dtype) for key in keys}
+
+
+def merge(
+    run: record.Run, model: Detector, clients: Sequence[Client], updates: Sequence[Update], merging: Merging
+) -> None:  # fmt: skip
+    """As `alfl.merge`, the way that `config.server` names."""
+    if run.config.server in ("fedavg", "fedprox"):  # the proximal term is the clients'
+        alfl.merge(run, model, clients, updates)
+        return
+    before = federation.state_of(model, federation.sent_keys(model, run.config.batch_norm))
+    alfl.merge(run, model, clients, updates, lambda sent: merging.average(run.committed + 1, before, sent))
+
+
+# --- the server's verbs -----------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """ValueError on what cannot be done with clients that are elsewhere, or by this server."""
+    if config.classifier:
+        raise ValueError(f"classifier={config.classifier!r}: real clients train detectors; use the plain loop")
+    if config.batch_norm == "local":
+        raise ValueError("batch_norm='local': models are judged at the server, which has nobody's statistics")
+    for method in config.methods:
+        scheme, strategy = alfl.scheme_of(method)
+        if scheme in ("local-first", alfl.CENTRALISED):
+            raise ValueError(f"method {method!r}: nothing is sent in {scheme!r}; run it in the plain loop")
+        if alfl.needs(strategy) & {"reference", "committee", "hidden"}:
+            raise ValueError(
+                f"method {method!r} needs images or models that a client does not have; use the plain loop"
+            )
+        if config.server != "fedavg" and scheme != "fedavg":
+            raise ValueError(f"method {method!r}: server={config.server!r} is a way of averaging, for scheme fedavg")
+
+
+def start(
+    run: record.Run, study: Study, names: Sequence[str], held: Mapping[str, int]
+) -> tuple[list[Client], Detector]:
+    """The clients as the server knows them, and the global model: fresh, or where a broken run stopped."""
+    clients = [Client(name, homes.Told(name, len(study.class_names))) for name in names]
+    for client in clients:
+        client.pool.held = held.get(client.name, 0)
+    model = alfl.new_detector(run.config, len(study.class_names), run.torch_rng("weights"))
+    if run.resumed is not None:
+        rows = run.asked_rows()
+        for client in clients:
+            client.pool.restore(run.resumed["told"][client.name], rows)
+        alfl.go_on(run, model, clients)
+        return clients, model.to(study.device)
+    model.load_state_dict(alfl.starting_point(run, study, study.start_rows(run.seed)), strict=False)
+    return clients, model.to(study.device)
+
+
+@dataclass
+class Given:
+    """The packed model that each client got with the questions of this cycle: no need to send it again."""
+
+    cycle: int = -1
+    payloads: dict[str, bytes] = None
+
+    def __post_init__(self) -> None:
+        self.payloads = {}
+
+
+def ask(
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, line: Line, given: Given
+) -> dict[str, ClientLost]:  # fmt: skip
+    """Score and label messages to these clients; of each that did not answer, why. What they told is in their pools."""
+    config, task = run.config, _task(run, study, cycle, 0)
+    given.cycle, given.payloads = cycle, {}
+    message = alfl.broadcast(model, config.batch_norm, config.wire)
+    contents: dict[str, dict[str, Any]] = {}
+    for client in clients:
+        contents[client.name] = {"task": task.record()}
+        if alfl.needs(alfl.way_of_asking(run, cycle)):
+            payload = federation.pack(client.known, config.wire) if client.known else message
+            contents[client.name]["arrays"] = arrays_of(payload)
+            given.payloads[client.name] = payload
+    scored, lost = line.exchange(SCORE, contents)
+    for name in lost:
+        given.payloads.pop(name, None)
+    waiting = {name: {"task": task.record()} for name in scored}
+    by_name, deadline = {client.name: client for client in clients}, time.monotonic() + line.patience
+    while waiting:
+        answers, failed = line.exchange(LABEL, waiting)
+        lost |= failed
+        for name, answer in answers.items():
+            if "unanswered" in answer["counts"]:
+                if time.monotonic() < deadline:
+                    continue
+                lost[name] = ClientLost(f"client {name}: {answer['said']['why']}", status="unanswered")
+            else:
+                _take_in(by_name[name], cycle, answer)
+            del waiting[name]
+        waiting = {name: content for name, content in waiting.items() if name not in failed}
+        if waiting:
+            time.sleep(min(2.0, line.timeout))
+    return lost
+
+
+def _take_in(client: Client, cycle: int, answer: RecordDict) -> None:
+    counts = answer["counts"]
+    rows = []
+    if "said" in answer:
+        said = answer["said"]
+        rows = [
+            {"cycle": cycle, "client": client.name, "id": str(sample), "score": float(score)}
+            for sample, score in zip(said["ids"], said["why"], strict=True)
+        ]
+    bill = Bill(int(counts["images"]), int(counts["boxes"]), float(counts["seconds"]))
+    client.pool.tell(cycle, bill, list(counts["histogram"]), rows)
+
+
+def _task(run: record.Run, study: Study, cycle: int, round: int, turn: Turn | None = None) -> Task:
+    return Task(
+        run.config, run.notebook, run.method, run.seed, cycle, round, study.class_names, turn or Turn(())
+    )  # fmt: skip
+
+
+def sender(run: record.Run, study: Study, cycle: int, round: int, line: Line, given: Given) -> alfl.Send:
+    """How `alfl.train` has the clients' part of this round done."""
+
+    def send(clients: Sequence[Client], message: bytes, turn: Turn) -> dict[str, Update | ClientLost]:
+        task, contents = _task(run, study, cycle, round, turn), {}
+        for client in clients:
+            contents[client.name] = {"task": task.record()}
+            if (given.cycle, round) != (cycle, 0) or given.payloads.get(client.name) != message:
+                contents[client.name]["arrays"] = arrays_of(message)
+            if turn.state == "travels" and client.memory:
+                contents[client.name]["memory"] = ArrayRecord(torch_state_dict=client.memory)
+        answers, sent = line.exchange(TRAIN, contents)
+        by_name = {client.name: client for client in clients}
+        return {**sent, **{name: _update(run, by_name[name], answer) for name, answer in answers.items()}}
+
+    return send
+
+
+def _update(run: record.Run, client: Client, answer: RecordDict) -> Update | ClientLost:
+    """The client's answer as an update; weighed by the labels that the server knows of."""
+    bill, counts = client.pool.bill(), answer["counts"]
+    try:
+        payload = federation.pack(state_of(answer["arrays"]), run.config.wire)
+        memory = federation.pack(state_of(answer["memory"])) if "memory" in answer else b""
+    except ValueError:
+        return ClientLost(f"client {client.name}: its update is not finite", status="not finite")
+    return Update(client.name, payload, bill.images, bill.boxes, int(counts["steps"]), float(counts["loss"]), memory)
+
+
+def experiment(run: record.Run, study: Study, line: Line, names: Sequence[str], held: Mapping[str, int]) -> None:
+    """The notebooks' loop, with clients that are elsewhere."""
+    clients, model = start(run, study, names, held)
+    merging, given = Merging(run.config, (run.resumed or {}).get("server")), Given()
+    for cycle, round in run.rounds():
+        line.greet(_task(run, study, cycle, round))  # whoever has come back
+        turn = alfl.whose_turn(run, clients, cycle, round)
+        if turn.asks:
+            for name, why in ask(run, study, model, turn.clients, cycle, line, given).items():
+                print(f"{run}, cycle {cycle}: no labels from client {name} ({why.status}): {why}", flush=True)
+        updates = alfl.train(run, study, model, clients, cycle, round, sender(run, study, cycle, round, line, given))
+        merge(run, model, clients, updates, merging)
+        if turn.merge:
+            alfl.merge_by_class(run, study, model, clients)
+        more = {"told": {client.name: client.pool.state() for client in clients}, "server": merging.state()}
+        alfl.commit(run, study, model, clients, updates, cycle, round, more)
+
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """What `flwr run` starts: all methods of the experiment, one after another, in the place's run folders."""
+    place, error = Path(str(context.run_config["place"])).expanduser().absolute(), ""
+    try:
+        serve(grid, place, context.run_config)
+    except BaseException as failure:
+        error = "".join(traceback.format_exception_only(failure)).strip()
+        raise
+    finally:
+        if place.is_dir():
+            record.write_atomic(_end_of(place, context.run_id), json.dumps({"error": error}))
+
+
+def serve(grid: Grid, place: Path, said: Mapping[str, Any]) -> None:
+    """The experiment that the run's configuration names, with the clients of this place."""
+    facts, notebook = homes.facts_of(place), str(said["notebook"])
+    seed, settings = facts["dealt"]["seed"], json.loads(str(said["settings"]))
+    config = load(notebook, str(said["profile"]), facts["dealt"]["data"], [seed], **settings)
+    check(config)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    study = homes.server_study(place, config)
+    line = Line(grid, float(said["timeout"]), float(said["patience"]))
+    task = Task(config, notebook, config.methods[0], seed, 0, 0, study.class_names)
+    held = line.meet(task, facts["clients"], float(said["wait"]))
+    for run in record.runs(config, notebook, root=place / "server" / "runs", plan=alfl.plan):
+        experiment(run, study, line, facts["clients"], held)
+
+
+# --- real processes on this machine -----------------------------------------------------------------------------------
+
+
+class Deployment:
+    """One server and a node for each client as processes of this machine: TLS, nodes with registered keys, free ports.
+
+    place: where `homes.deal` handed the data out. Certificates and keys are made at each start; a relay between each
+    node and the server counts bytes (`traffic`) and breaks the line on request. simulation: Flower's simulation of the
+    nodes in the place of processes. nodes: what the nodes' configuration says beside the folder, by client, such as
+    {"00": {"faults": "nan@0.1"}}. Use it as a context manager: whatever happens, nothing is left behind.
+    """
+
+    def __init__(
+        self, place: str | Path, simulation: bool = False, nodes: Mapping[str, Mapping[str, Any]] | None = None
+    ):  # fmt: skip
+        self.place = Path(place).expanduser().absolute()
+        self.names = list(homes.facts_of(self.place)["clients"])
+        self.simulation = simulation
+        self.nodes = {name: dict((nodes or {}).get(name, {})) for name in self.names}
+        self.folder = self.place / "wire"
+        self.relays: dict[str, wire.Relay] = {}
+        self.processes: wire.Processes | None = None
+        self.port = 0
+
+    def __enter__(self) -> Deployment:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # --- beginning and end
+
+    def start(self) -> Deployment:
+        """Certificates, the server, and (unless simulated) a registered node for each client."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "home").mkdir(parents=True)
+        self.processes = wire.Processes(self.folder / "logs")
+        try:
+            self.certificates = wire.certificates(self.folder / "tls")
+            self.port = wire.free_ports(1)[0]
+            connection = {"address": f"127.0.0.1:{self.port}", "root-certificates": str(self.certificates.ca)}
+            lines = [f"{key} = {json.dumps(value)}" for key, value in connection.items()]
+            text = "\n".join(["[superlink]", 'default = "fedal"', "[superlink.fedal]", *lines, ""])
+            (self.folder / "home" / "config.toml").write_text(text)
+            self.start_server()
+            for name in () if self.simulation else self.names:
+                wire.node_key(self.folder / "keys" / name)
+                self.register(self.folder / "keys" / f"{name}.pub")
+                self.relays[name] = wire.Relay(self.port).start()
+                self.start_client(name)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def start_server(self) -> None:
+        """The server's process; started again after a kill, it knows its nodes and runs from its database."""
+        tls = self.certificates
+        command = [
+            "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port),
+            "--ssl-certfile", str(tls.certificate), "--ssl-keyfile", str(tls.key), "--ssl-ca-certfile", str(tls.ca),
+            "--disable-runtime-dependency-installation", "--database", str(self.folder / "server.db"),
+            "--simulation" if self.simulation else "--enable-supernode-auth",
+        ]  # fmt: skip
+        self.processes.start("server", _program(command), self.environment(), cwd=self.folder)
+        wire.wait_for(lambda: _listens(self.port), 60, "the server to listen", self.processes, "server")
+
+    def register(self, public_key: Path) -> None:
+        """Tell the server which key a node will prove to have; any other node is refused."""
+        self._flower("supernode", "register", str(public_key), "fedal")
+
+    def start_client(self, name: str, **config: Any) -> None:
+        """A client's node; config: changes to its configuration."""
+        self.nodes[name].update(config)
+        node = {"folder": str(self.place / "clients" / name), "name": name, **self.nodes[name]}
+        self.start_node(name, self.folder / "keys" / name, node, self.relays[name].port)
+
+    def start_node(self, process: str, key: Path, node: Mapping[str, Any], port: int) -> None:
+        """A node process with this private key, which connects to the server at `port`."""
+        words = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
+        command = [
+            "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--root-certificates", str(self.certificates.ca),
+            "--auth-supernode-private-key", str(key), "--port", str(wire.free_ports(1)[0]), "--node-config", words,
+        ]  # fmt: skip
+        self.processes.start(process, _program(command), self.environment(), cwd=self.folder)
+
+    def stop(self) -> list[str]:
+        """End all processes and relays; what still runs afterwards (nothing should)."""
+        left: list[str] = []
+        if self.processes is not None:
+            self.processes.stop_all()
+            left = self.processes.alive()
+        for relay in self.relays.values():
+            relay.close()
+        return left
+
+    def environment(self) -> dict[str, str]:
+        """The environment of all of them: Flower's own files go to this deployment's folder, nothing calls home."""
+        ours = {
+            "FLWR_HOME": str(self.folder / "home"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5", "RAY_USAGE_STATS_ENABLED": "0", "NO_COLOR": "1",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }  # fmt: skip
+        return {**os.environ, **ours}
+
+    def _flower(self, *words: str) -> dict[str, Any]:
+        """What a command of Flower's answers, as JSON; RuntimeError with what it says if it fails."""
+        command = _program(["flwr", *words, "--format", "json"])
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), cwd=self.folder)
+        found = done.stdout[done.stdout.find("{") :]
+        answer = json.loads(found) if found.startswith("{") else {}
+        if done.returncode or not answer.get("success", True):
+            raise RuntimeError(f"flwr {' '.join(words)} failed: {done.stdout.strip()} {done.stderr.strip()}")
+        return answer
+
+    # --- a run
+
+    def submit(
+        self, config: Config, notebook: str, timeout: float = 600.0, patience: float = 0.0, wait: float = 120.0
+    ) -> int:
+        """Start the experiment (`flwr run` with this checkout); the run's id. Its folders are below place/server."""
+        check(config)
+        plain = {name: value for name, value in asdict(config).items() if name not in ("profile", "data", "seeds")}
+        usual = asdict(load(notebook, config.profile, config.data))
+        settings = {name: value for name, value in plain.items() if usual[name] != value}
+        said = {
+            "place": str(self.place), "notebook": notebook, "profile": config.profile,
+            "settings": json.dumps(settings), "timeout": float(timeout), "patience": float(patience),
+            "wait": float(wait),
+        }  # fmt: skip
+        file = self.folder / "run.toml"
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in said.items()))
+        nodes = f"num-supernodes={len(self.names)} client-resources-num-cpus=1"
+        engine = ["--federation-config", nodes] if self.simulation else []
+        answer = self._flower("run", str(_checkout()), "fedal", "--run-config", str(file), *engine)
+        return int(answer["run-id"])
+
+    def rounds(self, run_id: int, seconds: float = 3600.0, every: float = 0.5) -> Iterator[dict[str, Any]]:
+        """Rows of the server as rounds are committed, until the run has ended; with method, seed and seconds so far.
+
+        RuntimeError with the run's own words if it failed, TimeoutError after so many seconds.
+        """
+        begun, seen = time.monotonic(), set(self._committed())
+        asked = begun
+        while True:
+            ended = self.ended(run_id)
+            for key, row in self._committed().items():
+                if key not in seen:
+                    seen.add(key)
+                    yield {**row, "at": time.monotonic() - begun}
+            if ended is not None:
+                if ended["error"]:
+                    raise RuntimeError(f"the run failed: {ended['error']}")
+                return
+            now = time.monotonic()
+            if now - begun > seconds:
+                raise TimeoutError(f"the run did not end within {seconds:.0f} s; see {self.folder / 'logs'}")
+            if now - asked > 60:  # a server that was killed leaves no word
+                asked = now
+                status = self.status(run_id)
+                if status.startswith("finished") and self.ended(run_id) is None:
+                    raise RuntimeError(f"the run is {status}, without a word of its end: {self.log(run_id)[-2000:]}")
+            time.sleep(every)
+
+    def _committed(self) -> dict[tuple, dict[str, Any]]:
+        rows = {}
+        for file in sorted((self.place / "server" / "runs").rglob("rounds.csv")):
+            table = pd.read_csv(file, dtype={"client": str})
+            for row in table[table["client"] == "server"].to_dict("records"):
+                method, seed = file.parts[-3], file.parts[-2]
+                rows[str(file), row["cycle"], row["round"]] = {"method": method, "seed": seed, **row}
+        return rows
+
+    def ended(self, run_id: int) -> dict[str, Any] | None:
+        """{'error': '' or what went wrong} once the server's part of the run has ended, else None."""
+        file = _end_of(self.place, run_id)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def status(self, run_id: int) -> str:
+        """What Flower says of the run: 'pending', 'running', 'finished:completed', 'finished:failed', ..."""
+        runs = self._flower("list", "fedal", "--run-id", str(run_id)).get("runs", [])
+        return str(runs[0]["status"]) if runs else "unknown"
+
+    def log(self, run_id: int) -> str:
+        """What the server's part of the run has printed."""
+        command = _program(["flwr", "log", str(run_id), "fedal", "--show"])
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self.environment(), cwd=self.folder
+        ).stdout  # fmt: skip
+
+    def kill_run(self) -> None:
+        """SIGKILL to the process that runs the server's part of the experiment, as if its machine had lost power."""
+        import psutil
+
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if any("flwr-serverapp" in word for word in words) and any(f":{self.port}" in word for word in words):
+                process.kill()
+
+    def traffic(self) -> pd.DataFrame:
+        """Bytes on the wire so far, TLS and Flower's own messages included: client, up, down, connections."""
+        rows = [(name, relay.up, relay.down, relay.connections) for name, relay in self.relays.items()]
+        return pd.DataFrame(rows, columns=["client", "up", "down", "connections"])
+
+    def tables(self, config: Config, notebook: str) -> pd.DataFrame:
+        """`record.table` of this place's runs."""
+        return record.table(config, notebook, root=self.place / "server" / "runs")
+
+
+def one_line(row: Mapping[str, Any]) -> str:
+    """A round of `Deployment.rounds` in one line."""
+    judged = "".join(f"  {name} {row[name]:.3f}" for name in ("ap50",) if row.get(name) == row.get(name, math.nan))
+    return (
+        f"{row['method']} {row['seed']}  cycle {row['cycle'] + 1} round {row['round'] + 1}  images {row['images']}"
+        f"{judged}  {row['at']:.1f} s"
+    )  # fmt: skip
+
+
+def how_to_label(place: str | Path, client: str, config: Config, notebook: str) -> str:
+    """The command that opens the labelling page of a client whose labels a person draws."""
+    home = homes.Home(Path(place) / "clients" / client, client, "human")
+    store = home.run(config, notebook, config.methods[0], config.seeds[0]).folder / "labels.sqlite"
+    return f"python -m fedal_utils label --asked --task boxes --data {home.folder} --store {store}"
+
+
+def _end_of(place: Path, run_id: int) -> Path:
+    return place / "server" / f"ended-{run_id}.json"
+
+
+def _program(words: Sequence[str]) -> list[str]:
+    """The command with its program beside this Python."""
+    beside = Path(sys.executable).parent / words[0]
+    return [str(beside) if beside.exists() else words[0], *words[1:]]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _checkout() -> Path:
+    """The folder of this package's pyproject.toml, which `flwr run` needs."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / "pyproject.toml").is_file():
+        raise ValueError(f"{folder} has no pyproject.toml: real clients are started from a checkout of the repository")
+    return folder
