@@ -807,6 +807,8 @@ def pick(
     if client.own:
         model = detectors.clone(model)
         model.load_state_dict(client.own, strict=False)
+    if config.wire != "fp32":  # it looks with what it received
+        model = _with(model, federation.unpack(broadcast(model, config.batch_norm, config.wire)))
     waiting = client.pool.unlabelled()
     rng = run.rng("ask", client.name, cycle)
     if config.scored and _home(strategy).needs(strategy) and len(waiting) > config.scored:
@@ -988,7 +990,7 @@ def train(
             updates.append(result)
             if turn.first:
                 client.own = federation.unpack(result.payload)
-            if compares(run.method):
+            if compares(run.method) and result.payload:
                 client.last = federation.unpack(result.payload)
     return updates
 

@@ -33,7 +33,8 @@ _WIRE = {"fp32": torch.float32, "fp16": torch.float16}
 class Update:
     """What one client sends back: its packed weights, and the numbers that weigh and record them.
 
-    memory: the packed state of its optimiser, where that travels with the model; else empty.
+    memory: the packed state of its optimiser, where that travels with the model; else empty. size: bytes on the wire
+    where the payload is not to be seen (`secure`), which is then empty.
     """
 
     client: str
@@ -43,11 +44,12 @@ class Update:
     steps: int
     loss: float
     memory: bytes = b""
+    size: int = 0
 
     @property
     def bytes(self) -> int:
         """Size of the whole message."""
-        return len(self.payload) + len(self.memory)
+        return len(self.payload) + len(self.memory) + self.size
 
 
 def pack(state: Mapping[str, Tensor], wire: str = "fp32") -> bytes:

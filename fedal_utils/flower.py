@@ -1,4 +1,6 @@
-"""The same experiment on Flower: a ClientApp and a ServerApp around the verbs of `alfl`. Flower is named nowhere else.
+"""The same experiment on Flower: a ClientApp and a ServerApp around the verbs of `alfl`.
+
+Flower is named here and in `secure`.
 
 Messages of the server, and what a client answers (`Line` sends, `client_app` answers):
 
@@ -15,6 +17,10 @@ verbs of this module where clients are elsewhere.
 An answer that does not come, an error, or an update that is not fit to be averaged costs the round that client and
 nothing else (on_failure='skip'); the record names it. Every message can be repeated (`homes`), so a server that was
 killed goes on from its run folder.
+
+privacy='clip': a client's update is cut to a length of `clip_norm`, and the server adds noise to the average; its seed
+is the run's, so that the run can be repeated, and nobody who knows the seed is kept from anything. privacy='secure':
+the server gets the average of a round and of no client its update, see `secure` for what it learns all the same.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +40,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,8 +48,9 @@ import pandas as pd
 import torch
 
 try:
-    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
+    from flwr.clientapp.mod import fixedclipping_mod
     from flwr.common.constant import SUPERLINK_NODE_ID
     from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp import strategy as strategies
@@ -52,12 +61,13 @@ except ImportError as error:
         f"plain loop of the notebooks ({error})"
     ) from error
 
-from . import alfl, federation, flywheel, homes, metrics, record, training, wire
+from . import alfl, federation, flywheel, homes, metrics, record, secure, training, wire
 from .alfl import Client, ClientLost, Study, Turn
 from .config import Config, checked, load
 from .detectors import Detector
 from .federation import State, Update
 from .pool import Bill
+from .seeding import numpy_seeded
 
 HELLO, SCORE, LABEL = "query.hello", "query.score", "query.label"
 TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
@@ -69,13 +79,40 @@ FAULTS = ("fail", "hang", "nan", "shape", "huge")  # of a drill, see `drill`
 
 
 def arrays_of(payload: bytes) -> ArrayRecord:
-    """A packed state as Flower's arrays, in its order and precision."""
-    return ArrayRecord(torch_state_dict=torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
+    """A packed state as Flower's arrays, in its precision."""
+    return arrays_from(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
+
+
+def arrays_from(state: State) -> ArrayRecord:
+    """A state as one flat array (one for each kind of number), named by what it holds: "conv.weight:16x3x3x3;...".
+
+    Each array costs Flower's server requests, and a request costs some milliseconds whatever its size: a detector's
+    hundred tensors took longer to hand over than to train. All of Flower's ways of averaging work value by value, or
+    on norms over all values, so they see no difference.
+    """
+    kinds: dict[torch.dtype, list[str]] = {}
+    for name, value in state.items():
+        kinds.setdefault(value.dtype, []).append(name)
+    flat = {}
+    for names in kinds.values():
+        layout = ";".join(f"{name}:{'x'.join(map(str, state[name].shape))}" for name in names)
+        flat[layout] = Array(torch.cat([state[name].detach().cpu().flatten() for name in names]).numpy())
+    return ArrayRecord(flat)
 
 
 def state_of(arrays: ArrayRecord) -> State:
-    """The state in Flower's arrays, in the precision in which it travelled."""
-    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in arrays.items()}
+    """The state in such arrays, in the precision in which it travelled; ValueError if names and values do not fit."""
+    state: State = {}
+    for layout, array in arrays.items():
+        values, entries = torch.from_numpy(np.array(array.numpy())), []
+        for entry in layout.split(";"):
+            name, _, shape = entry.rpartition(":")
+            entries.append((name, tuple(int(side) for side in shape.split("x")) if shape else ()))
+        if values.ndim != 1 or sum(math.prod(shape) for _, shape in entries) != len(values):
+            raise ValueError(f"an array of shape {tuple(values.shape)} does not hold what its name says")
+        parts = values.split([math.prod(shape) for _, shape in entries])
+        state |= {name: part.reshape(shape).clone() for (name, shape), part in zip(entries, parts, strict=True)}
+    return state
 
 
 @dataclass(frozen=True)
@@ -101,6 +138,8 @@ class Task:
             "seed": self.seed, "cycle": self.cycle, "round": self.round, "classes": json.dumps(self.classes),
             "turn": json.dumps(turn),
         }  # fmt: skip
+        if self.config.privacy == "clip":
+            plain["clipping_norm"] = self.config.clip_norm  # where Flower's mod looks for it
         return ConfigRecord(plain)
 
     @classmethod
@@ -145,7 +184,8 @@ def drill(message: Message, context: Context, call_next: Callable[[Message, Cont
     """A fault on purpose, for drills: the node's configuration says faults="nan@0.1, huge@1.0" (cycle.round).
 
     fail: an error; hang: no answer for an hour; nan: a weight that is not a number; shape: a weight of another shape;
-    huge: the update a thousand times as large.
+    huge: the update a thousand times as large. It is the training that goes wrong: what comes out of it is clipped or
+    masked like any other.
     """
     due = str(context.node_config.get("faults", ""))
     if not due or message.metadata.message_type != TRAIN:
@@ -160,20 +200,38 @@ def drill(message: Message, context: Context, call_next: Callable[[Message, Cont
     if kind == "hang":
         time.sleep(3600)
     answer = call_next(message, context)
-    if kind in ("nan", "shape", "huge") and not answer.has_error():
-        before, after = state_of(message.content["arrays"]), state_of(answer.content["arrays"])
+    if kind in ("nan", "shape", "huge") and not answer.has_error() and "arrays" in answer.content:
+        after = state_of(answer.content["arrays"])
         first = next(iter(after))
         if kind == "nan":
             after[first] = torch.full_like(after[first], torch.nan)
         elif kind == "shape":
             after[first] = after[first].flatten()[:-1]
         else:
+            home, task, run, _ = _at_work(message, context)
+            before = _received(message, home, run, task)
             after = {key: before[key] + 1000 * (value - before[key]) for key, value in after.items()}
-        answer.content["arrays"] = ArrayRecord(torch_state_dict=after)
+        answer.content["arrays"] = arrays_from(after)
     return answer
 
 
-client_app = ClientApp(mods=[drill])
+def private(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Flower's clipping of an update, where the task wants it; an answer without weights goes out as it is."""
+    if Task.of(message).config.privacy != "clip":
+        return call_next(message, context)
+    said: list[Message] = []
+
+    def train(message: Message, context: Context) -> Message:
+        answer = call_next(message, context)
+        if not answer.has_error() and "arrays" not in answer.content:
+            said.append(answer)
+        return answer
+
+    clipped = fixedclipping_mod(message, context, train)
+    return said[0] if said else clipped
+
+
+client_app = ClientApp()
 
 
 def _answer(message: Message, **records: Any) -> Message:
@@ -194,6 +252,11 @@ def _at_work(message: Message, context: Context) -> tuple[homes.Home, Task, reco
     study = home.study(task.config, task.classes, _device(context))
     torch.set_num_threads(task.config.threads or torch.get_num_threads())
     return home, task, home.run(task.config, task.notebook, task.method, task.seed), study
+
+
+def _received(message: Message, home: homes.Home, run: record.Run, task: Task) -> State:
+    """The model in the message, or the one that came with the questions of this cycle."""
+    return state_of(message.content["arrays"]) if "arrays" in message.content else home.sent(run, task.cycle)
 
 
 def _model(task: Task, run: record.Run, study: Study, *states: State) -> Detector:
@@ -243,12 +306,11 @@ def label(message: Message, context: Context) -> Message:
     return _answer(message, counts=MetricRecord(counts))
 
 
-@client_app.train()
+@client_app.train(mods=[secure.secure_aggregation_mod, private, drill])
 def train_here(message: Message, context: Context) -> Message:
     """Train the model in the message on what is labelled here; the weights go back, or why there are none."""
     home, task, run, study = _at_work(message, context)
-    turn = task.turn
-    received = state_of(message.content["arrays"]) if "arrays" in message.content else home.sent(run, task.cycle)
+    turn, received = task.turn, _received(message, home, run, task)
     with home.client(run, study, task.cycle, task.round) as client:
         if task.config.afresh and task.cycle > 0 and task.round == 0:
             client.memory, client.home = {}, {}
@@ -271,7 +333,7 @@ def train_here(message: Message, context: Context) -> Message:
     counts = {
         "images": update.images, "boxes": update.boxes, "equal": 1, "steps": update.steps, "loss": float(update.loss)
     }  # fmt: skip
-    memory = ArrayRecord(torch_state_dict=federation.unpack(update.memory)) if update.memory else None
+    memory = arrays_from(federation.unpack(update.memory)) if update.memory else None
     return _answer(message, arrays=arrays_of(update.payload), memory=memory, counts=MetricRecord(counts))
 
 
@@ -404,7 +466,7 @@ class Ordered(strategies.FedAvg):
         counts = np.array([float(reply.content["counts"][self.weighted_by_key]) for reply in good])
         sent = [(f"{place:09d}", state_of(reply.content["arrays"])) for place, reply in enumerate(good)]
         merged = federation.weighted_states(sent, counts / counts.sum())
-        return ArrayRecord(torch_state_dict=merged), None
+        return arrays_from(merged), None
 
 
 def strategy_of(config: Config, clients: int) -> strategies.Strategy:
@@ -464,18 +526,26 @@ class Merging:
         self._kept: dict[str, State] = {name: dict(state) for name, state in (kept or {}).items()}
 
     def state(self) -> dict[str, State]:
-        """What is remembered, as tensors by name."""
+        """What is remembered: flat tensors by the names of `arrays_from`."""
         return self._kept
 
-    def average(self, number: int, before: State, updates: Sequence[Update]) -> State:
-        """One model of these updates; number: of the round in the run, from 1; before: what the clients were sent."""
-        with _some_task():
+    def average(self, number: int, before: State, updates: Sequence[Update], seed: int | None = None) -> State:
+        """One model of these updates; number: of the round in the run, from 1; before: what the clients were sent.
+
+        seed: of the noise under privacy='clip', whose standard deviation is noise * clip_norm / updates.
+        """
+        with _some_task(), numpy_seeded(seed):
             return self._average(number, before, updates)
 
     def _average(self, number: int, before: State, updates: Sequence[Update]) -> State:
-        ordered, keys = sorted(updates, key=lambda update: update.client), list(before)
+        ordered = sorted(updates, key=lambda update: update.client)
         strategy = strategy_of(self.config, len(ordered))
-        arrays = ArrayRecord(torch_state_dict=before)
+        if self.config.privacy == "clip":
+            strategy = strategies.DifferentialPrivacyClientSideFixedClipping(
+                strategy, self.config.noise, self.config.clip_norm, len(ordered)
+            )
+        arrays = arrays_from(before)
+        keys = list(arrays)
         list(strategy.configure_train(number, arrays, ConfigRecord(), _Present(range(1, len(ordered) + 1))))
         for name, state in self._kept.items():
             tensors = [state[key].numpy() for key in keys]
@@ -483,7 +553,7 @@ class Merging:
         replies = [
             Message(
                 RecordDict(
-                    {"arrays": arrays_of(update.payload), "counts": MetricRecord(
+                    {"arrays": arrays_from(federation.unpack(update.payload)), "counts": MetricRecord(
                         {"images": update.images, "boxes": update.boxes, "equal": 1})}
                 ), place, TRAIN,
             )
@@ -498,18 +568,28 @@ class Merging:
         state = state_of(merged)
         if not all(bool(torch.isfinite(value).all()) for value in state.values()):
             raise ValueError(f"server {self.config.server!r} made weights that are not finite in round {number}")
-        return {key: state[key].to(before[key].dtype) for key in keys}
+        if self.config.noise:  # a variance below 0 breaks the model; what is done to noised numbers costs no privacy
+            state = {key: value.clamp(min=0) if key.endswith("running_var") else value for key, value in state.items()}
+        return {key: state[key].to(before[key].dtype) for key in before}
 
 
 def merge(
-    run: record.Run, model: Detector, clients: Sequence[Client], updates: Sequence[Update], merging: Merging
+    run: record.Run, model: Detector, clients: Sequence[Client], updates: Sequence[Update], merging: Merging,
+    given: Given | None = None,
 ) -> None:  # fmt: skip
-    """As `alfl.merge`, the way that `config.server` names."""
-    if run.config.server in ("fedavg", "fedprox"):  # the proximal term is the clients'
+    """As `alfl.merge`, the way that `config.server` and `config.privacy` name; given: holds a secure average."""
+    config, number = run.config, run.committed + 1
+    if config.privacy == "secure":
+        if updates and not (given and given.average):
+            raise ValueError("privacy='secure': clients of the plain loop send their updates as they are")
+        alfl.merge(run, model, clients, updates, lambda sent: given.average)
+        return
+    if config.privacy == "none" and config.server in ("fedavg", "fedprox"):  # the proximal term is the clients'
         alfl.merge(run, model, clients, updates)
         return
-    before = federation.state_of(model, federation.sent_keys(model, run.config.batch_norm))
-    alfl.merge(run, model, clients, updates, lambda sent: merging.average(run.committed + 1, before, sent))
+    before = federation.state_of(model, federation.sent_keys(model, config.batch_norm))
+    seed = int(run.rng("noise", number).integers(1 << 32)) if config.privacy == "clip" else None
+    alfl.merge(run, model, clients, updates, lambda sent: merging.average(number, before, sent, seed))
 
 
 # --- the server's verbs -----------------------------------------------------------------------------------------------
@@ -521,6 +601,7 @@ def check(config: Config) -> None:
         raise ValueError(f"classifier={config.classifier!r}: real clients train detectors; use the plain loop")
     if config.batch_norm == "local":
         raise ValueError("batch_norm='local': models are judged at the server, which has nobody's statistics")
+    _check_privacy(config)
     for method in config.methods:
         scheme, strategy = alfl.scheme_of(method)
         if scheme in ("local-first", alfl.CENTRALISED):
@@ -531,6 +612,49 @@ def check(config: Config) -> None:
             )
         if config.server != "fedavg" and scheme != "fedavg":
             raise ValueError(f"method {method!r}: server={config.server!r} is a way of averaging, for scheme fedavg")
+        if config.privacy != "none" and scheme != "fedavg":
+            raise ValueError(f"method {method!r}: privacy={config.privacy!r} is of an average, for scheme fedavg")
+
+
+def _check_privacy(config: Config) -> None:
+    privacy = config.privacy
+    if config.noise and privacy != "clip":
+        raise ValueError(f"noise={config.noise} is added to clipped updates: set privacy='clip', not {privacy!r}")
+    if privacy == "none":
+        return
+    if config.server not in ("fedavg", "fedprox"):
+        raise ValueError(
+            f"privacy={privacy!r} is of a plain average: server must be 'fedavg' or 'fedprox', not {config.server!r}"
+        )
+    if config.optimiser_state == "travels":
+        raise ValueError(
+            f"optimiser_state='travels': privacy={privacy!r} is of weights, and the optimiser's state tells gradients"
+        )
+    if config.wire != "fp32":
+        why = "rounding after clipping makes updates longer" if privacy == "clip" else "masked updates are integers"
+        raise ValueError(f"privacy={privacy!r} needs wire='fp32', not {config.wire!r}: {why}")
+    if privacy == "clip":
+        if config.weights != "equal":
+            raise ValueError(
+                f"privacy='clip' needs weights='equal', not {config.weights!r}: noise is made for equal parts, and "
+                "120, 80 and 200 images would cut the real multiplier to 0.67 of the stated one"
+            )
+        if config.noise and config.too_large:
+            raise ValueError(
+                f"too_large={config.too_large}: whose update is left out would depend on the others', which the noise "
+                "does not cover; clipped updates are never too large, set 0"
+            )
+        return
+    if config.weights == "boxes":
+        raise ValueError("privacy='secure' weights by 'images' or 'equal': nobody knows the most boxes of a client")
+    if config.too_large:
+        raise ValueError(f"too_large={config.too_large}: under privacy='secure' the server sees no update, set 0")
+    asked = max(1, round(config.fraction * config.clients))
+    if asked < secure.LEAST:
+        raise ValueError(
+            f"privacy='secure' needs {secure.LEAST} clients or more in a round, not {asked} (clients={config.clients}, "
+            f"fraction={config.fraction}): of two, each knows the other's weights from the average"
+        )
 
 
 def start(
@@ -553,13 +677,17 @@ def start(
 
 @dataclass
 class Given:
-    """The packed model that each client got with the questions of this cycle: no need to send it again."""
+    """The packed model that each client got with the questions of this cycle: no need to send it again.
+
+    average: what a secure round gave, until it is merged.
+    """
 
     cycle: int = -1
     payloads: dict[str, bytes] = None
+    average: State = None
 
     def __post_init__(self) -> None:
-        self.payloads = {}
+        self.payloads, self.average = {}, {}
 
 
 def ask(
@@ -622,12 +750,15 @@ def sender(run: record.Run, study: Study, cycle: int, round: int, line: Line, gi
 
     def send(clients: Sequence[Client], message: bytes, turn: Turn) -> dict[str, Update | ClientLost]:
         task, contents = _task(run, study, cycle, round, turn), {}
+        if run.config.privacy == "secure":
+            return _send_masked(run, task, clients, message, line, given)
+        again = run.config.privacy != "none" or (given.cycle, round) != (cycle, 0)  # Flower's clipping wants it there
         for client in clients:
             contents[client.name] = {"task": task.record()}
-            if (given.cycle, round) != (cycle, 0) or given.payloads.get(client.name) != message:
+            if again or given.payloads.get(client.name) != message:
                 contents[client.name]["arrays"] = arrays_of(message)
             if turn.state == "travels" and client.memory:
-                contents[client.name]["memory"] = ArrayRecord(torch_state_dict=client.memory)
+                contents[client.name]["memory"] = arrays_from(client.memory)
         answers, sent = line.exchange(TRAIN, contents)
         by_name = {client.name: client for client in clients}
         return {**sent, **{name: _update(run, by_name[name], answer) for name, answer in answers.items()}}
@@ -635,14 +766,57 @@ def sender(run: record.Run, study: Study, cycle: int, round: int, line: Line, gi
     return send
 
 
+def _send_masked(
+    run: record.Run, task: Task, clients: Sequence[Client], message: bytes, line: Line, given: Given
+) -> dict[str, Update | ClientLost]:  # fmt: skip
+    """The clients' part of a round by secure aggregation: the average goes to `given`, of each client there are counts.
+
+    If too few are left, nobody has sent anything (on_failure='stop': SecureAggregationError).
+    """
+    config, online = run.config, set(line.grid.get_node_ids())
+    by_name = {client.name: client for client in sorted(clients, key=lambda client: client.name)}
+    nodes = {name: line.nodes[name] for name in by_name if line.nodes.get(name) in online}
+    sent: dict[str, Update | ClientLost] = {
+        name: ClientLost(f"client {name}: it is not there ({TRAIN})", status="away")
+        for name in by_name if name not in nodes
+    }  # fmt: skip
+    given.average, counts = {}, {}
+    try:
+        result = secure.secure_round(
+            line.grid, list(nodes.values()), arrays_of(message), lambda _: task.record(), line.timeout,
+            weight=None if config.weights == "equal" else config.weights, max_weight=config.labels_needed(),
+            seed=int(run.rng("secure", task.cycle, task.round).integers(1 << 32)),
+        )  # fmt: skip
+        given.average, counts, failures, why = state_of(result.arrays), result.counts, result.failures, ""
+    except secure.SecureAggregationError as error:
+        if config.on_failure == "stop":
+            raise
+        failures, why = error.failures, str(error)
+    for name, node in nodes.items():
+        if node not in counts:
+            status, reason = failures.get(node, ("too few", why))
+            sent[name] = ClientLost(f"client {name}: {reason}", status=status)
+            continue
+        bill, said = by_name[name].pool.bill(), counts[node]
+        steps, loss = int(said["steps"]), float(said["loss"])
+        sent[name] = Update(name, b"", bill.images, bill.boxes, steps, loss, size=result.sizes[node])
+        if result.cut[node]:
+            what = f"{result.cut[node]} values of client {name} were too large for the masks and were cut"
+            print(f"{run}, cycle {task.cycle}, round {task.round}: {what}", flush=True)
+    return sent
+
+
 def _update(run: record.Run, client: Client, answer: RecordDict) -> Update | ClientLost:
     """The client's answer as an update; weighed by the labels that the server knows of."""
     bill, counts = client.pool.bill(), answer["counts"]
     try:
-        payload = federation.pack(state_of(answer["arrays"]), run.config.wire)
-        memory = federation.pack(state_of(answer["memory"])) if "memory" in answer else b""
-    except ValueError:
-        return ClientLost(f"client {client.name}: its update is not finite", status="not finite")
+        state, memory = state_of(answer["arrays"]), state_of(answer["memory"]) if "memory" in answer else {}
+    except (KeyError, ValueError) as error:
+        return ClientLost(f"client {client.name}: its update cannot be read: {error}", status="unreadable")
+    try:
+        payload, memory = federation.pack(state, run.config.wire), federation.pack(memory) if memory else b""
+    except ValueError as error:
+        return ClientLost(f"client {client.name}: {error}", status="not finite")
     return Update(client.name, payload, bill.images, bill.boxes, int(counts["steps"]), float(counts["loss"]), memory)
 
 
@@ -657,7 +831,7 @@ def experiment(run: record.Run, study: Study, line: Line, names: Sequence[str], 
             for name, why in ask(run, study, model, turn.clients, cycle, line, given).items():
                 print(f"{run}, cycle {cycle}: no labels from client {name} ({why.status}): {why}", flush=True)
         updates = alfl.train(run, study, model, clients, cycle, round, sender(run, study, cycle, round, line, given))
-        merge(run, model, clients, updates, merging)
+        merge(run, model, clients, updates, merging, given)
         if turn.merge:
             alfl.merge_by_class(run, study, model, clients)
         more = {"told": {client.name: client.pool.state() for client in clients}, "server": merging.state()}
@@ -684,6 +858,7 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, place: Path, said: Mapping[str, Any]) -> None:
     """The experiment that the run's configuration names, with the clients of this place."""
     facts, notebook = homes.facts_of(place), str(said["notebook"])
+    record.write_atomic(place / "server" / "pid", str(os.getpid()))
     seed, settings = facts["dealt"]["seed"], json.loads(str(said["settings"]))
     config = load(notebook, str(said["profile"]), facts["dealt"]["data"], [seed], **settings)
     check(config)
@@ -705,15 +880,18 @@ class Deployment:
     place: where `homes.deal` handed the data out. Certificates and keys are made at each start; a relay between each
     node and the server counts bytes (`traffic`) and breaks the line on request. simulation: Flower's simulation of the
     nodes in the place of processes. nodes: what the nodes' configuration says beside the folder, by client, such as
-    {"00": {"faults": "nan@0.1"}}. Use it as a context manager: whatever happens, nothing is left behind.
+    {"00": {"faults": "nan@0.1"}}. warm: answers come from forks of processes that have everything imported already,
+    where Flower starts a new Python for each of them (seconds of processor time an answer). Use it as a context
+    manager: whatever happens, nothing is left behind.
     """
 
     def __init__(
-        self, place: str | Path, simulation: bool = False, nodes: Mapping[str, Mapping[str, Any]] | None = None
+        self, place: str | Path, simulation: bool = False, nodes: Mapping[str, Mapping[str, Any]] | None = None,
+        warm: bool = True,
     ):  # fmt: skip
         self.place = Path(place).expanduser().absolute()
         self.names = list(homes.facts_of(self.place)["clients"])
-        self.simulation = simulation
+        self.simulation, self.warm = simulation, warm and not simulation and hasattr(os, "fork")
         self.nodes = {name: dict((nodes or {}).get(name, {})) for name in self.names}
         self.folder = self.place / "wire"
         self.relays: dict[str, wire.Relay] = {}
@@ -740,6 +918,11 @@ class Deployment:
             lines = [f"{key} = {json.dumps(value)}" for key, value in connection.items()]
             text = "\n".join(["[superlink]", 'default = "fedal"', "[superlink.fedal]", *lines, ""])
             (self.folder / "home" / "config.toml").write_text(text)
+            if self.warm:
+                text = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(_checkout())!r})\n"
+                text += "from fedal_utils.flower import superexec\nsuperexec()\n"
+                shim = record.write_atomic(self.folder / "bin" / "flower-superexec", text)
+                shim.chmod(0o755)
             self.start_server()
             for name in () if self.simulation else self.names:
                 wire.node_key(self.folder / "keys" / name)
@@ -757,7 +940,7 @@ class Deployment:
         command = [
             "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port),
             "--ssl-certfile", str(tls.certificate), "--ssl-keyfile", str(tls.key), "--ssl-ca-certfile", str(tls.ca),
-            "--disable-runtime-dependency-installation", "--database", str(self.folder / "server.db"),
+            "--disable-runtime-dependency-installation",
             "--simulation" if self.simulation else "--enable-supernode-auth",
         ]  # fmt: skip
         self.processes.start("server", _program(command), self.environment(), cwd=self.folder)
@@ -797,7 +980,9 @@ class Deployment:
         ours = {
             "FLWR_HOME": str(self.folder / "home"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5", "RAY_USAGE_STATS_ENABLED": "0", "NO_COLOR": "1",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "PATH": os.pathsep.join(
+                [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+            ),
         }  # fmt: skip
         return {**os.environ, **ours}
 
@@ -888,12 +1073,7 @@ class Deployment:
 
     def kill_run(self) -> None:
         """SIGKILL to the process that runs the server's part of the experiment, as if its machine had lost power."""
-        import psutil
-
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if any("flwr-serverapp" in word for word in words) and any(f":{self.port}" in word for word in words):
-                process.kill()
+        os.kill(int((self.place / "server" / "pid").read_text()), signal.SIGKILL)
 
     def traffic(self) -> pd.DataFrame:
         """Bytes on the wire so far, TLS and Flower's own messages included: client, up, down, connections."""
@@ -903,6 +1083,50 @@ class Deployment:
     def tables(self, config: Config, notebook: str) -> pd.DataFrame:
         """`record.table` of this place's runs."""
         return record.table(config, notebook, root=self.place / "server" / "runs")
+
+
+def superexec() -> None:
+    """Flower's `flower-superexec`, which starts a process for each answer, with forks of itself in their place.
+
+    What takes seconds to import is imported once. A fork has random states of its own where somebody draws from a
+    global one; everything of ours draws from generators by name.
+    """
+    from flwr.supercore import cli
+    from flwr.supercore.superexec.executor import subprocess_executor
+    from flwr.superlink.cli import flwr_serverapp
+    from flwr.supernode.cli import flwr_clientapp
+
+    programs = {"flwr-clientapp": flwr_clientapp, "flwr-serverapp": flwr_serverapp}
+    start, torch_threads = subprocess.Popen, torch.get_num_threads()
+
+    def begin(command: Sequence[str], **options: Any) -> Any:
+        if command[0] not in programs:
+            return start(command, **options)
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            np.random.set_state(np.random.RandomState(int.from_bytes(os.urandom(4), "big")).get_state())
+            torch.set_num_threads(torch_threads)
+            sys.argv = list(command)
+            programs[command[0]]()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    subprocess_executor.subprocess = SimpleNamespace(Popen=begin, DEVNULL=subprocess.DEVNULL)
+    sys.argv[0] = "flower-superexec"
+    cli.flower_superexec()
 
 
 def one_line(row: Mapping[str, Any]) -> str:

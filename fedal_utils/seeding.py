@@ -57,3 +57,20 @@ def borrowed_global_rng(generator: torch.Generator) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def numpy_seeded(seed: int | None) -> Iterator[None]:
+    """Run library code that can only draw from numpy's global generator with that at `seed`; None: as it is.
+
+    The global state is put back afterwards. Needed for Flower's random rounding and for its noise.
+    """
+    if seed is None:
+        yield
+        return
+    before = np.random.get_state()
+    np.random.set_state(np.random.RandomState(seed).get_state())
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
