@@ -36,7 +36,6 @@ test: env  ## run the tests (ARGS= for pytest)
 	@$(PY) -m pytest $(ARGS)
 
 clients: env  ## the experiment with N real client processes on this machine (N= PROFILE= DATA= ARGS=)
-	@$(PY) -c 'import flwr, ray' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[flower]'
 	@$(PY) -m fedal_utils clients --clients "$(or $(N),0)" --profile "$(PROFILE)" --data "$(DATA)" $(ARGS)
 
 bench: env  ## measure the hot paths against the libraries
@@ -79,7 +78,7 @@ env:  ## build the environment in VENV (at once if it is there already)
 	else \
 	    echo "Bringing the environment in $(VENV) up to date."; \
 	fi; \
-	$(PY) -m pip install -q --disable-pip-version-check --progress-bar off $(PIP_ARGS) -e '.[backbones,fast,dev]' || { \
+	$(PY) -m pip install -q --disable-pip-version-check --progress-bar off $(PIP_ARGS) -e '.[backbones,fast,dev,flower]' || { \
 	    echo "error: pip could not install the packages (see above). Is the network there?" >&2; exit 1; }; \
 	printf '%s\n%s\n' "$$key" "$$here" > "$$stamp"
 

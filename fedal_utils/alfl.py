@@ -1211,6 +1211,9 @@ def merge(
     Optimisers' states that travelled are averaged too and handed to every client. as_released: equal parts in whole
     percent, whatever the clients hold. average: another way of making one model of the updates (`flower.Server`).
     """
+    config = run.config
+    if average is None and (config.privacy != "none" or config.server not in ("fedavg", "fedprox")):
+        raise ValueError(f"server={config.server!r} with privacy={config.privacy!r} needs Flower: use flower.merge")
     if not updates:
         return
     merged = {update.client for update in updates}

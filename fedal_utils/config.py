@@ -530,7 +530,7 @@ _CLIENTS_ALL = dict(
 _CLIENTS: dict[str, dict[str, Any]] = {
     "digits": {
         **_DIGITS, **_CLIENTS_ALL, "digit_classes": 3, "scenes": (260, 80), "start_iterations": 120, "first": 12,
-        "budget": 12, "cycles": 2, "rounds": 2, "iterations": 20,
+        "budget": 12, "cycles": 2, "rounds": 2, "iterations": 16,
     },
     "bccd": {
         **_CLIENTS_ALL, "clients": 4, "first": 6, "budget": 6, "cycles": 4, "rounds": 3, "iterations": 20,

@@ -28,8 +28,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -365,29 +367,37 @@ class Line:
         self.nodes: dict[str, int] = {}
 
     def meet(self, task: Task, names: Sequence[str], wait: float) -> dict[str, int]:
-        """Learn which node is which client; how many images each holds. TimeoutError names who did not come."""
-        deadline, held = time.monotonic() + wait, {}
-        while True:
-            held |= self.greet(task)
-            missing = sorted(set(names) - set(self.nodes))
-            if not missing:
-                return held
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"clients {', '.join(missing)} did not come within {wait:.0f} s")
-            time.sleep(PAUSE)
+        """Learn which node is which client; how many images each holds.
 
-    def greet(self, task: Task) -> dict[str, int]:
-        """Say hello to nodes that are new; images of each of them."""
+        TimeoutError that names who did not come within `wait` seconds; with on_failure='skip' only if nobody did.
+        """
+        deadline, held = time.monotonic() + wait, {}
+        while missing := sorted(set(names) - set(self.nodes)):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                if self.nodes and task.config.on_failure == "skip":
+                    print(f"the run begins without {', '.join(missing)}, who did not come in {wait:.0f} s", flush=True)
+                    break
+                raise TimeoutError(f"clients {', '.join(missing)} did not come within {wait:.0f} s")
+            held |= self.greet(task, left)
+            time.sleep(PAUSE)
+        return held
+
+    def greet(self, task: Task, wait: float = 30.0) -> dict[str, int]:
+        """Say hello to nodes that are new; images of each of them. One that does not answer is not known yet."""
+        online = list(self.grid.get_node_ids())
         known, held = set(self.nodes.values()), {}
-        new = {str(node): node for node in self.grid.get_node_ids() if node not in known}
+        new = {str(node): node for node in online if node not in known}
         if not new:
             return held
-        answers, failed = self._exchange(HELLO, {name: {"task": task.record()} for name in new}, new, self.timeout)
-        for node, (_, why) in failed.items():
-            raise ValueError(f"node {node} cannot take part: {why}")
+        contents = {name: {"task": task.record()} for name in new}
+        answers, failed = self._exchange(HELLO, contents, new, min(wait, self.timeout))
+        for node, (status, why) in failed.items():
+            if status == "failed":
+                raise ValueError(f"node {node} cannot take part: {why}")
         for node, answer in sorted(answers.items()):
             name = str(answer["said"]["name"])
-            if name in self.nodes and self.nodes[name] in self.grid.get_node_ids():
+            if self.nodes.get(name) in online:
                 raise ValueError(f"two nodes say that they are client {name!r}: give one of them another name")
             self.nodes[name], held[name] = new[node], int(answer["counts"]["images"])
         return held
@@ -513,6 +523,18 @@ def _some_task() -> Iterator[None]:
         TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = None
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Flower's log below errors: a line for every step of a sum is no news."""
+    log = logging.getLogger("flwr")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 class Merging:
     """How the server makes one model of a round's updates (`config.server`), and what it remembers between rounds.
 
@@ -534,7 +556,7 @@ class Merging:
 
         seed: of the noise under privacy='clip', whose standard deviation is noise * clip_norm / updates.
         """
-        with _some_task(), numpy_seeded(seed):
+        with _some_task(), _quietly(), numpy_seeded(seed):
             return self._average(number, before, updates)
 
     def _average(self, number: int, before: State, updates: Sequence[Update]) -> State:
@@ -871,6 +893,39 @@ def serve(grid: Grid, place: Path, said: Mapping[str, Any]) -> None:
         experiment(run, study, line, facts["clients"], held)
 
 
+def run_config(
+    config: Config, notebook: str, place: str | Path, timeout: float = 600.0, patience: float = 0.0, wait: float = 120.0
+) -> dict[str, Any]:
+    """What `flwr run` is told of an experiment, see [tool.flwr.app.config] in pyproject.toml."""
+    plain = {name: value for name, value in asdict(config).items() if name not in ("profile", "data", "seeds")}
+    usual = asdict(load(notebook, config.profile, config.data))
+    settings = {name: value for name, value in plain.items() if usual[name] != value}
+    return {
+        "place": str(Path(place).absolute()), "notebook": notebook, "profile": config.profile,
+        "settings": json.dumps(settings), "timeout": float(timeout), "patience": float(patience), "wait": float(wait),
+    }  # fmt: skip
+
+
+def in_process(
+    config: Config, notebook: str, place: str | Path, nodes: Mapping[str, Mapping[str, Any]] | None = None,
+    tap: Callable[[Message, dict[str, bytes]], None] | None = None,
+) -> Path:  # fmt: skip
+    """The experiment with the clients of this place, in this process: every message passes through Flower's bytes.
+
+    Quick to start, and mods (privacy, faults) work as with real clients. nodes: as for `Deployment`; tap: sees every
+    message and the bytes that carried it. Returns where the run folders lie (`root` of `record`).
+    """
+    place, said = Path(place).absolute(), run_config(config, notebook, place)
+    homes_of = {name: place / "clients" / name for name in homes.facts_of(place)["clients"]}
+    told = {
+        number: {"folder": str(folder), "name": name, **(nodes or {}).get(name, {})}
+        for number, (name, folder) in enumerate(homes_of.items(), start=1)
+    }
+    with _some_task(), _quietly():
+        serve(secure.InProcess(client_app, told, said, tap=tap), place, said)
+    return place / "server" / "runs"
+
+
 # --- real processes on this machine -----------------------------------------------------------------------------------
 
 
@@ -894,6 +949,7 @@ class Deployment:
         self.simulation, self.warm = simulation, warm and not simulation and hasattr(os, "fork")
         self.nodes = {name: dict((nodes or {}).get(name, {})) for name in self.names}
         self.folder = self.place / "wire"
+        self._registered: dict[str, str] = {}
         self.relays: dict[str, wire.Relay] = {}
         self.processes: wire.Processes | None = None
         self.port = 0
@@ -925,8 +981,6 @@ class Deployment:
                 shim.chmod(0o755)
             self.start_server()
             for name in () if self.simulation else self.names:
-                wire.node_key(self.folder / "keys" / name)
-                self.register(self.folder / "keys" / f"{name}.pub")
                 self.relays[name] = wire.Relay(self.port).start()
                 self.start_client(name)
         except BaseException:
@@ -946,18 +1000,26 @@ class Deployment:
         self.processes.start("server", _program(command), self.environment(), cwd=self.folder)
         wire.wait_for(lambda: _listens(self.port), 60, "the server to listen", self.processes, "server")
 
-    def register(self, public_key: Path) -> None:
-        """Tell the server which key a node will prove to have; any other node is refused."""
-        self._flower("supernode", "register", str(public_key), "fedal")
-
     def start_client(self, name: str, **config: Any) -> None:
-        """A client's node; config: changes to its configuration."""
+        """A client's node, with a key made and registered for it; config: changes to its configuration.
+
+        For a client that was killed as well: its old key is withdrawn, for the server would count the node that held
+        it as present for another minute, and refuse a second one.
+        """
         self.nodes[name].update(config)
+        key = self.folder / "keys" / name
+        if name in self._registered:
+            self._flower("supernode", "unregister", self._registered.pop(name), "fedal")
+            for file in (key, key.with_name(f"{name}.pub")):
+                file.unlink()
+        private, public = wire.node_key(key)
+        answer = self._flower("supernode", "register", str(public), "fedal")
+        self._registered[name] = str(answer["node-id"])
         node = {"folder": str(self.place / "clients" / name), "name": name, **self.nodes[name]}
-        self.start_node(name, self.folder / "keys" / name, node, self.relays[name].port)
+        self.start_node(name, private, node, self.relays[name].port)
 
     def start_node(self, process: str, key: Path, node: Mapping[str, Any], port: int) -> None:
-        """A node process with this private key, which connects to the server at `port`."""
+        """A node process with this private key, which connects to the server at `port`; refused without its key."""
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
         command = [
             "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--root-certificates", str(self.certificates.ca),
@@ -984,15 +1046,18 @@ class Deployment:
                 [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
             ),
         }  # fmt: skip
-        return {**os.environ, **ours}
+        colours = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS")  # Jupyter's kernels set them; answers are read here
+        return {**{name: value for name, value in os.environ.items() if name not in colours}, **ours, "TERM": "dumb"}
 
     def _flower(self, *words: str) -> dict[str, Any]:
         """What a command of Flower's answers, as JSON; RuntimeError with what it says if it fails."""
         command = _program(["flwr", *words, "--format", "json"])
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), cwd=self.folder)
-        found = done.stdout[done.stdout.find("{") :]
-        answer = json.loads(found) if found.startswith("{") else {}
-        if done.returncode or not answer.get("success", True):
+        answer: dict[str, Any] = {}
+        for match in re.finditer(r"^\{", done.stdout, re.MULTILINE):  # other words may stand around it
+            with contextlib.suppress(ValueError):
+                answer = json.JSONDecoder().raw_decode(done.stdout, match.start())[0]
+        if done.returncode or not answer or not answer.get("success", True):
             raise RuntimeError(f"flwr {' '.join(words)} failed: {done.stdout.strip()} {done.stderr.strip()}")
         return answer
 
@@ -1003,18 +1068,12 @@ class Deployment:
     ) -> int:
         """Start the experiment (`flwr run` with this checkout); the run's id. Its folders are below place/server."""
         check(config)
-        plain = {name: value for name, value in asdict(config).items() if name not in ("profile", "data", "seeds")}
-        usual = asdict(load(notebook, config.profile, config.data))
-        settings = {name: value for name, value in plain.items() if usual[name] != value}
-        said = {
-            "place": str(self.place), "notebook": notebook, "profile": config.profile,
-            "settings": json.dumps(settings), "timeout": float(timeout), "patience": float(patience),
-            "wait": float(wait),
-        }  # fmt: skip
+        said = run_config(config, notebook, self.place, timeout, patience, wait)
         file = self.folder / "run.toml"
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in said.items()))
         nodes = f"num-supernodes={len(self.names)} client-resources-num-cpus=1"
         engine = ["--federation-config", nodes] if self.simulation else []
+        (self.place / "server" / "pid").unlink(missing_ok=True)
         answer = self._flower("run", str(_checkout()), "fedal", "--run-config", str(file), *engine)
         return int(answer["run-id"])
 
@@ -1038,12 +1097,21 @@ class Deployment:
             now = time.monotonic()
             if now - begun > seconds:
                 raise TimeoutError(f"the run did not end within {seconds:.0f} s; see {self.folder / 'logs'}")
-            if now - asked > 60:  # a server that was killed leaves no word
+            if self._gone():
+                time.sleep(1.0)
+                if self.ended(run_id) is None:
+                    raise RuntimeError("the server's part of the run was killed: submit it again, and it goes on")
+            if now - asked > 60:  # one that never began, or began elsewhere, leaves no word
                 asked = now
                 status = self.status(run_id)
                 if status.startswith("finished") and self.ended(run_id) is None:
                     raise RuntimeError(f"the run is {status}, without a word of its end: {self.log(run_id)[-2000:]}")
             time.sleep(every)
+
+    def _gone(self) -> bool:
+        """True when the process of the server's part of the run has begun, and is no more."""
+        file = self.place / "server" / "pid"
+        return file.is_file() and not record.alive(int(file.read_text()))
 
     def _committed(self) -> dict[tuple, dict[str, Any]]:
         rows = {}

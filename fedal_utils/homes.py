@@ -89,10 +89,13 @@ def read_set(folder: str | Path, config: Config, classes: Sequence[str] = ()) ->
     folder = Path(folder)
     file = folder / "annotations.json"
     if file.is_file():
+        content = file.read_text()
+        ours = '"sample": ' in content  # then what is too small was settled before boxes were rounded to float32
         found = data.read_coco(
-            file, folder / "images", config.image_size, group_field=None, min_object=config.min_object, name=folder.name
+            file, folder / "images", config.image_size, group_field=None, min_object=0 if ours else config.min_object,
+            name=folder.name,
         )  # fmt: skip
-        samples = {e["file_name"]: e.get("sample", e["file_name"]) for e in json.loads(file.read_text())["images"]}
+        samples = {e["file_name"]: e.get("sample", e["file_name"]) for e in json.loads(content)["images"]}
         found = replace(found, images=replace(found.images, ids=tuple(samples[id_] for id_ in found.images.ids)))
     else:
         found = data.load(str(folder.absolute()), config.image_size, min_object=config.min_object)[0]

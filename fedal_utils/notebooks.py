@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -301,12 +302,20 @@ def reproduce(
     seeds and data reach the notebooks that have such a parameter; ValueError if none has. A notebook that fails does
     not stop the others. jobs: notebooks that run side by side; by default one, but two where there are two cores and
     all settings train on one thread (two such fits side by side beat one on two threads). A notebook that reads the
-    runs of others (metadata {"fedal": {"after": [...]}}) starts when those are done. Returns the names of those that
-    failed.
+    runs of others (metadata {"fedal": {"after": [...]}}) starts when those are done. One whose packages are not
+    installed ({"needs": {"package": "extra"}}) is passed over, unless it was named: then ValueError. Returns the names
+    of those that failed.
     """
     paths = find(nb, root)
     if not paths:
         raise ValueError(f"no notebooks in {folder(root)}")
+    lacking = {path: extra for path in paths if (extra := _lacks(path))}
+    for path, extra in lacking.items():
+        reason = f"{path.stem} needs the extra {extra!r}: pip install -e '.[{extra}]'"
+        if nb:
+            raise ValueError(reason)
+        print(f"passed over: {reason}", flush=True)
+    paths = [path for path in paths if path not in lacking]
     profile = profile or default_profile()
     wishes = {"profile": profile, "seeds": seeds, "data": data_place(data, paths[0].absolute().parents[1])}
     wishes = {name: value for name, value in wishes.items() if value is not None}
@@ -345,6 +354,12 @@ def reproduce(
         print(f"  {_relative(place)}")
     print(f"Notebooks with their outputs: {_relative(figures.parent / 'notebooks' / '_work')}", flush=True)
     return failed
+
+
+def _lacks(path: Path) -> str:
+    """The extra that this notebook needs and that is not installed here; '' if nothing is missing."""
+    needs = _read(path).get("metadata", {}).get("fedal", {}).get("needs", {})
+    return next((extra for package, extra in needs.items() if importlib.util.find_spec(package) is None), "")
 
 
 def _attempt(task: tuple[str, str, dict[str, Any]]) -> tuple[float, str]:

@@ -61,8 +61,8 @@ def strong_masks(seed: bytes, num_range: int, dimensions_list: list[tuple[int, .
     """Masks of these shapes in [0, num_range), num_range a power of two up to 2^32, from all bits of the seed.
 
     Flower 1.41 folds a pair's key to 28 bits of seed for a Mersenne twister, so that whoever holds a masked update can
-    try all 2^28 seeds of a pair in 12 to 70 core hours of NumPy. This is AES in counter mode under the SHA-256 of the whole key: the
-    same average to the last bit, in the same time.
+    try all 2^28 seeds of a pair in 12 to 70 core hours of NumPy. This is AES in counter mode under the SHA-256 of the
+    whole key: the same average to the last bit, in the same time.
     """
     size = sum(math.prod(shape) for shape in dimensions_list)
     cipher = Cipher(algorithms.AES(hashlib.sha256(seed).digest()), modes.CTR(bytes(16))).encryptor()

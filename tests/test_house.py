@@ -23,11 +23,12 @@ else:
 # An import points up this list. The README's map is in the same order.
 ORDER = """
     config seeding boxes download data exchange class_sets augment partition pool backbones losses roi_heads detectors
-    yolo classifiers vae training sampling federation flower metrics record plots notebooks labelling huale kafal
-    dual_vae alfl flywheel __main__
+    yolo classifiers vae training sampling federation metrics record plots notebooks labelling huale kafal
+    dual_vae alfl flywheel wire homes secure flower __main__
 """.split()
 ONLY_IN = {
-    "flwr": "flower", "gradio": "labelling", "papermill": "notebooks", "argparse": "__main__", "random": "seeding",
+    "flwr": ("flower", "secure"), "gradio": ("labelling",), "papermill": ("notebooks",), "argparse": ("__main__",),
+    "random": ("seeding",),
 }  # fmt: skip
 NOWHERE = {"ultralytics", "yolov5", "hydra", "lightning", "pytorch_lightning", "wandb", "pickle"}
 CONDA_NAMES = {"torch": "pytorch"}  # where conda calls a package by another name
@@ -72,8 +73,8 @@ def test_forbidden_names_stay_out(path):
     for name, ours in imported(tree):
         if not ours:
             assert name not in NOWHERE, f"{path.name} imports {name}"
-            assert ONLY_IN.get(name, path.stem) == path.stem, (
-                f"{path.name} imports {name}: it belongs to {ONLY_IN[name]}.py"
+            assert path.stem in ONLY_IN.get(name, (path.stem,)), (
+                f"{path.name} imports {name}: it belongs to {' and '.join(ONLY_IN[name])}"
             )
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Global), f"{path.name}, line {node.lineno}: global"
@@ -102,8 +103,9 @@ def project(root: Path) -> dict:
 
 
 def split(requirement: str) -> tuple[str, str]:
-    """("numpy", ">=1.26,<3") of "numpy>=1.26,<3"."""
-    name, versions = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*([<>=!~].*)?", requirement).groups()
+    """("numpy", ">=1.26,<3") of "numpy>=1.26,<3"; extras and markers apart."""
+    plain = re.sub(r"\[.*?\]", "", requirement.partition(";")[0].strip())
+    name, versions = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*([<>=!~].*)?", plain).groups()
     return name, (versions or "").replace(" ", "")
 
 
@@ -116,7 +118,7 @@ def conda_requirements(root: Path) -> list[str]:
 def test_conda_and_pip_users_get_the_same_packages(root):
     facts = project(root)
     extras = facts["optional-dependencies"]
-    pip = [*facts["dependencies"], *extras["backbones"], *extras["fast"], *extras["dev"]]
+    pip = [*facts["dependencies"], *extras["backbones"], *extras["fast"], *extras["dev"], *extras["flower"]]
     pip = [*map(split, pip), ("python", facts["requires-python"].replace(" ", ""))]
     ours = {CONDA_NAMES.get(name, name): versions for name, versions in pip}
     theirs = dict(map(split, conda_requirements(root)))
@@ -135,7 +137,7 @@ def test_what_is_installed_satisfies_the_requirements(root):
 
     facts = project(root)
     extras = facts["optional-dependencies"]
-    for text in [*facts["dependencies"], *extras["backbones"], *extras["fast"], *extras["dev"]]:
+    for text in [*facts["dependencies"], *extras["backbones"], *extras["fast"], *extras["dev"], *extras["flower"]]:
         requirement = Requirement(text)
         try:
             version = metadata.version(requirement.name)
@@ -192,7 +194,7 @@ def test_make_env_leaves_a_current_environment_alone_and_passes_its_settings_on(
     given = (f"PYTHON={sys.executable}", f"VENV={tmp_path / 'my env'}")
     assert make(root, "env", *given).returncode == 0
     first = log.read_text()
-    assert "<.[backbones,fast,dev]>" in first and "<--no-deps>" not in first
+    assert "<.[backbones,fast,dev,flower]>" in first and "<--no-deps>" not in first
     assert make(root, "env", *given).returncode == 0
     assert log.read_text() == first  # nothing to do
     stamp = tmp_path / "my env" / ".fedal-stamp"
