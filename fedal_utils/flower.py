@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -110,9 +111,10 @@ def state_of(arrays: ArrayRecord) -> State:
         for entry in layout.split(";"):
             name, _, shape = entry.rpartition(":")
             entries.append((name, tuple(int(side) for side in shape.split("x")) if shape else ()))
-        if values.ndim != 1 or sum(math.prod(shape) for _, shape in entries) != len(values):
+        sizes = [math.prod(shape) for _, shape in entries]
+        if values.ndim != 1 or sum(sizes) != len(values) or any(side < 0 for _, shape in entries for side in shape):
             raise ValueError(f"an array of shape {tuple(values.shape)} does not hold what its name says")
-        parts = values.split([math.prod(shape) for _, shape in entries])
+        parts = values.split(sizes)
         state |= {name: part.reshape(shape).clone() for (name, shape), part in zip(entries, parts, strict=True)}
     return state
 
@@ -590,8 +592,8 @@ class Merging:
         state = state_of(merged)
         if not all(bool(torch.isfinite(value).all()) for value in state.values()):
             raise ValueError(f"server {self.config.server!r} made weights that are not finite in round {number}")
-        if self.config.noise:  # a variance below 0 breaks the model; what is done to noised numbers costs no privacy
-            state = {key: value.clamp(min=0) if key.endswith("running_var") else value for key, value in state.items()}
+        # A variance below 0 breaks the model; a server's step can lead there, or noise (which this costs no privacy).
+        state = {key: value.clamp(min=0) if key.endswith("running_var") else value for key, value in state.items()}
         return {key: state[key].to(before[key].dtype) for key in before}
 
 
@@ -782,8 +784,12 @@ def sender(run: record.Run, study: Study, cycle: int, round: int, line: Line, gi
             if turn.state == "travels" and client.memory:
                 contents[client.name]["memory"] = arrays_from(client.memory)
         answers, sent = line.exchange(TRAIN, contents)
-        by_name = {client.name: client for client in clients}
-        return {**sent, **{name: _update(run, by_name[name], answer) for name, answer in answers.items()}}
+        by_name, when = {client.name: client for client in clients}, f"in cycle {cycle}, round {round}"
+        sent |= {name: _update(run, by_name[name], answer) for name, answer in answers.items()}
+        return {
+            name: ClientLost(f"{what} {when}", what.status) if isinstance(what, ClientLost) else what
+            for name, what in sent.items()
+        }
 
     return send
 
@@ -830,16 +836,19 @@ def _send_masked(
 
 def _update(run: record.Run, client: Client, answer: RecordDict) -> Update | ClientLost:
     """The client's answer as an update; weighed by the labels that the server knows of."""
-    bill, counts = client.pool.bill(), answer["counts"]
+    bill = client.pool.bill()
     try:
         state, memory = state_of(answer["arrays"]), state_of(answer["memory"]) if "memory" in answer else {}
-    except (KeyError, ValueError) as error:
-        return ClientLost(f"client {client.name}: its update cannot be read: {error}", status="unreadable")
+        steps, loss = int(answer["counts"]["steps"]), float(answer["counts"]["loss"])
+    except Exception as error:  # an answer from outside: NumPy and torch raise whatever their readers trip over
+        return ClientLost(f"client {client.name}: its update cannot be read: {error!r}", status="unreadable")
     try:
         payload, memory = federation.pack(state, run.config.wire), federation.pack(memory) if memory else b""
+        if not math.isfinite(loss):
+            raise ValueError(f"its loss is {loss}")
     except ValueError as error:
         return ClientLost(f"client {client.name}: {error}", status="not finite")
-    return Update(client.name, payload, bill.images, bill.boxes, int(counts["steps"]), float(counts["loss"]), memory)
+    return Update(client.name, payload, bill.images, bill.boxes, steps, loss, memory)
 
 
 def experiment(run: record.Run, study: Study, line: Line, names: Sequence[str], held: Mapping[str, int]) -> None:
@@ -1209,8 +1218,12 @@ def one_line(row: Mapping[str, Any]) -> str:
 def how_to_label(place: str | Path, client: str, config: Config, notebook: str) -> str:
     """The command that opens the labelling page of a client whose labels a person draws."""
     home = homes.Home(Path(place) / "clients" / client, client, "human")
-    store = home.run(config, notebook, config.methods[0], config.seeds[0]).folder / "labels.sqlite"
-    return f"python -m fedal_utils label --asked --task boxes --data {home.folder} --store {store}"
+    run = home.run(config, notebook, config.methods[0], config.seeds[0])
+    run.folder.mkdir(parents=True, exist_ok=True)
+    images = home.folder / "images" if (home.folder / "annotations.json").is_file() else home.folder
+    words = ["python", "-m", "fedal_utils", "label", "--asked", "--task", "boxes", "--data", str(images)]
+    words += ["--store", str(run.folder / "labels.sqlite"), "--classes", *homes.facts_of(place)["classes"]]
+    return shlex.join(words)
 
 
 def _end_of(place: Path, run_id: int) -> Path:

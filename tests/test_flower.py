@@ -1,4 +1,4 @@
-"""Flower's messages in this process: the plain loop's bits, what travels and what never does, faults, the server's sums.
+"""Flower's messages in this process: the plain loop's bits, what travels and what never does, faults, how models merge.
 
 Clients are `secure.InProcess`: contents and contexts cross as bytes. Processes and networks are tested elsewhere, and
 so are privacy='clip' and 'secure'.
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -43,8 +44,8 @@ from fedal_utils.pool import Bill  # noqa: E402
 NOTEBOOK = "60_real_clients"
 TINY = dict(
     image_size=(32, 32), colour=0.0, zoom=(1.0, 1.0), shift=0.0, digit_classes=3, scenes=(46, 6), first=3, budget=3,
-    cycles=2, rounds=2, iterations=2, batch=4, start_images=8, start_iterations=4, evaluate_every=0, too_large=0.0,
-    merge_images=6, methods=("random",),
+    cycles=2, rounds=1, tail=1, iterations=2, batch=4, start_images=8, start_iterations=2, evaluate_every=0,
+    too_large=0.0, merge_images=6, methods=("random",),
 )  # fmt: skip
 FIRST_NODE = 101  # clients 00, 01, 02 are nodes 101, 102, 103
 
@@ -53,10 +54,18 @@ def small(**changes) -> config.Config:
     return config.load(NOTEBOOK, "smoke", seeds=[0], **{**TINY, **changes})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_haste():
+    """Nobody waits here between two looks for answers, nor for a disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flower, "PAUSE", 0.01)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def no_task_is_left(monkeypatch):
-    """Flower knows one task in a process, and nobody waits here between two looks for answers."""
-    monkeypatch.setattr(flower, "PAUSE", 0.01)
+def no_task_is_left():
+    """Flower knows one task in a process; the next test begins without."""
     yield
     TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = None
 
@@ -194,15 +203,15 @@ def rows_of(setting: config.Config, root: Path) -> pd.DataFrame:
     return table.assign(status=table["status"] if "status" in table else "")
 
 
-CHAINED = dict(clients=2, first_pass=2, visit=0.5, optimiser="sgd", lr=0.02, anneal=0.2, tail=1)
+CHAINED = dict(clients=2, first_pass=2, visit=0.5, optimiser="sgd", lr=0.02, anneal=0.2)
 CASES: dict[str, dict] = {
     "avg": dict(methods=("avg",)),
     "chains": dict(methods=("chain+sum", "accumulate+sum"), **CHAINED),
     "chain-fedavg": dict(methods=("chain-fedavg+sum",), optimiser_state="client", **CHAINED),
-    "optimiser at the client": dict(optimiser_state="client"),
-    "half the bits, two of three": dict(methods=("ksas_max",), fraction=0.67, wire="fp16", cycles=3, rounds=1),
-    "fedadam": dict(server="fedadam", server_lr=0.02),
-    "fedavgm": dict(server="fedavgm", server_lr=0.7, optimiser_state="travels"),
+    "optimiser at the client": dict(optimiser_state="client", clients=2),
+    "half the bits, two of three": dict(methods=("ksas_max",), fraction=0.67, wire="fp16", cycles=3, tail=0),
+    "fedadam": dict(server="fedadam", server_lr=0.02, clients=2),
+    "fedavgm": dict(server="fedavgm", server_lr=0.7, optimiser_state="travels", clients=2),
 }
 WATCHED: dict[str, list] = {}  # case -> (direction and type, shape of the content) of each message of its run
 
@@ -235,8 +244,8 @@ def test_cases_are_what_they_say(bench):
     rows = rows_of(half, bench.plain(half)).query("client != 'server'")
     assert len(rows) == 3 * 2 and rows["bytes_up"].max() < 0.6 * frozen["bytes_up"].max()
     adam = record.state(small(**CASES["fedadam"]), NOTEBOOK, "random", 0, root=bench.plain(small(**CASES["fedadam"])))
-    average = record.state(small(), NOTEBOOK, "random", 0, root=bench.plain(small()))
-    assert not same_state(adam["model"], average["model"])
+    average = small(clients=2)
+    assert not same_state(adam["model"], weights(average, bench.plain(average)))
 
 
 class BrokenOff(KeyboardInterrupt):
@@ -248,7 +257,7 @@ def test_a_run_broken_off_before_and_after_a_commit_goes_on_to_the_same_bytes(ca
     """Clients have asked and trained for the commit that was lost, and do it again; the server's optimiser lives on."""
     setting = small(**CASES[case])
     place, original = bench.place(setting), alfl.commit
-    breaks = {1: "before", 2: "after"} if case != "chains" else {1: "after", 2: "before", 4: "before"}
+    breaks = {0: "after", 1: "before"} if case != "chains" else {1: "after", 2: "before", 4: "before"}
     starts = len(breaks) + 1
 
     def commit(run, *rest, **named):
@@ -296,7 +305,7 @@ class Moved(Rounds):
     """Client 01 is node 102 in the first cycle, and comes back as another node."""
 
     def get_node_ids(self):
-        return [101, 103, 104 if self.now[0] else 102]
+        return [101, 104 if self.now[0] else 102]
 
 
 def test_a_client_that_comes_back_as_another_node_is_known_by_its_name(bench):
@@ -313,7 +322,7 @@ def test_a_client_that_comes_back_as_another_node_is_known_by_its_name(bench):
 
 
 def test_the_server_app_leaves_a_word_of_its_end(bench):
-    setting = small(cycles=1, rounds=1)
+    setting = small(cycles=1, tail=0)
     place = bench.place(setting)
     said = flower.run_config(setting, NOTEBOOK, place, wait=5.0)
     flower.server_app(grid_of(place, setting), Context(7, 0, {}, RecordDict(), said))
@@ -458,7 +467,7 @@ def box_patterns(part) -> set[bytes]:
 def overheard(bench):
     """All bytes of a whole run with rows of 64 pixels, client 02 anonymous: (setting, place, objects by kind of
     message, messages)."""
-    setting = small(methods=("avg",), image_size=(64, 64), rounds=1, iterations=1)
+    setting = small(methods=("avg",), image_size=(64, 64), tail=0, iterations=1)
     place = bench.place(setting)
     raw: dict[str, set[bytes]] = {}
     tasks: list[tuple[str, ConfigRecord]] = []
@@ -538,16 +547,15 @@ def test_the_seed_and_the_whole_config_come_with_each_message(overheard):
 
 FAULTS = {"nan": ((0, 0), "not finite"), "shape": ((0, 1), "wrong shape"), "huge": ((1, 0), "too large"),
           "fail": ((1, 1), "failed")}  # fmt: skip
-DRILLED = dict(methods=("avg",), too_large=5.0, tail=1)
+DRILLED = dict(methods=("avg",), too_large=5.0, rounds=2)
 
 
 @pytest.fixture(scope="module")
 def drilled(bench):
     setting = small(**DRILLED)
     faults = ", ".join(f"{kind}@{cycle}.{round}" for kind, ((cycle, round), _) in FAULTS.items())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flower, "PAUSE", 0.01)
-        return setting, elsewhere(setting, bench.place(setting), kind=secure.InProcess, nodes={"01": {"faults": faults}})
+    nodes = {"01": {"faults": faults}}
+    return setting, elsewhere(setting, bench.place(setting), kind=secure.InProcess, nodes=nodes)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -575,7 +583,7 @@ def test_what_is_left_of_a_faulty_round_is_the_plain_loop_without_that_client(dr
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_can_stop_the_run_and_says_whose_it_was_and_when(kind, bench):
-    setting = small(on_failure="stop", too_large=5.0, cycles=1, rounds=1)
+    setting = small(on_failure="stop", too_large=5.0, cycles=1, tail=0)
     what = {"nan": "not finite", "shape": "wrong shape", "huge": "too large", "fail": "a drill: this client fails"}
     place = bench.place(setting)
     with pytest.raises(ClientLost, match=rf"client 01: .*{what[kind]}.*on_failure='skip' goes on") as caught:
@@ -585,7 +593,7 @@ def test_a_fault_can_stop_the_run_and_says_whose_it_was_and_when(kind, bench):
 
 
 def test_a_round_in_which_everybody_fails_leaves_the_model_as_it_was(bench):
-    setting = small(cycles=1, rounds=2, iterations=1)
+    setting = small(cycles=1, iterations=1)
     place = bench.place(setting)
     elsewhere(setting, place, nodes={name: {"faults": "fail@0.1"} for name in ("00", "01", "02")})
     without = {(0, 1): dict.fromkeys(("00", "01", "02"), "failed")}
@@ -630,7 +638,7 @@ def test_no_answer_and_nobody_there_are_told_apart_and_the_client_comes_back(ben
 
 
 def test_no_answer_ends_the_waiting_in_time_and_names_the_client(bench):
-    setting = small(on_failure="stop", cycles=1, rounds=1)
+    setting = small(on_failure="stop")
     grid = grid_of(bench.place(setting), setting, lose=lambda message: kind_of(message) == "to query.label")
     answers, lost = line_to(grid, timeout=0.2).exchange(flower.LABEL, {"01": {"task": task_of(setting).record()}})
     assert answers == {} and lost["01"].status == "no answer"
@@ -638,7 +646,7 @@ def test_no_answer_ends_the_waiting_in_time_and_names_the_client(bench):
 
 
 def test_too_few_updates_for_the_malicious_clients_end_the_run_with_the_reason(bench):
-    setting = small(server="krum", cycles=1, rounds=1)
+    setting = small(server="krum", cycles=1, tail=0)
     place = bench.place(setting)
     with pytest.raises(ValueError, match="server 'krum' bears malicious=1 of 3 clients or more, not of 2"):
         elsewhere(setting, place, nodes={"02": {"faults": "fail@0.0"}})
@@ -768,7 +776,7 @@ def test_a_human_who_labels_as_the_simulated_one_would_gives_the_same_bytes(benc
 
 
 def test_a_human_who_does_not_answer_in_time_costs_the_cycle_her_labels(bench, capsys):
-    setting = small(cycles=1, rounds=1, iterations=1)
+    setting = small(cycles=1, tail=0, iterations=1)
     place = bench.place(setting)
     elsewhere(setting, place, patience=0.0, nodes={"01": {"person": "human"}})
     rows = rows_of(setting, place / "server" / "runs").set_index("client")
@@ -827,7 +835,8 @@ def test_a_layout_that_lies_about_sizes_is_a_value_error(shapes, data):
     place = data.draw(st.integers(0, len(entries) - 1))
     name, _, shape = entries[place]
     sides = [int(side) for side in shape.split("x")]
-    lie = data.draw(st.sampled_from(["grow", "shrink", "drop", "negate", "word", "two dimensions"]))
+    lies = ["grow", "shrink", "negate", "word", "two dimensions", *["drop"] * (len(entries) > 1)]
+    lie = data.draw(st.sampled_from(lies))
     if lie == "grow":
         sides[0] += data.draw(st.integers(1, 10**12))
     elif lie == "shrink":
@@ -949,13 +958,13 @@ def test_fedmedian_by_hand():
 
 
 def test_fedtrimmedavg_by_hand():
-    """malicious=1: the largest and the smallest value of each entry go, the mean of the rest stays, whoever it is of."""
+    """malicious=1: the largest and the smallest value of each entry go, the mean of the rest stays, whoever sent it."""
     three = [sent("a", 5, a=[1.0, 4.0], b=2.0), sent("b", a=[2.0, 1.0], b=4.0), sent("c", a=[4.0, 2.0], b=1.0)]
     setting = small(server="fedtrimmedavg", malicious=1)
     assert merged(setting, BEFORE, three) == {"a": [2.0, 2.0], "b": 2.0}
     assert merged(setting, BEFORE, [*three, ABSURD]) == {"a": [3.0, 1.5], "b": 3.0}
     five = [*three, ABSURD, sent("e", a=[6.0, 6.0], b=6.0)]
-    assert merged(setting, BEFORE, five) == {"a": [4.0, 4.0], "b": 4.0}
+    assert merged(setting, BEFORE, five) == {"a": [4.0, pytest.approx(7 / 3)], "b": 4.0}
     assert merged(small(server="fedtrimmedavg", malicious=2), BEFORE, five) == {"a": [4.0, 2.0], "b": 4.0}
     assert merged(small(server="fedtrimmedavg", malicious=0), BEFORE, three) == {
         "a": pytest.approx([7 / 3, 7 / 3]), "b": pytest.approx(7 / 3)
@@ -983,7 +992,6 @@ def test_fedavgm_by_hand_over_two_rounds():
     """
     setting = small(server="fedavgm", server_momentum=0.5, server_lr=0.5)
     merging = flower.Merging(setting)
-    first = [sent("a", 1, a=[1.0, 1.0], b=2.0), sent("b", 3, a=[7 / 3, 7 / 3], b=6.0)]
     first = [sent("a", 1, a=[5.0, -1.0], b=2.0), sent("b", 3, a=[1.0, 3.0], b=6.0)]  # by images: 2, 2 | 5
     once = merging.average(1, BEFORE, first)
     assert {k: v.tolist() for k, v in once.items()} == {"a": [1.5, 2.0], "b": 4.0}
@@ -1049,7 +1057,8 @@ def test_no_variance_of_batchnorm_falls_below_zero(server):
     for number in range(1, 7):
         payload = federation.pack({"norm.running_var": torch.tensor([0.01, 2.0])})
         state = merging.average(number, state, [Update("a", payload, 1, 1, 1, 0.1)])
-    assert (state["norm.running_var"] >= 0).all() and state["norm.running_var"][1] > 1
+        assert (state["norm.running_var"] >= 0).all(), number
+    assert state["norm.running_var"][1] > 1
 
 
 @pytest.mark.parametrize("server", ["fedtrimmedavg", "krum", "multikrum"])
@@ -1071,7 +1080,8 @@ def test_every_server_of_the_config_makes_a_model_of_equal_updates(server):
 
 def test_a_merge_that_is_not_finite_is_refused():
     merging = flower.Merging(small(server="fedavgm", server_lr=3e38))
-    with pytest.raises(ValueError, match="server 'fedavgm' made weights that are not finite in round 4"):
+    text = "server 'fedavgm' made weights that are not finite in round 4"
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match=text):
         merging.average(4, BEFORE, [sent("a", a=[1e3, 2.0], b=3.0)])
 
 
