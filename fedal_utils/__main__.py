@@ -140,7 +140,7 @@ def clients(given: argparse.Namespace) -> None:
         given.place or record.home() / "results" / "runs" / name / f"place-{homes.dealt_as(config, given.seed)}"
     )
     people = {client: {"person": "human"} for client in given.human}
-    names = homes.deal(config, place, given.seed)
+    names = homes.deal(config, place, given.seed, tests=given.tests)
     print(f"clients {', '.join(names)}; folders in {place / 'clients'}", flush=True)
     with flower.Deployment(place, given.simulation, people) as deployment:
         run = deployment.submit(config, name, given.timeout, patience=given.patience if people else 0.0)
@@ -206,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--method", default="", help="scheme and way of asking, such as avg or chain+sum")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the config")
+    command.add_argument("--tests", action="store_true", help="clients get a part of the test images, and judge too")
     command.add_argument("--simulation", action="store_true", help="Flower's simulation in the place of processes")
     command.add_argument("--place", metavar="DIR", help="where the clients' folders go; default: in results/runs")
     command.add_argument("--human", nargs="*", default=[], metavar="CLIENT", help="clients whose labels a person draws")

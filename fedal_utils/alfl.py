@@ -83,7 +83,8 @@ class Client:
     heard: bytes of other clients' models that it got to ask with. last: its own weights after its latest training,
     where a strategy compares them with the global model; known: the global model that it got last, while that is not
     the current one (KAFAL's algorithm 1: a client that missed rounds compares stale models). coder: the weights of its
-    VAE, where that is not refitted in every cycle; it never leaves the client.
+    VAE, where that is not refitted in every cycle; it never leaves the client. judged: metrics of the global model on
+    test images of its own, after this round, where it has some (`flower`).
     """
 
     name: str
@@ -97,6 +98,7 @@ class Client:
     status: str = ""
     received: int = 0
     heard: int = 0
+    judged: dict[str, float] = field(default_factory=dict)
 
 
 KEPT = ("home", "memory", "own", "last", "known", "coder")  # of a client, in the resume point
@@ -1354,14 +1356,16 @@ def commit(
             up, down = traffic[update.client]
             rows.append(
                 {**where, "client": update.client, "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
-                 "bytes_up": up, "bytes_down": down, "loss": update.loss, "steps": update.steps}
+                 "bytes_up": up, "bytes_down": down, "loss": update.loss, "steps": update.steps,
+                 **by_name[update.client].judged}
             )  # fmt: skip
     for client in clients:
         if client.status:
             bill = client.pool.bill()
             rows.append(
                 {**where, "client": client.name, "images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds,
-                 "bytes_up": 0, "bytes_down": traffic[client.name][1], "steps": 0, "status": client.status}
+                 "bytes_up": 0, "bytes_down": traffic[client.name][1], "steps": 0, "status": client.status,
+                 **client.judged}
             )  # fmt: skip
     bill = total(c.pool.bill() for c in clients)
     server = {

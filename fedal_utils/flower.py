@@ -248,7 +248,8 @@ def hello(message: Message, context: Context) -> Message:
     home, task = home_of(context), Task.of(message)
     study = home.study(task.config, task.classes, _device(context))
     said = {"name": home.name, "torch": torch.__version__, "person": home.person}
-    return _answer(message, said=ConfigRecord(said), counts=MetricRecord({"images": len(study.train)}))
+    counts = {"images": len(study.train), "judges": int((home.folder / "test").is_dir())}
+    return _answer(message, said=ConfigRecord(said), counts=MetricRecord(counts))
 
 
 def _at_work(message: Message, context: Context) -> tuple[homes.Home, Task, record.Run, Study]:
@@ -367,6 +368,7 @@ class Line:
     def __init__(self, grid: Grid, timeout: float = 600.0, patience: float = 0.0):
         self.grid, self.timeout, self.patience = grid, timeout, patience
         self.nodes: dict[str, int] = {}
+        self.judges: set[str] = set()  # clients with test images of their own
 
     def meet(self, task: Task, names: Sequence[str], wait: float) -> dict[str, int]:
         """Learn which node is which client; how many images each holds.
@@ -402,6 +404,7 @@ class Line:
             if self.nodes.get(name) in online:
                 raise ValueError(f"two nodes say that they are client {name!r}: give one of them another name")
             self.nodes[name], held[name] = new[node], int(answer["counts"]["images"])
+            (self.judges.add if answer["counts"]["judges"] else self.judges.discard)(name)
         return held
 
     def exchange(
@@ -742,16 +745,26 @@ def ask(
                     continue
                 lost[name] = ClientLost(f"client {name}: {answer['said']['why']}", status="unanswered")
             else:
-                _take_in(by_name[name], cycle, answer)
+                try:
+                    _take_in(by_name[name], cycle, answer)
+                except (KeyError, TypeError, ValueError) as error:
+                    lost[name] = ClientLost(f"client {name}: its answer makes no sense: {error}", status="failed")
             del waiting[name]
         waiting = {name: content for name, content in waiting.items() if name not in failed}
         if waiting:
-            time.sleep(min(2.0, line.timeout))
+            time.sleep(min(5.0, line.timeout))  # a person takes longer
     return lost
 
 
 def _take_in(client: Client, cycle: int, answer: RecordDict) -> None:
-    counts = answer["counts"]
+    """Note what a client told of its labels; ValueError if it cannot be: its counts weigh its updates."""
+    counts, pool = answer["counts"], client.pool
+    images, boxes, seconds = int(counts["images"]), int(counts["boxes"]), float(counts["seconds"])
+    if not 0 <= images <= pool.held or boxes < 0 or not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"{images} images of {pool.held}, {boxes} boxes, {seconds} s")
+    histogram = [int(count) for count in counts["histogram"]]
+    if len(histogram) != len(pool.histogram) or min(histogram) < 0 or sum(histogram) > boxes:
+        raise ValueError(f"{boxes} boxes, by class {histogram}")
     rows = []
     if "said" in answer:
         said = answer["said"]
@@ -759,8 +772,7 @@ def _take_in(client: Client, cycle: int, answer: RecordDict) -> None:
             {"cycle": cycle, "client": client.name, "id": str(sample), "score": float(score)}
             for sample, score in zip(said["ids"], said["why"], strict=True)
         ]
-    bill = Bill(int(counts["images"]), int(counts["boxes"]), float(counts["seconds"]))
-    client.pool.tell(cycle, bill, list(counts["histogram"]), rows)
+    pool.tell(cycle, Bill(images, boxes, seconds), histogram, rows)
 
 
 def _task(run: record.Run, study: Study, cycle: int, round: int, turn: Turn | None = None) -> Task:
@@ -851,12 +863,30 @@ def _update(run: record.Run, client: Client, answer: RecordDict) -> Update | Cli
     return Update(client.name, payload, bill.images, bill.boxes, steps, loss, memory)
 
 
+def evaluate(
+    run: record.Run, study: Study, model: Detector, clients: Sequence[Client], cycle: int, round: int, line: Line
+) -> None:  # fmt: skip
+    """Have the clients that hold test images judge the global model; what they say goes into their rows."""
+    for client in clients:
+        client.judged = {}
+    task, payload = _task(run, study, cycle, round), alfl.broadcast(model, run.config.batch_norm, run.config.wire)
+    judges = [client for client in clients if client.name in line.judges]
+    contents = {client.name: {"task": task.record(), "arrays": arrays_of(payload)} for client in judges}
+    answers, _ = line.exchange(EVALUATE, contents) if contents else ({}, {})
+    for client in judges:
+        if client.name in answers and "ap50" in answers[client.name]["counts"]:
+            client.judged = {"ap50": float(answers[client.name]["counts"]["ap50"])}
+
+
 def experiment(run: record.Run, study: Study, line: Line, names: Sequence[str], held: Mapping[str, int]) -> None:
     """The notebooks' loop, with clients that are elsewhere."""
     clients, model = start(run, study, names, held)
+    by_name = {client.name: client for client in clients}
     merging, given = Merging(run.config, (run.resumed or {}).get("server")), Given()
     for cycle, round in run.rounds():
-        line.greet(_task(run, study, cycle, round))  # whoever has come back
+        for name, images in line.greet(_task(run, study, cycle, round)).items():  # whoever has come (back)
+            if name in by_name:
+                by_name[name].pool.held = images
         turn = alfl.whose_turn(run, clients, cycle, round)
         if turn.asks:
             for name, why in ask(run, study, model, turn.clients, cycle, line, given).items():
@@ -865,6 +895,7 @@ def experiment(run: record.Run, study: Study, line: Line, names: Sequence[str], 
         merge(run, model, clients, updates, merging, given)
         if turn.merge:
             alfl.merge_by_class(run, study, model, clients)
+        evaluate(run, study, model, clients, cycle, round, line)
         more = {"told": {client.name: client.pool.state() for client in clients}, "server": merging.state()}
         alfl.commit(run, study, model, clients, updates, cycle, round, more)
 

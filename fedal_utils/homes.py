@@ -115,11 +115,14 @@ def _of_these_classes(part: Dataset, classes: tuple[str, ...], folder: Path) -> 
 # --- handing out ------------------------------------------------------------------------------------------------------
 
 
-def deal(config: Config, place: str | Path, seed: int = 0, root: str | Path | None = None) -> list[str]:
+def deal(
+    config: Config, place: str | Path, seed: int = 0, root: str | Path | None = None, tests: bool = False
+) -> list[str]:  # fmt: skip
     """Write each client's images, and the server's, into folders of their own below `place`; the clients' names.
 
     Who gets what is as in a run of that seed (`alfl.share_out`). Done once: a place that was dealt for the same data,
     partition and seed is left as it is, one that was dealt for others is a ValueError. root: where data sets lie.
+    tests: each client also gets an equal part of the test images, to judge the model on (the server keeps them all).
     """
     place, facts = Path(place), _facts(config, seed)
     with contextlib.suppress(FileNotFoundError):
@@ -146,6 +149,10 @@ def deal(config: Config, place: str | Path, seed: int = 0, root: str | Path | No
     shutil.rmtree(half, ignore_errors=True)
     for name, rows in zip(names, parts, strict=True):
         write_set(half / "clients" / name, train.take(rows))
+        if tests:
+            write_set(
+                half / "clients" / name / "test", test.take(np.arange(len(test))[names.index(name) :: len(names)])
+            )
     write_set(half / "server" / "start", train.take(np.concatenate([first, held])))
     write_set(half / "server" / "test", test)
     content = {

@@ -203,15 +203,15 @@ def rows_of(setting: config.Config, root: Path) -> pd.DataFrame:
     return table.assign(status=table["status"] if "status" in table else "")
 
 
-CHAINED = dict(clients=2, first_pass=2, visit=0.5, optimiser="sgd", lr=0.02, anneal=0.2)
+CHAINED = dict(clients=2, first_pass=2, passes=2, optimiser="sgd", lr=0.02, anneal=0.2)
 CASES: dict[str, dict] = {
     "avg": dict(methods=("avg",)),
-    "chains": dict(methods=("chain+sum", "accumulate+sum"), **CHAINED),
-    "chain-fedavg": dict(methods=("chain-fedavg+sum",), optimiser_state="client", **CHAINED),
+    "chain": dict(methods=("chain+sum",), **CHAINED),
+    "accumulate": dict(methods=("accumulate+sum",), visit=2.0, **CHAINED),
     "optimiser at the client": dict(optimiser_state="client", clients=2),
     "half the bits, two of three": dict(methods=("ksas_max",), fraction=0.67, wire="fp16", cycles=3, tail=0),
     "fedadam": dict(server="fedadam", server_lr=0.02, clients=2),
-    "fedavgm": dict(server="fedavgm", server_lr=0.7, optimiser_state="travels", clients=2),
+    "fedavgm": dict(server="fedavgm", server_lr=0.7, optimiser="sgd", lr=0.02, optimiser_state="travels", clients=2),
 }
 WATCHED: dict[str, list] = {}  # case -> (direction and type, shape of the content) of each message of its run
 
@@ -234,11 +234,10 @@ def start_of(setting: config.Config, root: Path) -> State:
 
 def test_cases_are_what_they_say(bench):
     """Half of the test above is that something was there to differ."""
-    chains = small(**CASES["chains"])
-    root = bench.plain(chains)
-    frozen = rows_of(chains, root).query("client != 'server' and method == 'chain+sum'")
+    chain, accumulate = small(**CASES["chain"]), small(**CASES["accumulate"])
+    frozen = rows_of(chain, bench.plain(chain)).query("client != 'server'")
     assert frozen["bytes_down"].iloc[-1] < frozen["bytes_down"].iloc[0], "the last pass carries the head alone"
-    memory = record.state(chains, NOTEBOOK, "accumulate+sum", 0, root=root)["memory"]
+    memory = record.state(accumulate, NOTEBOOK, "accumulate+sum", 0, root=bench.plain(accumulate))["memory"]
     assert set(memory) == {"00", "01"} and any(key.startswith("momentum_buffer:") for key in memory["00"])
     half = small(**CASES["half the bits, two of three"])
     rows = rows_of(half, bench.plain(half)).query("client != 'server'")
@@ -252,12 +251,12 @@ class BrokenOff(KeyboardInterrupt):
     """The server was killed."""
 
 
-@pytest.mark.parametrize("case", ["fedadam", "fedavgm", "optimiser at the client", "chains"])
+@pytest.mark.parametrize("case", ["fedadam", "fedavgm", "optimiser at the client", "accumulate"])
 def test_a_run_broken_off_before_and_after_a_commit_goes_on_to_the_same_bytes(case, bench, monkeypatch):
     """Clients have asked and trained for the commit that was lost, and do it again; the server's optimiser lives on."""
     setting = small(**CASES[case])
     place, original = bench.place(setting), alfl.commit
-    breaks = {0: "after", 1: "before"} if case != "chains" else {1: "after", 2: "before", 4: "before"}
+    breaks = {0: "after", 1: "before"} if case != "accumulate" else {1: "after", 2: "before", 4: "before"}
     starts = len(breaks) + 1
 
     def commit(run, *rest, **named):
@@ -402,7 +401,7 @@ def test_messages_hold_what_they_may_and_nothing_else(case):
         assert not unlike(shape, MAY_SAY[kind]), (kind, shape)
         for name, entries in shape.items():
             if allowed[name] == MODEL:
-                assert entries in ((whole, head) if "chain+sum" in setting.methods[0] or "chain-" in case else (whole,))
+                assert entries in ((whole, head) if setting.methods[0].startswith("chain") else (whole,))
             elif allowed[name] == MEMORY:
                 assert {entry.partition(":")[2] for entry in entries} <= {*whole, ""}
             else:
@@ -412,7 +411,7 @@ def test_messages_hold_what_they_may_and_nothing_else(case):
     said = [kind for kind, _ in WATCHED[case]]
     assert set(said) == set(MAY_SAY), "every kind of message was seen"
     with_memory = {kind for kind, shape in WATCHED[case] if "memory" in shape}
-    expected = {"to train", "from train"} if case in ("chains", "fedavgm") else set()
+    expected = {"to train", "from train"} if case in ("accumulate", "fedavgm") else set()
     assert with_memory == expected
 
 
@@ -501,7 +500,7 @@ def test_no_image_is_in_any_message(overheard):
     assert occurring(patterns, everything) == set()
     image = parts[0].images.batch([3])[0].numpy()
     for planted in (image[1, 20], image.transpose(1, 2, 0).reshape(64, -1)[20][37 : 37 + 64]):
-        assert occurring(patterns, everything[:999_999] + planted.tobytes() + everything[999_999:]), "it would be found"
+        assert occurring(patterns, everything[:99_999] + planted.tobytes() + everything[-99_999:]), "it would be found"
     for name in (b"\x89PNG", b"IHDR", b"JFIF"):
         assert name not in everything
 
@@ -512,8 +511,8 @@ def test_no_box_of_an_annotation_is_in_any_message(overheard):
     patterns = set().union(*(box_patterns(part) for part in everybody(place, setting)))
     assert len(patterns) > 8 * 100
     assert occurring(patterns, everything) == set()
-    for planted in list(patterns)[::97]:
-        assert occurring(patterns, everything[:77_777] + planted + everything[77_777:]) >= {planted}, "would be found"
+    planted = everything[:77_777] + b"-".join(patterns) + everything[-77_777:]
+    assert occurring(patterns, planted) == patterns, "each of them would be found"
 
 
 def test_ids_are_in_answers_of_who_labelled_and_not_under_anonymous(overheard):

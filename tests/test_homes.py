@@ -82,7 +82,7 @@ sides = st.tuples(
 ).filter(lambda b: b[0] != b[2] and b[1] != b[3])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.lists(st.tuples(sides, st.integers(1, 3), st.booleans(), st.booleans()), max_size=4), min_size=1, max_size=3
