@@ -369,6 +369,7 @@ class Line:
         self.grid, self.timeout, self.patience = grid, timeout, patience
         self.nodes: dict[str, int] = {}
         self.judges: set[str] = set()  # clients with test images of their own
+        self.held: dict[str, int] = {}  # images of each client
 
     def meet(self, task: Task, names: Sequence[str], wait: float) -> dict[str, int]:
         """Learn which node is which client; how many images each holds.
@@ -405,6 +406,7 @@ class Line:
                 raise ValueError(f"two nodes say that they are client {name!r}: give one of them another name")
             self.nodes[name], held[name] = new[node], int(answer["counts"]["images"])
             (self.judges.add if answer["counts"]["judges"] else self.judges.discard)(name)
+        self.held |= held
         return held
 
     def exchange(
@@ -628,6 +630,8 @@ def check(config: Config) -> None:
         raise ValueError(f"classifier={config.classifier!r}: real clients train detectors; use the plain loop")
     if config.batch_norm == "local":
         raise ValueError("batch_norm='local': models are judged at the server, which has nobody's statistics")
+    if config.batch_norm == "frozen":
+        raise ValueError("batch_norm='frozen': the statistics are those of the starting point, which no client knows")
     _check_privacy(config)
     for method in config.methods:
         scheme, strategy = alfl.scheme_of(method)
@@ -696,6 +700,7 @@ def start(
         rows = run.asked_rows()
         for client in clients:
             client.pool.restore(run.resumed["told"][client.name], rows)
+            client.pool.held = held.get(client.name, client.pool.held)  # it may have come while the server was down
         alfl.go_on(run, model, clients)
         return clients, model.to(study.device)
     model.load_state_dict(alfl.starting_point(run, study, study.start_rows(run.seed)), strict=False)
@@ -869,10 +874,15 @@ def evaluate(
     """Have the clients that hold test images judge the global model; what they say goes into their rows."""
     for client in clients:
         client.judged = {}
-    task, payload = _task(run, study, cycle, round), alfl.broadcast(model, run.config.batch_norm, run.config.wire)
     judges = [client for client in clients if client.name in line.judges]
+    if not judges:
+        return
+    task, keys = _task(run, study, cycle, round), federation.sent_keys(model, run.config.batch_norm)
+    if not run.config.frozen:  # where the head alone travels, not everybody has had the merged backbone yet
+        keys = [key for key, value in model.state_dict().items() if value.is_floating_point()]
+    payload = federation.pack(federation.state_of(model, keys), run.config.wire)
     contents = {client.name: {"task": task.record(), "arrays": arrays_of(payload)} for client in judges}
-    answers, _ = line.exchange(EVALUATE, contents) if contents else ({}, {})
+    answers, _ = line.exchange(EVALUATE, contents)
     for client in judges:
         if client.name in answers and "ap50" in answers[client.name]["counts"]:
             client.judged = {"ap50": float(answers[client.name]["counts"]["ap50"])}
@@ -928,9 +938,9 @@ def serve(grid: Grid, place: Path, said: Mapping[str, Any]) -> None:
     study = homes.server_study(place, config)
     line = Line(grid, float(said["timeout"]), float(said["patience"]))
     task = Task(config, notebook, config.methods[0], seed, 0, 0, study.class_names)
-    held = line.meet(task, facts["clients"], float(said["wait"]))
+    line.meet(task, facts["clients"], float(said["wait"]))
     for run in record.runs(config, notebook, root=place / "server" / "runs", plan=alfl.plan):
-        experiment(run, study, line, facts["clients"], held)
+        experiment(run, study, line, facts["clients"], line.held)
 
 
 def run_config(
@@ -976,8 +986,9 @@ class Deployment:
     node and the server counts bytes (`traffic`) and breaks the line on request. simulation: Flower's simulation of the
     nodes in the place of processes. nodes: what the nodes' configuration says beside the folder, by client, such as
     {"00": {"faults": "nan@0.1"}}. warm: answers come from forks of processes that have everything imported already,
-    where Flower starts a new Python for each of them (seconds of processor time an answer). Use it as a context
-    manager: whatever happens, nothing is left behind.
+    where Flower starts a new Python for each of them (seconds of processor time an answer), and nodes ask for work
+    twice a second, where Flower's ask every three seconds. Use it as a context manager: whatever happens, nothing is
+    left behind.
     """
 
     def __init__(
@@ -1015,10 +1026,10 @@ class Deployment:
             text = "\n".join(["[superlink]", 'default = "fedal"', "[superlink.fedal]", *lines, ""])
             (self.folder / "home" / "config.toml").write_text(text)
             if self.warm:
-                text = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(_checkout())!r})\n"
-                text += "from fedal_utils.flower import superexec\nsuperexec()\n"
-                shim = record.write_atomic(self.folder / "bin" / "flower-superexec", text)
-                shim.chmod(0o755)
+                first = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(_checkout())!r})\n"
+                forks = first + "from fedal_utils.flower import superexec\nsuperexec()\n"
+                for name, text in (("flower-superexec", forks), ("flower-supernode", f"#!{sys.executable}\n{_EAGER}")):
+                    record.write_atomic(self.folder / "bin" / name, text).chmod(0o755)
             self.start_server()
             for name in () if self.simulation else self.names:
                 self.relays[name] = wire.Relay(self.port).start()
@@ -1061,8 +1072,10 @@ class Deployment:
     def start_node(self, process: str, key: Path, node: Mapping[str, Any], port: int) -> None:
         """A node process with this private key, which connects to the server at `port`; refused without its key."""
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
+        eager = self.folder / "bin" / "flower-supernode"
         command = [
-            "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--root-certificates", str(self.certificates.ca),
+            str(eager) if self.warm else "flower-supernode", "--superlink", f"127.0.0.1:{port}",
+            "--root-certificates", str(self.certificates.ca),
             "--auth-supernode-private-key", str(key), "--port", str(wire.free_ports(1)[0]), "--node-config", words,
         ]  # fmt: skip
         self.processes.start(process, _program(command), self.environment(), cwd=self.folder)
@@ -1191,6 +1204,24 @@ class Deployment:
     def tables(self, config: Config, notebook: str) -> pd.DataFrame:
         """`record.table` of this place's runs."""
         return record.table(config, notebook, root=self.place / "server" / "runs")
+
+
+# Flower's `flower-supernode`, which asks for a message every three seconds, asking twice a second.
+_EAGER = """\
+import time
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli import flower_supernode
+
+class Clock:
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def sleep(self, seconds):
+        time.sleep(min(seconds, 0.5))
+
+start_client_internal.time = Clock()
+flower_supernode()
+"""
 
 
 def superexec() -> None:

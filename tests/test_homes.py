@@ -225,6 +225,18 @@ def test_everybody_gets_what_a_run_of_that_seed_gives_them_and_nobody_shares(dea
     assert sorted(seen) == sorted(train.images.ids), "all of them, each once"
 
 
+def test_each_client_may_have_a_part_of_the_test_images(dealt, tmp_path):
+    homes.deal(tiny(), tmp_path / "place", tests=True)
+    _, test = data.load("digits", (32, 32), scenes=(30, 4), digit_classes=3)
+    for place, name in enumerate(("00", "01")):
+        part = homes.read_set(tmp_path / "place" / "clients" / name / "test", tiny(), test.class_names)
+        assert objects(part) == objects(test.take([place, place + 2]))
+        own, other = (homes.read_set(root / "clients" / name, tiny()) for root in (tmp_path / "place", dealt))
+        assert objects(own) == objects(other), "and trains on what it would"
+    assert objects(homes.server_study(tmp_path / "place", tiny()).test) == objects(test)
+    assert not list((dealt / "clients").glob("*/test"))
+
+
 def test_another_seed_deals_otherwise_and_says_so(dealt, tmp_path):
     homes.deal(tiny(), tmp_path / "other", seed=3)
     train, _ = data.load("digits", (32, 32), scenes=(30, 4), digit_classes=3)
