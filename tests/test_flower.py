@@ -200,7 +200,7 @@ def assert_same(setting: config.Config, root: Path, other: Path) -> None:
 
 def rows_of(setting: config.Config, root: Path) -> pd.DataFrame:
     table = record.table(setting, NOTEBOOK, root=root)
-    return table.assign(status=table["status"] if "status" in table else "")
+    return table.assign(status=table["status"].fillna("") if "status" in table else "")
 
 
 CHAINED = dict(clients=2, first_pass=2, passes=2, optimiser="sgd", lr=0.02, anneal=0.2)
@@ -223,7 +223,7 @@ def test_real_clients_and_the_plain_loop_agree_bit_for_bit(case, bench):
     root = elsewhere(setting, bench.place(setting), tap=lambda message, _: seen.append(shape_of(message)))
     assert_same(setting, root, bench.plain(setting))
     rows = rows_of(setting, root)
-    assert (rows["status"].replace("", np.nan).isna()).all() and rows["steps"].sum() > 0
+    assert (rows["status"] == "").all() and rows["steps"].sum() > 0
     assert not same_state(weights(setting, root), start_of(setting, root))
 
 
@@ -585,10 +585,10 @@ def test_what_is_left_of_a_faulty_round_is_the_plain_loop_without_that_client(dr
     assert last["steps"].to_dict() == {"00": 2, "01": 2, "02": 2, "server": 6}
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", ["fail", "nan", "huge"])
 def test_a_fault_can_stop_the_run_and_says_whose_it_was_and_when(kind, bench):
     setting = small(on_failure="stop", too_large=5.0, cycles=1, tail=0)
-    what = {"nan": "not finite", "shape": "wrong shape", "huge": "too large", "fail": "a drill: this client fails"}
+    what = {"nan": "not finite", "huge": "too large", "fail": "a drill: this client fails"}
     place = bench.place(setting)
     with pytest.raises(ClientLost, match=rf"client 01: .*{what[kind]}.*on_failure='skip' goes on") as caught:
         elsewhere(setting, place, nodes={"01": {"faults": f"{kind}@0.0"}})
@@ -622,11 +622,10 @@ class Latecomer(Rounds):
 
 
 def test_who_comes_when_the_run_has_begun_is_asked_from_then_on_and_in_the_next_method(bench):
-    setting = small(methods=("random", "avg"), clients=2)
-    root = elsewhere(setting, bench.place(setting), wait=0.1, kind=Latecomer)
-    first, second = setting.replace(methods=("random",)), setting.replace(methods=("avg",))
-    assert_same(first, root, bench.plain(first, unasked=[(0, "01")]))
-    assert_same(second, root, bench.plain(second))
+    setting = small(methods=("random", "avg"), clients=2, tail=0, iterations=1)
+    rows = rows_of(setting, elsewhere(setting, bench.place(setting), wait=0.1, kind=Latecomer)).query("client == '01'")
+    assert rows["method"].tolist() == ["random", "random", "avg", "avg"]
+    assert rows["status"].tolist() == ["no labels", "", "", ""] and rows["images"].tolist() == [0, 3, 3, 6]
 
 
 def test_who_comes_while_the_server_is_down_is_asked_when_it_goes_on(bench, monkeypatch):
@@ -661,14 +660,14 @@ def lost_at(*places: tuple[str, int, int]) -> Callable[[Message], bool]:
 
 def test_no_answer_and_nobody_there_are_told_apart_and_the_client_comes_back(bench):
     """In the round in which it is away it is not asked either, and trains later on what it had."""
-    setting = small(**DRILLED)
-    lose = lost_at(("to", 0, 0), ("from", 0, 1))
+    setting = small(tail=3, clients=2, iterations=1)
+    lose = lost_at(("from", 0, 0), ("to", 1, 2))
     root = elsewhere(setting, bench.place(setting), timeout=0.3, kind=Away, lose=lose)
-    without = {(0, 0): {"01": "no answer"}, (0, 1): {"01": "no answer"}, (1, 0): {"01": "away"}}
+    without = {(0, 0): {"01": "no answer"}, (1, 0): {"01": "away"}, (1, 2): {"01": "no answer"}}
     assert_same(setting, root, bench.plain(setting, without=without, unasked=[(1, "01")]))
     rows = rows_of(setting, root).query("client == '01'")
-    assert rows["status"].tolist() == ["no answer", "no answer", "away", "", ""]
-    assert rows["steps"].tolist() == [0, 0, 0, 2, 2] and rows["images"].tolist() == [3] * 5
+    assert rows["status"].tolist() == ["no answer", "away", "", "no answer", ""]
+    assert rows["steps"].tolist() == [0, 0, 1, 0, 1] and rows["images"].tolist() == [3] * 5
 
 
 def test_no_answer_ends_the_waiting_in_time_and_names_the_client(bench):
@@ -860,7 +859,7 @@ def test_a_packed_state_travels_in_the_precision_in_which_it_was_packed():
     assert flower.state_of(arrays)["w"][0, 0] == 1.0, "a copy"
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.dictionaries(names, st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=4), st.data())
 def test_a_layout_that_lies_about_sizes_is_a_value_error(shapes, data):
     state = state_from({name: (shape, torch.float32) for name, shape in shapes.items()})
@@ -950,7 +949,7 @@ def test_a_home_with_test_images_of_its_own_judges_a_model_there(bench):
 
 def test_clients_judge_the_servers_model_whatever_of_it_travelled_to_train(bench, monkeypatch):
     """A chain's later visits carry the head alone, and the next visitor has not had the merged backbone yet."""
-    setting = small(**{**CASES["chain"], "start_iterations": 60})
+    setting = small(**CASES["chain"])
     place, original, wrong = bench.place(setting, tests=True), alfl.commit, []
     tests = {name: homes.read_set(place / "clients" / name / "test", setting) for name in ("00", "01")}
     assert sorted(sum((list(part.images.ids) for part in tests.values()), [])) == [f"test-{i:05d}" for i in range(6)]
@@ -966,7 +965,7 @@ def test_clients_judge_the_servers_model_whatever_of_it_travelled_to_train(bench
         root = elsewhere(setting, place)
     assert wrong == [0.0] * (2 * 7)
     rows = rows_of(setting, root).query("client != 'server'")
-    assert rows["ap50"].notna().all() and rows["ap50"].max() > 0
+    assert rows["ap50"].notna().all() and rows["ap50"].nunique() > 3
     for name in ("rounds", "asked"):  # a judge moves nothing else
         one, two = (
             pd.read_csv(folder_of(setting, where, "chain+sum") / f"{name}.csv", dtype={"client": str})
