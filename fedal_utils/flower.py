@@ -1001,6 +1001,7 @@ class Deployment:
         self.nodes = {name: dict((nodes or {}).get(name, {})) for name in self.names}
         self.folder = self.place / "wire"
         self._registered: dict[str, str] = {}
+        self._earlier: dict[str, tuple[int, int, int]] = {}  # traffic before a restart
         self.relays: dict[str, wire.Relay] = {}
         self.processes: wire.Processes | None = None
         self.port = 0
@@ -1040,7 +1041,7 @@ class Deployment:
         return self
 
     def start_server(self) -> None:
-        """The server's process; started again after a kill, it knows its nodes and runs from its database."""
+        """The server's process. It keeps nodes and messages in memory: after a kill, `restart`."""
         tls = self.certificates
         command = [
             "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port),
@@ -1089,6 +1090,12 @@ class Deployment:
         for relay in self.relays.values():
             relay.close()
         return left
+
+    def restart(self) -> Deployment:
+        """Stop what is left and start anew, with new certificates, keys and ports; a run that is submitted goes on."""
+        self.stop()
+        self._registered, self._earlier = {}, {name: tuple(row) for name, *row in self.traffic().values.tolist()}
+        return self.start()
 
     def environment(self) -> dict[str, str]:
         """The environment of all of them: Flower's own files go to this deployment's folder, nothing calls home."""
@@ -1192,13 +1199,12 @@ class Deployment:
             command, capture_output=True, text=True, env=self.environment(), cwd=self.folder
         ).stdout  # fmt: skip
 
-    def kill_run(self) -> None:
-        """SIGKILL to the process that runs the server's part of the experiment, as if its machine had lost power."""
-        os.kill(int((self.place / "server" / "pid").read_text()), signal.SIGKILL)
-
     def traffic(self) -> pd.DataFrame:
         """Bytes on the wire so far, TLS and Flower's own messages included: client, up, down, connections."""
-        rows = [(name, relay.up, relay.down, relay.connections) for name, relay in self.relays.items()]
+        rows = []
+        for name, relay in self.relays.items():
+            up, down, connections = self._earlier.get(name, (0, 0, 0))
+            rows.append((name, up + relay.up, down + relay.down, connections + relay.connections))
         return pd.DataFrame(rows, columns=["client", "up", "down", "connections"])
 
     def tables(self, config: Config, notebook: str) -> pd.DataFrame:
