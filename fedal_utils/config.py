@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -649,6 +650,7 @@ def fitted(config: Config, images: int) -> Config:
     )  # fmt: skip
 
 
+@functools.cache
 def fields() -> dict[str, Any]:
     """Every name in a config and its type."""
     return get_type_hints(Config)

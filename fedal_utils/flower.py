@@ -75,6 +75,7 @@ from .seeding import numpy_seeded
 HELLO, SCORE, LABEL = "query.hello", "query.score", "query.label"
 TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
 PAUSE = 0.3  # seconds between two looks for answers
+ROBUST = ("fedtrimmedavg", "krum", "multikrum")  # they bear `malicious` clients of at least twice as many and one
 FAULTS = ("fail", "hang", "nan", "shape", "huge")  # of a drill, see `drill`
 
 
@@ -300,8 +301,9 @@ def label(message: Message, context: Context) -> Message:
     home, task, run, study = _at_work(message, context)
     try:
         client, rows = home.ask(run, study, task.cycle)
-    except flywheel.Unanswered as waiting:
-        return _answer(message, counts=MetricRecord({"unanswered": 1}), said=ConfigRecord({"why": str(waiting)}))
+    except flywheel.Unanswered:
+        said = ConfigRecord({"why": "its questions wait for a person"})
+        return _answer(message, counts=MetricRecord({"unanswered": 1}), said=said)
     bill, (_, labels) = client.pool.bill(), client.pool.training_set()
     histogram = torch.bincount(labels.classes[labels.valid], minlength=len(study.class_names) + 1)[1:].tolist()
     counts = {"images": bill.images, "boxes": bill.boxes, "seconds": bill.seconds, "histogram": histogram}
@@ -493,7 +495,7 @@ def strategy_of(config: Config, clients: int) -> strategies.Strategy:
         "weighted_by_key": config.weights,
     }  # fmt: skip
     bad, lr = config.malicious, config.server_lr
-    if config.server in ("fedtrimmedavg", "krum", "multikrum") and 2 * bad + 1 > clients:
+    if config.server in ROBUST and 2 * bad + 1 > clients:
         raise ValueError(
             f"server {config.server!r} bears malicious={bad} of {2 * bad + 1} clients or more, not of {clients}"
         )
@@ -616,7 +618,13 @@ def merge(
     if config.privacy == "none" and config.server in ("fedavg", "fedprox"):  # the proximal term is the clients'
         alfl.merge(run, model, clients, updates)
         return
-    before = federation.state_of(model, federation.sent_keys(model, config.batch_norm))
+    before = federation.unpack(alfl.broadcast(model, config.batch_norm, config.wire))  # what was sent
+    least = 2 * config.malicious + 1
+    if config.server in ROBUST and config.on_failure == "skip" and 0 < len(updates) < least:
+        print(
+            f"{run}: {config.server} needs {least} updates, {len(updates)} came: the model stays as it was", flush=True
+        )
+        return
     seed = int(run.rng("noise", number).integers(1 << 32)) if config.privacy == "clip" else None
     alfl.merge(run, model, clients, updates, lambda sent: merging.average(number, before, sent, seed))
 
@@ -777,6 +785,8 @@ def _take_in(client: Client, cycle: int, answer: RecordDict) -> None:
             {"cycle": cycle, "client": client.name, "id": str(sample), "score": float(score)}
             for sample, score in zip(said["ids"], said["why"], strict=True)
         ]
+    if any(math.isinf(row["score"]) for row in rows):
+        raise ValueError("a score is infinite")
     pool.tell(cycle, Bill(images, boxes, seconds), histogram, rows)
 
 

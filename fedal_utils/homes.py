@@ -8,6 +8,9 @@ process can be run with real clients; a client's home may as well be a folder th
     <place>/clients/00/            annotations.json (COCO) and images/, or any layout that `data.load` finds out
     <place>/clients/00/runs/       label store, questions, and states, by run
 
+A person at home draws no box for an object that is to be ignored (crowd, difficult, too small), so a data set with such
+objects costs fewer boxes there than the plain loop's Oracle bills.
+
 Nothing in a home is needed twice at one time, and every step can be repeated: a client that is asked again for what it
 has done already (its answer was lost, or the server was killed) gives the same answer.
 """
@@ -133,6 +136,8 @@ def deal(
                 f"{place} was dealt for another experiment ({odd[0]} = {there['dealt'].get(odd[0])!r}, now "
                 f"{facts[odd[0]]!r}): give another place, or delete it"
             )
+        if tests and not all((place / "clients" / name / "test").is_dir() for name in there["clients"]):
+            raise ValueError(f"{place} was dealt without test images for the clients: give another place, or delete it")
         return there["clients"]
     for part in ("server", "clients"):
         if (place / part).exists():

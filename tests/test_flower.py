@@ -678,11 +678,18 @@ def test_no_answer_ends_the_waiting_in_time_and_names_the_client(bench):
     assert str(lost["01"]) == "client 01: no answer within 0 s (query.label)"
 
 
-def test_too_few_updates_for_the_malicious_clients_end_the_run_with_the_reason(bench):
-    setting = small(server="krum", cycles=1, tail=0)
-    place = bench.place(setting)
+def test_too_few_updates_for_the_malicious_clients_leave_the_model_as_it_was(bench):
+    """Two of three clients cannot outvote a liar; on_failure='stop' ends the run with the reason."""
+    setting = small(server="krum", cycles=1, rounds=2, tail=0)
+    faults = {"02": {"faults": "fail@0.1"}}
+    root = elsewhere(setting, bench.place(setting), nodes=faults)
+    rows = rows_of(setting, root).query("client == 'server'")
+    assert len(rows) == 2 and rows["steps"].iloc[1] < rows["steps"].iloc[0]
+    with pytest.raises(RuntimeError, match="client 02: .*on_failure='skip' goes on without it"):
+        elsewhere(setting.replace(on_failure="stop"), bench.place(setting), nodes=faults)
+    lone = flower.Merging(setting)
     with pytest.raises(ValueError, match="server 'krum' bears malicious=1 of 3 clients or more, not of 2"):
-        elsewhere(setting, place, nodes={"02": {"faults": "fail@0.0"}})
+        lone.average(1, BEFORE, [sent("00", a=[1.0, 2.0], b=3.0), sent("01", a=[1.0, 2.0], b=3.0)])
 
 
 def test_who_never_comes_is_named(bench):
@@ -815,7 +822,7 @@ def test_a_human_who_does_not_answer_in_time_costs_the_cycle_her_labels(bench, c
     rows = rows_of(setting, place / "server" / "runs").set_index("client")
     assert rows["status"].to_dict() == {"00": "", "01": "no labels", "02": "", "server": ""}
     assert rows["images"].to_dict() == {"00": 3, "01": 0, "02": 3, "server": 6}
-    assert "no labels from client 01 (unanswered): client 01: 3 questions wait in" in capsys.readouterr().out
+    assert "no labels from client 01 (unanswered): client 01: its questions wait for a person" in capsys.readouterr().out
 
 
 # --- a message's parts ------------------------------------------------------------------------------------------------
