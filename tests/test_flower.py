@@ -822,7 +822,7 @@ def test_a_human_who_does_not_answer_in_time_costs_the_cycle_her_labels(bench, c
     rows = rows_of(setting, place / "server" / "runs").set_index("client")
     assert rows["status"].to_dict() == {"00": "", "01": "no labels", "02": "", "server": ""}
     assert rows["images"].to_dict() == {"00": 3, "01": 0, "02": 3, "server": 6}
-    assert "no labels from client 01 (unanswered): client 01: its questions wait for a person" in capsys.readouterr().out
+    assert "client 01 (unanswered): client 01: its questions wait for a person" in capsys.readouterr().out
 
 
 # --- a message's parts ------------------------------------------------------------------------------------------------
