@@ -432,6 +432,7 @@ class Line:
         waiting = {id_: name for id_, name in zip(ids, here, strict=True) if id_}
         failed |= {name: ("away", "it is not there") for id_, name in zip(ids, here, strict=True) if not id_}
         answers: dict[str, RecordDict] = {}
+        again: dict[str, str] = {}  # who answered with an error once, and which; every message can be repeated
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
             for reply in self.grid.pull_messages(list(waiting)):
@@ -439,7 +440,13 @@ class Line:
                 if name is None:
                     continue
                 if reply.has_error():
-                    failed[name] = ("failed", f"error {reply.error.code}: {reply.error.reason}")
+                    why = f"error {reply.error.code}: {reply.error.reason}"
+                    if name not in again:
+                        again[name] = why
+                        repeated = Message(RecordDict(dict(contents[name])), nodes[name], kind, ttl=timeout + 5)
+                        waiting |= {id_: name for id_ in self.grid.push_messages([repeated]) if id_}
+                    if name not in waiting.values():
+                        failed[name] = ("failed", why)
                 elif "said" in reply.content and "status" in reply.content["said"]:
                     said = reply.content["said"]
                     failed[name] = (str(said["status"]), str(said["why"]))
@@ -447,7 +454,12 @@ class Line:
                     answers[name] = reply.content
             if waiting:
                 time.sleep(PAUSE)
-        failed |= {name: ("no answer", f"no answer within {timeout:.0f} s") for name in waiting.values()}
+        for name in waiting.values():
+            why = f"no answer within {timeout:.0f} s" + (f", after {again[name]}" if name in again else "")
+            failed[name] = ("failed" if name in again else "no answer", why)
+        for name, why in again.items():
+            if name in answers:
+                print(f"client {name} answered {kind} when it was asked again, after {why}", flush=True)
         return answers, dict(sorted(failed.items()))
 
 
@@ -813,6 +825,9 @@ def sender(run: record.Run, study: Study, cycle: int, round: int, line: Line, gi
         answers, sent = line.exchange(TRAIN, contents)
         by_name, when = {client.name: client for client in clients}, f"in cycle {cycle}, round {round}"
         sent |= {name: _update(run, by_name[name], answer) for name, answer in answers.items()}
+        for what in sent.values():
+            if isinstance(what, ClientLost):
+                print(f"{run}, {when[3:]}: nothing from {what}", flush=True)
         return {
             name: ClientLost(f"{what} {when}", what.status) if isinstance(what, ClientLost) else what
             for name, what in sent.items()
