@@ -41,7 +41,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,7 +323,7 @@ def train_here(message: Message, context: Context) -> Message:
             client.memory, client.home = {}, {}
         if "memory" in message.content:
             client.memory = state_of(message.content["memory"])
-        base = home.base(run, task.cycle, task.round)
+        base = home.base(run, task.cycle, task.round) if turn.frozen else {}
         model = _model(task, run, study, base, received)
         if turn.frozen and not task.config.frozen:
             if turn.whole:
@@ -735,11 +735,8 @@ class Given:
     """
 
     cycle: int = -1
-    payloads: dict[str, bytes] = None
-    average: State = None
-
-    def __post_init__(self) -> None:
-        self.payloads, self.average = {}, {}
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    average: State = field(default_factory=dict)
 
 
 def ask(
@@ -1301,7 +1298,8 @@ def superexec() -> None:
 
 def one_line(row: Mapping[str, Any]) -> str:
     """A round of `Deployment.rounds` in one line."""
-    judged = "".join(f"  {name} {row[name]:.3f}" for name in ("ap50",) if row.get(name) == row.get(name, math.nan))
+    ap50 = row.get("ap50", math.nan)
+    judged = "" if math.isnan(ap50) else f"  ap50 {ap50:.3f}"
     return (
         f"{row['method']} {row['seed']}  cycle {row['cycle'] + 1} round {row['round'] + 1}  images {row['images']}"
         f"{judged}  {row['at']:.1f} s"

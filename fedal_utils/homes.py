@@ -130,11 +130,10 @@ def deal(
     place, facts = Path(place), _facts(config, seed)
     with contextlib.suppress(FileNotFoundError):
         there = json.loads((place / "server" / "federation.json").read_text())
-        if there["dealt"] != facts:
-            odd = [name for name in facts if there["dealt"].get(name) != facts[name]]
+        for name, was, now in _changed(there["dealt"], facts):
             raise ValueError(
-                f"{place} was dealt for another experiment ({odd[0]} = {there['dealt'].get(odd[0])!r}, now "
-                f"{facts[odd[0]]!r}): give another place, or delete it"
+                f"{place} was dealt for another experiment ({name} = {was!r}, now {now!r}): give another place, or "
+                "delete it"
             )
         if tests and not all((place / "clients" / name / "test").is_dir() for name in there["clients"]):
             raise ValueError(f"{place} was dealt without test images for the clients: give another place, or delete it")
@@ -152,12 +151,10 @@ def deal(
     held = alfl.held_out(config, train, seed)
     half = place.with_name(f".{place.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    for name, rows in zip(names, parts, strict=True):
+    for number, (name, rows) in enumerate(zip(names, parts, strict=True)):
         write_set(half / "clients" / name, train.take(rows))
         if tests:
-            write_set(
-                half / "clients" / name / "test", test.take(np.arange(len(test))[names.index(name) :: len(names)])
-            )
+            write_set(half / "clients" / name / "test", test.take(np.arange(number, len(test), len(names))))
     write_set(half / "server" / "start", train.take(np.concatenate([first, held])))
     write_set(half / "server" / "test", test)
     content = {
@@ -177,6 +174,11 @@ def _facts(config: Config, seed: int) -> dict[str, Any]:
     return json.loads(json.dumps({**facts, "seed": seed}))
 
 
+def _changed(dealt: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(setting, as it was dealt, as it is now) of each that differs."""
+    return [(name, dealt.get(name), now) for name, now in facts.items() if dealt.get(name) != now]
+
+
 def dealt_as(config: Config, seed: int) -> str:
     """A short name of who holds what: the same for experiments that can share a place."""
     return hashlib.sha256(json.dumps(_facts(config, seed), sort_keys=True).encode()).hexdigest()[:8]
@@ -193,12 +195,10 @@ def facts_of(place: str | Path) -> dict[str, Any]:
 def server_study(place: str | Path, config: Config, device: str | torch.device = "cpu") -> Study:
     """What the server works with: start images and held-out images in the place of everybody's, and the test set."""
     facts, folder = facts_of(place), Path(place) / "server"
-    wanted = _facts(config, facts["dealt"]["seed"])
-    odd = [name for name, value in wanted.items() if facts["dealt"].get(name) != value]
-    if odd:
+    for name, was, _ in _changed(facts["dealt"], _facts(config, facts["dealt"]["seed"])):
         raise ValueError(
-            f"{place} was dealt with {odd[0]} = {facts['dealt'][odd[0]]!r}, the experiment has "
-            f"{getattr(config, odd[0])!r}: hand the data out again, elsewhere"
+            f"{place} was dealt with {name} = {was!r}, the experiment has {getattr(config, name)!r}: hand the data out "
+            "again, elsewhere"
         )
     train, test = (read_set(folder / part, config, facts["classes"]) for part in ("start", "test"))
     train, test = replace(train, name=f"{facts['name']}-server"), replace(test, name=f"{facts['name']}-test")
@@ -255,7 +255,8 @@ class Home:
         try:
             pool = Pool(self.name, study.train.images, oracle, np.arange(len(study.train)))
             before = cycle + 1 if asked else cycle
-            pool.replay(row for row in self._asked(run) if row["cycle"] < before)
+            asked_before = [row for row in self._asked(run) if row["cycle"] < before]
+            pool.replay({**row, "score": np.nan if row["score"] is None else row["score"]} for row in asked_before)
             pool.set_aside(oracle.unsure(range(before)))
             client = Client(self.name, pool)
             for what, kept in self._state(run, cycle, round).items():
@@ -268,9 +269,9 @@ class Home:
             oracle.store.close()
 
     def _asked(self, run: record.Run) -> list[dict[str, Any]]:
+        """Rows as the file has them: no score is None there."""
         file = run.folder / "asked.json"
-        rows = json.loads(file.read_text()) if file.is_file() else []
-        return [{**row, "score": float("nan") if row["score"] is None else row["score"]} for row in rows]
+        return json.loads(file.read_text()) if file.is_file() else []
 
     def pick(self, run: record.Run, cycle: int, picked: Picked, coder: State) -> None:
         """Note what to ask in this cycle, and the VAE that chose it where that lives on."""
@@ -294,8 +295,7 @@ class Home:
             client.pool.ask(picked["positions"].numpy(), cycle, picked["why"].numpy())
             rows = client.pool.asked_rows(cycle)
             plain = [{**row, "score": None if np.isnan(row["score"]) else row["score"]} for row in rows]
-            kept = [{**row, "score": None if np.isnan(row["score"]) else row["score"]} for row in self._asked(run)
-                    if row["cycle"] != cycle]  # fmt: skip
+            kept = [row for row in self._asked(run) if row["cycle"] != cycle]
             record.write_atomic(run.folder / "asked.json", json.dumps([*kept, *plain], indent=1))
             if self.anonymous:
                 number = {sample: f"{self.name}/{place}" for place, sample in enumerate(client.pool.ids)}
