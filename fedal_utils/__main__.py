@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, notebooks, record
+from . import __version__, notebooks
 from .config import PROFILES
+from .record import run as record
 
 
 def seed_list(text: str) -> list[int] | None:
@@ -80,7 +81,7 @@ def doctor() -> None:
 
 def fetch(names: Sequence[str]) -> None:
     """Download data sets into $FEDAL_DATA, or `data/` of the checkout."""
-    from . import download
+    from .data import download
 
     known = {name.lower(): name for name in download.PINNED}
     for name in names:
@@ -89,7 +90,7 @@ def fetch(names: Sequence[str]) -> None:
 
 def label(given: argparse.Namespace) -> None:
     """Serve the labelling page for a folder of images until Ctrl+C; everything is in the store by then."""
-    from . import labelling
+    from .labelling import page as labelling
     from .seeding import rng_for
 
     try:
@@ -106,9 +107,15 @@ def label(given: argparse.Namespace) -> None:
         else:
             store.queue(labelling.Question(ids[i], ids[i], strategy="random") for i in order)
         page = labelling.launch(
-            store, images, show_suggestion=given.suggestions, show_names=given.names, host=given.host, port=given.port,
-            share=given.share, token=given.token,
-        )  # fmt: skip
+            store,
+            images,
+            show_suggestion=given.suggestions,
+            show_names=given.names,
+            host=given.host,
+            port=given.port,
+            share=given.share,
+            token=given.token,
+        )
         print(f"labels go to {path}; Ctrl+C ends", flush=True)
         try:
             while True:
@@ -121,11 +128,11 @@ def label(given: argparse.Namespace) -> None:
 
 def clients(given: argparse.Namespace) -> None:
     """Hand the data out, start a server and its clients as processes, and show the rounds as they come."""
-    from . import homes
     from .config import load
+    from .flower import workspace as homes
 
     try:
-        from . import flower
+        from .flower import server_app as flower
     except ImportError as error:
         raise ValueError(str(error)) from None
     wishes, name = settings(given.set), "60_real_clients"

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import config as configs
-from . import record
+from . import config
+from .papers import presets
+from .record import run as record
 
 REPOSITORY = "https://github.com/fedal-project/fedal"  # pyproject.toml and CITATION.cff repeat it; a test compares
 BRANCH = "main"
@@ -141,7 +142,7 @@ def checked(path: Path, wishes: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in wishes.items() if name in known}
     others = {name: value for name, value in wishes.items() if name not in known}
     if others:
-        settings = configs.fields() if "overrides" in known else {}
+        settings = config.paths() if "overrides" in known else {}
         unknown = [name for name in others if name not in settings]
         if unknown:
             more = f"; settings: {', '.join(sorted(settings))}" if settings else ""
@@ -152,7 +153,7 @@ def checked(path: Path, wishes: dict[str, Any]) -> dict[str, Any]:
         final = {**known, **values}
         given = {name: final[name] for name in ("profile", "data", "seeds") if name in final}
         try:
-            configs.load(path.stem, **given, **(final.get("overrides") or {}))
+            presets.load(path.stem, **given, **(final.get("overrides") or {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.stem}: {error}") from None
     return values
@@ -230,7 +231,7 @@ def _after(path: Path) -> list[str]:
 def _threads(path: Path, values: dict[str, Any]) -> int:
     """CPU threads of this notebook's training steps with these parameters."""
     given = {name: values[name] for name in ("profile", "data") if name in values}
-    return configs.load(path.stem, **given).threads
+    return presets.load(path.stem, **given).threads
 
 
 def _unformatted(path: Path) -> str:
@@ -317,7 +318,7 @@ def reproduce(
         print(f"passed over: {reason}", flush=True)
     paths = [path for path in paths if path not in lacking]
     profile = profile or default_profile()
-    wishes = {"profile": profile, "seeds": seeds, "data": data_place(data, paths[0].absolute().parents[1])}
+    wishes = {"profile": profile, "seeds": seeds, "dataset": data_place(data, paths[0].absolute().parents[1])}
     wishes = {name: value for name, value in wishes.items() if value is not None}
     known = {path: parameters(path) for path in paths}
     for name in set(wishes) - {"profile"}:

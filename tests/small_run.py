@@ -8,16 +8,29 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils import alfl, config, record
+from fedal_utils import config
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
 
 SMALL = dict(
-    scenes=(60, 8), start_images=10, start_iterations=6, clients=2, first=3, budget=2, cycles=2, rounds=2, iterations=2,
-    batch=4, methods=("sum", "centralised"), seeds=(0,),
-)  # fmt: skip
+    scenes=(60, 8),
+    initial_model_images=10,
+    initial_model_iterations=6,
+    clients=2,
+    initial_labels=3,
+    query_size=2,
+    cycles=2,
+    rounds=2,
+    iterations=2,
+    batch=4,
+    methods=("sum", "centralised"),
+    seeds=(0,),
+)
 
 
 def settings(**changes) -> config.Config:
-    return config.load("00_start_here", "smoke", **{**SMALL, **changes})
+    return presets.load("00_start_here", "smoke", **{**SMALL, **changes})
 
 
 def loop(

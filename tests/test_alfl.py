@@ -18,11 +18,19 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import alfl, config, data, federation, huale, notebooks, record, sampling, seeding, training
-from fedal_utils.augment import VIEWS, Viewed
-from fedal_utils.boxes import Detections, flip_boxes
-from fedal_utils.data import Dataset, Labels
-from fedal_utils.pool import Oracle, Pool
+from fedal_utils import config, notebooks, seeding
+from fedal_utils.data import readers as data
+from fedal_utils.data.augment import VIEWS, Viewed
+from fedal_utils.data.boxes import Detections, flip_boxes
+from fedal_utils.data.readers import Dataset, Labels
+from fedal_utils.federation import aggregate as federation
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling import huale
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.sampling.pool import Oracle, Pool
+from fedal_utils.training import fit as training
 
 HERE = Path(__file__).resolve().parent
 
@@ -147,7 +155,7 @@ def test_one_client_is_centralised_on_its_data(tmp_path):
         for round in range(2):
             rng = seeding.torch_rng_for(0, "train", "00", cycle, round)
             images, labels = study.train.images.take(rows), study.train.labels.take(rows)
-            list(training.fit(model, images, labels, study.config, rng, iterations=study.config.iterations))
+            list(training.fit(model, images, labels, study.config, rng, iterations=study.config.federation.iterations))
     for key, value in model.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(value, federated[key]), key
@@ -185,9 +193,9 @@ LOOKS_ALONE = tuple(
     ("changes", "text"),
     [
         ({"clients": 51}, "51 clients cannot share 50 images"),
-        ({"budget": 40}, r"client 00 holds 25 images, but first=3 and 1 cycles of budget=40 ask for 43"),
-        ({"start_images": 60}, "60 training images, and start_images=60 with merge_images=0 leaves none"),
-        ({"start_images": 30, "merge_images": 30}, "start_images=30 with merge_images=30 leaves none"),
+        ({"query_size": 40}, r"client 00 holds 25 images, but first=3 and 1 cycles of budget=40 ask for 43"),
+        ({"initial_model_images": 60}, "60 training images, and start_images=60 with merge_images=0 leaves none"),
+        ({"initial_model_images": 30, "held_out_images": 30}, "start_images=30 with merge_images=30 leaves none"),
         ({"partition": "natural"}, "natural partition needs a group"),
         ({"partition": "by lot"}, "partition must be"),
     ],
@@ -203,7 +211,7 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(changes, text, tmp
 def test_rule_never_asks_for_no_image_without_detections(tmp_path, unbroken):
     """An untrained detector sees nothing above 0.999: nobody is asked in cycle 1, and the run goes on."""
     _, study = unbroken
-    strict = study.config.replace(empty="never", score_above=0.999, methods=("sum",))
+    strict = study.config.replace(no_detection_rule="never", score_above=0.999, methods=("sum",))
     small_run.loop(tmp_path, dataclasses.replace(study, config=strict))
     asked = record.asked(strict, "small", root=tmp_path)
     assert set(asked["cycle"]) == {0} and len(asked) == 6
@@ -217,9 +225,11 @@ def test_towns_as_clients_dirichlet_and_missing_classes(tmp_path, unbroken):
     _, parts, names = alfl.share_out(study.config.replace(partition="natural"), named.train, 0)
     assert names == ["north", "south"] and len(parts[0]) > len(parts[1])
     assert all(towns[row] == name for part, name in zip(parts, names, strict=True) for row in part)
-    _, parts, _ = alfl.share_out(study.config.replace(partition="dirichlet", alpha=0.5), study.train, 0)
+    _, parts, _ = alfl.share_out(study.config.replace(partition="dirichlet", dirichlet_alpha=0.5), study.train, 0)
     assert sum(map(len, parts)) == 50 and min(map(len, parts)) >= 5
-    _, parts, _ = alfl.share_out(study.config.replace(partition="missing", missing=((0,), (9,))), study.train, 0)
+    _, parts, _ = alfl.share_out(
+        study.config.replace(partition="missing", missing_classes=((0,), (9,))), study.train, 0
+    )
     held = [set(study.train.labels.classes[part].flatten().tolist()) for part in parts]
     assert 1 not in held[0] and 10 not in held[1]
 
@@ -229,11 +239,11 @@ def test_towns_as_clients_dirichlet_and_missing_classes(tmp_path, unbroken):
 
 def test_fitted_shrinks_until_any_folder_suffices():
     for images in (*range(2, 60), 250, 1000):
-        small = config.fitted(config.load("11_fedavg", "quick", "somewhere/else"), images)
+        small = config.fitted(presets.load("11_fedavg", "quick", "somewhere/else"), images)
         held = (images - small.start_images) // small.clients
         assert 2 <= small.cycles and small.labels_needed() <= held
         assert alfl.later_passes(small, "chain") >= 1
-    roomy = config.load("11_fedavg", "quick", "somewhere/else")
+    roomy = presets.load("11_fedavg", "quick", "somewhere/else")
     assert config.fitted(roomy, 1000) == roomy
     with pytest.raises(ValueError, match="got 1 images"):
         config.fitted(roomy, 1)
@@ -258,7 +268,7 @@ def test_three_images_of_ones_own_go_through_notebook_11(layout, checkout, tmp_p
     """One parameter: data. Labelled folders are trained on; one without labels gets its first list to label."""
     own = getattr(miniatures, layout)(tmp_path / "own")
     own = own if own is not None and own.is_dir() else tmp_path / "own"
-    short = {"start_iterations": 4, "iterations": 2, "rounds": 1}
+    short = {"initial_model_iterations": 4, "iterations": 2, "rounds": 1}
     done = notebooks.run("11_fedavg", "smoke", data=str(own), seeds=[0], overrides=short)
     assert done.output.exists()
     published = {p.name for p in (checkout / "results" / "tables").glob("*.csv")}
@@ -309,8 +319,8 @@ def test_local_batch_norm_judges_the_mean_of_the_clients_models(tmp_path):
 
 def test_a_single_node_rounds_nothing_for_the_wire(tmp_path, unbroken):
     _, study = unbroken
-    small_run.loop(tmp_path, dataclasses.replace(study, config=study.config.replace(wire="fp16")))
-    half = record.table(study.config.replace(wire="fp16"), "small", root=tmp_path, methods=["centralised"])
+    small_run.loop(tmp_path, dataclasses.replace(study, config=study.config.replace(message_dtype="fp16")))
+    half = record.table(study.config.replace(message_dtype="fp16"), "small", root=tmp_path, methods=["centralised"])
     full = record.table(study.config, "small", root=unbroken[0], methods=["centralised"])
     pd.testing.assert_frame_equal(half, full, check_exact=True)
 
@@ -318,19 +328,39 @@ def test_a_single_node_rounds_nothing_for_the_wire(tmp_path, unbroken):
 # --- strategies: what they may see, and what they choose --------------------------------------------------------------
 
 RCNN = dict(
-    backbone="small", frozen=False, pretrained=False, image_size=(64, 64), scenes=(24, 4), digit_classes=3, width=16,
-    anchor_side=16.0, batch=4, iterations=2, first=3, budget=2, cycles=2, warmup=0, seeds=(0,), methods=("cascade",),
-)  # fmt: skip
-SSD = dict(detector="ssd", evidence=False)
+    backbone="small",
+    frozen=False,
+    pretrained=False,
+    image_size=(64, 64),
+    scenes=(24, 4),
+    digit_classes=3,
+    fpn_channels=16,
+    anchor_side=16.0,
+    batch=4,
+    iterations=2,
+    initial_labels=3,
+    query_size=2,
+    cycles=2,
+    warmup=0,
+    seeds=(0,),
+    methods=("cascade",),
+)
+SSD = dict(detector="ssd", box_loss_head=False)
 YOLO = dict(
-    detector="yolo", evidence=False, depth=0.1, channels=0.125, anchor_side=7.0, gains=(1.0, 1.0, 20.0),
-    box_weight=1.0, companion_weight=1.0,
-)  # fmt: skip
+    detector="yolo",
+    box_loss_head=False,
+    depth_multiple=0.1,
+    width_multiple=0.125,
+    anchor_side=7.0,
+    loss_weights=(1.0, 1.0, 20.0),
+    box_weight=1.0,
+    auxiliary_weight=1.0,
+)
 LABELLED = [5, 2, 11]
 
 
 def huale_study(**changes) -> alfl.Study:
-    return alfl.prepare(config.load("20_huale", "smoke", **{**RCNN, **changes}), device="cpu")
+    return alfl.prepare(presets.load("20_huale", "smoke", **{**RCNN, **changes}), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -353,12 +383,12 @@ def detector(study: alfl.Study, lively: bool = True):
     model = alfl.new_detector(study.config, len(study.class_names), seeding.torch_rng_for(1, "weights")).eval()
     rng = seeding.torch_rng_for(0, "lively")
     with torch.no_grad():
-        if study.config.detector == "yolo":
+        if study.config.model.detector == "yolo":
             for layer in model.head:
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) * 0.8)
                 layer.bias.view(3, -1)[:, 4] = 0.0 if lively else -30.0
             return model
-        ssd = study.config.detector == "ssd"
+        ssd = study.config.model.detector == "ssd"
         heads = model.head.classification_head.module_list if ssd else [model.roi.box_predictor.cls_score]
         for layer in heads:
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) * (0.3 if ssd else 1.5))
@@ -418,8 +448,13 @@ def test_a_strategy_sees_what_it_needs_of_unlabelled_images_and_nothing_else(str
     assert filled(sight) == needs(strategy) and sight.images == 5
     mine, known = tuple(pool.ids[p] for p in positions), tuple(pool.ids[p] for p in pool.labelled())
     looks = {(verb, view, ids) for verb, view, ids, _ in asked}
-    names = {"detections": ("predict", "", mine), "flipped": ("predict", "flip", mine), "crowd": ("predict", "", mine),
-             "embedding": ("embed", "", mine), "known": ("embed", "", known)}  # fmt: skip
+    names = {
+        "detections": ("predict", "", mine),
+        "flipped": ("predict", "flip", mine),
+        "crowd": ("predict", "", mine),
+        "embedding": ("embed", "", mine),
+        "known": ("embed", "", known),
+    }
     wanted = {names[need] for need in needs(strategy) & names.keys()}
     wanted |= {("predict", name, mine) for name in VIEWS} if "views" in needs(strategy) else set()
     assert looks == wanted
@@ -585,27 +620,39 @@ def test_other_detectors_are_asked_by_every_strategy_that_needs_no_head_of_its_o
 
 @pytest.mark.parametrize("lively", [False, True])
 def test_hua_needs_a_predicted_loss_and_says_which_head_gives_it(lively):
-    for options in (YOLO, SSD, {"evidence": False}):
+    for options in (YOLO, SSD, {"box_loss_head": False}):
         study = huale_study(**options)
         with pytest.raises(ValueError, match="evidence=True.*hua_entropy"):
             chosen(study, detector(study, lively), pool_of(study), "hua")
-    study = huale_study(**{**SSD, "evidence": True})
+    study = huale_study(**{**SSD, "box_loss_head": True})
     assert len(set(chosen(study, detector(study, lively), pool_of(study), "hua"))) == 4
 
 
 def test_a_detector_without_such_heads_is_refused_in_words(rcnn):
     rng = seeding.torch_rng_for(0, "weights")
-    for changes in ({"evidence": True}, {"box_loss": "extended_iou"}, {"companion": "iou"}, {"emphasis": 1.0}):
+    for changes in (
+        {"box_loss_head": True},
+        {"box_loss": "extended_iou"},
+        {"auxiliary_head": "iou"},
+        {"emphasis": 1.0},
+    ):
         with pytest.raises(ValueError, match="'yolo' has neither RoI heads nor an evidence head: use 'faster_rcnn'"):
             alfl.new_detector(rcnn.config.replace(**{**YOLO, **changes}), 3, rng)
     with pytest.raises(ValueError, match="'ssd' has no RoI heads"):
-        alfl.new_detector(rcnn.config.replace(**SSD, companion="sides"), 3, rng)
+        alfl.new_detector(rcnn.config.replace(**SSD, auxiliary_head="sides"), 3, rng)
     arm = alfl.new_detector(
         rcnn.config.replace(
-            box_loss="efficient_iou", box_weight=3.0, box_focal=0.5, companion="iou", companion_weight=0.25,
-            iou_power=2.0, emphasis=1.5,
-        ), 3, rng,
-    ).roi.localisation  # fmt: skip
+            box_loss="efficient_iou",
+            box_weight=3.0,
+            box_focal=0.5,
+            auxiliary_head="iou",
+            auxiliary_weight=0.25,
+            iou_power=2.0,
+            emphasis=1.5,
+        ),
+        3,
+        rng,
+    ).roi.localisation
     assert dataclasses.astuple(arm) == ("efficient_iou", 3.0, 0.5, "iou", 0.25, 2.0, 1.5)
 
 
@@ -628,10 +675,17 @@ def test_schemes_of_notebook_11_and_12_ask_by_new_strategies(tmp_path):
     methods = ("chain+cald", "local-first+coreset", "centralised+chain+cald")
     study = alfl.prepare(
         small_run.settings(
-            methods=methods, width=16, digit_classes=3, scenes=(30, 4), first_pass=2, passes=1, rounds=1,
+            methods=methods,
+            width=16,
+            digit_classes=3,
+            scenes=(30, 4),
+            first_pass=2,
+            passes=1,
+            rounds=1,
             score_above=0.1,
-        ), device="cpu",
-    )  # fmt: skip
+        ),
+        device="cpu",
+    )
     small_run.loop(tmp_path, study)
     asked = record.asked(study.config, "small", root=tmp_path)
     by = {method: part for method, part in asked.groupby("method")}
@@ -712,9 +766,15 @@ def test_afresh_every_cycle_trains_from_the_starting_point_also_after_a_break(tm
 def test_afresh_also_forgets_what_clients_held_for_themselves(tmp_path):
     """Local first: own weights; local BatchNorm statistics. All are of the cycle before."""
     study = huale_study(
-        methods=("local-first+random",), clients=2, rounds=1, cycles=3, norm="batch", batch_norm="local",
-        start_images=4, start_iterations=2,
-    )  # fmt: skip
+        methods=("local-first+random",),
+        clients=2,
+        rounds=1,
+        cycles=3,
+        norm="batch",
+        batch_norm="local",
+        start_images=4,
+        start_iterations=2,
+    )
     run = record.Run(study.config, "small", "local-first+random", 0, tmp_path)
     clients, model = alfl.start(run, study)
     begun = {k: v.clone() for k, v in model.state_dict().items()}
@@ -753,11 +813,11 @@ def test_until_something_is_chosen_the_methods_of_a_seed_are_trained_once(tmp_pa
 
     monkeypatch.setattr(alfl.federation, "train_client", counted)
     small_run.loop(tmp_path / "both", study)
-    first, asked = study.config.first, study.config.budget
+    first, asked = study.config.query.initial_labels, study.config.query.query_size
     assert trained == [first, first + asked, first + asked]  # random: both cycles; cascade: the second only
     small_run.loop(tmp_path / "alone", changed(study, methods=("cascade",)))
     assert trained[3:] == [first, first + asked]
-    other = changed(study, methods=("cascade",), cascade_order=study.config.cascade_order[::-1], budget=asked + 1)
+    other = changed(study, methods=("cascade",), cascade_order=study.config.query.cascade_order[::-1], budget=asked + 1)
     small_run.loop(tmp_path / "both", other)  # what is chosen later does not move the first training
     assert trained[5:] == [first + asked + 1]
     small_run.loop(tmp_path / "both", changed(study, methods=("random",), emphasis=0.5))  # another loss does

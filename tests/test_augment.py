@@ -5,8 +5,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
-from fedal_utils import augment as a
-from fedal_utils import data
+from fedal_utils.data import augment as a
+from fedal_utils.data import readers as data
 
 HEIGHT, WIDTH = 40, 60
 
@@ -160,20 +160,26 @@ def slow_mosaic(given, sources, centres, min_visible=0.1, min_side=2.0):
         for y in range(height):
             for x in range(width):
                 source = four[(2 if y >= cy else 0) + (1 if x >= cx else 0)]
-                canvas[b, :, y, x] = pixels[source, :, y - cy if y >= cy else y - cy + height,
-                                            x - cx if x >= cx else x - cx + width]  # fmt: skip
+                canvas[b, :, y, x] = pixels[
+                    source, :, y - cy if y >= cy else y - cy + height, x - cx if x >= cx else x - cx + width
+                ]
         kept = []
         for quadrant, source in enumerate(four):
             right, low = quadrant % 2, quadrant // 2
             dx, dy = cx - (0 if right else width), cy - (0 if low else height)
             limits = (cx if right else 0, cy if low else 0, width if right else cx, height if low else cy)
-            for box, kind, ignored in zip(boxes[source].tolist(), classes[source].tolist(), ignore[source].tolist(),
-                                          strict=True):  # fmt: skip
+            for box, kind, ignored in zip(
+                boxes[source].tolist(), classes[source].tolist(), ignore[source].tolist(), strict=True
+            ):
                 if kind == 0:
                     continue
                 whole = [box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy]
-                part = [max(whole[0], limits[0]), max(whole[1], limits[1]),
-                        min(whole[2], limits[2]), min(whole[3], limits[3])]  # fmt: skip
+                part = [
+                    max(whole[0], limits[0]),
+                    max(whole[1], limits[1]),
+                    min(whole[2], limits[2]),
+                    min(whole[3], limits[3]),
+                ]
                 w, h = part[2] - part[0], part[3] - part[1]
                 if w <= 0 or h <= 0:
                     continue

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedal_utils import boxes as b
+from fedal_utils.data import boxes as b
 
 
 @pytest.mark.parametrize(

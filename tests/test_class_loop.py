@@ -9,16 +9,33 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils import alfl, config, data, partition, record
+from fedal_utils import config
+from fedal_utils.data import partition
+from fedal_utils.data import readers as data
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
 
 SMALL = dict(
-    limit=(80, 30), clients=4, first_part=0.0, budget_part=0.0, first=3, budget=4, cycles=3, rounds=2, iterations=2,
-    batch=4, alone_epochs=2, seeds=(0,), alpha=0.5, fraction=0.75,
-)  # fmt: skip
+    limit=(80, 30),
+    clients=4,
+    initial_fraction=0.0,
+    query_fraction=0.0,
+    initial_labels=3,
+    query_size=4,
+    cycles=3,
+    rounds=2,
+    iterations=2,
+    batch=4,
+    local_only_epochs=2,
+    seeds=(0,),
+    dirichlet_alpha=0.5,
+    client_fraction=0.75,
+)
 
 
 def settings(**changes) -> config.Config:
-    return config.load("30_kafal", "smoke", **{**SMALL, "methods": ("ksas",), **changes})
+    return presets.load("30_kafal", "smoke", **{**SMALL, "methods": ("ksas",), **changes})
 
 
 def prepared(**changes) -> alfl.Study:
@@ -159,20 +176,21 @@ def test_a_saved_partition_is_dealt_again_on_every_seed(tmp_path):
 
 def test_what_is_not_for_classifiers_or_not_for_detectors_is_said():
     for changes, words in (
-        ({"methods": ("sum",)}, "not for classifiers"), ({"methods": ("chain+entropy",)}, "one scheme"),
+        ({"methods": ("sum",)}, "not for classifiers"),
+        ({"methods": ("chain+entropy",)}, "one scheme"),
         (
-            {"classifier": "", "afresh": False, "data": "digits", "methods": ("sum",)},
+            {"classifier": "", "reset_each_cycle": False, "dataset": "digits", "methods": ("sum",)},
             "balanced and compensation are for classifiers",
         ),
-        ({"optimiser": "adamw"}, "plain SGD"),
-    ):  # fmt: skip
+        ({"optimizer": "adamw"}, "plain SGD"),
+    ):
         with pytest.raises(ValueError, match=words):
             study = prepared(**changes)
             loop(None, study)
     with pytest.raises(ValueError, match="not for detectors"):
-        alfl.prepare(config.load("11_fedavg", "smoke", methods=("ksas",)), device="cpu")
+        alfl.prepare(presets.load("11_fedavg", "smoke", methods=("ksas",)), device="cpu")
     with pytest.raises(ValueError, match="global model"):
-        alfl.prepare(config.load("11_fedavg", "smoke", methods=("local-first+ksas_avg",)), device="cpu")
+        alfl.prepare(presets.load("11_fedavg", "smoke", methods=("local-first+ksas_avg",)), device="cpu")
 
 
 def test_sequential_clients_give_the_same_run_but_for_rounding(tmp_path):
@@ -183,4 +201,4 @@ def test_sequential_clients_give_the_same_run_but_for_rounding(tmp_path):
 
 def test_the_labels_of_whole_images_are_billed_as_images():
     study = prepared()
-    assert isinstance(study.train.labels, data.Labels) and study.config.seconds_per_box == 0
+    assert isinstance(study.train.labels, data.Labels) and study.config.query.seconds_per_box == 0

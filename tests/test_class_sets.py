@@ -20,7 +20,10 @@ from PIL import Image, ImageFile
 from torchvision import datasets
 from torchvision.datasets import cifar
 
-from fedal_utils import class_sets, data, partition, pool
+from fedal_utils.data import classification as class_sets
+from fedal_utils.data import partition
+from fedal_utils.data import readers as data
+from fedal_utils.sampling import pool
 from fedal_utils.seeding import rng_for
 
 
@@ -349,12 +352,23 @@ def test_without_splits_one_in_five_is_for_testing(place):
     [
         (["train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"], "ab", "cd"),
         (["Training/cat/a.png", "Training/dog/b.png", "Validation/cat/c.png", "Validation/dog/d.png"], "ab", "cd"),
-        (["train/c/a.png", "train/d/b.png", "val/c/v.png", "val/d/w.png", "test/c/x.png",
-          "test/d/y.png"], "abvw", "xy"),
-        (["outer/inner/train/c/a.png", "outer/inner/train/d/b.png", "outer/inner/test/c/x.png",
-          "outer/inner/test/d/y.png"], "ab", "xy"),
+        (
+            ["train/c/a.png", "train/d/b.png", "val/c/v.png", "val/d/w.png", "test/c/x.png", "test/d/y.png"],
+            "abvw",
+            "xy",
+        ),
+        (
+            [
+                "outer/inner/train/c/a.png",
+                "outer/inner/train/d/b.png",
+                "outer/inner/test/c/x.png",
+                "outer/inner/test/d/y.png",
+            ],
+            "ab",
+            "xy",
+        ),
     ],
-)  # fmt: skip
+)
 def test_splits_are_folders_also_within_others(place, files, train, test):
     sides = class_sets.load(str(place(many(*files) | {"README.md": b"hello"})), 8)
     assert [sorted(Path(i).stem for i in side.images.ids) for side in sides] == [sorted(train), sorted(test)]
@@ -374,9 +388,14 @@ def test_a_class_may_be_called_train(place):
 
 def test_hidden_files_other_files_and_deeper_images(place):
     extra = {
-        ".DS_Store": b"x", "train/.hidden/z.png": b"x", "train/cat/._a.png": b"x", "__MACOSX/train/cat/a.png": b"x",
-        "train/cat/notes.txt": b"x", "train/cat/deeper/f.png": b"not read", "train/cat/deeper/still/g.png": b"x",
-    }  # fmt: skip
+        ".DS_Store": b"x",
+        "train/.hidden/z.png": b"x",
+        "train/cat/._a.png": b"x",
+        "__MACOSX/train/cat/a.png": b"x",
+        "train/cat/notes.txt": b"x",
+        "train/cat/deeper/f.png": b"not read",
+        "train/cat/deeper/still/g.png": b"x",
+    }
     train, test = class_sets.load(str(place(BOTH | extra)), 8)
     assert len(train) == 3 and len(test) == 2
     assert train.drops == {"nested": 2} and "nested 2" in train.describe()
@@ -392,11 +411,14 @@ def test_pictures_of_all_kinds_become_rgb_and_upright(place):
     turned = Image.Exif()
     turned[0x0112] = 6
     files = {
-        "a/grey.png": kept(picture.convert("L"), "PNG"), "a/alpha.png": kept(picture.convert("RGBA"), "PNG"),
-        "a/palette.PNG": kept(picture.convert("P"), "PNG"), "b/cmyk.jpg": kept(picture.convert("CMYK"), "JPEG"),
-        "b/turned.png": kept(picture, "PNG", exif=turned), "b/plain.bmp": kept(picture, "BMP"),
+        "a/grey.png": kept(picture.convert("L"), "PNG"),
+        "a/alpha.png": kept(picture.convert("RGBA"), "PNG"),
+        "a/palette.PNG": kept(picture.convert("P"), "PNG"),
+        "b/cmyk.jpg": kept(picture.convert("CMYK"), "JPEG"),
+        "b/turned.png": kept(picture, "PNG", exif=turned),
+        "b/plain.bmp": kept(picture, "BMP"),
         "b/big.webp": kept(picture.resize((30, 20)), "WEBP"),
-    }  # fmt: skip
+    }
     sides = class_sets.load(str(place(files)), 12)
     found = {
         i: (side.images.pixels[n], side.images.sizes[n].tolist())
@@ -478,7 +500,7 @@ def sixteen_bits() -> bytes:
         (BOTH | {"train/dog/b.jpg": encoded("a", suffix=".jpg")[:-300]}, "train/dog/b.jpg is truncated or corrupt"),
         (BOTH | {"test/dog/e.png": sixteen_bits()}, "test/dog/e.png has mode 'I;16'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_class_folders_is_named(place, files, message):
     at = place(files)
     with pytest.raises(ValueError, match=message) as error:

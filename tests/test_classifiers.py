@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedal_utils import classifiers, seeding
+from fedal_utils import seeding
+from fedal_utils.detectors import classifiers
 
 SIZE = (16, 16)
 

@@ -31,8 +31,9 @@ from miniatures import (
 )
 from PIL import Image, ImageFile
 
-from fedal_utils import boxes as boxes_of
-from fedal_utils import data, download
+from fedal_utils.data import boxes as boxes_of
+from fedal_utils.data import download
+from fedal_utils.data import readers as data
 from fedal_utils.seeding import rng_for
 
 REAL = Path(os.environ.get("FEDAL_DATA", "-"))
@@ -281,13 +282,16 @@ def test_letterboxed_pixels_are_the_picture_in_grey_margins(tmp_path):
     rows = dict(zip(dataset.images.ids, dataset.images.pixels, strict=True))
     assert torch.equal(rows["a"][:, 10:50], torch.from_numpy(pixels(THREE[0])).permute(2, 0, 1))  # 40 x 60: no scaling
     assert (rows["a"][:, :10] == 114).all() and (rows["a"][:, 50:] == 114).all()
-    half = data.letterbox_image(Image.fromarray(np.kron([[0, 200], [100, 40]], np.ones((2, 2))).astype(np.uint8))
-                                .convert("RGB"), (2, 2))  # fmt: skip
+    half = data.letterbox_image(
+        Image.fromarray(np.kron([[0, 200], [100, 40]], np.ones((2, 2))).astype(np.uint8)).convert("RGB"), (2, 2)
+    )
     # bilinear with antialiasing at scale 1/2 weighs 4 columns 3 3 1 0 (of 7) near the edge: (6 * 0 + 1 * 200) / 7 ...
     left, right = (6 * 0 + 200) / 7, (0 + 6 * 200) / 7
     low_left, low_right = (6 * 100 + 40) / 7, (100 + 6 * 40) / 7
-    want = [[(6 * left + low_left) / 7, (6 * right + low_right) / 7], [(left + 6 * low_left) / 7,
-             (right + 6 * low_right) / 7]]  # fmt: skip
+    want = [
+        [(6 * left + low_left) / 7, (6 * right + low_right) / 7],
+        [(left + 6 * low_left) / 7, (right + 6 * low_right) / 7],
+    ]
     torch.testing.assert_close(half[0].double(), torch.tensor(want).double(), rtol=0, atol=1.0)
 
 
@@ -300,8 +304,9 @@ def test_carla_groups_are_towns_and_png_or_jpeg_will_do(tmp_path):
         assert first.images.ids == tuple(train) and first.images.groups == ("Town01", "Town01", "Town03", "Town03")
         assert second.images.groups == ("Town05",) and second.class_names == data.CARLA_CLASSES
         assert objects(first, 0) == [
-            ("vehicle", (8, 6, 40, 30), False, False), ("traffic_light", (50, 2, 53, 8), False, False)
-        ]  # fmt: skip
+            ("vehicle", (8, 6, 40, 30), False, False),
+            ("traffic_light", (50, 2, 53, 8), False, False),
+        ]
     carla(tmp_path / "more" / "carla", train, ["Town05_000001", "Town05_000002"])
     first, second = data.load("carla-towns", SIZE, root=tmp_path / "more")
     assert sorted(first.images.groups) == ["Town01", "Town03", "Town05"] == sorted(second.images.groups)
@@ -542,8 +547,11 @@ def test_a_duplicate_id_is_named(tmp_path):
 
 
 def test_an_id_in_train_and_test_is_named(tmp_path):
-    voc(tmp_path / "BCCD", [Picture(i, objects=(("RBC", (1, 1, 9, 9)),)) for i in "abc"],
-        splits={"trainval": "ab", "test": "bc"})  # fmt: skip
+    voc(
+        tmp_path / "BCCD",
+        [Picture(i, objects=(("RBC", (1, 1, 9, 9)),)) for i in "abc"],
+        splits={"trainval": "ab", "test": "bc"},
+    )
     with pytest.raises(ValueError, match="BCCD: image id 'b' is in train and in test"):
         data.load("bccd", SIZE, root=tmp_path)
 
@@ -641,10 +649,14 @@ def test_a_folder_of_ones_own_keeps_the_split_it_brings(tmp_path):
     roots = {
         "sets": voc(tmp_path / "sets", [*THREE, *many], splits={"train": "ab", "val": "cd", "test": "ef"}),
         "yolo": yolo(yolo(tmp_path / "yolo", THREE, "train"), many, "val"),
-        "coco": coco(coco(tmp_path / "coco", THREE, "instances_train.json", "train"), many[:2] + [THREE[1]],
-                     "instances_test.json", "test"),
+        "coco": coco(
+            coco(tmp_path / "coco", THREE, "instances_train.json", "train"),
+            many[:2] + [THREE[1]],
+            "instances_test.json",
+            "test",
+        ),
         "plain": tmp_path / "plain",
-    }  # fmt: skip
+    }
     folder(roots["plain"] / "train"), folder(roots["plain"] / "test", many)
     want = {"sets": (4, 2), "yolo": (3, 4), "plain": (3, 4)}
     for name, counts in want.items():
@@ -685,8 +697,11 @@ def test_a_set_that_is_not_there_and_cannot_be_fetched_names_folder_and_origin(t
 def test_a_set_that_can_be_fetched_is_fetched_once_asked(tmp_path, monkeypatch):
     def fetch(name, root):
         assert name == "BCCD"
-        return voc(root / name, [Picture(i, objects=(("WBC", (1, 1, 20, 20)),)) for i in "abc"],
-                   splits={"train": "a", "val": "b", "test": "c"})  # fmt: skip
+        return voc(
+            root / name,
+            [Picture(i, objects=(("WBC", (1, 1, 20, 20)),)) for i in "abc"],
+            splits={"train": "a", "val": "b", "test": "c"},
+        )
 
     with pytest.raises(ValueError, match="BCCD does not exist"):
         data.load("bccd", SIZE, root=tmp_path, fetch=False)

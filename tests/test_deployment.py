@@ -19,17 +19,30 @@ import torch
 pytest.importorskip("flwr")
 pytest.importorskip("psutil")
 
-from fedal_utils import alfl, config, flower, homes, record, wire  # noqa: E402
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.flower import deployment as wire  # noqa: E402
+from fedal_utils.flower import server_app as flower
+from fedal_utils.flower import workspace as homes
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
 
 NOTEBOOK = "60_real_clients"
 SMALL = dict(
-    scenes=(90, 20), start_images=12, start_iterations=30, first=6, budget=6, cycles=2, rounds=3, iterations=4, batch=8
-)  # fmt: skip
+    scenes=(90, 20),
+    initial_model_images=12,
+    initial_model_iterations=30,
+    initial_labels=6,
+    query_size=6,
+    cycles=2,
+    rounds=3,
+    iterations=4,
+    batch=8,
+)
 
 
 @pytest.fixture(scope="module")
 def settings():
-    return config.load(NOTEBOOK, "smoke", **SMALL)
+    return presets.load(NOTEBOOK, "smoke", **SMALL)
 
 
 @pytest.fixture(scope="module")

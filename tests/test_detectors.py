@@ -13,11 +13,15 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.ssd import SSD as TorchSSD
 from torchvision.ops import box_iou
 
-from fedal_utils import alfl, data, detectors, metrics, training
-from fedal_utils.boxes import clip_boxes
-from fedal_utils.config import Config, Recipe
-from fedal_utils.detectors import clone, match_anchors, select_detections, ssd_loss
+from fedal_utils.config import Config, TrainingConfig
+from fedal_utils.data import readers as data
+from fedal_utils.data.boxes import clip_boxes
+from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors.base import clone, match_anchors, select_detections, ssd_loss
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.metrics import ap as metrics
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
+from fedal_utils.training import fit as training
 
 CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
 
@@ -56,7 +60,7 @@ def torch_matched(boxes, classes, anchors):
 
 
 def small(detector="ssd", backbone="small", classes=3, size=(64, 64), seed=0, **options):
-    options = {"width": 16} | options
+    options = {"fpn_channels": 16} | options
     return detectors.build(detector, backbone, classes, size, torch_rng_for(seed, "weights"), **options)
 
 
@@ -144,9 +148,11 @@ def test_ssd_loss_equals_torchvisions_in_value_and_gradient(case):
         nn.Identity(), DefaultBoxGenerator([[2]]), (64, 64), 4, head=nn.Identity()
     )  # what compute_loss needs of it: coder and ratio
     theirs = reference.compute_loss(
-        as_list(boxes, classes), {"bbox_regression": deltas, "cls_logits": logits}, [anchors] * 3,
+        as_list(boxes, classes),
+        {"bbox_regression": deltas, "cls_logits": logits},
+        [anchors] * 3,
         torch_matched(boxes, classes, anchors),
-    )  # fmt: skip
+    )
     theirs_grad = torch.autograd.grad(sum(theirs.values()), (logits, deltas))
     assert ours["classification"].item() == pytest.approx(theirs["classification"].item(), rel=1e-5)
     assert ours["regression"].item() == pytest.approx(theirs["bbox_regression"].item(), rel=1e-5)
@@ -212,8 +218,10 @@ def test_the_loss_of_each_image_is_the_batch_loss_of_that_image_alone(case, leas
         wanted = torch.stack([one[name] for one in alone])
         torch.testing.assert_close(each[name], wanted, rtol=1e-6, atol=0)
         weights = torch.arange(1.0, 6.0)  # or a gradient of the wrong image would not be seen
-        slopes = [torch.autograd.grad((x * weights).sum(), (logits, deltas), retain_graph=True, allow_unused=True)
-                  for x in (each[name], wanted)]  # fmt: skip
+        slopes = [
+            torch.autograd.grad((x * weights).sum(), (logits, deltas), retain_graph=True, allow_unused=True)
+            for x in (each[name], wanted)
+        ]
         assert [g is None for g in slopes[0]] == [g is None for g in slopes[1]]
         for ours, theirs in zip(*slopes, strict=True):
             if theirs is not None:
@@ -261,9 +269,16 @@ def test_a_sum_over_the_batch_that_is_not_divided_is_refused():
 
 def torch_ssd(score, nms_iou, top, candidates):
     return TorchSSD(
-        nn.Identity(), DefaultBoxGenerator([[2]]), (64, 64), 4, head=nn.Identity(), score_thresh=score,
-        nms_thresh=nms_iou, detections_per_img=top, topk_candidates=candidates,
-    )  # fmt: skip
+        nn.Identity(),
+        DefaultBoxGenerator([[2]]),
+        (64, 64),
+        4,
+        head=nn.Identity(),
+        score_thresh=score,
+        nms_thresh=nms_iou,
+        detections_per_img=top,
+        topk_candidates=candidates,
+    )
 
 
 def assert_same_detections(found, wanted, atol=1e-4):
@@ -380,8 +395,11 @@ def test_what_is_known_of_a_box_follows_it(classes, own_box, agnostic):
     alive = [int(n) for n in found.valid.sum(1)]
     assert max(alive) == 9 > alive[1] > 0
     assert {k: v.shape for k, v in found.extra.items()} == {
-        "row": (3, 9), "point": (3, 9, 2), "pair": (3, 9), "table": (3, 9, 2, 3),
-    }  # fmt: skip
+        "row": (3, 9),
+        "point": (3, 9, 2),
+        "pair": (3, 9),
+        "table": (3, 9, 2, 3),
+    }
     assert found.extra["row"].dtype == torch.int64 and found.extra["point"].dtype == torch.float32
     for image, count in enumerate(alive):
         for place in range(9):
@@ -479,16 +497,25 @@ class Parts(nn.Module):
 def test_small_faster_rcnn_equals_a_torchvision_one_of_the_same_parts():
     ours = small("faster_rcnn", size=(64, 96))
     theirs = FasterRCNN(
-        Parts(ours), min_size=64, max_size=96, image_mean=[0, 0, 0], image_std=[1, 1, 1],
-        rpn_anchor_generator=ours.rpn.anchor_generator, rpn_head=ours.rpn.head,
+        Parts(ours),
+        min_size=64,
+        max_size=96,
+        image_mean=[0, 0, 0],
+        image_std=[1, 1, 1],
+        rpn_anchor_generator=ours.rpn.anchor_generator,
+        rpn_head=ours.rpn.head,
         rpn_pre_nms_top_n_train=ours.rpn._pre_nms_top_n["training"],
         rpn_pre_nms_top_n_test=ours.rpn._pre_nms_top_n["testing"],
         rpn_post_nms_top_n_train=ours.rpn._post_nms_top_n["training"],
         rpn_post_nms_top_n_test=ours.rpn._post_nms_top_n["testing"],
-        rpn_batch_size_per_image=ours.rpn.fg_bg_sampler.batch_size_per_image, box_roi_pool=ours.roi.box_roi_pool,
-        box_head=ours.roi.box_head, box_predictor=ours.roi.box_predictor,
-        box_batch_size_per_image=ours.roi.fg_bg_sampler.batch_size_per_image, box_score_thresh=0.01, box_nms_thresh=0.5,
-    )  # fmt: skip
+        rpn_batch_size_per_image=ours.rpn.fg_bg_sampler.batch_size_per_image,
+        box_roi_pool=ours.roi.box_roi_pool,
+        box_head=ours.roi.box_head,
+        box_predictor=ours.roi.box_predictor,
+        box_batch_size_per_image=ours.roi.fg_bg_sampler.batch_size_per_image,
+        box_score_thresh=0.01,
+        box_nms_thresh=0.5,
+    )
     rng = torch_rng_for(3, "targets")
     x = pixels(2, 64, 96)
     boxes, classes, ignore = random_targets(rng, 2, side=60.0)
@@ -501,9 +528,11 @@ def test_small_faster_rcnn_equals_a_torchvision_one_of_the_same_parts():
         proposals, wanted = theirs.rpn(images, maps, targets)
         wanted |= theirs.roi_heads(maps, proposals, images.image_sizes, targets)[1]
     names = {
-        "objectness": "loss_objectness", "proposal_regression": "loss_rpn_box_reg", "classification": "loss_classifier",
+        "objectness": "loss_objectness",
+        "proposal_regression": "loss_rpn_box_reg",
+        "classification": "loss_classifier",
         "regression": "loss_box_reg",
-    }  # fmt: skip
+    }
     for ours_name, theirs_name in names.items():
         assert loss[ours_name].item() == pytest.approx(wanted[theirs_name].item(), rel=1e-4) and wanted[theirs_name] > 0
     assert loss.keys() == names.keys()
@@ -856,9 +885,9 @@ def test_who_has_no_loss_head_says_so():
         small("faster_rcnn", learned_loss=True)
     for detector in ("yolo", "faster_rcnn"):
         with pytest.raises(ValueError, match=f"'{detector}' has no head that learns an image's loss: use 'ssd'"):
-            alfl.new_detector(Config(detector=detector, learned_loss=True), 3, torch_rng_for(0, "weights"))
+            alfl.new_detector(Config.of(detector=detector, image_loss_head=True), 3, torch_rng_for(0, "weights"))
     for wanted in (False, True):
-        model = alfl.new_detector(Config(detector="ssd", learned_loss=wanted), 3, torch_rng_for(0, "weights"))
+        model = alfl.new_detector(Config.of(detector="ssd", image_loss_head=wanted), 3, torch_rng_for(0, "weights"))
         assert (model.loss_head is not None) == wanted
 
 
@@ -902,7 +931,7 @@ def test_what_does_not_fit_the_detector_is_an_error():
 def test_a_small_ssd_learns_eight_images_by_heart():
     train, _ = data.digit_scenes(8, 1, (64, 64), digits_per_image=(1, 2), classes=3)
     model = detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(0, "weights"))
-    recipe = Recipe(batch=8, lr=2e-3, flip=0.0, schedule="cosine")
+    recipe = TrainingConfig.of(batch=8, lr=2e-3, flip=0.0, schedule="cosine")
     untrained = metrics.evaluate(training.predict(model, train.images), train.labels, train.class_names)["ap50"]
     for _ in training.fit(model, train.images, train.labels, recipe, torch_rng_for(0, "fit"), iterations=60):
         pass
@@ -914,7 +943,7 @@ def test_a_small_ssd_learns_eight_images_by_heart():
 def test_the_loss_of_a_small_faster_rcnn_falls():
     train, _ = data.digit_scenes(8, 1, (64, 64), digits_per_image=(1, 2), classes=3)
     model = detectors.build("faster_rcnn", "small", 3, (64, 64), torch_rng_for(0, "weights"), width=32)
-    recipe = Recipe(batch=8, lr=2e-3, flip=0.0)
+    recipe = TrainingConfig.of(batch=8, lr=2e-3, flip=0.0)
     rows = list(training.fit(model, train.images, train.labels, recipe, torch_rng_for(0, "fit"), iterations=40))
     first, last = rows[0], rows[-1]
     assert last["loss"] < 0.7 * first["loss"]

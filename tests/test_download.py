@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fedal_utils import download
+from fedal_utils.data import download
 
 FILES = {
     "Set/Annotations/a.xml": b"<annotation/>",
@@ -186,8 +186,10 @@ def test_without_a_network_the_error_names_url_file_and_folder(tmp_path):
         download.fetch("BCCD", tmp_path, base_url="http://127.0.0.1:9", progress=False)
     commit = download.PINNED["BCCD"].commit
     for text in (
-        f"http://127.0.0.1:9/Shenggan/BCCD_Dataset/archive/{commit}.zip", f"BCCD_Dataset-{commit}.zip", str(tmp_path)
-    ):  # fmt: skip
+        f"http://127.0.0.1:9/Shenggan/BCCD_Dataset/archive/{commit}.zip",
+        f"BCCD_Dataset-{commit}.zip",
+        str(tmp_path),
+    ):
         assert text in str(error.value)
     assert visible(tmp_path) == []
 

@@ -10,18 +10,41 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import alfl, config, dual_vae, record, training
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling import dual_score as dual_vae
+from fedal_utils.training import fit as training
 
 CYCLES = 3
 TINY = dict(
-    detector="ssd", digit_classes=3, scenes=(40, 4), start_images=4, start_iterations=2, clients=2, first=4, budget=3,
-    cycles=CYCLES, rounds=1, iterations=3, batch=4, score_above=0.02, pseudo_above=0.2, vae_size=(16, 16), latent=8,
-    vae_iterations=4, vae_batch=4, vae_refit=False, methods=("vae_d1",), seeds=(0,), threads=1,
-)  # fmt: skip
+    detector="ssd",
+    digit_classes=3,
+    scenes=(40, 4),
+    initial_model_images=4,
+    initial_model_iterations=2,
+    clients=2,
+    initial_labels=4,
+    query_size=3,
+    cycles=CYCLES,
+    rounds=1,
+    iterations=3,
+    batch=4,
+    score_above=0.02,
+    pseudo_above=0.2,
+    vae_size=(16, 16),
+    latent=8,
+    vae_iterations=4,
+    vae_batch=4,
+    vae_refit=False,
+    methods=("vae_d1",),
+    seeds=(0,),
+    threads=1,
+)
 
 
 def prepared(**changes) -> alfl.Study:
-    return alfl.prepare(config.load("00_start_here", "smoke", **TINY | changes), device="cpu")
+    return alfl.prepare(presets.load("00_start_here", "smoke", **TINY | changes), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedal_utils import alfl, config, data, dual_vae, record, sampling, training
-from fedal_utils.boxes import Detections
-from fedal_utils.data import Labels
-from fedal_utils.dual_vae import as_labels, beyond_texture, mix, multibox, score, standardise, subsets, texture
-from fedal_utils.pool import Oracle, Pool
-from fedal_utils.sampling import Scores, Sight
+from fedal_utils.data import readers as data
+from fedal_utils.data.boxes import Detections
+from fedal_utils.data.readers import Labels
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling import dual_score as dual_vae
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.sampling.dual_score import (
+    as_labels,
+    beyond_texture,
+    mix,
+    multibox,
+    score,
+    standardise,
+    subsets,
+    texture,
+)
+from fedal_utils.sampling.pool import Oracle, Pool
+from fedal_utils.sampling.strategies import Scores, Sight
 from fedal_utils.seeding import rng_for, torch_rng_for
+from fedal_utils.training import fit as training
 
 fewer = settings(max_examples=40)
 ROOT = math.sqrt(1.5)  # 1, 2, 3 have mean 2 and standard deviation sqrt(2 / 3): z = -ROOT, 0, ROOT
 HONEST = [name for name in dual_vae.STRATEGIES if name not in dual_vae.DIAGNOSTIC]
 SMALL = dict(
-    detector="ssd", digit_classes=3, scenes=(40, 4), start_images=0, start_iterations=0, clients=2, first=4, budget=3,
-    cycles=2, rounds=1, iterations=2, batch=4, learned_loss=True, vae_size=(16, 16), latent=8, vae_iterations=4,
-    vae_batch=4, diagnostic=True, methods=dual_vae.STRATEGIES, seeds=(0,), threads=1,
-)  # fmt: skip
+    detector="ssd",
+    digit_classes=3,
+    scenes=(40, 4),
+    initial_model_images=0,
+    initial_model_iterations=0,
+    clients=2,
+    initial_labels=4,
+    query_size=3,
+    cycles=2,
+    rounds=1,
+    iterations=2,
+    batch=4,
+    image_loss_head=True,
+    vae_size=(16, 16),
+    latent=8,
+    vae_iterations=4,
+    vae_batch=4,
+    diagnostic=True,
+    methods=dual_vae.STRATEGIES,
+    seeds=(0,),
+    threads=1,
+)
 LABELLED = [5, 2, 11]
 
 
@@ -40,7 +73,7 @@ def scored(values, known=None):
 
 @pytest.fixture(scope="module")
 def study() -> alfl.Study:
-    return alfl.prepare(config.load("00_start_here", "smoke", **SMALL), device="cpu")
+    return alfl.prepare(presets.load("00_start_here", "smoke", **SMALL), device="cpu")
 
 
 def lively(model, classes: int):
@@ -130,8 +163,9 @@ def test_the_mean_of_the_scored_is_zero_and_so_are_the_others(rows, how):
             assert (found[known] ** 2).mean() == pytest.approx(1)
         assert all(
             np.sign(found[i] - found[j]) == np.sign(values[i] - values[j])
-            for i in np.flatnonzero(known) for j in np.flatnonzero(known)
-        )  # fmt: skip
+            for i in np.flatnonzero(known)
+            for j in np.flatnonzero(known)
+        )
     else:
         assert not found.any()
 
@@ -301,8 +335,9 @@ def farthest(points, centres, k):
 def test_of_the_shortlist_the_ones_farthest_from_what_is_labelled(seed, shortlist, k):
     rng = rng_for(seed, "shortlist")
     new, latent, known = rng.permutation(15), rng.normal(size=(15, 3)), rng.normal(size=(2, 3))
-    sight = Sight(15, novelty=torch.from_numpy(new), latent=torch.from_numpy(latent),
-                  known_latent=torch.from_numpy(known))  # fmt: skip
+    sight = Sight(
+        15, novelty=torch.from_numpy(new), latent=torch.from_numpy(latent), known_latent=torch.from_numpy(known)
+    )
     choice = dual_vae.choose("vae", sight, k, rng_for(seed, "c"), shortlist=shortlist)
     best = sorted(range(15), key=lambda i: -new[i])[: math.ceil(shortlist * k)]
     want = [best[i] for i in farthest([latent[i].tolist() for i in best], known.tolist(), k)]
@@ -409,9 +444,11 @@ def test_an_error_that_texture_explains_says_nothing(explained):
 
 def test_confident_detections_are_labels_and_the_rest_is_padding():
     found = Detections(
-        torch.arange(24.0).reshape(2, 3, 4) + 1, torch.tensor([[0.9, 0.5, 0.4], [0.49, 0.8, 0.0]]),
-        torch.tensor([[2, 1, 3], [1, 0, 0]]), torch.zeros(2, 3, 4),
-    )  # fmt: skip
+        torch.arange(24.0).reshape(2, 3, 4) + 1,
+        torch.tensor([[0.9, 0.5, 0.4], [0.49, 0.8, 0.0]]),
+        torch.tensor([[2, 1, 3], [1, 0, 0]]),
+        torch.zeros(2, 3, 4),
+    )
     guess = as_labels(found, 0.5)
     assert guess.classes.tolist() == [[2, 1, 0], [0, 0, 0]]  # of 0.5 and more; padding with a score is padding
     assert torch.equal(guess.boxes[0, :2], found.boxes[0, :2]) and not guess.boxes[0, 2].any()
@@ -455,7 +492,7 @@ def test_labels_of_other_images_and_other_detectors_are_refused(study):
     with pytest.raises(ValueError, match="labels of 10 images are needed, got 9"):
         multibox(detector(study), images, labels.take(range(9)))
     other = alfl.new_detector(
-        study.config.replace(detector="faster_rcnn", learned_loss=False), 3, torch_rng_for(0, "weights")
+        study.config.replace(detector="faster_rcnn", image_loss_head=False), 3, torch_rng_for(0, "weights")
     )
     for refused in (
         lambda: multibox(other, images, labels),
@@ -503,7 +540,7 @@ def test_the_loss_on_a_perfect_reconstruction_is_that_on_the_image_and_on_anothe
 def test_the_loss_on_the_reconstruction_is_against_detections_on_the_image_by_a_loop(study):
     coder, model = coder_of(study), detector(study)
     found, seen = term(study, "consistency", coder, model=model)
-    guess = as_labels(seen, study.config.pseudo_above)
+    guess = as_labels(seen, study.config.query.pseudo_above)
     for i in range(10):
         one = guess.take([i])
         with torch.no_grad():
@@ -556,7 +593,7 @@ def test_the_hidden_term_is_the_loss_against_the_truth(study):
 
 def judged(study, **changes):
     """A VAE's reconstructions of images 0..5, of which 4, 1 and 2 are labelled, and what the detector's term is."""
-    settings = study.config.replace(task_aware=7.0, **changes)
+    settings = study.config.replace(task_weight=7.0, **changes)
     coder, model = coder_of(study), detector(study)
     labelled, images = np.array([4, 1, 2]), study.train.images
     labels = study.train.labels.take(labelled)
@@ -610,9 +647,15 @@ def trained(study, rows=(1, 2, 4, 8), **changes):
     settings, labelled = study.config.replace(vae_iterations=6, **changes), np.array([4, 1, 2])
     coder = dual_vae.new_vae(settings, torch_rng_for(2, "vae weights"))
     dual_vae.train_vae(
-        settings, coder, study.train.images, np.array(rows), torch_rng_for(3, "vae"), detector(study), labelled,
+        settings,
+        coder,
+        study.train.images,
+        np.array(rows),
+        torch_rng_for(3, "vae"),
+        detector(study),
+        labelled,
         study.train.labels.take(labelled),
-    )  # fmt: skip
+    )
     return nn.utils.parameters_to_vector(coder.parameters()).detach()
 
 
@@ -625,7 +668,7 @@ def test_training_with_the_task_moves_the_vae_and_as_released_it_does_not(study)
 
 
 def test_a_task_without_labels_is_refused(study):
-    settings, rows = study.config.replace(task_aware=1.0), np.arange(4)
+    settings, rows = study.config.replace(task_weight=1.0), np.arange(4)
     whole = dict(model=detector(study), labelled=rows, labels=study.train.labels.take(rows))
     for gone in whole:
         with pytest.raises(ValueError, match="task_aware > 0 needs the detector and the labels"):
@@ -639,7 +682,7 @@ def test_a_task_without_labels_is_refused(study):
 
 @pytest.mark.parametrize("method", ["d0", "vae_d0", "chain+vae_d0", "centralised+d0"])
 def test_an_upper_bound_must_be_called_one_before_anything_is_loaded(method):
-    settings = config.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
+    settings = presets.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
     with pytest.raises(
         ValueError, match=rf"method '{method.replace('+', '.')}' looks at hidden labels.*diagnostic=True"
     ):
@@ -650,12 +693,12 @@ def test_an_upper_bound_must_be_called_one_before_anything_is_loaded(method):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("d4", {"learned_loss": False}, "'d4' asks a head that learns the detector's loss: set learned_loss=True"),
-        ("vae_d4", {"learned_loss": False}, "'vae_d4' asks a head that learns"),
+        ("d4", {"image_loss_head": False}, "'d4' asks a head that learns the detector's loss: set learned_loss=True"),
+        ("vae_d4", {"image_loss_head": False}, "'vae_d4' asks a head that learns"),
         *(
             (
                 method,
-                {"detector": name, "learned_loss": False},
+                {"detector": name, "image_loss_head": False},
                 f"'{method}' needs the loss of each image.*not '{name}'",
             )
             for method in ("vae", "d3", "vae_d1")
@@ -664,7 +707,7 @@ def test_an_upper_bound_must_be_called_one_before_anything_is_loaded(method):
     ],
 )
 def test_what_a_detector_cannot_do_is_said_before_anything_is_loaded(method, changes, message):
-    settings = config.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
+    settings = presets.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
     with pytest.raises(ValueError, match=message):
         alfl.prepare(settings.replace(**changes), device="cpu")
 
@@ -725,7 +768,9 @@ def questions(study, root):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"task_aware": 5.0, "vae_on": "all", "shortlist": 2.0, "vae_corrected": True}], ids=["plain", "all"]
+    "changes",
+    [{}, {"task_weight": 5.0, "vae_images": "all", "shortlist": 2.0, "texture_correction": True}],
+    ids=["plain", "all"],
 )
 def test_labels_have_one_door(study, tmp_path, changes):
     """Only labels that nobody ever pays for are changed: no question moves, except where the truth is looked at."""
@@ -767,7 +812,7 @@ def test_a_strategy_sees_what_it_needs_and_no_more(study):
         assert given - {"images", "views"} == want and sight.images == 3
         if "novelty" in want:
             assert torch.equal(sight.novelty, error["reconstruction"])
-    wide = dataclasses.replace(study, config=study.config.replace(shortlist=2.0, vae_corrected=True))
+    wide = dataclasses.replace(study, config=study.config.replace(shortlist=2.0, texture_correction=True))
     sight = alfl.see(wide, model, pool, positions, "vae_d1", others)
     assert torch.equal(sight.latent, error["latent"]) and sight.texture.shape == (3, 2)
     known = pool.index[pool.labelled()]
@@ -780,12 +825,12 @@ def test_a_strategy_sees_what_it_needs_and_no_more(study):
 
 
 def test_the_sweep_ends_in_the_single_terms(study):
-    base = study.config.replace(vae_part=0.4)
+    base = study.config.replace(vae_weight=0.4)
     arms = dual_vae.sweep(base, "d3")
     assert list(arms) == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert arms[1.0] == (base, "vae") and arms[0.0] == (base, "d3")
     for alpha in (0.75, 0.5, 0.25):
-        assert arms[alpha] == (base.replace(vae_part=alpha), "vae_d3")
+        assert arms[alpha] == (base.replace(vae_weight=alpha), "vae_d3")
     assert dual_vae.sweep(base)[0.0][1] == "d1"
 
 
@@ -793,9 +838,20 @@ def test_an_arm_of_the_vae_changes_what_its_name_says(study):
     arms = dual_vae.vae_arms(study.config)
     base = study.config.as_dict()
     changes = [{k for k, v in arm.as_dict().items() if v != base[k]} for arm in arms.values()]
-    assert changes == [set(), *({name} for name in (
-        "vae_on", "vae_refit", "vae_corrected", "shortlist", "standard",
-    )), {"task_aware", "task_images"}]  # fmt: skip
+    assert changes == [
+        set(),
+        *(
+            {name}
+            for name in (
+                "vae_on",
+                "vae_refit",
+                "vae_corrected",
+                "shortlist",
+                "standard",
+            )
+        ),
+        {"task_aware", "task_images"},
+    ]
 
 
 VOC = [f"{year}_{i:06d}" for year, count in (("2007", 5011), ("2012", 11540)) for i in range(count)]
@@ -805,8 +861,11 @@ def test_the_published_subsets_have_their_sizes_cover_all_and_overlap_nowhere():
     parts = subsets(VOC)
     assert parts == subsets(tuple(VOC)) and list(parts) == ["J1", "J2", "J3", "remaining"]
     assert {name: len(part) for name, part in parts.items()} == {
-        "J1": 1000, "J2": 15551, "J3": 5000, "remaining": 11551,
-    }  # fmt: skip
+        "J1": 1000,
+        "J2": 15551,
+        "J3": 5000,
+        "remaining": 11551,
+    }
     draw = sorted(random.Random(137).sample(range(16551), 1000))
     assert parts["J1"] == [VOC[row] for row in draw]
     taken = set(parts["J1"])

@@ -13,8 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedal_utils import class_sets, data, exchange
-from fedal_utils.exchange import Box, Item
+from fedal_utils.data import classification as class_sets
+from fedal_utils.data import exchange
+from fedal_utils.data import readers as data
+from fedal_utils.data.exchange import Box, Item
 
 CLASSES = ["cat", "dog"]
 ITEMS = [
@@ -320,9 +322,22 @@ def test_a_folder_with_foreign_files_is_not_touched(kind, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/etc/a.png", "../a.png", "a/../../b.png", "a//b.png", "./a.png", ".a.png", "a/.b/c.png", "C:/a.png",
-     "a\\..\\b.png", "a\nb.png", "a\x00.png", "a/"],
-)  # fmt: skip
+    [
+        "",
+        "/etc/a.png",
+        "../a.png",
+        "a/../../b.png",
+        "a//b.png",
+        "./a.png",
+        ".a.png",
+        "a/.b/c.png",
+        "C:/a.png",
+        "a\\..\\b.png",
+        "a\nb.png",
+        "a\x00.png",
+        "a/",
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_images_that_leave_the_folder_are_refused(kind, name, tmp_path):
     with pytest.raises(ValueError, match="no name of a file below a folder"):
@@ -519,7 +534,7 @@ def test_ids_of_images_of_label_studio(told, image, tmp_path):
         ([task(7, [choice("a")]), task(8, [choice("a")], image="7.png")], "image '7.png' occurs more than once"),
         ([{"id": 7, "image": "a.png", "choice": "cat"}], "task 7 has no list 'annotations'.*not JSON-MIN"),
         ([{"id": 7, "data": {"a": "x", "b": "y"}, "annotations": [{"result": []}]}], "task 7 has the data"),
-        ([{"data": {}}], "no list of tasks with ids"),
+        ([{"dataset": {}}], "no list of tasks with ids"),
     ],
 )
 def test_what_label_studio_may_tell_but_a_box_cannot_names_the_task(tasks, message, tmp_path):

@@ -11,13 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import weighted_average
 
-from fedal_utils import data, detectors, federation
-from fedal_utils.config import Recipe
-from fedal_utils.federation import Update, average, batch_norm_keys, pack, sent_keys, state_of, train_client, unpack
+from fedal_utils.config import TrainingConfig
+from fedal_utils.data import readers as data
+from fedal_utils.detectors import base as detectors
+from fedal_utils.federation import aggregate as federation
+from fedal_utils.federation.aggregate import (
+    Update,
+    average,
+    batch_norm_keys,
+    pack,
+    sent_keys,
+    state_of,
+    train_client,
+    unpack,
+)
 from fedal_utils.seeding import rng_for, torch_rng_for
-from fedal_utils.training import TrainingDiverged, fit
+from fedal_utils.training.fit import TrainingDiverged, fit
 
-RECIPE = Recipe(batch=2, lr=1e-3)
+RECIPE = TrainingConfig.of(batch=2, lr=1e-3)
 
 
 def update(client, state, images=1, boxes=1, wire="fp32"):
@@ -39,13 +50,21 @@ def scenes():
 
 def one_round(
     scenes, model, client="A", rows=(0, 1, 2, 3), seed=0, iterations=2, scratch=None, policy="average", **options
-):  # fmt: skip
+):
     payload = pack(state_of(model, sent_keys(model, policy)))
     part = scenes.take(list(rows))
     return train_client(
-        scratch or detectors.clone(model), payload, part.images, part.labels, RECIPE,
-        torch_rng_for(seed, "train", client), client, iterations, batch_norm=policy, **options,
-    )  # fmt: skip
+        scratch or detectors.clone(model),
+        payload,
+        part.images,
+        part.labels,
+        RECIPE,
+        torch_rng_for(seed, "train", client),
+        client,
+        iterations,
+        batch_norm=policy,
+        **options,
+    )
 
 
 def same(a, b):
@@ -419,9 +438,19 @@ def test_a_client_that_diverges_leaves_memory_statistics_and_scratch_as_they_wer
     payload = pack(state_of(model, sent_keys(model, "local")))
     with pytest.raises(TrainingDiverged, match="client A: loss is nan"):
         train_client(
-            scratch, payload, part.images, broken_labels(part), RECIPE, torch_rng_for(0, "train"), "A", 1,
-            batch_norm="local", home=home, memory=memory, span=(2, 9),
-        )  # fmt: skip
+            scratch,
+            payload,
+            part.images,
+            broken_labels(part),
+            RECIPE,
+            torch_rng_for(0, "train"),
+            "A",
+            1,
+            batch_norm="local",
+            home=home,
+            memory=memory,
+            span=(2, 9),
+        )
     assert same(home, before[0]) and same(memory, before[1])
     assert same(state_of(scratch, sorted(batch_norm_keys(scratch))), statistics)
 
@@ -432,9 +461,18 @@ def test_weights_that_do_not_fit_the_wire_leave_memory_as_it_was(scenes):
     large["neck.smooth.0.1.weight"][0] = 1e5  # finite in fp32, not in fp16
     with pytest.raises(TrainingDiverged, match="client A: .* is not finite in fp16"):
         train_client(
-            model, pack(large), part.images, part.labels, RECIPE, torch_rng_for(0, "train"), "A", 1, wire="fp16",
-            memory=memory, span=(0, 9),
-        )  # fmt: skip
+            model,
+            pack(large),
+            part.images,
+            part.labels,
+            RECIPE,
+            torch_rng_for(0, "train"),
+            "A",
+            1,
+            wire="fp16",
+            memory=memory,
+            span=(0, 9),
+        )
     assert memory == {}
 
 
@@ -604,9 +642,11 @@ def test_what_cannot_be_averaged_is_left_out_with_the_first_reason(sent, reason)
 
 def test_every_bad_one_has_its_reason_and_the_rest_can_be_averaged():
     bad = [
-        raw_update("b", vector(1, float("nan"))), Update("d", b"?", 1, 1, 1, 0.5), raw_update("f", vector(1)),
+        raw_update("b", vector(1, float("nan"))),
+        Update("d", b"?", 1, 1, 1, 0.5),
+        raw_update("f", vector(1)),
         *at(B=1000),
-    ]  # fmt: skip
+    ]
     kept, reasons = federation.screen([bad[3], *at(g=1), bad[2], *at(c=1.25), bad[1], bad[0], *at(a=1.5)], BEFORE, 3.0)
     assert [u.client for u in kept] == ["g", "c", "a"]  # as they came
     assert list(reasons.items()) == [("B", "too large"), ("b", "not finite"), ("d", "unreadable"), ("f", "wrong shape")]
@@ -624,7 +664,7 @@ def test_the_order_of_arrival_changes_nothing(far, above, random):
     updates = [
         raw_update(name, vector(1, float("nan"))) if d is None else at(**{name: d})[0]
         for name, d in zip(names, far, strict=True)
-    ]  # fmt: skip
+    ]
     straight = screened(updates, above)
     mixed = random.sample(updates, len(updates))
     kept, reasons = screened(mixed, above)

@@ -36,22 +36,46 @@ from flwr.app import (  # noqa: E402
 from flwr.common.constant import SUPERLINK_NODE_ID  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from fedal_utils import alfl, config, federation, flower, homes, labelling, record, secure  # noqa: E402
-from fedal_utils.alfl import ClientLost, Turn  # noqa: E402
-from fedal_utils.federation import State, Update  # noqa: E402
-from fedal_utils.pool import Bill  # noqa: E402
+from fedal_utils import config
+from fedal_utils.federation import aggregate as federation
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.federation.aggregate import State, Update  # noqa: E402
+from fedal_utils.federation.experiment import ClientLost, Turn  # noqa: E402
+from fedal_utils.flower import privacy as secure  # noqa: E402
+from fedal_utils.flower import server_app as flower
+from fedal_utils.flower import workspace as homes
+from fedal_utils.labelling import page as labelling
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling.pool import Bill  # noqa: E402
 
 NOTEBOOK = "60_real_clients"
 TINY = dict(
-    image_size=(32, 32), colour=0.0, zoom=(1.0, 1.0), shift=0.0, digit_classes=3, scenes=(46, 6), first=3, budget=3,
-    cycles=2, rounds=1, tail=1, iterations=2, batch=4, start_images=8, start_iterations=2, evaluate_every=0,
-    too_large=0.0, merge_images=6, methods=("random",),
-)  # fmt: skip
+    image_size=(32, 32),
+    colour=0.0,
+    zoom=(1.0, 1.0),
+    shift=0.0,
+    digit_classes=3,
+    scenes=(46, 6),
+    initial_labels=3,
+    query_size=3,
+    cycles=2,
+    rounds=1,
+    extra_rounds=1,
+    iterations=2,
+    batch=4,
+    initial_model_images=8,
+    initial_model_iterations=2,
+    evaluate_every=0,
+    max_update_ratio=0.0,
+    held_out_images=6,
+    methods=("random",),
+)
 FIRST_NODE = 101  # clients 00, 01, 02 are nodes 101, 102, 103
 
 
 def small(**changes) -> config.Config:
-    return config.load(NOTEBOOK, "smoke", seeds=[0], **{**TINY, **changes})
+    return presets.load(NOTEBOOK, "smoke", seeds=[0], **{**TINY, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,9 +104,11 @@ def task_identity():
 
 
 def plain(
-    setting: config.Config, root: Path, without: Mapping[tuple[int, int], Mapping[str, str]] | None = None,
+    setting: config.Config,
+    root: Path,
+    without: Mapping[tuple[int, int], Mapping[str, str]] | None = None,
     unasked: Iterable[tuple[int, str]] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """The notebooks' loop. without: (cycle, round) -> clients whose update is taken out, and why; unasked: (cycle,
     client) that gets no question."""
     study = alfl.prepare(setting, device="cpu")
@@ -135,7 +161,7 @@ def grid_of(place: Path, setting: config.Config, kind=Rounds, nodes=None, **opti
 
 def elsewhere(
     setting: config.Config, place: Path, timeout: float = 20.0, patience: float = 0.0, wait: float = 5.0, **options
-) -> Path:  # fmt: skip
+) -> Path:
     """The experiment with clients that are elsewhere; where the run folders lie. options: of the grid."""
     grid = grid_of(place, setting, **options)
     flower.serve(grid, place, flower.run_config(setting, NOTEBOOK, place, timeout, patience, wait))
@@ -203,15 +229,19 @@ def rows_of(setting: config.Config, root: Path) -> pd.DataFrame:
     return table.assign(status=table["status"].fillna("") if "status" in table else "")
 
 
-CHAINED = dict(clients=2, first_pass=2, passes=2, optimiser="sgd", lr=0.02, anneal=0.2)
+CHAINED = dict(clients=2, first_pass_rounds=2, chain_passes=2, optimizer="sgd", lr=0.02, round_lr_decay=0.2)
 CASES: dict[str, dict] = {
     "avg": dict(methods=("avg",), norm="batch"),
     "chain": dict(methods=("chain+sum",), **CHAINED),
-    "accumulate": dict(methods=("accumulate+sum",), visit=2.0, **CHAINED),
-    "optimiser at the client": dict(optimiser_state="client", clients=2),
-    "half the bits, two of three": dict(methods=("ksas_max",), fraction=0.67, wire="fp16", cycles=3, tail=0),
-    "fedadam": dict(server="fedadam", server_lr=0.02, clients=2),
-    "fedavgm": dict(server="fedavgm", server_lr=0.7, optimiser="sgd", lr=0.02, optimiser_state="travels", clients=2),
+    "accumulate": dict(methods=("accumulate+sum",), visit_fraction=2.0, **CHAINED),
+    "optimiser at the client": dict(optimizer_state="client", clients=2),
+    "half the bits, two of three": dict(
+        methods=("ksas_max",), client_fraction=0.67, message_dtype="fp16", cycles=3, extra_rounds=0
+    ),
+    "fedadam": dict(server_strategy="fedadam", server_lr=0.02, clients=2),
+    "fedavgm": dict(
+        server_strategy="fedavgm", server_lr=0.7, optimizer="sgd", lr=0.02, optimizer_state="travels", clients=2
+    ),
 }
 WATCHED: dict[str, list] = {}  # case -> (direction and type, shape of the content) of each message of its run
 
@@ -336,8 +366,15 @@ def test_the_server_app_leaves_a_word_of_its_end(bench):
 # --- what travels -----------------------------------------------------------------------------------------------------
 
 TASK = {
-    "config": str, "notebook": str, "method": str, "seed": int, "cycle": int, "round": int, "classes": str, "turn": str,
-}  # fmt: skip
+    "config": str,
+    "notebook": str,
+    "method": str,
+    "seed": int,
+    "cycle": int,
+    "round": int,
+    "classes": str,
+    "turn": str,
+}
 MODEL = "the model"  # arrays whose names are checked against a detector's
 MEMORY = "an optimiser's state"
 # Everything that may be in a message: records by name, their entries and the type of each; those marked ? may lack.
@@ -345,9 +382,7 @@ MAY_SAY = {
     "to query.hello": {"task": TASK},
     "from query.hello": {"said": {"name": str, "torch": str, "person": str}, "counts": {"images": int, "judges": int}},
     "to query.score": {"task": TASK, "arrays?": MODEL},
-    "from query.score": {
-        "counts": {"waiting": int, "picked": int, "scores?": (list, float), "detected?": (list, int)}
-    },
+    "from query.score": {"counts": {"waiting": int, "picked": int, "scores?": (list, float), "detected?": (list, int)}},
     "to query.label": {"task": TASK},
     "from query.label": {
         "counts": {"images": int, "boxes": int, "seconds": float, "histogram": (list, int)},
@@ -355,12 +390,13 @@ MAY_SAY = {
     },
     "to train": {"task": TASK, "arrays?": MODEL, "memory?": MEMORY},
     "from train": {
-        "arrays": MODEL, "memory?": MEMORY,
+        "arrays": MODEL,
+        "memory?": MEMORY,
         "counts": {"images": int, "boxes": int, "equal": int, "steps": int, "loss": float},
     },
     "to evaluate": {"task": TASK, "arrays": MODEL},
     "from evaluate": {"counts": {"images": int, "boxes": int, "ap50": float}},
-}  # fmt: skip
+}
 
 
 def kind_of(message: Message) -> str:
@@ -543,15 +579,19 @@ def test_the_seed_and_the_whole_config_come_with_each_message(overheard):
     assert {kind for kind, _ in tasks} == {"query.hello", "query.score", "query.label", "train", "evaluate"}
     for kind, task in tasks:
         assert task["seed"] == 0 and (task["notebook"], task["method"]) == (NOTEBOOK, "avg")
-        assert config.Config(**config.checked(json.loads(task["config"]))) == setting, kind
+        assert config.Config.of(**config.checked(json.loads(task["config"]))) == setting, kind
     assert [(t["cycle"], t["round"]) for kind, t in tasks if kind == "train"] == [(0, 0)] * 3 + [(1, 0)] * 3
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
-FAULTS = {"nan": ((0, 0), "not finite"), "shape": ((0, 1), "wrong shape"), "huge": ((1, 0), "too large"),
-          "fail": ((1, 1), "failed")}  # fmt: skip
-DRILLED = dict(methods=("avg",), too_large=5.0, rounds=2)
+FAULTS = {
+    "nan": ((0, 0), "not finite"),
+    "shape": ((0, 1), "wrong shape"),
+    "huge": ((1, 0), "too large"),
+    "fail": ((1, 1), "failed"),
+}
+DRILLED = dict(methods=("avg",), max_update_ratio=5.0, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -755,11 +795,13 @@ UNREADABLE = {
     "a part below zero": {"arrays": packed(FOUR, "a:-2;b:6"), "counts": MetricRecord(COUNTS)},
     "no layout": {"arrays": packed(FOUR, "weights"), "counts": MetricRecord(COUNTS)},
     "text": {"arrays": packed(np.array(["x", "y"]), "a:2"), "counts": MetricRecord(COUNTS)},
-    "rubbish": {"arrays": packed(Array("float32", (4,), "numpy.ndarray", b"rubbish"), "a:4"),
-                "counts": MetricRecord(COUNTS)},
+    "rubbish": {
+        "arrays": packed(Array("float32", (4,), "numpy.ndarray", b"rubbish"), "a:4"),
+        "counts": MetricRecord(COUNTS),
+    },
     "nothing": {"arrays": packed(Array("float32", (4,), "numpy.ndarray", b""), "a:4"), "counts": MetricRecord(COUNTS)},
     "another kind": {"arrays": packed(Array("float32", (4,), "torch", b"1234"), "a:4"), "counts": MetricRecord(COUNTS)},
-}  # fmt: skip
+}
 
 
 def answered(answer: Mapping) -> Update | ClientLost:
@@ -917,7 +959,7 @@ def test_a_task_of_another_version_is_refused(task_identity):
         refused(**{key: None})
     refused(config=json.dumps({**json.loads(good["config"]), "tempo": 3}))
     refused(config=json.dumps({**json.loads(good["config"]), "rounds": "three"}))
-    refused(config=json.dumps({**json.loads(good["config"]), "server": "fedmagic"}))
+    refused(config=json.dumps({**json.loads(good["config"]), "server_strategy": "fedmagic"}))
     refused(config="{", turn="{}")
     refused(turn=json.dumps({"speed": 2}))
     refused(turn="[1]")
@@ -1002,10 +1044,16 @@ BEFORE = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
 def test_flowers_fedavg_is_the_average_of_federation_bit_for_bit(by):
     rng = torch.Generator().manual_seed(5)
     updates = [
-        Update(name, federation.pack({"w": torch.randn(999, generator=rng), "s": torch.randn((), generator=rng)}),
-               images, boxes, 1, 0.1)
+        Update(
+            name,
+            federation.pack({"w": torch.randn(999, generator=rng), "s": torch.randn((), generator=rng)}),
+            images,
+            boxes,
+            1,
+            0.1,
+        )
         for name, images, boxes in (("b", 3, 17), ("c", 7, 2), ("a", 11, 5))
-    ]  # fmt: skip
+    ]
     expected = federation.average(updates, by)
     before = {key: torch.zeros_like(value) for key, value in expected.items()}
     for order in (updates, updates[::-1]):
@@ -1035,8 +1083,9 @@ def test_fedtrimmedavg_by_hand():
     assert merged(setting, BEFORE, five) == {"a": [4.0, pytest.approx(7 / 3)], "b": 4.0}
     assert merged(small(server="fedtrimmedavg", malicious=2), BEFORE, five) == {"a": [4.0, 2.0], "b": 4.0}
     assert merged(small(server="fedtrimmedavg", malicious=0), BEFORE, three) == {
-        "a": pytest.approx([7 / 3, 7 / 3]), "b": pytest.approx(7 / 3)
-    }  # fmt: skip
+        "a": pytest.approx([7 / 3, 7 / 3]),
+        "b": pytest.approx(7 / 3),
+    }
 
 
 def test_krum_and_multikrum_by_hand():
@@ -1110,7 +1159,7 @@ def test_what_a_server_remembers_survives_its_resume_point_bit_for_bit(server, t
         for number, updates in enumerate(rounds, start=1):
             state = merging.average(number, state, updates)
             if broken:
-                torch.save({"server": merging.state()}, tmp_path / "state.pt")
+                torch.save({"server_strategy": merging.state()}, tmp_path / "state.pt")
                 merging = flower.Merging(setting, torch.load(tmp_path / "state.pt", weights_only=True)["server"])
         return state
 
@@ -1167,8 +1216,14 @@ def test_a_merge_that_is_not_finite_is_refused():
         ({"methods": ("chain+mix",)}, r"method 'chain\+mix' needs images or models that a client does not have"),
         ({"methods": ("d0",)}, "method 'd0' needs images or models that a client does not have"),
         ({"methods": ("vae_d0",)}, "method 'vae_d0' needs images or models that a client does not have"),
-        ({"methods": ("chain+sum",), "server": "fedadam"}, r"method 'chain\+sum': server='fedadam' is a way of averag"),
-        ({"methods": ("avg", "chain-fedavg+sum"), "server": "krum"}, "server='krum' is a way of averaging, for scheme"),
+        (
+            {"methods": ("chain+sum",), "server_strategy": "fedadam"},
+            r"method 'chain\+sum': server='fedadam' is a way of averag",
+        ),
+        (
+            {"methods": ("avg", "chain-fedavg+sum"), "server_strategy": "krum"},
+            "server='krum' is a way of averaging, for scheme",
+        ),
     ],
 )
 def test_what_real_clients_cannot_do_is_refused_before_anything_begins(changes, text, bench, tmp_path):

@@ -11,14 +11,20 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fedal_utils import alfl, boxes, config, exchange, flywheel, labelling, record, sampling
-from fedal_utils.data import Dataset, Images, Labels
-from fedal_utils.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
-from fedal_utils.pool import SET_ASIDE, Bill, Oracle, Pool
+from fedal_utils import config
+from fedal_utils.data import boxes, exchange
+from fedal_utils.data.readers import Dataset, Images, Labels
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.labelling import page as labelling
+from fedal_utils.papers import flywheel, presets
+from fedal_utils.papers.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
+from fedal_utils.record import run as record
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.sampling.pool import SET_ASIDE, Bill, Oracle, Pool
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 NAMES = ("ant", "bee", "cow", "dog")
-SMALL = dict(first=9, budget=6, cycles=3, methods=("margin",), seeds=(0,), seconds_per_box=0.0)
+SMALL = dict(initial_labels=9, query_size=6, cycles=3, methods=("margin",), seeds=(0,), seconds_per_box=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -28,16 +34,17 @@ def whole_images(name: str, classes: torch.Tensor) -> Dataset:
     """Black images of these classes, counted from 0."""
     count = len(classes)
     images = Images(
-        tuple(f"{name}/{i:04d}.png" for i in range(count)), torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
+        tuple(f"{name}/{i:04d}.png" for i in range(count)),
+        torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
         torch.tensor([[20, 10]] * count),
-    )  # fmt: skip
+    )
     no = torch.zeros(count, 1, dtype=torch.bool)
     labels = Labels(torch.tensor([0.0, 0, 8, 8]).repeat(count, 1, 1), classes[:, None] + 1, no, no.clone())
     return Dataset(name, images, labels, NAMES)
 
 
 def settings(**changes) -> config.Config:
-    return config.load("50_flywheel", "smoke", **{**SMALL, **changes})
+    return presets.load("50_flywheel", "smoke", **{**SMALL, **changes})
 
 
 def study_of(count=60, spread=1.0, seed=0, hidden=None, **changes) -> flywheel.Study:
@@ -84,7 +91,7 @@ class Plain(Oracle):
 
 
 def with_oracle(study) -> Wheel:
-    oracle = Plain(study.train.labels, study.config.seconds_per_image, study.config.seconds_per_box)
+    oracle = Plain(study.train.labels, study.config.query.seconds_per_image, study.config.query.seconds_per_box)
     return Wheel(Pool(flywheel.PERSON, study.train.images, oracle, range(len(study.train))), oracle)
 
 
@@ -218,11 +225,16 @@ def test_a_model_outlier_is_ranked_class_by_class(tmp_path):
     """By hand: three classes, features are class scores; images 0 to 5 are labelled, 6, 7, 8 wait."""
     study = study_of()
     rows = [
-        [5, -5, -5], [-5, 5, -5], [-5, -5, 5], [3, -3, -3], [-3, 3, -3], [-3, -3, 3],
+        [5, -5, -5],
+        [-5, 5, -5],
+        [-5, -5, 5],
+        [3, -3, -3],
+        [-3, 3, -3],
+        [-3, -3, 3],
         [9, -9, -9],  # as sure as can be
         [0, 0, 0],  # nothing moves the model
         [4, -4, -4],  # as usual
-    ]  # fmt: skip
+    ]
     classes = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 0])
     features = torch.tensor(rows, dtype=torch.float32)
     study = dataclasses.replace(study, train=whole_images("hand", classes), features=features)
@@ -269,7 +281,7 @@ def test_ways_of_asking_differ_and_an_unknown_one_is_refused(taught):
         for name in STRATEGIES
     }
     assert len(set(asked.values())) >= len(STRATEGIES) - 2
-    assert set(STRATEGIES) == set(config.load("50_flywheel").methods)
+    assert set(STRATEGIES) == set(presets.load("50_flywheel").methods)
     with pytest.raises(ValueError, match="strategy must be one of .*'mix_diverse'.*, got 'doubt'"):
         flywheel.choose("doubt", study, wheel, np.arange(16, 60), 8, rng_for(0, "c"))
 
@@ -280,9 +292,11 @@ def test_uncertainty_is_asked_of_the_model_itself(name, taught):
     choice = flywheel.choose(name, study, wheel, np.arange(16, 60), 5, rng_for(0, "c"))
     p = np.sort(wheel.model.log_probs(study.features[16:]).exp().numpy(), axis=1)
     want = {
-        "entropy": -(p * np.log(p)).sum(1), "margin": 1 - (p[:, -1] - p[:, -2]), "confidence": 1 - p[:, -1],
+        "entropy": -(p * np.log(p)).sum(1),
+        "margin": 1 - (p[:, -1] - p[:, -2]),
+        "confidence": 1 - p[:, -1],
         "ratio": p[:, -2] / p[:, -1],
-    }[name]  # fmt: skip
+    }[name]
     assert choice.scores.values == pytest.approx(want, abs=1e-9)
     assert choice.positions.tolist() == np.argsort(-want)[:5].tolist()
 
@@ -561,15 +575,29 @@ def test_a_recorded_session_played_again_is_the_same_run(tmp_path, shrugs):
 # ---------------------------------------------------------------------------------------------------------------- boxes
 
 TINY = dict(
-    detector="ssd", digit_classes=3, scenes=(40, 4), start_images=4, start_iterations=2, merge_images=4, clients=2,
-    first=4, budget=3, cycles=2, rounds=1, iterations=3, batch=4, score_above=0.02, methods=("entropy_avg", "mix"),
-    seeds=(0,), threads=1,
-)  # fmt: skip
+    detector="ssd",
+    digit_classes=3,
+    scenes=(40, 4),
+    initial_model_images=4,
+    initial_model_iterations=2,
+    held_out_images=4,
+    clients=2,
+    initial_labels=4,
+    query_size=3,
+    cycles=2,
+    rounds=1,
+    iterations=3,
+    batch=4,
+    score_above=0.02,
+    methods=("entropy_avg", "mix"),
+    seeds=(0,),
+    threads=1,
+)
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return alfl.prepare(config.load("50b", "smoke", "digits", **TINY), device="cpu")
+    return alfl.prepare(presets.load("50b", "smoke", "digits", **TINY), device="cpu")
 
 
 def box_loop(root, study, person=None, commits=None, asked=None, watch=None):
@@ -640,7 +668,9 @@ class Puzzled(labelling.Simulated):
 
 @pytest.mark.parametrize("where", [dict(commits=1), dict(asked=1)])
 def test_scenes_that_nobody_can_name_stay_set_aside_after_a_resume(scenes, tmp_path, where):
-    study = dataclasses.replace(scenes, config=scenes.config.replace(methods=("random",), first=5, budget=5, cycles=3))
+    study = dataclasses.replace(
+        scenes, config=scenes.config.replace(methods=("random",), initial_labels=5, query_size=5, cycles=3)
+    )
 
     def puzzled(run, train):
         return Puzzled(flywheel.truth_of(train, "boxes"))
@@ -659,9 +689,11 @@ def letterboxed() -> tuple[Dataset, list[list[list[float]]]]:
     """Wide, high and odd images in 64 x 64, and their boxes in original pixels; object 1 of image 0 is ignored."""
     sizes = torch.tensor([[30, 90], [121, 47], [64, 64], [500, 333]])
     drawn = [
-        [[0.0, 0, 90, 30], [3, 4, 20, 28], [10.5, 2.25, 77.125, 29]], [[0, 100, 47, 121]], [],
+        [[0.0, 0, 90, 30], [3, 4, 20, 28], [10.5, 2.25, 77.125, 29]],
+        [[0, 100, 47, 121]],
+        [],
         [[33.3, 250.7, 333, 500], [1.5, 2.5, 300, 400]],
-    ]  # fmt: skip
+    ]
     original = boxes.pad_boxes([torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in drawn])
     numbers = [[1, 2, 3], [4], [], [2, 1]]
     classes = boxes.pad_boxes([torch.tensor(row, dtype=torch.int64) for row in numbers])
@@ -709,7 +741,7 @@ def test_the_truth_of_a_set_without_any_object_is_that_there_is_none():
 
 def test_comparing_with_held_out_images_needs_held_out_images(scenes):
     for method in ("model_outlier", "mix", "chain+model_outlier"):
-        changed = config.load("50b", "smoke", "digits", **{**TINY, "merge_images": 0, "methods": (method,)})
+        changed = presets.load("50b", "smoke", "digits", **{**TINY, "held_out_images": 0, "methods": (method,)})
         with pytest.raises(ValueError, match="images that are held out: set merge_images to 1 or more"):
             alfl.prepare(changed, device="cpu")
 
@@ -917,7 +949,7 @@ def test_features_are_made_once_standardised_and_kept(tmp_path, monkeypatch):
     assert torch.allclose(study.test_features[:, :4], ((raw[1] - mean) / spread)[:, :4], atol=1e-4)
     assert not study.features[:, 4].any()  # a feature that never moves
     del made[:]
-    again = flywheel.prepare(small.replace(first=3, methods=("random",)), device="cpu")
+    again = flywheel.prepare(small.replace(initial_labels=3, methods=("random",)), device="cpu")
     assert not made and torch.equal(again.features, study.features)
     flywheel.prepare(small.replace(feature_side=48), device="cpu")
     assert made == [(50, 48), (20, 48)]

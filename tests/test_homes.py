@@ -18,20 +18,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedal_utils import alfl, config, data, flywheel, homes, labelling, record, seeding
-from fedal_utils.data import Dataset, Images, Labels
-from fedal_utils.pool import Bill, Oracle, Pool
+from fedal_utils import config, seeding
+from fedal_utils.data import readers as data
+from fedal_utils.data.readers import Dataset, Images, Labels
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.flower import workspace as homes
+from fedal_utils.labelling import page as labelling
+from fedal_utils.papers import flywheel, presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling.pool import Bill, Oracle, Pool
 
 TINY = dict(
-    scenes=(30, 4), digit_classes=3, image_size=(32, 32), clients=2, start_images=4, merge_images=3, first=3, budget=2,
-    cycles=3, rounds=2, iterations=1, batch=4, start_iterations=0,
-)  # fmt: skip
+    scenes=(30, 4),
+    digit_classes=3,
+    image_size=(32, 32),
+    clients=2,
+    initial_model_images=4,
+    held_out_images=3,
+    initial_labels=3,
+    query_size=2,
+    cycles=3,
+    rounds=2,
+    iterations=1,
+    batch=4,
+    initial_model_iterations=0,
+)
 SIZE = (40, 60)  # height, width
 NAMES = ("cat", "dog", "owl")
 
 
 def tiny(**changes) -> config.Config:
-    return config.load("60_real_clients", "smoke", seeds=[0], **{**TINY, **changes})
+    return presets.load("60_real_clients", "smoke", seeds=[0], **{**TINY, **changes})
 
 
 def drawn(ids, boxes, classes, ignore=None, crowd=None, size=SIZE) -> Dataset:
@@ -51,9 +68,14 @@ def objects(part: Dataset) -> list[tuple]:
     for i, sample in enumerate(part.images.ids):
         rows = torch.nonzero(labels.classes[i])[:, 0].tolist()
         found = [
-            (labels.boxes[i, j].numpy().tobytes(), part.class_names[int(labels.classes[i, j]) - 1],
-             bool(labels.ignore[i, j]), bool(labels.crowd[i, j])) for j in rows
-        ]  # fmt: skip
+            (
+                labels.boxes[i, j].numpy().tobytes(),
+                part.class_names[int(labels.classes[i, j]) - 1],
+                bool(labels.ignore[i, j]),
+                bool(labels.crowd[i, j]),
+            )
+            for j in rows
+        ]
         out.append((sample, found))
     return out
 
@@ -133,9 +155,16 @@ def test_ids_with_and_without_suffix_and_with_folders_come_back_as_they_are(tmp_
     assert read.images.ids == IDS and torch.equal(pixels_of(read), pixels_of(part))
     files = {p.relative_to(tmp_path / "images").as_posix() for p in (tmp_path / "images").rglob("*") if p.is_file()}
     assert files == {
-        "plain.png", "with.dot.png", "photo.png", "scan.png", "town/a.png", "town/b.png", "town.old/a.png",
-        "ünicode & spaces.png", ".x.png",
-    }  # fmt: skip
+        "plain.png",
+        "with.dot.png",
+        "photo.png",
+        "scan.png",
+        "town/a.png",
+        "town/b.png",
+        "town.old/a.png",
+        "ünicode & spaces.png",
+        ".x.png",
+    }
 
 
 @pytest.mark.parametrize("twins", [("a.jpg", "a.png"), ("a", "a.png"), ("d/a.jpg", "d/a.JPEG")])
@@ -153,8 +182,9 @@ def test_an_id_that_leaves_the_folder_is_refused(sample, tmp_path):
 
 
 def test_class_names_come_back_where_a_home_lacks_a_class(tmp_path):
-    part = drawn("ab", torch.tensor([[[1.0, 2, 9, 8], [0, 0, 0, 0]], [[3.0, 4, 50, 40], [0, 0, 9, 9]]]),
-                 [[3, 0], [3, 1]])  # fmt: skip
+    part = drawn(
+        "ab", torch.tensor([[[1.0, 2, 9, 8], [0, 0, 0, 0]], [[3.0, 4, 50, 40], [0, 0, 9, 9]]]), [[3, 0], [3, 1]]
+    )
     homes.write_set(tmp_path, part)
     for classes in ((), NAMES):
         read = homes.read_set(tmp_path, tiny(image_size=SIZE), classes)
@@ -258,9 +288,17 @@ def test_a_place_is_dealt_once(place):
 
 
 CHANGES = [
-    ("clients", 3), ("scenes", (31, 4)), ("image_size", (32, 40)), ("start_images", 5), ("merge_images", 2),
-    ("partition", "dirichlet"), ("alpha", 0.1), ("min_object", 2.0), ("digit_classes", 4), ("limit", (20, 4)),
-]  # fmt: skip
+    ("clients", 3),
+    ("scenes", (31, 4)),
+    ("image_size", (32, 40)),
+    ("start_images", 5),
+    ("merge_images", 2),
+    ("partition", "dirichlet"),
+    ("alpha", 0.1),
+    ("min_object", 2.0),
+    ("digit_classes", 4),
+    ("limit", (20, 4)),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), CHANGES)
@@ -552,9 +590,11 @@ counts = st.integers(0, 2**40)
 
 
 @given(
-    st.tuples(counts, counts, st.floats(0, 1e9)), st.lists(counts, min_size=1, max_size=9), counts,
+    st.tuples(counts, counts, st.floats(0, 1e9)),
+    st.lists(counts, min_size=1, max_size=9),
+    counts,
     st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["00", "01", "1"]), st.text(min_size=1)), max_size=6),
-)  # fmt: skip
+)
 def test_what_was_told_survives_the_resume_point(bill, histogram, held, rows):
     """Through JSON and back, as text of numbers; rows are those of asked.csv, anybody's."""
     rows = [{"cycle": cycle, "client": client, "id": sample, "score": 0.5} for cycle, client, sample in rows]

@@ -27,9 +27,12 @@ ORDER = """
     dual_vae alfl flywheel wire homes secure flower __main__
 """.split()
 ONLY_IN = {
-    "flwr": ("flower", "secure"), "gradio": ("labelling",), "papermill": ("notebooks",), "argparse": ("__main__",),
+    "flwr": ("flower", "secure"),
+    "gradio": ("labelling",),
+    "papermill": ("notebooks",),
+    "argparse": ("__main__",),
     "random": ("seeding",),
-}  # fmt: skip
+}
 NOWHERE = {"ultralytics", "yolov5", "hydra", "lightning", "pytorch_lightning", "wandb", "pickle"}
 CONDA_NAMES = {"torch": "pytorch"}  # where conda calls a package by another name
 
@@ -226,8 +229,13 @@ def test_the_command_line_reads_seeds_and_settings():
         with pytest.raises(ValueError, match="seeds"):
             command.seed_list(wrong)
     assert command.settings(["cycles=3", "data=bccd", "size=(4, 5)", "name='3'", "flag=True", "empty="]) == {
-        "cycles": 3, "data": "bccd", "size": (4, 5), "name": "3", "flag": True, "empty": "",
-    }  # fmt: skip
+        "cycles": 3,
+        "data": "bccd",
+        "size": (4, 5),
+        "name": "3",
+        "flag": True,
+        "empty": "",
+    }
     for wrong in (["cycles"], ["=3"], ["a=1", "a=2"]):
         with pytest.raises(ValueError):
             command.settings(wrong)

@@ -14,10 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import alfl, config, huale, metrics, record, sampling
-from fedal_utils.boxes import Detections, flip_boxes
-from fedal_utils.huale import FILTERS, cald_consistency, cascade_stages, jensen_shannon, match
-from fedal_utils.sampling import Scores, Sight, View
+from fedal_utils.data.boxes import Detections, flip_boxes
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.metrics import ap as metrics
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling import huale
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.sampling.huale import FILTERS, cald_consistency, cascade_stages, jensen_shannon, match
+from fedal_utils.sampling.strategies import Scores, Sight, View
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 LN2 = math.log(2)
@@ -221,9 +226,12 @@ def slow_pool(boxes):
 
 
 SLOW = {
-    "retrieval": slow_retrieval, "semantic": slow_semantic, "diversity": slow_diversity, "overlap": slow_overlap,
+    "retrieval": slow_retrieval,
+    "semantic": slow_semantic,
+    "diversity": slow_diversity,
+    "overlap": slow_overlap,
     "localisation": slow_localisation,
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------- divergence, and matching
@@ -640,8 +648,10 @@ def test_the_second_stage_of_cald_by_hand():
     sight = cald_sight(plain, view, labelled=np.array([3.0, 1.0]))  # softmax (.880797, .119203)
     # JS to softmax(1, 0) = (.731, .269): .018; (0, 1) = (.269, .731): .208; (1, 1) = (.5, .5): .0895;
     # (0, .5) = (.378, .622): .145
-    soft = [[math.exp(x) / (math.exp(x) + math.exp(y)) for x, y in ((c, d), (d, c))] for c, d in
-            ((3, 1), (1, 0), (0, 1), (1, 1), (0, 0.5))]  # fmt: skip
+    soft = [
+        [math.exp(x) / (math.exp(x) + math.exp(y)) for x, y in ((c, d), (d, c))]
+        for c, d in ((3, 1), (1, 0), (0, 1), (1, 1), (0, 0.5))
+    ]
     apart = [slow_js(soft[0], other) for other in soft[1:]]
     assert apart == pytest.approx([0.0183, 0.2081, 0.0895, 0.1453], abs=5e-4)
     choice = huale.cald(sight, 5, rng_for(0, "c"), keep=1)
@@ -738,8 +748,11 @@ def test_the_hierarchy_equals_the_oracle(rows):
 
 def test_the_boxes_and_objects_of_hua_by_hand():
     h = {p: slow_entropy([1 - p, p]) for p in (0.6, 0.8, 0.9)}
-    objects = detections([([0, 0, 10, 10], [0.1, 0.9, 0]), ([50, 0, 60, 10], [0.1, 0, 0.9]),
-                          ([80, 0, 90, 10], [0.7, 0.3, 0])], [], [([0, 0, 10, 10], [0.1, 0.9, 0])])  # fmt: skip
+    objects = detections(
+        [([0, 0, 10, 10], [0.1, 0.9, 0]), ([50, 0, 60, 10], [0.1, 0, 0.9]), ([80, 0, 90, 10], [0.7, 0.3, 0])],
+        [],
+        [([0, 0, 10, 10], [0.1, 0.9, 0])],
+    )
     crowd = [
         [
             ([0, 0, 10, 10], [0.4, 0.6, 0.0]),  # object 0, level 0, class 1: mean with the next
@@ -859,7 +872,7 @@ def test_every_strategy_chooses_k_different_images_the_same_ones_again_and_leave
 def test_a_strategy_needs_what_it_says_and_no_more(strategy):
     whole = sight_of(12)
     needs = huale.needs(strategy)
-    empty = {"views": {}}
+    empty = {"test_time_views": {}}
     fields = {f.name for f in dataclasses.fields(Sight)} - {"images"}
     bare = Sight(whole.images, **{name: getattr(whole, name) for name in needs})
     picks = huale.choose(strategy, bare, 3, rng_for(0, "c")).positions
@@ -985,7 +998,7 @@ def test_labels_are_nowhere_to_be_had():
 
 
 def test_an_arm_differs_from_the_plain_one_in_what_its_name_says():
-    base = config.load("20_huale", "smoke")
+    base = presets.load("20_huale", "smoke")
     arms = huale.loss_arms(base.replace(box_loss="efficient_iou", emphasis=0.5))  # whatever the config says
     plain = arms[huale.PLAIN]
     assert (plain.box_loss, plain.companion, plain.emphasis) == ("smooth_l1", "none", 0.0)
@@ -993,17 +1006,20 @@ def test_an_arm_differs_from_the_plain_one_in_what_its_name_says():
     def changes(arm):
         return {k: v for k, v in arm.as_dict().items() if v != plain.as_dict()[k]}
 
-    assert changes(arms[huale.WHOLE]) == {"box_loss": "extended_iou", "companion": "sides", "emphasis": 1.0}
+    assert changes(arms[huale.WHOLE]) == {"box_loss": "extended_iou", "auxiliary_head": "sides", "emphasis": 1.0}
     alone = [changes(arm) for name, arm in arms.items() if name.endswith("alone")]
     assert alone == [
-        {"box_loss": "extended_iou"}, {"box_loss": "efficient_iou"}, {"companion": "sides"}, {"companion": "iou"},
+        {"box_loss": "extended_iou"},
+        {"box_loss": "efficient_iou"},
+        {"auxiliary_head": "sides"},
+        {"auxiliary_head": "iou"},
         {"emphasis": 1.0},
-    ]  # fmt: skip
+    ]
     assert len({arm.digest() for arm in arms.values()}) == len(arms) == 7
 
 
 def test_orders_are_different_permutations_and_the_published_one_is_the_config_itself():
-    base = config.load("20_huale", "smoke")
+    base = presets.load("20_huale", "smoke")
     orders = huale.filter_orders(base)
     assert [sorted(c.cascade_order) for c in orders.values()] == [sorted(FILTERS)] * 3
     assert len({c.cascade_order for c in orders.values()}) == 3
@@ -1033,12 +1049,16 @@ def test_the_gain_is_split_as_by_hand():
     p, w = huale.PLAIN, huale.WHOLE
     table = curves_table(
         {
-            (p, "random", 0): [0.40, 0.50, 0.60], (p, "random", 1): [0.30, 0.50, 0.70],
-            (p, "cascade", 0): [0.40, 0.52, 0.64], (p, "cascade", 1): [0.30, 0.54, 0.72],
-            (w, "random", 0): [0.46, 0.53, 0.61], (w, "random", 1): [0.38, 0.53, 0.71],
-            (w, "cascade", 0): [0.46, 0.57, 0.65], (w, "cascade", 1): [0.38, 0.55, 0.75],
+            (p, "random", 0): [0.40, 0.50, 0.60],
+            (p, "random", 1): [0.30, 0.50, 0.70],
+            (p, "cascade", 0): [0.40, 0.52, 0.64],
+            (p, "cascade", 1): [0.30, 0.54, 0.72],
+            (w, "random", 0): [0.46, 0.53, 0.61],
+            (w, "random", 1): [0.38, 0.53, 0.71],
+            (w, "cascade", 0): [0.46, 0.57, 0.65],
+            (w, "cascade", 1): [0.38, 0.55, 0.75],
         }
-    )  # fmt: skip
+    )
     split = huale.gain_split(table).set_index(["effect", "part"])
     # whole cascade - plain random: seed 0 (6 + 7 + 5) / 3 = 6, seed 1 (8 + 5 + 5) / 3 = 6; without the first 6 and 5
     both = split.loc["losses and acquisition"]
@@ -1053,7 +1073,7 @@ def test_the_gain_is_split_as_by_hand():
         for loss, choice in (
             ("losses, random labels", "acquisition, HUALE losses"),
             ("losses, cascade's labels", "acquisition, plain losses"),
-        ):  # fmt: skip
+        ):
             assert points[loss] + points[choice] == pytest.approx(points["losses and acquisition"])
     # without the first, seeds 6 and 5: t interval 5.5 +- 12.706 * 0.7071 / sqrt(2)
     row = split.loc[("losses and acquisition", "without the first")]
@@ -1064,17 +1084,23 @@ def test_the_gain_is_split_as_by_hand():
 def test_arms_are_held_against_one_of_them_seed_by_seed():
     table = curves_table(
         {
-            ("plain", "random", 0): [0.40, 0.50], ("plain", "random", 1): [0.30, 0.50],
+            ("plain", "random", 0): [0.40, 0.50],
+            ("plain", "random", 1): [0.30, 0.50],
             ("plain", "cascade", 0): [0.9, 0.9],
-            ("a", "random", 0): [0.44, 0.54], ("a", "random", 1): [0.34, 0.50], ("b", "random", 1): [0.20, 0.40],
+            ("a", "random", 0): [0.44, 0.54],
+            ("a", "random", 1): [0.34, 0.50],
+            ("b", "random", 1): [0.20, 0.40],
             ("c", "random", 0): [0.9],
         }
-    )  # fmt: skip
+    )
     table["ap_coco"] = table["ap50"] / 2
     gains = metrics.arm_gains(table, "random", "plain")
     assert gains[["effect", "part"]].to_records(index=False).tolist() == [
-        ("a", "ap50"), ("b", "ap50"), ("a", "ap_coco"), ("b", "ap_coco"),
-    ]  # fmt: skip
+        ("a", "ap50"),
+        ("b", "ap50"),
+        ("a", "ap_coco"),
+        ("b", "ap_coco"),
+    ]
     assert gains["points"].tolist() == pytest.approx([3.0, -10.0, 1.5, -5.0])  # a: 4 and 2 points
     assert gains["seeds"].tolist() == [2, 1, 2, 1]  # c has fewer cycles, b has one seed in common
 
@@ -1091,14 +1117,21 @@ def test_unpaired_seeds_and_unequal_curves_are_left_out():
 
 def test_findings_say_what_the_interval_says():
     frame = pd.DataFrame(
-        {"effect": ["a", "b", "c", "d", "e"], "part": ["all cycles"] * 4 + ["first cycle"],
-         "points": [2.0, -2.0, 1.0, 1.0, 9.0], "low": [1.0, -3.0, -1.0, math.nan, 8.0],
-         "high": [3.0, -1.0, 3.0, math.nan, 10.0]}
-    )  # fmt: skip
+        {
+            "effect": ["a", "b", "c", "d", "e"],
+            "part": ["all cycles"] * 4 + ["first cycle"],
+            "points": [2.0, -2.0, 1.0, 1.0, 9.0],
+            "low": [1.0, -3.0, -1.0, math.nan, 8.0],
+            "high": [3.0, -1.0, 3.0, math.nan, 10.0],
+        }
+    )
     lines = metrics.effect_findings(frame).splitlines()
     assert [line.split("(")[1].rstrip(").").split(": ")[-1] for line in lines] == [
-        "a gain", "a loss", "no difference shown", "one seed, so no interval",
-    ]  # fmt: skip
+        "a gain",
+        "a loss",
+        "no difference shown",
+        "one seed, so no interval",
+    ]
     assert metrics.effect_findings(frame[:0]) == "Not run."
 
 
@@ -1130,12 +1163,24 @@ def test_the_papers_size_runs_on_a_miniature_of_voc_in_its_real_layout(tmp_path,
     miniatures.voc(
         tmp_path / "VOCdevkit" / "VOC2007", pictures, {"trainval": names[:6], "test": names[6:]}, ".jpg", one_based=True
     )
-    paper = config.load("20_huale", "paper", seeds=[0])
+    paper = presets.load("20_huale", "paper", seeds=[0])
     assert (paper.backbone, paper.frozen, paper.epochs, paper.schedule, paper.first, paper.cycles) == (
-        "resnet50", False, 20, "step", 500, 7,
-    )  # fmt: skip
+        "resnet50",
+        False,
+        20,
+        "step",
+        500,
+        7,
+    )
     tiny = paper.replace(
-        image_size=(64, 64), pretrained=False, first=2, budget=2, cycles=2, epochs=1, batch=2, scored=3
+        image_size=(64, 64),
+        pretrained=False,
+        initial_labels=2,
+        query_size=2,
+        cycles=2,
+        epochs=1,
+        batch=2,
+        pool_subset_size=3,
     )
     tiny = huale.loss_arms(tiny)[huale.WHOLE].replace(score_above=0.0, threads=1)
     study = alfl.prepare(tiny, device="cpu", root=str(tmp_path))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedal_utils import kafal, sampling
-from fedal_utils.boxes import Detections
-from fedal_utils.kafal import box_divergence, ksas_boxes, logo, specialised_divergence
-from fedal_utils.sampling import Scores, Sight, top_k
+from fedal_utils.data.boxes import Detections
+from fedal_utils.sampling import ksas as kafal
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.sampling.ksas import box_divergence, ksas_boxes, logo, specialised_divergence
+from fedal_utils.sampling.strategies import Scores, Sight, top_k
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 fewer = settings(max_examples=40)
@@ -158,9 +159,11 @@ def detections(*images, columns=3, length=0):
     """Each image a list of (box, class vector). Padding is NaN but for the labels."""
     length = max([len(image) for image in images] + [length])
     found = Detections(
-        torch.full((len(images), length, 4), math.nan), torch.full((len(images), length), math.nan),
-        torch.zeros(len(images), length, dtype=torch.int64), torch.full((len(images), length, columns), math.nan),
-    )  # fmt: skip
+        torch.full((len(images), length, 4), math.nan),
+        torch.full((len(images), length), math.nan),
+        torch.zeros(len(images), length, dtype=torch.int64),
+        torch.full((len(images), length, columns), math.nan),
+    )
     for i, image in enumerate(images):
         for j, (box, p) in enumerate(image):
             found.boxes[i, j], found.probs[i, j] = torch.tensor(box).float(), torch.tensor(p).float()
@@ -433,10 +436,15 @@ def full_sight(seed=0, images=8, classes=3):
     one, other = random_pair(seed, images, classes)
     logits, own_logits, alone = (torch.randn(images, classes, generator=rng) for _ in range(3))
     return Sight(
-        images, detections(*one, columns=classes + 1), own=detections(*other, columns=classes + 1),
-        labelled=np.array([2.5, 0, 0.5]), logits=logits, own_logits=own_logits, alone_logits=alone,
+        images,
+        detections(*one, columns=classes + 1),
+        own=detections(*other, columns=classes + 1),
+        labelled=np.array([2.5, 0, 0.5]),
+        logits=logits,
+        own_logits=own_logits,
+        alone_logits=alone,
         alone_embedding=torch.randn(images, 5, generator=rng),
-    )  # fmt: skip
+    )
 
 
 def test_names_and_needs():
@@ -496,9 +504,11 @@ def test_strategies_of_whole_images_are_the_divergences_of_their_names():
     sight = full_sight()
     client, world = sight.own_logits, sight.logits
     for strategy, direction, counts in (
-        ("ksas", "both", sight.labelled), ("ksas_client", "client", sight.labelled),
-        ("ksas_global", "global", sight.labelled), ("jeffreys", "both", np.ones(3)),
-    ):  # fmt: skip
+        ("ksas", "both", sight.labelled),
+        ("ksas_client", "client", sight.labelled),
+        ("ksas_global", "global", sight.labelled),
+        ("jeffreys", "both", np.ones(3)),
+    ):
         choice = kafal.choose(strategy, sight, 8, rng_for(0, "c"))
         want = specialised_divergence(client, world, counts, direction).numpy()
         assert np.array_equal(choice.scores.values, want), strategy

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from fedal_utils import __main__ as command
-from fedal_utils import labelling
-from fedal_utils.labelling import NotHeld, Question, Replay, Simulated, Store
+from fedal_utils.labelling import page as labelling
+from fedal_utils.labelling.page import NotHeld, Question, Replay, Simulated, Store
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 BOX = {"class": "cat", "box": [1.0, 2.0, 30.5, 40.0]}
@@ -62,10 +62,22 @@ def test_an_answer_is_stored_with_everything_that_is_known_about_it(make):
     row = frame.iloc[0].to_dict()
     assert row.pop("when") == "2027-01-15T08:00:00.000+00:00"
     assert row == {
-        "id": 1, "who": "Ann", "image": "x/1.jpg", "cycle": 4, "action": "label", "label": "cat", "strategy": "margin",
-        "score": 0.25, "model": "ssd-3", "suggestion": "dog", "suggestion_shown": True, "seconds": 3.5,
-        "note": "blurred", "undoes": row["undoes"], "undone": False,
-    }  # fmt: skip
+        "id": 1,
+        "who": "Ann",
+        "image": "x/1.jpg",
+        "cycle": 4,
+        "action": "label",
+        "label": "cat",
+        "strategy": "margin",
+        "score": 0.25,
+        "model": "ssd-3",
+        "suggestion": "dog",
+        "suggestion_shown": True,
+        "seconds": 3.5,
+        "note": "blurred",
+        "undoes": row["undoes"],
+        "undone": False,
+    }
     assert store.labels() == {"x/1.jpg": "cat"} and store.next("Ann") is None
     assert store.progress() == {"all": 1, "labelled": 1, "unknown": 0, "waiting": 0, "held": 0, "skipped": 0}
 
@@ -215,11 +227,22 @@ def test_an_unknown_class_is_refused_and_nothing_is_stored(make, label):
 @pytest.mark.parametrize(
     "box",
     [
-        [0, 0, 10], "0123", [0, 0, float("nan"), 5], [0, 0, float("inf"), 5], [5, 0, 5, 10], [0, 9, 10, 3],
-        [0, 0, 0.5, 10], [-20, 0, -5, 10], [-20, 0, 0.5, 10], [100, 0, 120, 10], [99.5, 0, 120, 10], [0, 0, True, 5],
-        [0, 0, "4", 5], None,
+        [0, 0, 10],
+        "0123",
+        [0, 0, float("nan"), 5],
+        [0, 0, float("inf"), 5],
+        [5, 0, 5, 10],
+        [0, 9, 10, 3],
+        [0, 0, 0.5, 10],
+        [-20, 0, -5, 10],
+        [-20, 0, 0.5, 10],
+        [100, 0, 120, 10],
+        [99.5, 0, 120, 10],
+        [0, 0, True, 5],
+        [0, 0, "4", 5],
+        None,
     ],
-)  # fmt: skip
+)
 def test_a_box_must_be_finite_upright_and_inside_by_a_pixel(make, box):
     store = make(1, task="boxes")
     store.next("Ann")
@@ -381,9 +404,13 @@ while (question := store.next(sys.argv[2])) is not None:
 def worker(path: Path, who: str, root: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(path), who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment, cwd=path.parent,
-    )  # fmt: skip
+        [sys.executable, "-c", WORKER, str(path), who],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=path.parent,
+    )
 
 
 def test_processes_race_and_one_is_killed_and_nothing_acknowledged_is_lost(make, root):

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedal_utils import labelling
-from fedal_utils.labelling import Store
+from fedal_utils.labelling import page as labelling
+from fedal_utils.labelling.page import Store
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 TOKEN = "a token for the test"
@@ -51,9 +51,12 @@ class Server:
         environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.log = open(self.path.with_suffix(".log"), "w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedal_utils", "label", *self.arguments], env=environment, cwd=self.folder.parent,
-            stdout=self.log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, "-m", "fedal_utils", "label", *self.arguments],
+            env=environment,
+            cwd=self.folder.parent,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
 
     def wait(self) -> None:
         for _ in range(600):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck
 from torchvision.ops import box_iou, distance_box_iou_loss
 
-from fedal_utils import losses
+from fedal_utils.detectors import losses
 from fedal_utils.seeding import torch_rng_for
 
 fewer = settings(max_examples=50)  # of up to eight rows each
@@ -241,8 +241,10 @@ def test_a_common_shift_and_scale_change_nothing(some, dx, dy, scale):
         torch.testing.assert_close(f(*moved), f(boxes, targets), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         losses.side_likelihood_loss(*moved, deviations, sizes * scale),
-        losses.side_likelihood_loss(boxes, targets, deviations, sizes), rtol=1e-9, atol=1e-9,
-    )  # fmt: skip
+        losses.side_likelihood_loss(boxes, targets, deviations, sizes),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 @fewer

@@ -13,9 +13,9 @@ import pytest
 import torch
 from oracles import coco_ap, voc_ap
 
-from fedal_utils import metrics
-from fedal_utils.boxes import Detections
-from fedal_utils.data import Labels
+from fedal_utils.data.boxes import Detections
+from fedal_utils.data.readers import Labels
+from fedal_utils.metrics import ap as metrics
 
 N_CASES = 400
 
@@ -538,9 +538,11 @@ def test_paired_test_at_the_edges():
 
 IMAGES = [10, 20, 30]
 EQUAL = {  # (method, seed) -> boxes and AP50 at the end of each cycle
-    ("random", 0): ([20, 40, 60], [0.2, 0.4, 0.5]), ("crowded", 0): ([30, 70, 100], [0.2, 0.5, 0.6]),
-    ("random", 1): ([10, 30, 50], [0.1, 0.3, 0.3]), ("crowded", 1): ([10, 30, 50], [0.1, 0.5, 0.5]),
-}  # fmt: skip
+    ("random", 0): ([20, 40, 60], [0.2, 0.4, 0.5]),
+    ("crowded", 0): ([30, 70, 100], [0.2, 0.5, 0.6]),
+    ("random", 1): ([10, 30, 50], [0.1, 0.3, 0.3]),
+    ("crowded", 1): ([10, 30, 50], [0.1, 0.5, 0.5]),
+}
 
 
 def labels_table(runs: dict[tuple[str, int], tuple[list[float], list[float]]]) -> pd.DataFrame:
@@ -561,8 +563,9 @@ def test_gains_at_equal_images_and_at_equal_boxes_by_hand():
     gains = metrics.gains_at_equal(one)
     assert list(gains.columns) == ["effect", "part", "points", "low", "high", "p", "seeds"]
     assert gains[["effect", "part", "seeds"]].values.tolist() == [
-        ["crowded", "equal images", 1], ["crowded", "equal boxes", 1],
-    ]  # fmt: skip
+        ["crowded", "equal images", 1],
+        ["crowded", "equal boxes", 1],
+    ]
     assert gains["points"].tolist() == pytest.approx([7.5, -31.25 / 3])
     assert gains[["low", "high"]].isna().all().all()
     assert metrics.effect_findings(gains).splitlines() == [
@@ -618,10 +621,21 @@ ARMS = {
 
 def test_a_method_that_asks_once_has_an_end_and_no_area():
     rows = [
-        {"method": m, "seed": 0, "cycle": c, "round": 0, "client": "server", "images": i, "boxes": i, "seconds": i,
-         "bytes_up": 5e5, "bytes_down": 5e5, "ap50": a}
+        {
+            "method": m,
+            "seed": 0,
+            "cycle": c,
+            "round": 0,
+            "client": "server",
+            "images": i,
+            "boxes": i,
+            "seconds": i,
+            "bytes_up": 5e5,
+            "bytes_down": 5e5,
+            "ap50": a,
+        }
         for m, c, i, a in (("random", 0, 4, 0.1), ("random", 1, 8, 0.3), ("once", 0, 8, 0.2), ("once", 1, 8, 0.5))
-    ]  # fmt: skip
+    ]
     found = metrics.summary(pd.DataFrame(rows)).set_index("method")
     assert found.loc["once", "last"] == 0.5 and math.isnan(found.loc["once", "area"])
     assert found.loc["random", "area"] == pytest.approx(0.2) and math.isnan(found.loc["once", "minus_random"])

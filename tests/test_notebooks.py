@@ -140,7 +140,7 @@ def test_runs_by_this_interpreter_from_the_root_with_the_parameters_given(house,
     assert json.loads(printed(done.output)) == ["quick", "../x", [0, 1], str(house), sys.executable, "lines"]
     assert [p.name for p in done.output.parent.iterdir()] == ["10_good.ipynb"]
     book = nbformat.read(done.output, as_version=4)
-    assert book.metadata.fedal.parameters == {"profile": "quick", "data": "../x", "seeds": [0, 1]}
+    assert book.metadata.fedal.parameters == {"profile": "quick", "dataset": "../x", "seeds": [0, 1]}
     assert "JUPYTER_PATH" not in os.environ or "fedal-kernel" not in os.environ["JUPYTER_PATH"]
 
 
@@ -244,8 +244,11 @@ def test_literals_are_read_without_running_anything(tmp_path):
     text = '# a comment\nprofile: str = "smoke"  # size\nseeds = [0, 1]\noverrides = {"a": (1, -2.5)}\ndata = None'
     path = write_notebook(tmp_path / "a.ipynb", parameters=text)
     assert notebooks.parameters(path) == {
-        "profile": "smoke", "seeds": [0, 1], "overrides": {"a": (1, -2.5)}, "data": None,
-    }  # fmt: skip
+        "profile": "smoke",
+        "seeds": [0, 1],
+        "overrides": {"a": (1, -2.5)},
+        "data": None,
+    }
     book = json.loads(path.read_text())
     book["cells"][1]["metadata"] = {}
     path.write_text(json.dumps(book))

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fedal_utils import kafal, record, sampling
+from fedal_utils.record import run as record
+from fedal_utils.sampling import ksas as kafal
+from fedal_utils.sampling import strategies as sampling
 
 PAPERS = sorted((Path(__file__).resolve().parents[1] / "results" / "paper").glob("*.csv"))
 RANGES = {
@@ -278,11 +280,20 @@ def test_kafals_parameters_by_hand(kafal_paper):
 
 def test_kafals_numbers_join_our_runs_by_cycle_whatever_the_partition(kafal_paper):
     rows = [
-        {"method": method, "seed": seed, "cycle": cycle, "round": r, "client": "server", "images": 5000 + 2500 * cycle,
-         "accuracy": accuracy + 0.001 * seed if r else 0.1}
-        for method in ("ksas", "random") for seed in (0, 1) for r in (0, 1)
+        {
+            "method": method,
+            "seed": seed,
+            "cycle": cycle,
+            "round": r,
+            "client": "server",
+            "images": 5000 + 2500 * cycle,
+            "accuracy": accuracy + 0.001 * seed if r else 0.1,
+        }
+        for method in ("ksas", "random")
+        for seed in (0, 1)
+        for r in (0, 1)
         for cycle, accuracy in enumerate(accuracies(kafal_paper, "CIFAR-10, by cycle")[method].values())
-    ]  # fmt: skip
+    ]
     frame = record.compare_paper(pd.DataFrame(rows), "kafal", "quick", items=["CIFAR-10, by cycle"], x="cycle")
     run = frame["setting"].isin(["ksas", "random"])
     assert (frame.loc[run, "verdict"] == "matches").all() and run.sum() == 12

@@ -13,9 +13,9 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
 
-from fedal_utils import plots
-from fedal_utils.boxes import Detections
-from fedal_utils.data import Images, Labels
+from fedal_utils.data.boxes import Detections
+from fedal_utils.data.readers import Images, Labels
+from fedal_utils.plots import curves as plots
 
 START = {"sum": 0.30, "avg": 0.25, "max": 0.28, "random": 0.20, "centralised": 0.35}
 
@@ -329,10 +329,21 @@ def chained(methods=(*SCHEMES, *REFERENCES), seeds=3):
             sent = 0 if scheme == "centralised" or (scheme in plots.CHAINS and round == DEVICES) else 1_000_000
             ap = 0.3 + 0.01 * step + 0.02 * seed + GAIN[method]
             rows.append(
-                {"method": method, "seed": seed, "cycle": cycle, "round": round, "client": "server", "images": 40,
-                 "boxes": 1, "seconds": 1, "bytes_up": sent, "bytes_down": sent, "loss": np.nan if sent == 0 else 1.0,
-                 "ap50": ap if judged else np.nan}
-            )  # fmt: skip
+                {
+                    "method": method,
+                    "seed": seed,
+                    "cycle": cycle,
+                    "round": round,
+                    "client": "server",
+                    "images": 40,
+                    "boxes": 1,
+                    "seconds": 1,
+                    "bytes_up": sent,
+                    "bytes_down": sent,
+                    "loss": np.nan if sent == 0 else 1.0,
+                    "ap50": ap if judged else np.nan,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -653,9 +664,14 @@ def test_save_is_deterministic_and_leaves_nothing_else(tmp_path):
 
 def test_effects_stand_in_order_with_their_intervals():
     frame = pd.DataFrame(
-        {"effect": ["losses", "losses", "choice", "choice"], "part": ["all", "later"] * 2,
-         "points": [3.0, 1.0, -1.0, 0.5], "low": [2.0, np.nan, -2.0, 0.0], "high": [4.0, np.nan, 0.0, 1.0]}
-    )  # fmt: skip
+        {
+            "effect": ["losses", "losses", "choice", "choice"],
+            "part": ["all", "later"] * 2,
+            "points": [3.0, 1.0, -1.0, 0.5],
+            "low": [2.0, np.nan, -2.0, 0.0],
+            "high": [4.0, np.nan, 0.0, 1.0],
+        }
+    )
     ax = plots.effects(frame)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["losses", "choice"]
     assert ax.yaxis_inverted()

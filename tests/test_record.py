@@ -20,7 +20,9 @@ import tiny_loop
 import torch
 from tiny_loop import Config
 
-from fedal_utils import config, record
+from fedal_utils import config
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
 
 PACKAGE = Path(record.__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="SIGKILL and fork are POSIX")
@@ -543,7 +545,7 @@ def test_home_is_the_checkout_from_its_notebooks_too(tmp_path, monkeypatch):
 
 
 def real_run(root: Path, **changes) -> record.Run:
-    settings = config.load("00_start_here", methods=("sum",), seeds=(0,), **changes)
+    settings = presets.load("00_start_here", methods=("sum",), seeds=(0,), **changes)
     return next(record.runs(settings, "later", root=root, progress=False))
 
 
@@ -560,7 +562,7 @@ def test_a_run_written_before_a_setting_existed_is_accepted_and_another_setting_
     path.write_text(json.dumps({**whole, "config": {**old, "lr": 0.5}}))
     with pytest.raises(ValueError, match=r"belongs to another setting \(lr: 0.5 there, 0.002 here\)"):
         real_run(tmp_path)
-    path.write_text(json.dumps({**whole, "config": {**old, "lost": 0.5}}))
+    path.write_text(json.dumps({**whole, "config": {**old, "dropout_rate": 0.5}}))
     with pytest.raises(ValueError, match=r"belongs to another setting \(lost: 0.5 there, 0.0 here\)"):
         real_run(tmp_path)
     # a file of another digest does not get the benefit of the doubt
@@ -570,14 +572,17 @@ def test_a_run_written_before_a_setting_existed_is_accepted_and_another_setting_
 
 
 def test_a_later_setting_at_another_value_is_another_folder(tmp_path):
-    folders = {real_run(tmp_path, **c).folder for c in ({}, {"lost": 0.1}, {"tail": 1}, {"optimiser_state": "client"})}
+    folders = {
+        real_run(tmp_path, **c).folder
+        for c in ({}, {"dropout_rate": 0.1}, {"extra_rounds": 1}, {"optimizer_state": "client"})
+    }
     assert len(folders) == 4
 
 
 def test_the_plan_of_every_round_has_the_tail_after_the_last_cycle(tmp_path):
-    settings = config.Config(cycles=2, rounds=2, tail=3)
+    settings = config.Config(cycles=2, rounds=2, extra_rounds=3)
     assert record.every_round(settings) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
-    assert record.every_round(settings.replace(tail=0)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert record.every_round(settings.replace(extra_rounds=0)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     run = record.Run(settings, "x", "a", 0, tmp_path, plan=lambda config, method: [(0, 0), (0, 5)])
     assert run.plan == [(0, 0), (0, 5)] and not run.finished
 
@@ -585,8 +590,11 @@ def test_the_plan_of_every_round_has_the_tail_after_the_last_cycle(tmp_path):
 def test_missing_runs_are_those_without_rows_and_those_broken_off(tmp_path):
     config = dataclasses.replace(Config(), methods=("sum", "random"))
     assert record.missing(config, "tiny", ("sum", "random"), (0, 1), tmp_path) == [
-        ("sum", 0), ("sum", 1), ("random", 0), ("random", 1)
-    ]  # fmt: skip
+        ("sum", 0),
+        ("sum", 1),
+        ("random", 0),
+        ("random", 1),
+    ]
     tiny_loop.loop(tmp_path, config)
     assert record.missing(config, "tiny", ("sum", "random"), (0,), tmp_path) == []
     folder = record.Run(config, "tiny", "sum", 0, tmp_path).folder

@@ -11,11 +11,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops.poolers import initLevelMapper
 
-from fedal_utils import data, detectors, roi_heads, training
-from fedal_utils.config import Recipe
-from fedal_utils.roi_heads import BOX_LOSSES, COMPANIONS, LEAST_DEVIATION, Localisation, LocalisedRoIHeads
+from fedal_utils.config import TrainingConfig
+from fedal_utils.data import readers as data
+from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors import roi_heads
+from fedal_utils.detectors.roi_heads import BOX_LOSSES, COMPANIONS, LEAST_DEVIATION, Localisation, LocalisedRoIHeads
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
-from fedal_utils.training import TrainingDiverged
+from fedal_utils.training import fit as training
+from fedal_utils.training.fit import TrainingDiverged
 
 HUALE = Localisation("efficient_iou", weight=5.0, companion="sides", companion_weight=0.2, emphasis=1.0)
 ARMS = [Localisation(box, 2.0, companion=companion, emphasis=1.0) for box in BOX_LOSSES for companion in COMPANIONS]
@@ -47,9 +50,10 @@ def sampled(seed=0):
     rng = torch_rng_for(seed, "proposals")
     boxes = torch.tensor([[4.0, 4, 30, 34], [20, 10, 50, 40], [40, 44, 60, 62]])
     targets = [
-        {"boxes": boxes, "labels": torch.tensor([1, 3, 2])}, {"boxes": boxes[1:], "labels": torch.tensor([2, 2])},
+        {"boxes": boxes, "labels": torch.tensor([1, 3, 2])},
+        {"boxes": boxes[1:], "labels": torch.tensor([2, 2])},
         {"boxes": boxes[:0], "labels": torch.zeros(0, dtype=torch.int64)},
-    ]  # fmt: skip
+    ]
     near = boxes.repeat(10, 1) + torch.randn(30, 4, generator=rng) * 2
     low = torch.rand(30, 2, generator=rng) * 40
     far = torch.cat([low, low + 4 + torch.rand(30, 2, generator=rng) * 20], dim=1)
@@ -63,9 +67,18 @@ def torchvisions(roi, score=0.05, top=100):
     """torchvision's own heads on the very same modules."""
     sampler = roi.fg_bg_sampler
     return RoIHeads(
-        roi.box_roi_pool, roi.box_head, roi.box_predictor, 0.5, 0.5, sampler.batch_size_per_image,
-        sampler.positive_fraction, None, score, 0.5, top,
-    )  # fmt: skip
+        roi.box_roi_pool,
+        roi.box_head,
+        roi.box_predictor,
+        0.5,
+        0.5,
+        sampler.batch_size_per_image,
+        sampler.positive_fraction,
+        None,
+        score,
+        0.5,
+        top,
+    )
 
 
 @pytest.mark.parametrize("evidence", [False, True])
@@ -135,7 +148,7 @@ def test_training_with_an_evidence_head_is_training_without_it(clip):
     states = []
     for evidence in (False, True):
         model = small(HUALE, evidence)
-        recipe = Recipe(batch=4, flip=0.0, clip=clip)
+        recipe = TrainingConfig.of(batch=4, flip=0.0, clip=clip)
         list(training.fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=3))
         states.append(model.state_dict())
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
@@ -162,9 +175,21 @@ def heads(localisation, evidence=False):
     """Heads without a body, in float64."""
     with borrowed_global_rng(torch_rng_for(0, "heads")):
         return LocalisedRoIHeads(
-            None, None, FastRCNNPredictor(HIDDEN, CLASSES + 1), 0.5, 0.5, 64, 0.25, None, 0.05, 0.5, 100,
-            localisation=localisation, evidence=evidence, hidden=HIDDEN,
-        ).double()  # fmt: skip
+            None,
+            None,
+            FastRCNNPredictor(HIDDEN, CLASSES + 1),
+            0.5,
+            0.5,
+            64,
+            0.25,
+            None,
+            0.05,
+            0.5,
+            100,
+            localisation=localisation,
+            evidence=evidence,
+            hidden=HIDDEN,
+        ).double()
 
 
 def case():
@@ -230,8 +255,10 @@ def extended(a, b):
 
 
 def linear(layer, x):
-    return [sum(w * v for w, v in zip(row, x, strict=True)) + b
-            for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)]  # fmt: skip
+    return [
+        sum(w * v for w, v in zip(row, x, strict=True)) + b
+        for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+    ]
 
 
 def sigmoid(x):
@@ -441,7 +468,7 @@ def test_what_is_not_finite_stops_training_with_the_clients_name(arm, what):
         nn.init.constant_(model.rpn.head.cls_logits.weight, float("nan"))
         nn.init.constant_(model.roi.box_predictor.bbox_pred.weight, float("nan"))
         labels.classes[:] *= what == "weight"
-    recipe = Recipe(batch=4, flip=0.0)
+    recipe = TrainingConfig.of(batch=4, flip=0.0)
     with pytest.raises(TrainingDiverged, match="client 07: loss is nan .* on images .*'train-00002'"):
         list(training.fit(model, scenes.images, labels, recipe, torch_rng_for(0, "fit"), iterations=1, who="07"))
 
@@ -450,7 +477,7 @@ def test_what_is_not_finite_stops_training_with_the_clients_name(arm, what):
     ("options", "message"),
     [
         ({"box": "giou"}, r"box loss must be one of \('smooth_l1', 'efficient_iou', 'extended_iou'\), got 'giou'"),
-        ({"companion": "both"}, r"companion must be one of \('none', 'sides', 'iou'\), got 'both'"),
+        ({"auxiliary_head": "both"}, r"companion must be one of \('none', 'sides', 'iou'\), got 'both'"),
         *(
             ({name: value}, f"{name} of the localisation must be finite and >= 0, got {value}")
             for name in ("weight", "focal", "companion_weight", "power", "emphasis")
@@ -465,7 +492,7 @@ def test_a_localisation_that_makes_no_sense_is_an_error_that_says_what_is_allowe
 
 def test_only_torchvisions_settings_are_plain():
     assert Localisation().plain and Localisation(weight=5.0, focal=1.0, power=0.0, companion_weight=9.0).plain
-    for options in ({"box": "extended_iou"}, {"box": "efficient_iou"}, {"companion": "iou"}, {"emphasis": 0.1}):
+    for options in ({"box": "extended_iou"}, {"box": "efficient_iou"}, {"auxiliary_head": "iou"}, {"emphasis": 0.1}):
         assert not Localisation(**options).plain
     with pytest.raises(ValueError, match="'ssd' has no RoI heads to give Localisation.*use 'faster_rcnn'"):
         detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(0, "w"), localisation=HUALE)
@@ -555,14 +582,15 @@ def test_the_level_of_a_detection_is_the_map_that_torchvision_pooled_it_from():
 
 
 @pytest.mark.parametrize(
-    "arm", [None, HUALE, Localisation("extended_iou", 5.0, companion="iou", emphasis=1.0), Localisation(emphasis=1.0)],
+    "arm",
+    [None, HUALE, Localisation("extended_iou", 5.0, companion="iou", emphasis=1.0), Localisation(emphasis=1.0)],
     ids=name_of,
-)  # fmt: skip
+)
 def test_a_short_training_lowers_the_loss(arm):
     """The detector's own; the evidence head chases a loss that falls, and rises for the RoIs that are still wrong."""
     scenes = data.digit_scenes(8, 1, (64, 64), digits_per_image=(1, 2), classes=3)[0]
     model = small(arm, evidence=True)
-    recipe = Recipe(batch=8, lr=2e-3, flip=0.0)
+    recipe = TrainingConfig.of(batch=8, lr=2e-3, flip=0.0)
     rows = list(training.fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=50))
     first, last = (
         {name: sum(row[name] for row in part) / len(part) for name in rows[0]} for part in (rows[:5], rows[-5:])

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedal_utils import sampling
-from fedal_utils.boxes import Detections
-from fedal_utils.sampling import Scores, Sight, View, cascade, choose, k_center, score, top_k
+from fedal_utils.data.boxes import Detections
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.sampling.strategies import Scores, Sight, View, cascade, choose, k_center, score, top_k
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 VALUES = ("confidence", "entropy", "margin", "ratio")
@@ -138,10 +138,15 @@ def test_every_strategy_equals_the_oracle(images):
 
 # Some equal, zeros among them; equal odds come from equal rows alone, or a logarithm's last bit would decide.
 PALETTE = [
-    (0, [0.13, 0.31, 0.29, 0.27]), (1, [0.41, 0.11, 0.23, 0.25]), (2, [0.07, 0.51, 0.37, 0.05]), (3, [1.0, 0, 0, 0]),
-    (4, [0.0, 0.61, 0.39, 0]), (5, [0.53, 0.0, 0.0, 0.47]), (6, [0.19, 0.03, 0.67, 0.11]),
+    (0, [0.13, 0.31, 0.29, 0.27]),
+    (1, [0.41, 0.11, 0.23, 0.25]),
+    (2, [0.07, 0.51, 0.37, 0.05]),
+    (3, [1.0, 0, 0, 0]),
+    (4, [0.0, 0.61, 0.39, 0]),
+    (5, [0.53, 0.0, 0.0, 0.47]),
+    (6, [0.19, 0.03, 0.67, 0.11]),
     (7, [0.02, 0.06, 0.01, 0.91]),
-]  # fmt: skip
+]
 row = st.lists(st.sampled_from(PALETTE), max_size=4)
 
 
@@ -345,9 +350,7 @@ def test_scores_are_pure():
     held = confidences([0.7, 0.2])
     held_before = [t.clone() for t in (held.boxes, held.scores, held.labels, held.probs)]
     sight = Sight(2, found, reference=held, embedding=points(1, 2), known=points(0))
-    runs = [
-        {name: choose(name, sight, 1, rng_for(0, "s")) for name in sampling.BOX_STRATEGIES} for _ in range(2)
-    ]  # fmt: skip
+    runs = [{name: choose(name, sight, 1, rng_for(0, "s")) for name in sampling.BOX_STRATEGIES} for _ in range(2)]
     first, again = (
         {name: (c.positions.tolist(), c.scores.values.tolist(), c.scores.scored.tolist()) for name, c in run.items()}
         for run in runs
@@ -363,14 +366,18 @@ def test_scores_are_pure():
 
 def test_every_strategy_runs_on_what_a_detector_returns():
     found = Detections(
-        torch.rand(6, 3, 4, generator=torch_rng_for(0, "b")), torch.rand(6, 3, generator=torch_rng_for(0, "s")),
+        torch.rand(6, 3, 4, generator=torch_rng_for(0, "b")),
+        torch.rand(6, 3, generator=torch_rng_for(0, "s")),
         torch.randint(0, 3, (6, 3), generator=torch_rng_for(0, "l")),
         torch.rand(6, 3, 3, generator=torch_rng_for(0, "p")).softmax(-1),
-    )  # fmt: skip
+    )
     sight = Sight(
-        6, found, reference=found.take(np.array([4, 0])), known=torch.zeros(0, 5),
+        6,
+        found,
+        reference=found.take(np.array([4, 0])),
+        known=torch.zeros(0, 5),
         embedding=torch.rand(6, 5, generator=torch_rng_for(0, "e")),
-    )  # fmt: skip
+    )
     for name in sampling.BOX_STRATEGIES:
         choice = choose(name, sight, 4, rng_for(0, "s"))
         assert len(set(choice.positions.tolist())) == 4 and len(choice.scores) == 6
@@ -584,9 +591,12 @@ def class_sight(images=12, classes=4, seed=0, members=3):
     """All that a strategy of whole images looks at."""
     rng = torch_rng_for(seed, "class sight")
     return Sight(
-        images, logits=2 * torch.randn(images, classes, generator=rng), known=torch.randn(5, 6, generator=rng),
-        embedding=torch.randn(images, 6, generator=rng), committee=torch.randn(members, images, classes, generator=rng),
-    )  # fmt: skip
+        images,
+        logits=2 * torch.randn(images, classes, generator=rng),
+        known=torch.randn(5, 6, generator=rng),
+        embedding=torch.randn(images, 6, generator=rng),
+        committee=torch.randn(members, images, classes, generator=rng),
+    )
 
 
 def shuffled(sight, order):

@@ -12,17 +12,50 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import alfl, config, detectors, federation, record, sampling, seeding, training
-from fedal_utils.data import Labels
+from fedal_utils import config, seeding
+from fedal_utils.data.readers import Labels
+from fedal_utils.detectors import base as detectors
+from fedal_utils.federation import aggregate as federation
+from fedal_utils.federation import experiment as alfl
+from fedal_utils.papers import presets
+from fedal_utils.record import run as record
+from fedal_utils.sampling import strategies as sampling
+from fedal_utils.training import fit as training
 
 TINY = dict(
-    width=16, digit_classes=3, scenes=(44, 6), start_images=6, start_iterations=2, merge_images=6, clients=2, first=2,
-    budget=2, cycles=2, rounds=2, tail=1, first_pass=2, visit=0.5, iterations=2, batch=4, optimiser="sgd", lr=0.02,
-    anneal=0.2, score_above=0.05, zoom=(1.0, 1.0), shift=0.0, colour=0.0,
-)  # fmt: skip
+    fpn_channels=16,
+    digit_classes=3,
+    scenes=(44, 6),
+    initial_model_images=6,
+    initial_model_iterations=2,
+    held_out_images=6,
+    clients=2,
+    initial_labels=2,
+    query_size=2,
+    cycles=2,
+    rounds=2,
+    extra_rounds=1,
+    first_pass_rounds=2,
+    visit_fraction=0.5,
+    iterations=2,
+    batch=4,
+    optimizer="sgd",
+    lr=0.02,
+    round_lr_decay=0.2,
+    score_above=0.05,
+    zoom=(1.0, 1.0),
+    shift=0.0,
+    colour=0.0,
+)
 YOLO = dict(
-    detector="yolo", depth=0.1, channels=0.125, norm="batch", anchor_side=7.0, gains=(1.0, 1.0, 20.0), lr=0.01,
-)  # fmt: skip
+    detector="yolo",
+    depth_multiple=0.1,
+    width_multiple=0.125,
+    norm="batch",
+    anchor_side=7.0,
+    loss_weights=(1.0, 1.0, 20.0),
+    lr=0.01,
+)
 CHAINS = ("chain+sum", "chain-fedavg+sum", "accumulate+sum")
 METHODS = ("sum", "local-first+sum", *CHAINS, "centralised", "centralised+sum", "centralised+chain+sum")
 STEPS = 2 * 2 * (2 * 2 + 1)  # clients, iterations, cycles x rounds + tail
@@ -139,22 +172,22 @@ def test_a_method_that_nobody_knows_is_refused_with_those_that_there_are(method,
 
 
 def test_plans_count_visits_by_hand(study):
-    paper = config.Config(clients=9, cycles=22, rounds=1, tail=8, first_pass=10, passes=5)
+    paper = config.Config.of(clients=9, cycles=22, rounds=1, extra_rounds=8, first_pass_rounds=10, chain_passes=5)
     assert alfl.plan(paper, "sum") == [(c, 0) for c in range(22)] + [(21, r) for r in range(1, 9)]
     assert alfl.plan(paper, "local-first+sum") == alfl.plan(paper, "centralised+chain+sum") == alfl.plan(paper, "sum")
     assert alfl.plan(paper, "chain+sum") == [(0, r) for r in range(9 + 1 + 5 * 9)]
     assert alfl.plan(paper, "chain-fedavg+sum") == [(0, r) for r in range(9 + 1 + 5)]
-    assert alfl.plan(paper.replace(visit=0.25), "accumulate+sum") == [(0, r) for r in range(9 + 1 + 20 * 9)]
-    assert alfl.later_passes(paper.replace(passes=0), "chain") == 22 + 8 - 10
-    tight = paper.replace(passes=0, first_pass=30)
+    assert alfl.plan(paper.replace(visit_fraction=0.25), "accumulate+sum") == [(0, r) for r in range(9 + 1 + 20 * 9)]
+    assert alfl.later_passes(paper.replace(chain_passes=0), "chain") == 22 + 8 - 10
+    tight = paper.replace(chain_passes=0, first_pass_rounds=30)
     with pytest.raises(ValueError, match=r"first_pass=30 rounds, which leaves none of the 30 .*give passes"):
         alfl.plan(tight, "chain+sum")
-    assert alfl.plan(tight, "sum") and alfl.plan(tight.replace(passes=1), "chain+sum")
+    assert alfl.plan(tight, "sum") and alfl.plan(tight.replace(chain_passes=1), "chain+sum")
 
 
 def turns(study: alfl.Study, root: Path, method: str) -> list[alfl.Turn]:
     run = record.Run(study.config, "small", method, 0, root, alfl.plan)
-    names = [alfl.Client(f"{i:02d}", None) for i in range(study.config.clients)]
+    names = [alfl.Client(f"{i:02d}", None) for i in range(study.config.federation.clients)]
     return [alfl.whose_turn(run, names, cycle, round) for cycle, round in run.plan]
 
 
@@ -208,15 +241,34 @@ def test_a_starting_point_is_shared_by_all_that_does_not_move_it(study):
         return alfl.beginning(study.config.replace(**changes)).digest()
 
     for changes in (
-        {"optimiser_state": "client"}, {"rounds": 3}, {"passes": 2}, {"merge_images": 0}, {"warmup": 9},
-        {"wire": "fp16"}, {"lost": 0.5, "on_failure": "skip"}, {"clients": 3}, {"methods": ("chain+sum",)},
-        {"schedule": "step"}, {"iterations": 7}, {"as_released": True}, {"evaluate_every": 1},
-    ):  # fmt: skip
+        {"optimizer_state": "client"},
+        {"rounds": 3},
+        {"chain_passes": 2},
+        {"held_out_images": 0},
+        {"warmup": 9},
+        {"message_dtype": "fp16"},
+        {"dropout_rate": 0.5, "on_failure": "skip"},
+        {"clients": 3},
+        {"methods": ("chain+sum",)},
+        {"schedule": "step"},
+        {"iterations": 7},
+        {"as_released": True},
+        {"evaluate_every": 1},
+    ):
         assert begun(**changes) == begun(), changes
     for changes in (
-        {"lr": 0.1}, {"start_images": 5}, {"start_iterations": 3}, {"start_warmup": 1}, {"norm": "batch"}, {"batch": 5},
-        {"detector": "yolo"}, {"final_lr": 0.5}, {"digit_classes": 4}, {"image_size": (96, 96)}, {"ema": 0.5},
-    ):  # fmt: skip
+        {"lr": 0.1},
+        {"initial_model_images": 5},
+        {"initial_model_iterations": 3},
+        {"initial_model_warmup": 1},
+        {"norm": "batch"},
+        {"batch": 5},
+        {"detector": "yolo"},
+        {"final_lr": 0.5},
+        {"digit_classes": 4},
+        {"image_size": (96, 96)},
+        {"ema": 0.5},
+    ):
         assert begun(**changes) != begun(), changes
 
 
@@ -365,7 +417,7 @@ def test_metered_bytes_are_messages_times_hops_by_hand(study, unbroken):
 def test_the_size_of_an_optimisers_state_is_the_metered_one(optimiser, study):
     images, labels = study.train.images.take([0]), study.train.labels.take([0])
     model, memory = alfl.new_detector(study.config, 3, torch.Generator().manual_seed(0)), {}
-    recipe = study.config.replace(optimiser=optimiser)
+    recipe = study.config.replace(optimizer=optimiser)
     list(training.fit(model, images, labels, recipe, torch.Generator().manual_seed(0), iterations=1, memory=memory))
     size = alfl.sent_sizes(changed(study, optimiser=optimiser))["optimiser"]
     assert round(1e6 * size) == len(federation.pack(memory))
@@ -505,7 +557,7 @@ def test_held_out_images_are_in_nobodys_pool(study):
     held = alfl.held_out(study.config, study.train, 0)
     every = [*first, *held, *(row for part in parts for row in part)]
     assert len(held) == 6 and sorted(every) == list(range(44))
-    assert len(alfl.held_out(study.config.replace(merge_images=0), study.train, 0)) == 0
+    assert len(alfl.held_out(study.config.replace(held_out_images=0), study.train, 0)) == 0
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -562,9 +614,14 @@ def test_a_client_that_diverges_is_left_out_or_stops_the_run_by_name(method, stu
 @pytest.mark.parametrize("state_of_optimiser", ["client", "travels"])
 def test_a_client_that_diverged_keeps_its_optimiser_and_statistics_as_they_were(state_of_optimiser, tmp_path):
     base = tiny(
-        norm="batch", batch_norm="local", optimiser_state=state_of_optimiser, on_failure="skip", batch=8,
-        methods=("sum",), tail=0,
-    )  # fmt: skip
+        norm="batch",
+        batch_norm="local",
+        optimiser_state=state_of_optimiser,
+        on_failure="skip",
+        batch=8,
+        methods=("sum",),
+        tail=0,
+    )
     broken_off(tmp_path, base, 2)
     before = state(base, tmp_path, "sum")
     assert set(before["memory"]) == set(before["home"]) == {"00", "01"}
@@ -767,12 +824,18 @@ def test_the_centralised_reference_keeps_its_optimiser_too(study, unbroken, tmp_
 @pytest.mark.parametrize(
     ("method", "how"),
     [
-        ("sum", "client"), ("sum", "travels"), ("local-first+sum", "client"), ("local-first+sum", "travels"),
-        ("chain+sum", "client"), ("chain+sum", "travels"),
-        ("chain-fedavg+sum", "client"), ("chain-fedavg+sum", "travels"), ("accumulate+sum", "restart"),
+        ("sum", "client"),
+        ("sum", "travels"),
+        ("local-first+sum", "client"),
+        ("local-first+sum", "travels"),
+        ("chain+sum", "client"),
+        ("chain+sum", "travels"),
+        ("chain-fedavg+sum", "client"),
+        ("chain-fedavg+sum", "travels"),
+        ("accumulate+sum", "restart"),
         ("centralised", "client"),
     ],
-)  # fmt: skip
+)
 def test_a_schedule_that_lives_on_ends_with_the_last_step(method, how, study, tmp_path, monkeypatch):
     """Where an optimiser's state lives on, its steps count up without a gap, to the length of its schedule."""
     lines: dict[str, list[tuple[int, int, int]]] = {}
@@ -808,12 +871,31 @@ def test_the_paper_profile_runs_on_kittis_layout_with_missing_classes(tmp_path):
         for i, name in enumerate(["Car", "Pedestrian", "Cyclist"] * 20)
     ]
     miniatures.kitti(tmp_path / "kitti", pictures)
-    small = config.load(
-        "13_communication", "paper", "kitti", seeds=[0], image_size=[64, 192], channels=0.125, depth=0.1, clients=2,
-        missing=[[1], [3]], start_images=6, start_iterations=2, merge_images=4, cycles=2, tail=1, first=2, budget=2,
-        epochs=1, first_pass=2, passes=1, visit=1.0, empty="last", threads=1,
+    small = presets.load(
+        "13_communication",
+        "paper",
+        "kitti",
+        seeds=[0],
+        image_size=[64, 192],
+        width_multiple=0.125,
+        depth_multiple=0.1,
+        clients=2,
+        missing_classes=[[1], [3]],
+        initial_model_images=6,
+        initial_model_iterations=2,
+        held_out_images=4,
+        cycles=2,
+        extra_rounds=1,
+        initial_labels=2,
+        query_size=2,
+        epochs=1,
+        first_pass_rounds=2,
+        chain_passes=1,
+        visit_fraction=1.0,
+        no_detection_rule="last",
+        threads=1,
         methods=["sum", "chain+sum", "accumulate+sum", "centralised+sum"],
-    )  # fmt: skip
+    )
     study = alfl.prepare(small, device="cpu", root=str(tmp_path))
     assert study.class_names[1] == "Cyclist" and study.class_names[3] == "Pedestrian"
     small_run.loop(tmp_path / "runs", study)

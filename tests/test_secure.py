@@ -29,8 +29,11 @@ from flwr.server.workflow import SecAggPlusWorkflow  # noqa: E402
 from flwr.supercore.primitives.asymmetric import generate_key_pairs  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from fedal_utils import config as configs  # noqa: E402
-from fedal_utils import federation, flower, homes, secure  # noqa: E402
+from fedal_utils.federation import aggregate as federation
+from fedal_utils.flower import privacy as secure  # noqa: E402
+from fedal_utils.flower import server_app as flower
+from fedal_utils.flower import workspace as homes
+from fedal_utils.papers import presets
 from fedal_utils.seeding import numpy_seeded  # noqa: E402
 
 NODES = (2**63 + 11, 5, 2**64 - 7, 1234567)  # Flower's are unsigned 64-bit numbers
@@ -75,8 +78,9 @@ def train(message: Message, context) -> Message:
     if fault == "shape":
         new["mean"] = new["mean"][:-1]
     counts = MetricRecord({"images": IMAGES[number], "boxes": 7, "steps": 4, "loss": 0.25, "none": 0})
-    return Message(RecordDict({"arrays": ArrayRecord({k: Array(v) for k, v in new.items()}), "counts": counts}),
-                   reply_to=message)  # fmt: skip
+    return Message(
+        RecordDict({"arrays": ArrayRecord({k: Array(v) for k, v in new.items()}), "counts": counts}), reply_to=message
+    )
 
 
 def model(dtype: type = np.float64) -> ArrayRecord:
@@ -193,9 +197,15 @@ def test_a_client_that_is_lost_at_any_stage_costs_its_own_update_only(count, ind
     assert again.clients == count and again.failures == {}
 
 
-@pytest.mark.parametrize(("fault", "status"), [
-    ("raise", "failed"), ("diverged", "diverged"), ("nan", "not finite"), ("shape", "wrong shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("raise", "failed"),
+        ("diverged", "diverged"),
+        ("nan", "not finite"),
+        ("shape", "wrong shape"),
+    ],
+)
 def test_a_client_without_weights_says_why_and_the_others_are_averaged(fault, status):
     result = secured(clients(), task={"faulty": 1, "fault": fault})
     assert {node: status for node, (status, _) in result.failures.items()} == {NODES[1]: status}
@@ -365,13 +375,21 @@ def test_more_noise_is_safer_and_more_rounds_are_not():
 def setting(**over):
     """A digits experiment of seconds."""
     tiny = dict(
-        scenes=(60, 16), first=3, budget=3, cycles=1, rounds=2, iterations=2, start_iterations=4, start_images=8,
-        too_large=0.0, optimiser="sgd",
-    )  # fmt: skip
-    return configs.load("60_real_clients", "smoke", None, [0], **{**tiny, **over})
+        scenes=(60, 16),
+        initial_labels=3,
+        query_size=3,
+        cycles=1,
+        rounds=2,
+        iterations=2,
+        initial_model_iterations=4,
+        initial_model_images=8,
+        max_update_ratio=0.0,
+        optimizer="sgd",
+    )
+    return presets.load("60_real_clients", "smoke", None, [0], **{**tiny, **over})
 
 
-CLIPPED = {"privacy": "clip", "weights": "equal", "clip_norm": 0.5}
+CLIPPED = {"privacy": "clip", "aggregation_weights": "equal", "clip_norm": 0.5}
 
 
 def clip(update: np.ndarray, **over) -> np.ndarray:
@@ -444,12 +462,17 @@ def run_of(tmp_path_factory):
         names = homes.deal(config, place, 0)
         for earlier in place.glob(f"**/runs/60_real_clients/{config.digest()[:8]}"):  # with other faults
             shutil.rmtree(earlier)
-        usual = configs.load("60_real_clients", "smoke").as_dict()
+        usual = presets.load("60_real_clients", "smoke").as_dict()
         settings = {name: value for name, value in config.as_dict().items() if value != usual[name] and name != "seeds"}
         said = {
-            "place": str(place), "notebook": "60_real_clients", "profile": "smoke", "settings": json.dumps(settings),
-            "timeout": 60.0, "patience": 0.0, "wait": 5.0,
-        }  # fmt: skip
+            "place": str(place),
+            "notebook": "60_real_clients",
+            "profile": "smoke",
+            "settings": json.dumps(settings),
+            "timeout": 60.0,
+            "patience": 0.0,
+            "wait": 5.0,
+        }
         nodes = {
             i: {"folder": str(place / "clients" / name), "faults": (faults or {}).get(name, "")}
             for i, name in enumerate(names, start=11)
@@ -545,36 +568,46 @@ def test_a_secure_round_with_too_few_clients_changes_nothing_or_stops(run_of):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("over", "words"), [
-    ({"privacy": "clip"}, "needs weights='equal', not 'images'.*0.67"),
-    ({"privacy": "clip", "weights": "boxes"}, "needs weights='equal', not 'boxes'"),
-    ({**CLIPPED, "server": "fedadam"}, "'fedavg' or 'fedprox', not 'fedadam'"),
-    ({**CLIPPED, "optimiser_state": "travels"}, "optimiser_state='travels'"),
-    ({**CLIPPED, "wire": "fp16"}, "wire='fp32', not 'fp16': rounding after clipping"),
-    ({**CLIPPED, "noise": 1.0, "too_large": 20.0}, "too_large=20.0"),
-    ({**CLIPPED, "methods": ("chain+sum",)}, "for scheme fedavg"),
-    ({"noise": 1.0}, "noise=1.0.*privacy='clip', not 'none'"),
-    ({"privacy": "secure", "noise": 1.0}, "privacy='clip', not 'secure'"),
-    ({"privacy": "secure", "weights": "boxes"}, "'images' or 'equal'"),
-    ({"privacy": "secure", "server": "krum"}, "'fedavg' or 'fedprox', not 'krum'"),
-    ({"privacy": "secure", "optimiser_state": "travels"}, "optimiser_state='travels'"),
-    ({"privacy": "secure", "wire": "fp16"}, "wire='fp32', not 'fp16': masked updates"),
-    ({"privacy": "secure", "too_large": 20.0}, "too_large=20.0.*sees no update"),
-    ({"privacy": "secure", "clients": 2}, r"3 clients or more in a round, not 2 \(clients=2"),
-    ({"privacy": "secure", "clients": 4, "fraction": 0.5}, "not 2 .*fraction=0.5"),
-    ({"privacy": "secure", "methods": ("avg", "chain+sum")}, "method 'chain\\+sum'.*for scheme fedavg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ({"privacy": "clip"}, "needs weights='equal', not 'images'.*0.67"),
+        ({"privacy": "clip", "aggregation_weights": "boxes"}, "needs weights='equal', not 'boxes'"),
+        ({**CLIPPED, "server_strategy": "fedadam"}, "'fedavg' or 'fedprox', not 'fedadam'"),
+        ({**CLIPPED, "optimizer_state": "travels"}, "optimiser_state='travels'"),
+        ({**CLIPPED, "message_dtype": "fp16"}, "wire='fp32', not 'fp16': rounding after clipping"),
+        ({**CLIPPED, "noise": 1.0, "max_update_ratio": 20.0}, "too_large=20.0"),
+        ({**CLIPPED, "methods": ("chain+sum",)}, "for scheme fedavg"),
+        ({"noise": 1.0}, "noise=1.0.*privacy='clip', not 'none'"),
+        ({"privacy": "secure", "noise": 1.0}, "privacy='clip', not 'secure'"),
+        ({"privacy": "secure", "aggregation_weights": "boxes"}, "'images' or 'equal'"),
+        ({"privacy": "secure", "server_strategy": "krum"}, "'fedavg' or 'fedprox', not 'krum'"),
+        ({"privacy": "secure", "optimizer_state": "travels"}, "optimiser_state='travels'"),
+        ({"privacy": "secure", "message_dtype": "fp16"}, "wire='fp32', not 'fp16': masked updates"),
+        ({"privacy": "secure", "max_update_ratio": 20.0}, "too_large=20.0.*sees no update"),
+        ({"privacy": "secure", "clients": 2}, r"3 clients or more in a round, not 2 \(clients=2"),
+        ({"privacy": "secure", "clients": 4, "client_fraction": 0.5}, "not 2 .*fraction=0.5"),
+        ({"privacy": "secure", "methods": ("avg", "chain+sum")}, "method 'chain\\+sum'.*for scheme fedavg"),
+    ],
+)
 def test_what_privacy_cannot_go_with_is_refused(over, words):
     with pytest.raises(ValueError, match=words):
         flower.check(setting(**over))
 
 
-@pytest.mark.parametrize("over", [
-    CLIPPED, {**CLIPPED, "noise": 1.0}, {**CLIPPED, "too_large": 20.0},
-    {**CLIPPED, "server": "fedprox", "proximal": 0.1}, {"privacy": "secure"},
-    {"privacy": "secure", "weights": "equal", "server": "fedprox", "proximal": 0.1},
-    {"privacy": "secure", "optimiser_state": "client"}, {"privacy": "secure", "clients": 4, "fraction": 0.75},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "over",
+    [
+        CLIPPED,
+        {**CLIPPED, "noise": 1.0},
+        {**CLIPPED, "max_update_ratio": 20.0},
+        {**CLIPPED, "server_strategy": "fedprox", "proximal": 0.1},
+        {"privacy": "secure"},
+        {"privacy": "secure", "aggregation_weights": "equal", "server_strategy": "fedprox", "proximal": 0.1},
+        {"privacy": "secure", "optimizer_state": "client"},
+        {"privacy": "secure", "clients": 4, "client_fraction": 0.75},
+    ],
+)
 def test_what_privacy_goes_with(over):
     flower.check(setting(**over))
 

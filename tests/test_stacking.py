@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedal_utils import augment, classifiers, seeding, training
-from fedal_utils.config import Recipe
-from fedal_utils.data import Images
+from fedal_utils import seeding
+from fedal_utils.config import TrainingConfig
+from fedal_utils.data import augment
+from fedal_utils.data.readers import Images
+from fedal_utils.detectors import classifiers
+from fedal_utils.training import fit as training
 
 SIZE, CLASSES = (16, 16), 4
-RECIPE = Recipe(batch=6, optimiser="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4, clip=0.0, crop=1, flip=0.5)
+RECIPE = TrainingConfig.of(batch=6, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4, clip=0.0, crop=1, flip=0.5)
 TOLERANCE = dict(rtol=2e-3, atol=2e-5)  # after a dozen steps; one step agrees to 1e-6
 
 
 @pytest.fixture(scope="module")
 def images():
     count = 120
-    pixels = torch.randint(
-        0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=seeding.torch_rng_for(0, "pixels")
-    )  # fmt: skip
+    pixels = torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=seeding.torch_rng_for(0, "pixels"))
     return Images(tuple(map(str, range(count))), pixels, torch.full((count, 2), 16), None)
 
 
@@ -34,19 +35,27 @@ def model(name="resnet8", seed=0):
 def lesson(who, start, labelled, unlabelled, classes=(0, 1, 2), memory=None, span=None):
     target = torch.tensor([classes[i % len(classes)] for i in range(labelled)], dtype=torch.int64)
     return training.Lesson(
-        who, np.arange(start, start + labelled), target, torch.bincount(target, minlength=CLASSES),
-        np.arange(start + labelled, start + labelled + unlabelled), seeding.torch_rng_for(3, who), memory, span,
-    )  # fmt: skip
+        who,
+        np.arange(start, start + labelled),
+        target,
+        torch.bincount(target, minlength=CLASSES),
+        np.arange(start + labelled, start + labelled + unlabelled),
+        seeding.torch_rng_for(3, who),
+        memory,
+        span,
+    )
 
 
 def unequal(memory=False):
     """Different sizes, class priors, absent classes; one image alone, one class alone, an empty unlabelled pool."""
     kept = {} if memory else None
     return [
-        lesson("a", 0, 14, 9, (0, 1, 2), copy.copy(kept)), lesson("b", 30, 1, 8, (3,), copy.copy(kept)),
-        lesson("c", 50, 5, 0, (1, 2), copy.copy(kept)), lesson("d", 70, 7, 20, (2,), copy.copy(kept)),
+        lesson("a", 0, 14, 9, (0, 1, 2), copy.copy(kept)),
+        lesson("b", 30, 1, 8, (3,), copy.copy(kept)),
+        lesson("c", 50, 5, 0, (1, 2), copy.copy(kept)),
+        lesson("d", 70, 7, 20, (2,), copy.copy(kept)),
         lesson("e", 100, 6, 2, (0, 3), copy.copy(kept)),
-    ]  # fmt: skip
+    ]
 
 
 def one_after_another(start, lessons, images, recipe, iterations=None, **options):
@@ -72,7 +81,7 @@ def assert_same(got, wanted, **tolerance):
 @pytest.mark.parametrize("name", classifiers.NAMES)
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_stacked_equals_sequential(images, name, most):
-    recipe = Recipe(**{**vars(RECIPE), "balanced": True, "compensation": 1.0, "epochs": 2, "clip": 1.0})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "balanced_softmax": True, "distillation_weight": 1.0, "epochs": 2, "clip": 1.0})
     start, teacher = model(name), model(name, seed=9)
     wanted = one_after_another(start, unequal(), images, recipe, teacher=teacher)
     got = training.fit_stacked(start, states(start, 5), unequal(), images, recipe, teacher=teacher, most=most)
@@ -84,7 +93,7 @@ def test_stacked_equals_sequential(images, name, most):
 
 def test_one_step_agrees_to_rounding_in_fixed_iterations_as_well(images):
     start, teacher = model(), model(seed=9)
-    recipe = Recipe(**{**vars(RECIPE), "balanced": True, "compensation": 1.0})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "balanced_softmax": True, "distillation_weight": 1.0})
     wanted = one_after_another(start, unequal(), images, recipe, 1, teacher=teacher)
     got = training.fit_stacked(start, states(start, 5), unequal(), images, recipe, 1, teacher=teacher, most=5)
     assert_same(got, wanted, rtol=1e-4, atol=1e-6)
@@ -92,7 +101,7 @@ def test_one_step_agrees_to_rounding_in_fixed_iterations_as_well(images):
 
 @pytest.mark.parametrize("as_released", [False, True])
 def test_stacked_equals_sequential_with_the_released_quirks(images, as_released):
-    recipe = Recipe(**{**vars(RECIPE), "balanced": True, "compensation": 50.0})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "balanced_softmax": True, "distillation_weight": 50.0})
     start, teacher = model(), model(seed=9)
     runs = [
         (
@@ -108,7 +117,7 @@ def test_stacked_equals_sequential_with_the_released_quirks(images, as_released)
 
 
 def test_an_optimiser_that_lives_on_is_the_same_both_ways(images):
-    recipe = Recipe(**{**vars(RECIPE), "schedule": "step", "step_at": (0.5,)})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "schedule": "step", "step_at": (0.5,)})
     start = model()
 
     def twice(work):
@@ -118,7 +127,7 @@ def test_an_optimiser_that_lives_on_is_the_same_both_ways(images):
             again = [
                 training.Lesson(**{**vars(each), "span": (int(each.memory.get(training.STEPS, 0)), 6)})
                 for each in lessons
-            ]  # fmt: skip
+            ]
             out = work(before, again)
             before = [taught.state for taught in out]
         return out, [each.memory for each in lessons]
@@ -143,7 +152,7 @@ def test_an_optimiser_that_lives_on_is_the_same_both_ways(images):
 
 
 def test_clients_may_stand_at_different_places_of_their_schedules(images):
-    recipe = Recipe(**{**vars(RECIPE), "schedule": "step", "step_at": (0.5,), "clip": 0.5})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "schedule": "step", "step_at": (0.5,), "clip": 0.5})
     start = model()
     lessons = [lesson("a", 0, 8, 0, span=(0, 8)), lesson("b", 30, 8, 0, span=(6, 8))]
     wanted = one_after_another(start, lessons, images, recipe, 2)
@@ -180,7 +189,7 @@ def test_bad_lessons_and_recipes_are_refused(images):
     with pytest.raises(ValueError, match="no step"):
         training.fit_classifier(start, lesson("z", 0, 2, 3), images, RECIPE, 0)
     with pytest.raises(ValueError, match="plain SGD"):
-        training.fit_classifier(start, lesson("z", 0, 2, 3), images, Recipe(optimiser="adamw"), 1)
+        training.fit_classifier(start, lesson("z", 0, 2, 3), images, TrainingConfig.of(optimizer="adamw"), 1)
     with pytest.raises(ValueError, match="1 lessons, but 2 states"):
         training.fit_stacked(start, states(start, 2), [lesson("z", 0, 2, 3)], images, RECIPE, 1)
 
@@ -192,7 +201,7 @@ def test_how_many_clients_pay_on_a_cpu_and_on_a_gpu():
 
 
 def test_a_model_that_is_right_stops_early(images):
-    easy = Recipe(**{**vars(RECIPE), "epochs": 40, "flip": 0.0, "crop": 0})
+    easy = TrainingConfig.of(**{**vars(RECIPE), "epochs": 40, "flip": 0.0, "crop": 0})
     taught = training.fit_classifier(model(), lesson("a", 0, 12, 0, (0, 1)), images, easy, until=0.99)
     full = training.fit_classifier(model(), lesson("a", 0, 12, 0, (0, 1)), images, easy)
     assert taught.steps < full.steps == 80
@@ -203,7 +212,9 @@ def test_a_model_that_is_right_stops_early(images):
 
 def test_the_distillation_is_the_formula(images):
     """One step of one client against loops over images and classes, written from section 4.2 alone."""
-    recipe = Recipe(**{**vars(RECIPE), "flip": 0.0, "crop": 0, "balanced": True, "compensation": 1.0, "lr": 1e-9})
+    recipe = TrainingConfig.of(
+        **{**vars(RECIPE), "flip": 0.0, "crop": 0, "balanced_softmax": True, "distillation_weight": 1.0, "lr": 1e-9}
+    )
     start, teacher = model(), model(seed=9).eval()
     one = lesson("a", 0, 6, 9, (0, 0, 1))  # four of class 0, two of class 1, none of 2 and 3
     taught = training.fit_classifier(copy.deepcopy(start), one, images, recipe, 1, teacher=teacher)
@@ -243,7 +254,7 @@ def test_mixing_draws_per_image_and_leaves_the_labelled_stream_alone():
 
 
 def test_beta_is_beta_two_two():
-    recipe = Recipe(**{**vars(RECIPE), "batch": 4000})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "batch": 4000})
     beta = next(training._draws(lesson("a", 0, 14, 9), recipe, 1, True, False)).beta
     assert float(beta.mean()) == pytest.approx(0.5, abs=0.015) and float(beta.var()) == pytest.approx(0.05, abs=0.004)
     x = torch.linspace(0, 1, 11)
@@ -254,7 +265,7 @@ def test_beta_is_beta_two_two():
 def test_a_frozen_teacher_is_not_touched(images):
     teacher = model(seed=9)
     before = copy.deepcopy(teacher.state_dict())
-    recipe = Recipe(**{**vars(RECIPE), "compensation": 1.0})
+    recipe = TrainingConfig.of(**{**vars(RECIPE), "distillation_weight": 1.0})
     for as_released in (False, True):
         training.fit_stacked(
             model(), states(model(), 5), unequal(), images, recipe, 2, teacher=teacher, as_released=as_released

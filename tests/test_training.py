@@ -10,12 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import augment, classifiers, data, detectors, training, yolo
-from fedal_utils.config import Recipe
+from fedal_utils.config import TrainingConfig
+from fedal_utils.data import augment
+from fedal_utils.data import readers as data
+from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors import classifiers, yolo
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import TrainingDiverged, draw_batches, embed, fit, learning_rate_factor, predict
+from fedal_utils.training import fit as training
+from fedal_utils.training.fit import TrainingDiverged, draw_batches, embed, fit, learning_rate_factor, predict
 
-PLAIN = Recipe(batch=4, lr=1e-3, flip=0.0)
+PLAIN = TrainingConfig.of(batch=4, lr=1e-3, flip=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,7 @@ def test_nothing_to_train_on_is_an_error(scenes):
 
 
 def factors(steps=10, **options):
-    return [learning_rate_factor(Recipe(**options), step, steps) for step in range(steps)]
+    return [learning_rate_factor(TrainingConfig.of(**options), step, steps) for step in range(steps)]
 
 
 def test_constant_and_step_schedules_by_hand():
@@ -103,7 +107,7 @@ def test_cosine_by_hand():
     got = factors(schedule="cosine", final_lr=0.2)
     assert got[0] == 1.0
     assert got[5] == pytest.approx(0.2 + 0.8 * 0.5)  # half way: cos(pi / 2) = 0
-    assert learning_rate_factor(Recipe(schedule="cosine", final_lr=0.2), 10, 10) == pytest.approx(0.2)
+    assert learning_rate_factor(TrainingConfig.of(schedule="cosine", final_lr=0.2), 10, 10) == pytest.approx(0.2)
     assert all(a > b for a, b in zip(got, got[1:], strict=False))
 
 
@@ -148,7 +152,7 @@ def test_fit_follows_the_schedule(scenes, monkeypatch):
 @pytest.mark.parametrize("steps", [7, None])
 def test_a_warm_up_takes_no_more_steps_than_so_many_passes(scenes, monkeypatch, options, length, steps):
     seen = steps_taken(monkeypatch)
-    recipe = replace(PLAIN, **{"optimiser": "sgd", "warmup": 5, "epochs": 4, **options})
+    recipe = replace(PLAIN, **{"optimizer": "sgd", "warmup": 5, "epochs": 4, **options})
     trained(scenes, recipe, iterations=steps)
     wanted = [1e-3 * min(1.0, (step + 1) / (length + 1)) for step in range(steps or 8)]
     assert [s["lr"][0] for s in seen] == pytest.approx(wanted)
@@ -159,10 +163,12 @@ def test_a_warm_up_takes_no_more_steps_than_so_many_passes(scenes, monkeypatch, 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_weight_decay_is_for_weights_and_not_for_norms_and_biases(scenes, optimiser):
-    base = replace(PLAIN, optimiser=optimiser, momentum=0.5, weight_decay=0.0)
+    base = replace(PLAIN, optimizer=optimiser, momentum=0.5, weight_decay=0.0)
     start, (without, _), (decayed, _) = (
-        new_model(), trained(scenes, base, 1), trained(scenes, replace(base, weight_decay=0.2), 1)
-    )  # fmt: skip
+        new_model(),
+        trained(scenes, base, 1),
+        trained(scenes, replace(base, weight_decay=0.2), 1),
+    )
     # AdamW: w loses lr * decay * w. SGD with Nesterov: the first step is (1 + momentum) times the gradient.
     factor = 1e-3 * 0.2 * (1.5 if optimiser == "sgd" else 1.0)
     for (name, w), a, b in zip(start.named_parameters(), without.parameters(), decayed.parameters(), strict=True):
@@ -172,7 +178,7 @@ def test_weight_decay_is_for_weights_and_not_for_norms_and_biases(scenes, optimi
             assert torch.allclose(a - b, factor * w, atol=2e-7), name
             assert not torch.equal(a, b), name
     with pytest.raises(ValueError, match="optimiser must be 'sgd' or 'adamw', got 'lion'"):
-        trained(scenes, replace(PLAIN, optimiser="lion"), 1)
+        trained(scenes, replace(PLAIN, optimizer="lion"), 1)
 
 
 # ------------------------------------------------------------------------------ what lives on from one call to the next
@@ -198,7 +204,7 @@ def calls(part, recipe, steps, model=None, memory=None, whole=None, before=0):
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 @pytest.mark.parametrize("schedule", [{"schedule": "constant", "warmup": 4}, {"schedule": "cosine", "warmup": 1}])
 def test_two_calls_with_memory_and_span_are_one_long_call_bit_for_bit(one_image, optimiser, schedule):
-    recipe = replace(PLAIN, optimiser=optimiser, lr=1e-2, **schedule)
+    recipe = replace(PLAIN, optimizer=optimiser, lr=1e-2, **schedule)
     one, parts = {}, {}
     long = calls(one_image, recipe, [6], memory=one)
     short = calls(one_image, recipe, [3, 3], memory=parts, whole=6)
@@ -215,7 +221,7 @@ def test_two_calls_with_memory_and_span_are_one_long_call_bit_for_bit(one_image,
 def test_memory_holds_each_trained_parameters_moments_and_none_of_a_frozen_one(one_image, optimiser, moments):
     model, memory = new_yolo(), {}
     model.freeze_backbone()
-    calls(one_image, replace(PLAIN, optimiser=optimiser), [2], model, memory)
+    calls(one_image, replace(PLAIN, optimizer=optimiser), [2], model, memory)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and not any(name.startswith("backbone.") for name in trained)
     assert set(memory) == {f"{moment}:{name}" for moment in moments for name in trained} | {"steps"}
@@ -236,16 +242,19 @@ def test_memory_is_as_it_was_if_training_raises(one_image):
     )
 
 
-def steps_taken(monkeypatch, optimiser=torch.optim.SGD):
+def steps_taken(monkeypatch, optimizer=torch.optim.SGD):
     """What every step of an optimiser saw: learning rates and momentum of its groups, and all gradients."""
     seen, step = [], optimiser.step
 
     def noted(self, *_, **__):
         groups = self.param_groups
-        seen.append({
-            "lr": [g["lr"] for g in groups], "momentum": [g.get("momentum") for g in groups],
-            "gradients": [p.grad.clone() for g in groups for p in g["params"]],
-        })  # fmt: skip
+        seen.append(
+            {
+                "lr": [g["lr"] for g in groups],
+                "momentum": [g.get("momentum") for g in groups],
+                "gradients": [p.grad.clone() for g in groups for p in g["params"]],
+            }
+        )
         return step(self)
 
     monkeypatch.setattr(optimiser, "step", noted)
@@ -255,9 +264,7 @@ def steps_taken(monkeypatch, optimiser=torch.optim.SGD):
 def test_warm_up_of_momentum_and_biases_by_hand(one_image, monkeypatch):
     """Van Bommel, section 3: momentum 0.8 -> 0.937, bias lr 0.1 -> lr, other lr 0 -> lr; here in rounder numbers."""
     seen = steps_taken(monkeypatch)
-    recipe = replace(
-        PLAIN, optimiser="sgd", lr=0.01, momentum=0.9, warmup=4, warmup_momentum=0.5, warmup_bias_lr=0.1
-    )  # fmt: skip
+    recipe = replace(PLAIN, optimizer="sgd", lr=0.01, momentum=0.9, warmup=4, warmup_momentum=0.5, warmup_bias_lr=0.1)
     calls(one_image, recipe, [6])
     assert [s["lr"][0] for s in seen] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01])
     assert [s["lr"][1] for s in seen] == [s["lr"][0] for s in seen]
@@ -280,7 +287,7 @@ def new_yolo():
 def test_gradients_of_nominal_images_add_up_to_those_of_the_bigger_batch(one_image, monkeypatch):
     """YOLO's loss is B times a mean, so two batches of one image are a batch of two."""
     seen = steps_taken(monkeypatch)
-    plain = replace(PLAIN, optimiser="sgd", clip=0.0)
+    plain = replace(PLAIN, optimizer="sgd", clip=0.0)
     calls(one_image, replace(plain, batch=2), [2], new_yolo())
     bigger = seen[:]
     seen.clear()
@@ -301,14 +308,14 @@ def test_the_number_of_batches_in_a_step_grows_over_the_warm_up_by_hand(one_imag
     batches, at = [], []
     loss = model.loss
     model.loss = lambda *inputs: (at.append(len(seen)), batches.append(1), loss(*inputs))[2]
-    calls(one_image, replace(PLAIN, optimiser="sgd", batch=1, nominal=4, warmup=6), [14], model)
+    calls(one_image, replace(PLAIN, optimizer="sgd", batch=1, nominal=4, warmup=6), [14], model)
     after = [*at[1:], len(seen)]
     assert [batch for batch, (a, b) in enumerate(zip(at, after, strict=True)) if b > a] == [0, 2, 6, 10, 13]
     seen.clear()
-    calls(one_image, replace(PLAIN, optimiser="sgd", batch=4, nominal=4), [3])
+    calls(one_image, replace(PLAIN, optimizer="sgd", batch=4, nominal=4), [3])
     assert len(seen) == 3
     seen.clear()
-    calls(one_image, replace(PLAIN, optimiser="sgd", batch=4, nominal=2), [3])  # less than a batch: a batch
+    calls(one_image, replace(PLAIN, optimizer="sgd", batch=4, nominal=2), [3])  # less than a batch: a batch
     assert len(seen) == 3
 
 
@@ -320,7 +327,7 @@ def moved(scenes, recipe):
 
 def test_a_gradient_is_clipped_to_the_norm_that_was_given():
     scenes = data.digit_scenes(6, 1, (64, 64), classes=3)[0]
-    plain = replace(PLAIN, optimiser="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
+    plain = replace(PLAIN, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
     assert moved(scenes, replace(plain, clip=0.5)) == pytest.approx(0.1 * 0.5, rel=1e-3)  # lr x norm
     free = moved(scenes, replace(plain, clip=0.0))
     assert free > 0.06
@@ -329,7 +336,7 @@ def test_a_gradient_is_clipped_to_the_norm_that_was_given():
 
 @pytest.mark.parametrize("detector", ["ssd", "faster_rcnn"])
 def test_an_evidence_head_is_clipped_by_itself_and_slows_nobody(scenes, detector):
-    recipe = replace(PLAIN, optimiser="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, clip=0.25)
+    recipe = replace(PLAIN, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, clip=0.25)
     start = new_model(detector, evidence=True).state_dict()
     with_it, without = (trained(scenes, recipe, 1, detector, evidence=e)[0].state_dict() for e in (True, False))
     assert all(torch.equal(v, with_it[k]) for k, v in without.items())
@@ -341,8 +348,8 @@ def test_an_evidence_head_is_clipped_by_itself_and_slows_nobody(scenes, detector
 
 
 def test_a_loss_head_and_an_evidence_head_are_clipped_each_by_itself(scenes):
-    recipe = replace(PLAIN, optimiser="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, clip=0.05)
-    both = dict(evidence=True, learned_loss=True)
+    recipe = replace(PLAIN, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, clip=0.05)
+    both = dict(box_loss_head=True, image_loss_head=True)
     start, end = new_model(**both).state_dict(), trained(scenes, recipe, 1, **both)[0].state_dict()
     plain = trained(scenes, recipe, 1)[0].state_dict()
     assert all(torch.equal(v, end[k]) for k, v in plain.items())
@@ -356,7 +363,7 @@ def test_a_loss_head_and_an_evidence_head_are_clipped_each_by_itself(scenes):
 def test_a_loss_head_learns_to_rank_and_training_is_what_it_is_without_it(scenes):
     """AdamW, clipping, warm-up and an average of the weights: every other weight is the same to the last bit."""
     recipe = replace(PLAIN, batch=6, lr=5e-3, ema=0.5, warmup=3, schedule="cosine")
-    assert recipe.clip > 0 and recipe.optimiser == "adamw"
+    assert recipe.clip > 0 and recipe.optimizer == "adamw"
     target = scenes.labels
     model, (first, *_) = trained(scenes, recipe, 60, learned_loss=True)
     plain, (wanted, *_) = trained(scenes, recipe, 60)
@@ -370,7 +377,7 @@ def test_a_loss_head_learns_to_rank_and_training_is_what_it_is_without_it(scenes
         start, end = (
             m.loss(scenes.images.pixels, target.boxes, target.classes, target.ignore)["ranking"].item()
             for m in (untrained, model)
-        )  # fmt: skip
+        )
     assert 0.95 < start and end < 0.85 and first["ranking"] > 0.95  # predictions that are all alike: the margin, 1
     true = sum(training.image_losses(model, scenes.images, target.boxes, target.classes, target.ignore).values())
     learned = training.learned_losses(model, scenes.images)
@@ -431,10 +438,10 @@ class Line(torch.nn.Module):
 def slide(one_image, steps, model=None, **options):
     """(w after these steps of SGD with lr 0.5 and mu 0.25, the losses that fit yielded: one of each step)."""
     model = model or Line()
-    recipe = replace(PLAIN, batch=1, optimiser="sgd", lr=0.5, momentum=0.0, clip=0.0, proximal=0.25)
+    recipe = replace(PLAIN, batch=1, optimizer="sgd", lr=0.5, momentum=0.0, clip=0.0, proximal=0.25)
     rows = list(
         fit(model, one_image.images, one_image.labels, replace(recipe, **options), torch_rng_for(0, "fit"), steps)
-    )  # fmt: skip
+    )
     return model.w.item(), [row["loss"] for row in rows]
 
 
@@ -479,14 +486,14 @@ def test_the_anchor_is_what_the_call_began_with(one_image):
 
 def test_frozen_weights_buffers_and_weights_out_of_reach_have_no_proximal_term(one_image):
     model = Line()
-    assert [p is model.w or p is model.idle for p, _ in training._anchored(model, Recipe(proximal=1.0))] == [True] * 2
-    assert training._anchored(model, Recipe()) == []
+    assert [p is model.w or p is model.idle for p, _ in training._anchored(model, TrainingConfig.of(proximal=1.0))] == [True] * 2
+    assert training._anchored(model, TrainingConfig.of()) == []
     slide(one_image, 3, model)
     assert model.idle.item() == model.backbone.item() == 1.0 and model.counter.item() == 4.0
     detector = new_yolo()
     detector.freeze_backbone()
     trained = {id(p) for name, p in detector.named_parameters() if not name.startswith("backbone.")}
-    anchored = training._anchored(detector, Recipe(proximal=1.0))
+    anchored = training._anchored(detector, TrainingConfig.of(proximal=1.0))
     assert {id(p) for p, _ in anchored} == trained and all(torch.equal(p, sent) for p, sent in anchored)
     before = {k: v.clone() for k, v in detector.state_dict().items()}
     calls(one_image, replace(PLAIN, proximal=10.0), [3], detector)
@@ -502,7 +509,7 @@ def distance(a, b):
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_the_second_step_of_a_detector_goes_further_by_lr_mu_and_the_way_it_came(scenes, clip):
     """With clipping, too: of the first gradient, whose norm is above a half, and of the second."""
-    recipe = replace(PLAIN, optimiser="sgd", momentum=0.0, lr=0.1, clip=clip)
+    recipe = replace(PLAIN, optimizer="sgd", momentum=0.0, lr=0.1, clip=clip)
     pulled = replace(recipe, proximal=3.0)
     w0, w1, w2, got = (
         [p.detach() for p in model.parameters()]
@@ -514,7 +521,7 @@ def test_the_second_step_of_a_detector_goes_further_by_lr_mu_and_the_way_it_came
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_without_mu_no_bit_changes_and_with_it_the_first_step_is_the_same(scenes, monkeypatch, optimiser):
-    recipe = replace(PLAIN, optimiser=optimiser, ema=0.5, warmup=2)
+    recipe = replace(PLAIN, optimizer=optimiser, ema=0.5, warmup=2)
     first, rows = trained(scenes, replace(recipe, proximal=7.0), 1)
     plain, wanted = trained(scenes, recipe, 1)
     assert same(first, plain) and rows == wanted  # w is w_t
@@ -526,7 +533,7 @@ def test_without_mu_no_bit_changes_and_with_it_the_first_step_is_the_same(scenes
 
 @pytest.mark.parametrize(("optimiser", "mus"), [("sgd", (0.0, 1.0, 5.0)), ("adamw", (0.0, 10.0, 1000.0))])
 def test_the_larger_mu_the_nearer_the_weights_stay(scenes, optimiser, mus):
-    recipe = replace(PLAIN, optimiser=optimiser, momentum=0.0, lr=0.1 if optimiser == "sgd" else 1e-3)
+    recipe = replace(PLAIN, optimizer=optimiser, momentum=0.0, lr=0.1 if optimiser == "sgd" else 1e-3)
     start = list(new_model().parameters())
     far, near, nearest = (
         distance(start, trained(scenes, replace(recipe, proximal=mu), 12)[0].parameters()) for mu in mus
@@ -535,7 +542,7 @@ def test_the_larger_mu_the_nearer_the_weights_stay(scenes, optimiser, mus):
 
 
 # Classifiers. Three clients whose stacks are made anew when one of them is done: 6, 2 and 4 steps in two passes.
-SGD = Recipe(batch=6, optimiser="sgd", lr=0.05, momentum=0.0, weight_decay=0.0, clip=0.0, crop=1, epochs=2)
+SGD = TrainingConfig.of(batch=6, optimizer="sgd", lr=0.05, momentum=0.0, weight_decay=0.0, clip=0.0, crop=1, epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -548,11 +555,15 @@ def lessons():
     targets = [torch.arange(count) % 3 for count in (14, 5, 7)]
     return [
         training.Lesson(
-            who, np.arange(start, start + len(target)), target, torch.bincount(target, minlength=4), np.arange(50, 59),
+            who,
+            np.arange(start, start + len(target)),
+            target,
+            torch.bincount(target, minlength=4),
+            np.arange(50, 59),
             torch_rng_for(3, who),
         )
         for who, start, target in zip("abc", (0, 20, 30), targets, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def new_classifier(seed=0):
@@ -564,14 +575,16 @@ def taught(crops, recipe, iterations=None, together=False, teacher=None):
     if together:
         states = [{k: v for k, v in start.state_dict().items() if v.dim()}] * 3
         return training.fit_stacked(start, states, lessons(), crops, recipe, iterations, teacher, most=3)
-    return [
-        training.fit_classifier(copy.deepcopy(start), one, crops, recipe, iterations, teacher) for one in lessons()
-    ]  # fmt: skip
+    return [training.fit_classifier(copy.deepcopy(start), one, crops, recipe, iterations, teacher) for one in lessons()]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clip": 1.0, "momentum": 0.9, "weight_decay": 5e-4}, {"compensation": 1.0, "balanced": True, "clip": 1.0}],
+    [
+        {},
+        {"clip": 1.0, "momentum": 0.9, "weight_decay": 5e-4},
+        {"distillation_weight": 1.0, "balanced_softmax": True, "clip": 1.0},
+    ],
 )
 def test_stacked_clients_are_pulled_back_as_they_are_one_after_another(crops, options):
     recipe = replace(SGD, proximal=8.0, **options)
@@ -827,8 +840,9 @@ def test_faster_rcnns_embedding_weighs_proposals_by_their_foreground_by_hand(sce
         proposals, _ = model.rpn(images, maps)
         wanted = []
         for i, own in enumerate(proposals):
-            features = model.roi.box_head(model.roi.box_roi_pool({k: m[i : i + 1] for k, m in maps.items()}, [own],
-                                                                 images.image_sizes[:1]))  # fmt: skip
+            features = model.roi.box_head(
+                model.roi.box_roi_pool({k: m[i : i + 1] for k, m in maps.items()}, [own], images.image_sizes[:1])
+            )
             scores = model.roi.box_predictor(features)[0].softmax(1)
             foreground = [1 - float(p[0]) for p in scores]
             weighed = sum(f * w for f, w in zip(features, foreground, strict=True))

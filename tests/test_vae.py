@@ -12,9 +12,11 @@ from miniatures import Picture
 from miniatures import pixels as drawn
 from torch import nn
 
-from fedal_utils import data, training, vae
+from fedal_utils.data import readers as data
+from fedal_utils.detectors import vae
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import TrainingDiverged, fit_vae, vae_losses
+from fedal_utils.training import fit as training
+from fedal_utils.training.fit import TrainingDiverged, fit_vae, vae_losses
 
 SIZE = (16, 16)
 
@@ -252,8 +254,10 @@ def test_as_released_latents_are_drawn_when_scoring_too():
 def test_no_image_has_no_loss(as_released):
     got = vae_losses(built(as_released=as_released), pictures(2).take([]), generator=torch_rng_for(0, "noise"))
     assert {key: tuple(values.shape) for key, values in got.items()} == {
-        "reconstruction": (0,), "kl": (0,), "latent": (0, 4),
-    }  # fmt: skip
+        "reconstruction": (0,),
+        "kl": (0,),
+        "latent": (0, 4),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fedal_utils.wire import Processes, Relay, certificates, free_ports, node_key, wait_for
+from fedal_utils.flower.deployment import Processes, Relay, certificates, free_ports, node_key, wait_for
 
 psutil = pytest.importorskip("psutil")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and file modes are POSIX'")

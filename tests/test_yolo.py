@@ -12,16 +12,21 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from fedal_utils import data, metrics, training, yolo
-from fedal_utils.boxes import flip_boxes
-from fedal_utils.config import Recipe
-from fedal_utils.detectors import clone
+from fedal_utils.config import TrainingConfig
+from fedal_utils.data import readers as data
+from fedal_utils.data.boxes import flip_boxes
+from fedal_utils.detectors import yolo
+from fedal_utils.detectors.base import clone
+from fedal_utils.metrics import ap as metrics
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import TrainingDiverged
+from fedal_utils.training import fit as training
+from fedal_utils.training.fit import TrainingDiverged
 
 COCO_ANCHORS = [
-    [(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 119)], [(116, 90), (156, 198), (373, 326)],
-]  # fmt: skip
+    [(10, 13), (16, 30), (33, 23)],
+    [(30, 61), (62, 45), (59, 119)],
+    [(116, 90), (156, 198), (373, 326)],
+]
 
 
 def tiny(classes=3, size=(64, 96), seed=0, **options):
@@ -143,12 +148,18 @@ def test_the_same_generator_gives_the_same_weights():
     assert not torch.equal(a["head.0.weight"], c["head.0.weight"])
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"size": (64, 100)}, r"multiples of 32, got \(64, 100\)"), ({"size": (0, 64)}, "multiples of 32"),
-    ({"classes": 0}, "at least one class, got 0"), ({"norm": "layer"}, "norm must be 'group' or 'batch', got 'layer'"),
-    ({"width": 0.0}, "width must be > 0"), ({"depth": -1.0}, "depth must be > 0"),
-    ({"anchor_scale": 0.0}, "anchor_scale must be > 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"size": (64, 100)}, r"multiples of 32, got \(64, 100\)"),
+        ({"size": (0, 64)}, "multiples of 32"),
+        ({"classes": 0}, "at least one class, got 0"),
+        ({"norm": "layer"}, "norm must be 'group' or 'batch', got 'layer'"),
+        ({"fpn_channels": 0.0}, "width must be > 0"),
+        ({"depth_multiple": -1.0}, "depth must be > 0"),
+        ({"anchor_scale": 0.0}, "anchor_scale must be > 0"),
+    ],
+)
 def test_what_cannot_be_built_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
@@ -478,8 +489,16 @@ def test_a_box_that_is_not_a_number_is_an_error_and_does_not_vanish():
     scenes = data.digit_scenes(2, 1, (64, 64), classes=3)[0]
     scenes.labels.boxes[1, 0, 2] = float("nan")
     with pytest.raises(TrainingDiverged, match="loss is nan .*box nan.*'train-00001'"):
-        list(training.fit(tiny(size=(64, 64)), scenes.images, scenes.labels, Recipe(batch=1, flip=0.0),
-                          torch_rng_for(0, "fit"), iterations=2))  # fmt: skip
+        list(
+            training.fit(
+                tiny(size=(64, 64)),
+                scenes.images,
+                scenes.labels,
+                TrainingConfig.of(batch=1, flip=0.0),
+                torch_rng_for(0, "fit"),
+                iterations=2,
+            )
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- prediction
@@ -501,9 +520,14 @@ def test_confidence_is_objectness_times_class_and_probs_sum_to_one(classes):
     boxes = np.clip(boxes.double().numpy(), 0, [96, 64, 96, 64])
     real = (boxes[:, 2:] - boxes[:, :2] > 1e-2).all(1)  # what is left of it in the image
     want = sorted(
-        ((o * q[c], c + 1, row) for row, (o, q) in enumerate(zip(objectness, p, strict=True)) for c in range(classes)
-         if o * q[c] > 0.2 and real[row]), reverse=True,
-    )  # fmt: skip
+        (
+            (o * q[c], c + 1, row)
+            for row, (o, q) in enumerate(zip(objectness, p, strict=True))
+            for c in range(classes)
+            if o * q[c] > 0.2 and real[row]
+        ),
+        reverse=True,
+    )
     assert int(found.valid.sum()) == len(want) > 20
     for t, (score, label, row) in enumerate(want):
         assert found.scores[0, t].item() == pytest.approx(score, abs=1e-6) and found.labels[0, t] == label
@@ -575,8 +599,9 @@ def test_the_mirrored_view_of_a_mirrored_image_gives_mirrored_boxes():
     assert not torch.allclose(other.scores[:, 0], plain.scores[:, 0], atol=1e-3)
 
 
-@pytest.mark.parametrize("scale, inner, canvas", [(0.5, (64, 80), (64, 96)), (0.83, (106, 133), (128, 160)),
-                                                  (1.3, (166, 208), (192, 224))])  # fmt: skip
+@pytest.mark.parametrize(
+    "scale, inner, canvas", [(0.5, (64, 80), (64, 96)), (0.83, (106, 133), (128, 160)), (1.3, (166, 208), (192, 224))]
+)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_boxes_of_a_scaled_view_are_in_the_frame_of_the_full_image(scale, inner, canvas, mirrored):
     model = lively(size=(128, 160))
@@ -611,8 +636,9 @@ def test_views_are_joined_before_one_nms():
     once = model.predict(x, **options)
     same_detections(model.predict(x, views=((1.0, False), (1.0, False)), **options), once)
     joined = model.predict(x, views=yolo.VIEWS, nms_iou=1.0, score_above=0.3, top=10_000, candidates=100_000)
-    single = [model.predict(x, views=(v,), nms_iou=1.0, score_above=0.3, top=10_000, candidates=100_000)
-              for v in yolo.VIEWS]  # fmt: skip
+    single = [
+        model.predict(x, views=(v,), nms_iou=1.0, score_above=0.3, top=10_000, candidates=100_000) for v in yolo.VIEWS
+    ]
     assert torch.equal(joined.valid.sum(1), sum(s.valid.sum(1) for s in single))
     assert all(s.valid.any() for s in single)
     best = torch.stack([s.scores[:, 0] for s in single]).amax(0)
@@ -633,8 +659,10 @@ def test_a_detection_knows_which_map_it_came_from(views):
     inner = [(round(128 * scale), round(160 * scale)) for scale, _ in views]
     sizes = {  # (width, height) of each anchor in each view -> its map
         (w / 4 * 160 / width, h / 4 * 128 / height): level
-        for height, width in inner for level, anchors in enumerate(COCO_ANCHORS) for w, h in anchors
-    }  # fmt: skip
+        for height, width in inner
+        for level, anchors in enumerate(COCO_ANCHORS)
+        for w, h in anchors
+    }
     boxes, levels = found.boxes[found.valid], found.extra["level"][found.valid]
     whole = (boxes > 0).all(1) & (boxes[:, 2] < 160) & (boxes[:, 3] < 128)  # not cut at the edge
     sides = boxes[whole, 2:] - boxes[whole, :2]
@@ -711,7 +739,7 @@ def test_a_frozen_backbones_maps_may_be_cached_but_not_seen_in_other_views():
 
 def fitted(scenes, steps, norm="group", **recipe):
     model = tiny(size=(64, 64), norm=norm)
-    recipe = Recipe(**({"batch": 8, "lr": 3e-3, "flip": 0.0} | recipe))
+    recipe = TrainingConfig.of(**({"batch": 8, "lr": 3e-3, "flip": 0.0} | recipe))
     rows = list(training.fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=steps))
     return model, rows
 

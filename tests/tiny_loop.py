@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils import record
+from fedal_utils.record import run as record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,14 @@ def rows_of(run: record.Run, cycle: int, round: int, weights: torch.Tensor, aske
         for k in range(2)
     ]
     server = {"client": "server", "images": 2 * asked, "seconds": 2.5 * asked}
-    if round == run.config.rounds - 1:
+    if round == run.config.federation.rounds - 1:
         server |= {"ap50": float(torch.sigmoid(weights.sum())), "ap50/empty class": float("nan")}
     return [*clients, server]
 
 
 def loop(root: Path, config: Config | None = None, pause: float = 0.0) -> None:
     """State: weights, a float64 moment and the generator's own state; every number depends on all before it."""
-    config = config or Config()
+    config = config or Config.of()
     for run in record.runs(config, "tiny", root=root, progress=False):
         start = record.shared(
             config,
@@ -79,7 +79,7 @@ def loop(root: Path, config: Config | None = None, pause: float = 0.0) -> None:
                     for k in range(2)
                 ]
                 ids = ids + [row["id"] for row in asked]
-            step = torch.randn(3, generator=draws) * run.config.lr + run.rng("noise", cycle, round).normal()
+            step = torch.randn(3, generator=draws) * run.config.training.lr + run.rng("noise", cycle, round).normal()
             weights = weights + step
             moment = 0.9 * moment + weights.double() / 3
             time.sleep(pause)

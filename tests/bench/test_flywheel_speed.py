@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils import sampling, seeding
+from fedal_utils import seeding
+from fedal_utils.sampling import strategies as sampling
 
 IMAGES, LABELLED, WIDE, CLASSES, ASKED = 50_000, 2_000, 512, 100, 100
 

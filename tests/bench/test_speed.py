@@ -16,9 +16,12 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.ops import box_iou
 
-from fedal_utils import config, detectors, metrics, seeding, training
-from fedal_utils.boxes import Detections, clip_boxes
-from fedal_utils.data import Images, Labels
+from fedal_utils import config, seeding
+from fedal_utils.data.boxes import Detections, clip_boxes
+from fedal_utils.data.readers import Images, Labels
+from fedal_utils.detectors import base as detectors
+from fedal_utils.metrics import ap as metrics
+from fedal_utils.training import fit as training
 
 
 def in_turn(name: str, ours, theirs, runs: int = 15) -> None:
@@ -103,13 +106,17 @@ def test_cached_features():
     labels = Labels(boxes, one, one == 0, one == 0)
     model = detectors.build("ssd", "lite0", 3, (192, 256), rng, frozen=True)
     cached = training.cache_features(model, images)
-    recipe = config.Recipe(batch=8)
+    recipe = config.TrainingConfig.of(batch=8)
 
     def steps(source):
         list(training.fit(model, source, labels, recipe, seeding.torch_rng_for(0), iterations=2))
 
-    in_turn("two training steps, frozen backbone: cached features against pixels", lambda: steps(cached),
-            lambda: steps(images), runs=5)  # fmt: skip
+    in_turn(
+        "two training steps, frozen backbone: cached features against pixels",
+        lambda: steps(cached),
+        lambda: steps(images),
+        runs=5,
+    )
 
 
 def test_average_precision():

@@ -13,9 +13,11 @@ import pytest
 import torch
 from test_speed import in_turn
 
-from fedal_utils import classifiers, seeding, training
-from fedal_utils.config import Recipe
-from fedal_utils.data import Images
+from fedal_utils import seeding
+from fedal_utils.config import TrainingConfig
+from fedal_utils.data.readers import Images
+from fedal_utils.detectors import classifiers
+from fedal_utils.training import fit as training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,8 +30,8 @@ def test_clients_at_once(clients, side, batch, steps):
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=rng)
     images = Images(tuple(map(str, range(count))), pixels, torch.full((count, 2), side), None).to(DEVICE)
     model = classifiers.build("resnet8", 10, (side, side), rng).to(DEVICE)
-    recipe = Recipe(
-        batch=batch, optimiser="sgd", lr=0.01, momentum=0.9, clip=0.0, crop=2, balanced=True, compensation=1.0
+    recipe = TrainingConfig.of(
+        batch=batch, optimizer="sgd", lr=0.01, momentum=0.9, clip=0.0, crop=2, balanced=True, compensation=1.0
     )
     state = {k: v.cpu() for k, v in model.state_dict().items() if v.dim()}
 
@@ -39,16 +41,20 @@ def test_clients_at_once(clients, side, batch, steps):
             classes = torch.randint(m % 5, 10, (20,), generator=rng)
             out.append(
                 training.Lesson(
-                    str(m), np.arange(40 * m, 40 * m + 20), classes, torch.bincount(classes, minlength=10),
-                    np.arange(40 * m + 20, 40 * m + 40), seeding.torch_rng_for(0, m),
+                    str(m),
+                    np.arange(40 * m, 40 * m + 20),
+                    classes,
+                    torch.bincount(classes, minlength=10),
+                    np.arange(40 * m + 20, 40 * m + 40),
+                    seeding.torch_rng_for(0, m),
                 )
-            )  # fmt: skip
+            )
         return out
 
     def together(most=None):
         training.fit_stacked(
             model, [state] * clients, lessons(), images, recipe, steps, teacher=model, device=DEVICE, most=most
-        )  # fmt: skip
+        )
 
     def apart():
         for lesson in lessons():

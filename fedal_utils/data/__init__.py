@@ -1,0 +1,1 @@
+"""What is learned from: images, labels, readers and writers of the usual formats, partitions, augmentation."""

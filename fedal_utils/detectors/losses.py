@@ -1,0 +1,267 @@
+"""Losses that PyTorch and torchvision lack: two EIoUs, a likelihood per side, crowding weights, classes, ranking.
+
+Of boxes: row i of `boxes` is held against row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results
+are (N,) of the same dtype, without reduction, and empty for N = 0. x2 < x1, y2 < y1 and non-finite numbers raise. A box
+may have zero area: a ratio whose denominator vanishes is 0 then, and no NaN comes of it, in the value or the gradient.
+
+Of classes: logits are (..., B, C) for B images, `...` nothing or (M,) clients side by side; results are (...,), means
+over the images of each client.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_area, box_iou
+
+POSITIVE = {"deviations": 4, "sizes": 2}  # columns of the arguments that are not boxes
+
+
+def efficient_iou_loss(boxes: Tensor, targets: Tensor, focal: float = 0.0) -> Tensor:
+    """Efficient IoU loss (N,) in [0, 3.25]; Zhang et al. 2021 (2101.08158): 0 for equal boxes, symmetric.
+
+    1 - IoU + rho^2 / (cw^2 + ch^2) + (w - w*)^2 / cw^2 + (h - h*)^2 / ch^2, where rho is the distance of the centres
+    and cw, ch the sides of the enclosing box. focal >= 0 multiplies it by IoU^focal (0.5 in the paper). That weight is
+    detached, so no gradient flows through it, and it is 0 where boxes do not overlap: with focal > 0 these rows teach
+    nothing. Two boxes without area have IoU 0 even if they are equal: their loss is then 1, with a finite gradient.
+    """
+    if not 0 <= focal < math.inf:
+        raise ValueError(f"focal must be finite and >= 0, got {focal}")
+    _check(boxes=boxes, targets=targets)
+    iou = _iou(boxes, targets)
+    enclosing = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
+    between = ((boxes[:, :2] + boxes[:, 2:]) - (targets[:, :2] + targets[:, 2:])) / 2  # (N, 2) of the centres
+    sides = (boxes[:, 2:] - boxes[:, :2]) - (targets[:, 2:] - targets[:, :2])  # (N, 2) differences
+    distance = _ratio(between.square().sum(1), enclosing.square().sum(1))
+    loss = 1 - iou + distance + _ratio(sides, enclosing).square().sum(1)
+    return loss * iou.detach().pow(focal) if focal else loss
+
+
+def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Extended IoU (N,) in (-1, 1]; Peng and Yu 2021 (IEEE TIP): IoU where boxes overlap, below 0 where they do not.
+
+    From the top left corner of the enclosing box, let a be the larger start and e the smaller end along an axis. Then
+    I = (ex - ax)(ey - ay) where both axes overlap, (ex - ax)(ey + ay) where only x is disjoint, (ex + ax)(ey - ay)
+    where only y is, 2(ex ey - ax ay) where both are, and the value is I / (area + area* - I). It falls towards -1 as
+    boxes part, is symmetric in its arguments, and a common shift or scale changes nothing; a mirror does: unless boxes
+    overlap, it matters which corner is the origin. Two boxes without area: 0 if I is 0, else -1, far or near.
+    """
+    _check(boxes=boxes, targets=targets)
+    corner = torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
+    starts = torch.maximum(boxes[:, :2], targets[:, :2]) - corner
+    ends = torch.minimum(boxes[:, 2:], targets[:, 2:]) - corner
+    overlap = _signed_overlap(boxes, targets)
+    width, height = overlap.relu().unbind(1)  # (N,) each
+    # clamp's gradient at its bound differs between versions of PyTorch; where boxes only touch, it is needed from here
+    gap_x, gap_y = torch.where(overlap > 0, 0, overlap).unbind(1)  # <= 0
+    reach_x, reach_y = (starts + ends).unbind(1)
+    both = width * height + gap_x * reach_y + gap_y * reach_x  # the four cases of I in one line
+    return _ratio(both, box_area(boxes) + box_area(targets) - both)
+
+
+def extended_iou_loss(boxes: Tensor, targets: Tensor, smooth: float = 0.1) -> Tensor:
+    """Smoothed Extended IoU loss (N,) in [0, 2 - smooth / 2) for smooth <= 2; Peng and Yu 2021.
+
+    z = 1 - Extended IoU: z^2 / (2 smooth) if z < smooth, else z - smooth / 2; smooth > 0. The gradient is 0 for equal
+    boxes and not 0 for disjoint ones. Two boxes without area have z = 1 or 2, see `extended_iou`.
+    """
+    if not 0 < smooth < math.inf:
+        raise ValueError(f"smooth must be finite and > 0, got {smooth}")
+    value = extended_iou(boxes, targets)
+    return F.smooth_l1_loss(value, torch.ones_like(value), reduction="none", beta=smooth)
+
+
+def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, sizes: Tensor) -> Tensor:
+    """IoU-weighted Gaussian negative log-likelihood (N,) of left, top, right and bottom; it can be below 0.
+
+    IoU * sum over sides of error^2 / (2 s^2) + ln s, with error = (target - box) / (w, h, w, h), without the constant.
+    deviations: (N, 4) s > 0 in units of the size, as the errors; a floor that keeps s^2 a normal number is the
+    caller's. sizes: (N, 2) width, height > 0 of the proposals in pixels. The IoU is detached: disjoint rows and boxes
+    without area give 0 and no gradient. After UAD (2006.15607); a reconstruction, HUALE's own loss is not public.
+    """
+    _check(boxes=boxes, targets=targets, deviations=deviations, sizes=sizes)
+    errors = (targets - boxes) / sizes.repeat(1, 2)  # (N, 4)
+    eps = torch.finfo(boxes.dtype).tiny  # PyTorch's own floor, 1e-6, would catch deviations below 1e-3
+    losses = F.gaussian_nll_loss(errors, torch.zeros_like(errors), deviations.square(), eps=eps, reduction="none")
+    return _iou(boxes, targets).detach() * losses.sum(1)
+
+
+def crowding(boxes: Tensor) -> Tensor:
+    """For each of the K boxes of one image (K, 4) the share (K,) in [0, 1] of the others that overlap it.
+
+    Overlap means IoU > 0: touching is none, nor is a box without area. One box alone has 0. No gradient.
+    """
+    _check(boxes=boxes)
+    count = boxes.shape[0]
+    others = ~torch.eye(count, dtype=torch.bool, device=boxes.device)
+    overlaps = (box_iou(boxes, boxes) > 0) & others  # (K, K); 0 / 0 is NaN, and not > 0
+    return overlaps.sum(1).to(boxes.dtype) / max(count - 1, 1)
+
+
+def emphasis_weights(density: Tensor, strength: float) -> Tensor:
+    """Weights (N,) with mean 1 of N foreground RoIs, larger where it is crowded: 1 + strength * density over its mean.
+
+    density: (N,) in [0, 1], for example `crowding` of the matched box; strength >= 0, 0 gives ones. A reconstruction
+    of HUALE's Emphasis loss, whose formula is not public.
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be finite and >= 0, got {strength}")
+    if density.dim() != 1:
+        raise ValueError(f"density must be (N,), got {tuple(density.shape)}")
+    weights = 1 + strength * density
+    good = torch.isfinite(density) & (weights > 0)
+    if not good.all():
+        row = int((~good).nonzero()[0])
+        raise ValueError(f"density must be finite and in [0, 1], got {density[row].item()} in row {row}")
+    return weights / weights.mean()  # N = 0: empty over NaN is empty
+
+
+def balanced_cross_entropy(
+    logits: Tensor, labels: Tensor, counts: Tensor | None, valid: Tensor | None = None
+) -> Tensor:
+    """Balanced softmax loss (...,), for training only; Ren et al. 2020 (2007.10740), KAFAL's balanced classifier.
+
+    Cross-entropy of logits (..., B, C) + ln n over the classes with n > 0; a class without labels is left out, and its
+    logit gets a gradient of exactly 0. labels (..., B) int64, 0 .. C - 1; counts (..., C) of the client's labels, in
+    any unit, None: plain cross-entropy; valid (..., B) bool: images that count, without any the loss is 0.
+
+    ValueError: shapes that do not fit and, if labels and counts are on the CPU, a label that is no class or whose count
+    is 0, and counts below 0 or not finite. On a GPU this would wait for the device at every step: there, the loss of a
+    label without count is infinite.
+    """
+    classes = logits.shape[-1]
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels must be {tuple(logits.shape[:-1])}, logits without C, got {tuple(labels.shape)}")
+    if counts is not None and counts.shape != (*logits.shape[:-2], classes):
+        raise ValueError(f"counts must be {(*logits.shape[:-2], classes)}, (..., C), got {tuple(counts.shape)}")
+    if valid is None:
+        valid = torch.ones_like(labels, dtype=torch.bool)
+    elif valid.shape != labels.shape:
+        raise ValueError(f"valid must be {tuple(labels.shape)} as labels, got {tuple(valid.shape)}")
+    labels = labels.masked_fill(~valid, 0)
+    if labels.device.type == "cpu" and (counts is None or counts.device.type == "cpu"):
+        _check_labels(labels, valid, counts, classes)
+    logits = _at_least_float32(logits).masked_fill(~valid[..., None], 0)  # whatever stands there, no NaN comes of it
+    if counts is not None:
+        present = (counts > 0)[..., None, :]  # (..., 1, C)
+        prior = torch.where(present, counts[..., None, :], 1).to(logits.dtype).log()
+        present = present | ~present.any(-1, keepdim=True)  # a client without labels: its images do not count either
+        logits = (logits + prior).masked_fill(~present, -torch.inf)
+    each = -logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)  # (..., B)
+    return each.masked_fill(~valid, 0).sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def compensation_weights(counts: Tensor) -> Tensor:
+    """Class weights (..., C) of KAFAL's distillation (ICCV 2023, released code): the fewer labels, the larger.
+
+    1 / (n + 1e-6) over its sum, over the classes with n > 0; 0 for the others, and all 0 without a label. counts:
+    (..., C) >= 0. The result is float64 for float64 counts, else float32.
+    """
+    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise ValueError(f"counts must be finite and >= 0, got {counts.tolist()}")
+    inverse = torch.where(counts > 0, 1 / (counts.double() + 1e-6), 0)
+    total = inverse.sum(-1, keepdim=True)
+    weights = inverse / torch.where(total > 0, total, 1)
+    return weights.to(torch.promote_types(counts.dtype, torch.float32))
+
+
+def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """KAFAL's knowledge-compensatory distillation (...,), >= 0 (ICCV 2023, released code); 0 where both agree.
+
+    mean_b w_b (1 / C) sum_c q_c (ln q_c - ln p_c), p and q softmaxes of the student's and the teacher's logits
+    (..., B, C); the mean, not the sum, over classes is the released code's. weights (..., B) >= 0, one an image. No
+    gradient flows to the teacher.
+    """
+    for name, values, expected in (("teacher", teacher, student.shape), ("weights", weights, student.shape[:-1])):
+        if values.shape != expected:
+            raise ValueError(f"{name} must be {tuple(expected)} beside the student's logits, got {tuple(values.shape)}")
+    log_p = _at_least_float32(student).log_softmax(-1)
+    log_q = _at_least_float32(teacher.detach()).log_softmax(-1)
+    apart = (log_q.exp() * (log_q - log_p)).mean(-1)  # (..., B)
+    return (weights * apart).mean(-1)
+
+
+def ranking_loss(predicted: Tensor, loss: Tensor, margin: float = 1.0, check: bool = True) -> Tensor:
+    """How badly predicted losses (B,) order images as their true losses (B,) do; Yoo and Kweon 2019 (1905.03677) eq. 2.
+
+    Mean over pairs of max(0, -sign(l_i - l_j) (p_i - p_j) + margin). The paper pairs image i with image B - 1 - i; here
+    all pairs i < j count but those of equal loss, which have no order. Without a pair it is 0, with a gradient of 0.
+    Only sign(l_i - l_j) is read of the true losses, so no gradient flows to them.
+
+    ValueError: other shapes, numbers that are not finite. check=False: numbers are not looked at, so that no device is
+    waited for; NaN among the predictions gives NaN then, and a true loss that is NaN makes no pair.
+    """
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin must be finite and > 0, got {margin}")
+    for name, values in (("predicted", predicted), ("loss", loss)):
+        if values.dim() != 1 or values.shape != predicted.shape:
+            raise ValueError(f"{name} must be (B,), B as in predicted, got {tuple(values.shape)}")
+        if check and not bool(torch.isfinite(values).all()):
+            row = int((~torch.isfinite(values)).nonzero()[0])
+            raise ValueError(f"{name} must be finite, got {values[row].item()} in row {row}")
+    predicted, loss = _at_least_float32(predicted), _at_least_float32(loss.detach())
+    i, j = torch.triu_indices(len(loss), len(loss), 1, device=loss.device)  # B = 3: (0, 1), (0, 2), (1, 2)
+    order = torch.sign(loss[i] - loss[j])
+    each = F.relu(margin - order * (predicted[i] - predicted[j])) * order.abs()
+    return each.sum() / order.abs().sum().clamp(min=1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_labels(labels: Tensor, valid: Tensor, counts: Tensor | None, classes: int) -> None:
+    """ValueError unless every valid label is a class that the client has labels of."""
+    wrong = ((labels < 0) | (labels >= classes)) & valid
+    if bool(wrong.any()):
+        raise ValueError(f"labels must be classes 0..{classes - 1}, got {int(labels[wrong][0])}")
+    if counts is None:
+        return
+    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise ValueError(f"counts must be finite and >= 0, got {counts.tolist()}")
+    unseen = (counts.gather(-1, labels) == 0) & valid
+    if bool(unseen.any()):
+        label = int(labels[unseen][0])
+        raise ValueError(f"class {label} is a label of this batch, but its count is 0: {counts.tolist()}")
+
+
+def _check(**arguments: Tensor) -> None:
+    """Raise ValueError unless shapes and dtypes agree and every row is allowed; the device is waited for once."""
+    first = next(iter(arguments.values()))
+    good = {}
+    for name, values in arguments.items():
+        expected = (*first.shape[:1], POSITIVE.get(name, 4))
+        if values.shape != expected:
+            raise ValueError(f"{name} must be (N, {expected[-1]}), N as in boxes, got {tuple(values.shape)}")
+        if values.dtype != first.dtype or values.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32 or float64, the same for all, got {values.dtype}")
+        ordered = values > 0 if name in POSITIVE else values[:, 2:] >= values[:, :2]
+        good[name] = torch.isfinite(values).all(1) & ordered.all(1)  # (N,)
+    if torch.stack(list(good.values())).all():
+        return
+    for name, rows in good.items():
+        if not rows.all():
+            row = int((~rows).nonzero()[0])
+            allowed = "finite and > 0" if name in POSITIVE else "finite xyxy with x1 <= x2 and y1 <= y2"
+            raise ValueError(f"{name} must be {allowed}, got {arguments[name][row].tolist()} in row {row}")
+
+
+def _signed_overlap(boxes: Tensor, targets: Tensor) -> Tensor:
+    """(N, 2) overlap along x and y; where disjoint, minus the gap."""
+    return torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
+
+
+def _iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """(N,) IoU of pairs, in [0, 1]; 0 where neither has an area."""
+    width, height = _signed_overlap(boxes, targets).relu().unbind(1)
+    both = width * height
+    return _ratio(both, box_area(boxes) + box_area(targets) - both)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole for |part| <= whole; `part` itself, as good as 0, where `whole` is too small to be divided by."""
+    floor = math.sqrt(torch.finfo(whole.dtype).tiny)  # float32: 1e-19, so that no gradient overflows
+    return part / torch.where(whole > floor, whole, 1)

@@ -1,0 +1,1 @@
+"""Who learns with whom: messages, aggregation, schemes, and the loop."""

@@ -1,0 +1,1 @@
+"""Clients elsewhere: the same experiment under Flower."""

@@ -1,0 +1,1 @@
+"""A person answers: the store of answers, simulated annotators, the labelling page."""

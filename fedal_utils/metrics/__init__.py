@@ -1,0 +1,1 @@
+"""How good: average precision, accuracy, statistics over seeds."""

@@ -1,0 +1,1 @@
+"""What each paper adds: presets, arms and tables."""

@@ -1,0 +1,1 @@
+"""What happened: run folders that resume, records, tables, verdicts."""

@@ -1,0 +1,1 @@
+"""What to label next: pool and Oracle, scores, diversity, and every query strategy."""

@@ -1,0 +1,181 @@
+"""Who is labelled since when, and the Oracle: the only door to labels, which keeps the bill.
+
+`Pool.asked_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = set aside (it was asked,
+and nobody could say), else the cycle that asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.readers import Images, Labels
+
+SET_ASIDE = -2
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What labels cost: images looked at, boxes drawn, estimated annotation seconds."""
+
+    images: int = 0
+    boxes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Bill) -> Bill:
+        return Bill(self.images + other.images, self.boxes + other.boxes, self.seconds + other.seconds)
+
+
+class Oracle:
+    """Answers with the ground truth, for pay.
+
+    seconds_per_image: a look at the image (our estimate). seconds_per_box: drawing one box; 7 s is the median of
+    extreme clicking (Papadopoulos et al. 2017, 1708.02750). Every real box is billed, ignored ones too: an annotator
+    draws them before anyone can call them too small or difficult. diagnostic: opens `hidden_labels`.
+    """
+
+    def __init__(
+        self, labels: Labels, seconds_per_image: float = 2.0, seconds_per_box: float = 7.0, diagnostic: bool = False
+    ):
+        self._labels, self._diagnostic = labels, diagnostic
+        self._boxes = (labels.classes > 0).sum(dim=1).numpy()  # (N,)
+        self._paid = np.zeros(len(self._boxes), dtype=bool)
+        self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
+
+    def ask(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
+        """Pay for these images; from now on `labels_of` shows them. (n,) True: an Oracle can always say.
+
+        cycle, scores: when and why, for an Oracle who is told (`flywheel.Answers`); ground truth does not care.
+        """
+        again = np.asarray(index)[self._paid[index]]
+        if len(again):
+            raise ValueError(f"images {again.tolist()} were asked before: nobody pays twice for one label")
+        self._paid[index] = True
+        return np.ones(len(index), dtype=bool)
+
+    def labels_of(self, index: np.ndarray) -> Labels:
+        """Labels of images that were asked; any other raises."""
+        unpaid = np.asarray(index)[~self._paid[index]]
+        if len(unpaid):
+            raise ValueError(f"labels of images {unpaid[:5].tolist()} were not asked: the Oracle keeps them")
+        return self._labels.take(index)
+
+    def unsure(self, cycles: Iterable[int]) -> set[str]:
+        """Ids that were asked in these cycles and that nobody could label: none, an Oracle can always say."""
+        return set()
+
+    def hidden_labels(self, index: np.ndarray) -> Labels:
+        """Labels that nobody has paid for: for an upper bound that is marked as one. PermissionError without that."""
+        if not self._diagnostic:
+            raise PermissionError(
+                "labels that were not asked are for upper bounds only: set diagnostic=True, and say so with the result"
+            )
+        return self._labels.take(index)
+
+    def bill(self, index: np.ndarray) -> Bill:
+        """What the labels of these images cost; asked ones only."""
+        self.labels_of(index)
+        boxes = int(self._boxes[index].sum())
+        return Bill(len(index), boxes, len(index) * self.seconds_per_image + boxes * self.seconds_per_box)
+
+
+class Pool:
+    """One client's images: which are labelled, since which cycle, and what that cost.
+
+    index: rows of the training set that this client holds. Positions below count within the client, 0..N-1.
+    """
+
+    def __init__(self, client: str, images: Images, oracle: Oracle, index: Sequence[int]):
+        self.client = client
+        self.index = np.asarray(index, dtype=np.int64)
+        self.ids = tuple(images.ids[i] for i in self.index)
+        self.asked_in = np.full(len(self.index), -1, dtype=np.int64)
+        self.scores = np.full(len(self.index), np.nan)
+        self._images, self._oracle = images, oracle
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def labelled(self) -> np.ndarray:
+        """Positions with a label, ascending."""
+        return np.flatnonzero(self.asked_in >= 0)
+
+    def unlabelled(self) -> np.ndarray:
+        """Positions that can be asked, ascending."""
+        return np.flatnonzero(self.asked_in == -1)
+
+    def set_aside(self, ids: Iterable[str]) -> None:
+        """These images were asked and nobody could say: they are neither labelled nor asked again."""
+        away = set(ids)
+        here = np.array([sample in away for sample in self.ids], dtype=bool)
+        self.asked_in[here & (self.asked_in == -1)] = SET_ASIDE
+
+    def candidates(self) -> Images:
+        """The unlabelled images, in the order of `unlabelled()`: all that scoring code may see."""
+        return self._images.take(self.index[self.unlabelled()])
+
+    def training_set(self) -> tuple[Images, Labels]:
+        """The labelled images and their labels."""
+        rows = self.index[self.labelled()]
+        return self._images.take(rows), self._oracle.labels_of(rows)
+
+    def ask(self, positions: Sequence[int], cycle: int, scores: Sequence[float] | None = None) -> None:
+        """Have these positions labelled in this cycle. scores: why (kept for the record), NaN where there was none."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if len(np.unique(positions)) != len(positions):
+            twice = sorted(positions.tolist())
+            raise ValueError(f"client {self.client}: a position is asked twice in one cycle: {twice}")
+        if len(positions) and not (0 <= positions.min() and positions.max() < len(self)):
+            allowed = f"0..{len(self) - 1}"
+            raise ValueError(f"client {self.client}: positions must lie in {allowed}, got {positions.tolist()}")
+        known = positions[self.asked_in[positions] != -1]
+        if len(known):
+            raise ValueError(f"client {self.client}: already labelled: {[self.ids[p] for p in known]}")
+        if cycle < 0:
+            raise ValueError(f"cycle must be >= 0, got {cycle}")
+        if scores is not None and len(scores) != len(positions):
+            raise ValueError(f"client {self.client}: {len(positions)} positions, but {len(scores)} scores")
+        answered = self._oracle.ask(self.index[positions], cycle, scores)
+        self.asked_in[positions] = np.where(answered, cycle, SET_ASIDE)
+        if scores is not None:
+            self.scores[positions] = scores
+
+    def labels_of(self, rows: np.ndarray) -> Labels:
+        """Labels of asked rows of the training set, this client's or another's: the Oracle refuses unpaid ones."""
+        return self._oracle.labels_of(rows)
+
+    def hidden_labels(self, rows: np.ndarray) -> Labels:
+        """See `Oracle.hidden_labels`."""
+        return self._oracle.hidden_labels(rows)
+
+    def bill(self) -> Bill:
+        """What this client's labels cost so far."""
+        return self._oracle.bill(self.index[self.labelled()])
+
+    def asked_rows(self, cycle: int) -> list[dict]:
+        """What was asked in this cycle, as rows of asked.csv."""
+        return [
+            {"cycle": cycle, "client": self.client, "id": self.ids[p], "score": float(self.scores[p])}
+            for p in np.flatnonzero(self.asked_in == cycle)
+        ]
+
+    def replay(self, rows: Iterable[dict]) -> None:
+        """Ask again what asked.csv says that this client asked."""
+        place = {sample: p for p, sample in enumerate(self.ids)}
+        by_cycle: dict[int, list[tuple[int, float]]] = {}
+        for row in rows:
+            if str(row["client"]) != self.client:
+                continue
+            if row["id"] not in place:
+                raise ValueError(f"asked.csv names {row['id']!r}, which client {self.client} does not hold")
+            by_cycle.setdefault(int(row["cycle"]), []).append((place[row["id"]], float(row["score"])))
+        for cycle in sorted(by_cycle):
+            positions, scores = zip(*by_cycle[cycle], strict=True)
+            self.ask(positions, cycle, scores)
+
+
+def total(bills: Iterable[Bill]) -> Bill:
+    """The bills of all clients in one."""
+    return sum(bills, Bill())

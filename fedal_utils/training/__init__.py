@@ -1,0 +1,1 @@
+"""How a model learns, and what it says of images."""
