@@ -7,14 +7,11 @@ else.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
 import hashlib
 import json
-import math
 from dataclasses import dataclass
-from typing import Any
+
+from .fields import Part, fraction, name, number
 
 PROFILES = ("smoke", "quick", "paper")
 FILTERS = ("semantic", "diversity", "overlap", "localisation")  # of HUALE's cascade, in the published order
@@ -23,50 +20,6 @@ SERVER_STRATEGIES = (  # how a server makes one model of the updates; Flower's s
     *("fedmedian", "fedtrimmedavg", "krum", "multikrum"),
 )
 _LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
-
-
-def number(
-    default: Any, least: float | None = None, most: float | None = None, above: float | None = None, names: tuple = ()
-) -> Any:
-    """A field with its limits: least <= value <= most, value > above, or one of `names`; checked when it is set."""
-    return dataclasses.field(default=default, metadata={"least": least, "most": most, "above": above, "names": names})
-
-
-def fraction(default: float) -> Any:
-    """A field in [0, 1]."""
-    return number(default, least=0, most=1)
-
-
-def name(default: str, *names: str) -> Any:
-    """A field that is one of these names (the default first, or among them)."""
-    return number(default, names=names if default in names else (default, *names))
-
-
-class Part:
-    """What all parts share: limits are checked when one is made."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
-            if limits.get("names") and value not in limits["names"]:
-                raise ValueError(f"{field.name} must be one of {limits['names']}, got {value!r}")
-            if limits.get("least") is not None and not value >= limits["least"]:
-                raise ValueError(f"{field.name} must be {limits['least']} or more, got {value}")
-            if limits.get("most") is not None and not value <= limits["most"]:
-                raise ValueError(f"{field.name} must be {limits['most']} at most, got {value}")
-            if limits.get("above") is not None and not value > limits["above"]:
-                raise ValueError(f"{field.name} must be > {limits['above']}, got {value}")
-
-    @classmethod
-    def of(cls, **flat: Any) -> Any:
-        """One with these values, by flat names; the rest at its defaults."""
-        return cls().replace(**flat)
-
-    def replace(self, **changes: Any) -> Any:
-        """A copy with these values, by flat names; unknown names and wrong types are refused."""
-        return _replaced(self, checked(changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +54,7 @@ class TrainingConfig(Part):
     final_lr: float = 0.05  # cosine ends at this part of lr
     step_at: tuple[float, ...] = (0.6, 0.85)  # parts of the run at which 'step' divides by ten
     warmup: int = number(0, least=0)  # steps of rising learning rate; once in the life of an optimizer state
-    warmup_epochs: float = number(
-        0.0, least=0
-    )  # the warm-up takes no more steps than so many passes have, 0 = no limit
+    warmup_epochs: float = number(0.0, least=0)  # most steps of the warm-up, in passes over the images; 0 = no limit
     warmup_momentum: float = 0.0  # momentum at the first of them (SGD), 0 = momentum all along
     warmup_bias_lr: float = 0.0  # learning rate of biases at the first of them, falling to lr; 0 = as the rest
     accumulate_to: int = number(0, least=0)  # images whose gradients are added up for a step; 0 = one batch
@@ -204,9 +155,7 @@ class QueryConfig(Part):
     cycles: int = number(5, least=1)
     initial_labels: int = number(8, least=1)  # images labelled at each client in cycle 0, at random
     query_size: int = number(8, least=1)  # images labelled at each client in every later cycle
-    initial_fraction: float = fraction(
-        0.0
-    )  # classifiers: the same as a part of the client's images; 0 = initial_labels
+    initial_fraction: float = fraction(0.0)  # classifiers: instead, a part of the client's images; 0 = initial_labels
     query_fraction: float = fraction(0.0)  # likewise, 0 = query_size
     score_above: float = fraction(0.25)  # a detection counts from this confidence on; released code
     nms_iou: float = fraction(0.45)
@@ -299,10 +248,6 @@ class Config(Part):
                 f"optimizer_state={self.federation.optimizer_state!r} cannot live on"
             )
 
-    def flat(self) -> dict[str, Any]:
-        """Plain values by flat name, fit for JSON and back."""
-        return {name: functools.reduce(getattr, path, self) for name, path in paths().items()}
-
     def digest(self) -> str:
         """Hex digest of all that decides a run's numbers: what differs from the defaults, without methods and seeds."""
         default = Config().flat()
@@ -312,89 +257,3 @@ class Config(Part):
     def labels_needed(self) -> int:
         """Images that one client has labelled at the end."""
         return self.query.initial_labels + self.query.query_size * (self.query.cycles - 1)
-
-
-def _replaced(part: Any, changes: dict[str, Any]) -> Any:
-    mine = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Part):
-            mine[field.name] = _replaced(value, changes)
-        elif field.name in changes:
-            mine[field.name] = changes[field.name]
-    return dataclasses.replace(part, **mine)
-
-
-@functools.cache
-def paths() -> dict[str, tuple[str, ...]]:
-    """Every flat name, and where it stands: 'lr' -> ('training', 'lr')."""
-
-    def below(part: Any, path: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
-        for field in dataclasses.fields(part):
-            value, here = getattr(part, field.name), (*path, field.name)
-            found |= below(value, here) if isinstance(value, Part) else {field.name: here}
-        return found
-
-    return below(Config(), ())
-
-
-def checked(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values with lists as tuples; raises on a name that no part has, or on a value of the wrong type."""
-    known, default = paths(), Config().flat()
-    out = {}
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown parameter {name!r}{hint} Known: {', '.join(sorted(known))}")
-        out[name] = _typed(name, _as_tuple(value), default[name])
-    return out
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    if name == "limit":  # a pair, or None
-        if value is None or isinstance(value, tuple) and len(value) == 2:
-            return value
-        raise ValueError(f"parameter 'limit' must be None or a pair (training images, test images), got {value!r}")
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default):
-        raise ValueError(f"parameter {name!r} must be {type(default).__name__}, got {value!r}")
-    if isinstance(default, tuple) and default and len({type(v) for v in default}) == 1:
-        item = type(default[0])
-        value = tuple(float(v) if item is float and type(v) is int else v for v in value)
-        if any(type(v) is not item for v in value):
-            raise ValueError(f"parameter {name!r} must hold values of type {item.__name__}, got {value!r}")
-    return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def fitted(config: Config, images: int) -> Config:
-    """For a folder of the user's own: clients, budgets and cycles shrunk until `images` training images suffice.
-
-    A config that fits is returned unchanged; two images are enough (one client, one label in each of two cycles).
-    """
-    if images < 2:
-        raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
-    clients = max(1, min(config.federation.clients, images // 4))
-    start_images = min(config.federation.initial_model_images, images // 5)
-    share = (images - start_images) // clients
-    first = max(1, min(config.query.initial_labels, share // 3))
-    budget = max(1, min(config.query.query_size, (share - first) // 2))
-    cycles = max(1, min(config.query.cycles, 1 + (share - first) // budget))
-    first_pass = min(
-        config.federation.first_pass_rounds,
-        max(1, cycles * config.federation.rounds + config.federation.extra_rounds - 1),
-    )  # leaves one later pass
-    return config.replace(
-        clients=clients,
-        initial_model_images=start_images,
-        initial_labels=first,
-        query_size=budget,
-        cycles=cycles,
-        first_pass_rounds=first_pass,
-    )

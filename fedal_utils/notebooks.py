@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import config
+from .config import Config
 from .papers import presets
 from .record import run as record
 
@@ -142,7 +142,7 @@ def checked(path: Path, wishes: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in wishes.items() if name in known}
     others = {name: value for name, value in wishes.items() if name not in known}
     if others:
-        settings = config.paths() if "overrides" in known else {}
+        settings = Config.paths() if "overrides" in known else {}
         unknown = [name for name in others if name not in settings]
         if unknown:
             more = f"; settings: {', '.join(sorted(settings))}" if settings else ""

@@ -18,13 +18,14 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import config, notebooks, seeding
+from fedal_utils import notebooks, seeding
 from fedal_utils.data import readers as data
 from fedal_utils.data.augment import VIEWS, Viewed
 from fedal_utils.data.boxes import Detections, flip_boxes
 from fedal_utils.data.readers import Dataset, Labels
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
+from fedal_utils.federation import own_data
 from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
@@ -239,14 +240,14 @@ def test_towns_as_clients_dirichlet_and_missing_classes(tmp_path, unbroken):
 
 def test_fitted_shrinks_until_any_folder_suffices():
     for images in (*range(2, 60), 250, 1000):
-        small = config.fitted(presets.load("11_fedavg", "quick", "somewhere/else"), images)
+        small = own_data.fitted(presets.load("11_fedavg", "quick", "somewhere/else"), images)
         held = (images - small.start_images) // small.clients
         assert 2 <= small.cycles and small.labels_needed() <= held
         assert alfl.later_passes(small, "chain") >= 1
     roomy = presets.load("11_fedavg", "quick", "somewhere/else")
-    assert config.fitted(roomy, 1000) == roomy
+    assert own_data.fitted(roomy, 1000) == roomy
     with pytest.raises(ValueError, match="got 1 images"):
-        config.fitted(roomy, 1)
+        own_data.fitted(roomy, 1)
 
 
 @pytest.fixture

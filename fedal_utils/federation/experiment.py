@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from .. import seeding
-from ..config import Config, TrainingConfig, fitted
+from ..config import Config, TrainingConfig
 from ..data import classification as class_sets
 from ..data import partition
 from ..data import readers as data
@@ -53,6 +53,7 @@ from ..training import fit as training
 from ..training.fit import CachedImages
 from . import aggregate as federation
 from .aggregate import State, Update
+from .own_data import fitted
 
 CENTRALISED = "centralised"
 CROWD = 1000  # boxes of an image at most, where they are wanted before non-maximum suppression
@@ -247,7 +248,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     """Load the data once; with a frozen backbone, cache its features of all images.
 
     root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout that the notebook was opened in.
-    A folder of the user's own may be small: clients and budgets are shrunk to it (`config.fitted`). Sets the number of
+    A folder of the user's own may be small: clients and budgets are shrunk to it (`fitted`). Sets the number of
     CPU threads to `config.threads` (0 = as it was).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

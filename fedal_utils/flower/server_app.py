@@ -64,7 +64,7 @@ except ImportError as error:
         f"plain loop of the notebooks ({error})"
     ) from error
 
-from ..config import Config, checked
+from ..config import Config
 from ..detectors.base import Detector
 from ..federation import aggregate as federation
 from ..federation import experiment as alfl
@@ -166,7 +166,7 @@ class Task:
         """Raises ValueError on a message that another version of this package sent."""
         sent = message.content["task"]
         try:
-            read = Config.of(**checked(json.loads(sent["config"])))
+            read = Config.of(**json.loads(sent["config"]))
             turn = Turn((), **json.loads(sent["turn"]))
             plain = {name: sent[name] for name in ("notebook", "method", "seed", "cycle", "round")}
             return cls(read, **plain, classes=tuple(json.loads(sent["classes"])), turn=turn)

@@ -1,0 +1,117 @@
+"""Fields with limits, and frozen dataclasses made of parts whose fields are read and replaced by flat names.
+
+A field's limits stand in its metadata and are checked when a part is made; unknown names and wrong types are refused
+with what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from typing import Any
+
+
+def number(
+    default: Any, least: float | None = None, most: float | None = None, above: float | None = None, names: tuple = ()
+) -> Any:
+    """A field with its limits: least <= value <= most, value > above, or one of `names`."""
+    return dataclasses.field(default=default, metadata={"least": least, "most": most, "above": above, "names": names})
+
+
+def fraction(default: float) -> Any:
+    """A field in [0, 1]."""
+    return number(default, least=0, most=1)
+
+
+def name(default: str, *names: str) -> Any:
+    """A field that is one of these names (the default first, or among them)."""
+    return number(default, names=names if default in names else (default, *names))
+
+
+class Part:
+    """What all parts share: limits, flat names, copies with changes."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            if not _finite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+            if limits.get("names") and value not in limits["names"]:
+                raise ValueError(f"{field.name} must be one of {limits['names']}, got {value!r}")
+            if limits.get("least") is not None and not value >= limits["least"]:
+                raise ValueError(f"{field.name} must be {limits['least']} or more, got {value}")
+            if limits.get("most") is not None and not value <= limits["most"]:
+                raise ValueError(f"{field.name} must be {limits['most']} at most, got {value}")
+            if limits.get("above") is not None and not value > limits["above"]:
+                raise ValueError(f"{field.name} must be > {limits['above']}, got {value}")
+
+    @classmethod
+    @functools.cache
+    def paths(cls) -> dict[str, tuple[str, ...]]:
+        """Every flat name, and where it stands: 'lr' -> ('training', 'lr')."""
+        found: dict[str, tuple[str, ...]] = {}
+        for field in dataclasses.fields(cls):
+            if isinstance(field.default, Part):
+                found |= {name: (field.name, *path) for name, path in type(field.default).paths().items()}
+            else:
+                found[field.name] = (field.name,)
+        return found
+
+    @classmethod
+    def of(cls, **flat: Any) -> Any:
+        """One with these values, by flat names; the rest at its defaults."""
+        return cls().replace(**flat)
+
+    def flat(self) -> dict[str, Any]:
+        """Plain values by flat name, fit for JSON and back."""
+        return {name: functools.reduce(getattr, path, self) for name, path in self.paths().items()}
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with these values, by flat names; unknown names and wrong types are refused, lists become tuples."""
+        known, default = self.paths(), type(self)().flat()
+        for name in changes:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown parameter {name!r}{hint} Known: {', '.join(sorted(known))}")
+        return self._replaced({name: _typed(name, _as_tuple(v), default[name]) for name, v in changes.items()})
+
+    def _replaced(self, changes: dict[str, Any]) -> Any:
+        mine = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Part):
+                mine[field.name] = value._replaced(changes)
+            elif field.name in changes:
+                mine[field.name] = changes[field.name]
+        return dataclasses.replace(self, **mine)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """The value, whole numbers as floats where floats are wanted; a default of None stands for 'None or a pair'."""
+    if default is None:
+        if value is None or isinstance(value, tuple) and [type(v) for v in value] == [int, int] and min(value) > 0:
+            return value
+        raise ValueError(f"parameter {name!r} must be None or a pair of numbers from 1 up, got {value!r}")
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"parameter {name!r} must be {type(default).__name__}, got {value!r}")
+    if isinstance(default, tuple) and default and len({type(v) for v in default}) == 1:
+        item = type(default[0])
+        value = tuple(float(v) if item is float and type(v) is int else v for v in value)
+        if any(type(v) is not item for v in value):
+            raise ValueError(f"parameter {name!r} must hold values of type {item.__name__}, got {value!r}")
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
