@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import papers
 from .config import Config
-from .papers import presets
 from .record import run as record
 
 REPOSITORY = "https://github.com/fedal-project/fedal"  # pyproject.toml and CITATION.cff repeat it; a test compares
@@ -149,11 +149,11 @@ def checked(path: Path, wishes: dict[str, Any]) -> dict[str, Any]:
             names = ", ".join(map(repr, unknown))
             raise ValueError(f"{path.stem} has no parameter {names}; known: {', '.join(known) or 'none'}{more}")
         values["overrides"] = {**known["overrides"], **values.get("overrides", {}), **others}
-    if any("config.load(" in _source(cell) for cell in _read(path)["cells"]):
+    if any("papers.load(" in _source(cell) for cell in _read(path)["cells"]):
         final = {**known, **values}
         given = {name: final[name] for name in ("profile", "data", "seeds") if name in final}
         try:
-            presets.load(path.stem, **given, **(final.get("overrides") or {}))
+            papers.load(path.stem, **given, **(final.get("overrides") or {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.stem}: {error}") from None
     return values
@@ -231,7 +231,7 @@ def _after(path: Path) -> list[str]:
 def _threads(path: Path, values: dict[str, Any]) -> int:
     """CPU threads of this notebook's training steps with these parameters."""
     given = {name: values[name] for name in ("profile", "data") if name in values}
-    return presets.load(path.stem, **given).threads
+    return papers.load(path.stem, **given).threads
 
 
 def _unformatted(path: Path) -> str:

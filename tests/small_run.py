@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils import config
+from fedal_utils import config, papers
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 
 SMALL = dict(
@@ -30,7 +29,7 @@ SMALL = dict(
 
 
 def settings(**changes) -> config.Config:
-    return presets.load("00_start_here", "smoke", **{**SMALL, **changes})
+    return papers.load("00_start_here", "smoke", **{**SMALL, **changes})
 
 
 def loop(

@@ -18,7 +18,7 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import notebooks, seeding
+from fedal_utils import notebooks, papers, seeding
 from fedal_utils.data import readers as data
 from fedal_utils.data.augment import VIEWS, Viewed
 from fedal_utils.data.boxes import Detections, flip_boxes
@@ -26,7 +26,6 @@ from fedal_utils.data.readers import Dataset, Labels
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.federation import own_data
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
 from fedal_utils.sampling import strategies as sampling
@@ -240,11 +239,11 @@ def test_towns_as_clients_dirichlet_and_missing_classes(tmp_path, unbroken):
 
 def test_fitted_shrinks_until_any_folder_suffices():
     for images in (*range(2, 60), 250, 1000):
-        small = own_data.fitted(presets.load("11_fedavg", "quick", "somewhere/else"), images)
+        small = own_data.fitted(papers.load("11_fedavg", "quick", "somewhere/else"), images)
         held = (images - small.start_images) // small.clients
         assert 2 <= small.cycles and small.labels_needed() <= held
         assert alfl.later_passes(small, "chain") >= 1
-    roomy = presets.load("11_fedavg", "quick", "somewhere/else")
+    roomy = papers.load("11_fedavg", "quick", "somewhere/else")
     assert own_data.fitted(roomy, 1000) == roomy
     with pytest.raises(ValueError, match="got 1 images"):
         own_data.fitted(roomy, 1)
@@ -361,7 +360,7 @@ LABELLED = [5, 2, 11]
 
 
 def huale_study(**changes) -> alfl.Study:
-    return alfl.prepare(presets.load("20_huale", "smoke", **{**RCNN, **changes}), device="cpu")
+    return alfl.prepare(papers.load("20_huale", "smoke", **{**RCNN, **changes}), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils import config
+from fedal_utils import config, papers
 from fedal_utils.data import partition
 from fedal_utils.data import readers as data
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 
 SMALL = dict(
@@ -35,7 +34,7 @@ SMALL = dict(
 
 
 def settings(**changes) -> config.Config:
-    return presets.load("30_kafal", "smoke", **{**SMALL, "methods": ("ksas",), **changes})
+    return papers.load("30_kafal", "smoke", **{**SMALL, "methods": ("ksas",), **changes})
 
 
 def prepared(**changes) -> alfl.Study:
@@ -188,9 +187,9 @@ def test_what_is_not_for_classifiers_or_not_for_detectors_is_said():
             study = prepared(**changes)
             loop(None, study)
     with pytest.raises(ValueError, match="not for detectors"):
-        alfl.prepare(presets.load("11_fedavg", "smoke", methods=("ksas",)), device="cpu")
+        alfl.prepare(papers.load("11_fedavg", "smoke", methods=("ksas",)), device="cpu")
     with pytest.raises(ValueError, match="global model"):
-        alfl.prepare(presets.load("11_fedavg", "smoke", methods=("local-first+ksas_avg",)), device="cpu")
+        alfl.prepare(papers.load("11_fedavg", "smoke", methods=("local-first+ksas_avg",)), device="cpu")
 
 
 def test_sequential_clients_give_the_same_run_but_for_rounding(tmp_path):

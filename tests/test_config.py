@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from fedal_utils import config
+from fedal_utils import config, papers
 from fedal_utils.config import Config, TrainingConfig, checked
-from fedal_utils.papers import presets
 
 
 def test_a_config_is_frozen_and_a_recipe():
@@ -72,7 +71,7 @@ def test_methods_and_seeds_do_not_move_the_digest():
 
 @pytest.mark.parametrize(("data", "digest"), [("neu-det", "0362d65d"), ("carla", "022258fd")])
 def test_runs_published_before_the_later_settings_keep_their_folder(data, digest):
-    settings = presets.load("11_fedavg", "quick", data)
+    settings = papers.load("11_fedavg", "quick", data)
     assert settings.digest()[:8] == digest
     assert settings.replace(proximal=0.0, max_update_ratio=0.0).digest()[:8] == digest
     for later in ({"dropout_rate": 0.1}, {"proximal": 0.01}, {"max_update_ratio": 3.0}):
@@ -183,7 +182,7 @@ def test_labels_needed_is_the_first_ones_and_the_budget_of_every_later_cycle():
     assert Config.of(initial_labels=8, query_size=5, cycles=4).labels_needed() == 8 + 3 * 5
     assert Config.of(initial_labels=8, query_size=5, cycles=1).labels_needed() == 8
     assert (
-        presets.load("12_chain", "paper", chain_passes=1).labels_needed() == 220
+        papers.load("12_chain", "paper", chain_passes=1).labels_needed() == 220
     )  # the chain's first visits ask for all
 
 
@@ -209,42 +208,42 @@ def test_fields_lists_what_a_config_has():
 
 
 def test_a_profile_changes_numbers_and_data_bring_their_detector():
-    smoke, quick = presets.load("00_start_here"), presets.load("00_start_here", "quick")
+    smoke, quick = papers.load("00_start_here"), papers.load("00_start_here", "quick")
     assert (smoke.data, smoke.detector, quick.data, quick.detector) == ("digits", "ssd", "bccd", "ssd")
     assert (smoke.backbone, quick.backbone) == ("small", "lite0")
-    assert presets.load("20_huale", "smoke", "bccd").frozen and presets.load("11_fedavg", "quick", "digits").scenes
+    assert papers.load("20_huale", "smoke", "bccd").frozen and papers.load("11_fedavg", "quick", "digits").scenes
     for number in ("10_centralised", "11_fedavg", "12_chain", "13_communication"):
-        small, full = presets.load(number, clients=3), presets.load(number, "paper", clients=9)
+        small, full = papers.load(number, clients=3), papers.load(number, "paper", clients=9)
         assert (small.detector, small.data, full.detector, full.data) == ("yolo", "digits", "yolo", "kitti-2")
-    assert presets.load("11_fedavg", "paper").labels_needed() == 220  # released code: 22 cycles of 10
-    assert presets.load("11_fedavg", "paper", "kitti").missing == config.KITTI_MISSING
-    assert presets.load("11_fedavg", "quick", "carla").partition == "natural"
+    assert papers.load("11_fedavg", "paper").labels_needed() == 220  # released code: 22 cycles of 10
+    assert papers.load("11_fedavg", "paper", "kitti").missing == papers.van_bommel.KITTI_MISSING
+    assert papers.load("11_fedavg", "quick", "carla").partition == "natural"
 
 
 def test_notebooks_11_to_13_share_their_runs():
     """The communication notebook reads the runs of the other two: one digest at every profile and data set."""
     for profile, data in (("smoke", None), ("quick", "bccd"), ("quick", "carla"), ("paper", None), ("paper", "kitti")):
         assert (
-            len({presets.load(n, profile, data).digest() for n in ("11_fedavg", "12_chain", "13_communication")}) == 1
+            len({papers.load(n, profile, data).digest() for n in ("11_fedavg", "12_chain", "13_communication")}) == 1
         )
-    every = presets.load("13_communication").methods
-    assert set(presets.load("11_fedavg").methods) | set(presets.load("12_chain").methods) == set(every)
+    every = papers.load("13_communication").methods
+    assert set(papers.load("11_fedavg").methods) | set(papers.load("12_chain").methods) == set(every)
 
 
 def test_the_single_node_has_the_labels_and_steps_of_all_clients():
-    one, many = presets.load("10_centralised"), presets.load("11_fedavg")
+    one, many = papers.load("10_centralised"), papers.load("11_fedavg")
     assert one.clients == 1 and "centralised" not in one.methods
     assert one.labels_needed() == many.clients * many.labels_needed()
     assert one.iterations == many.clients * many.iterations
 
 
 def test_overrides_have_the_last_word_and_unknown_names_are_refused():
-    settings = presets.load("11_fedavg", "smoke", None, [3], clients=2, methods=["max"])
+    settings = papers.load("11_fedavg", "smoke", None, [3], clients=2, methods=["max"])
     assert (settings.seeds, settings.federation.clients, settings.methods) == ((3,), 2, ("max",))
     with pytest.raises(ValueError, match="unknown parameter 'client'; did you mean 'clients'"):
-        presets.load("11_fedavg", client=2)
+        papers.load("11_fedavg", client=2)
     with pytest.raises(ValueError, match="profile must be one of"):
-        presets.load("11_fedavg", "huge")
+        papers.load("11_fedavg", "huge")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,7 @@ def test_notebook_20_has_sizes_of_its_own_and_photographs_without_an_entry_too()
         ("quick", "some/folder"),
         ("paper", "coco"),
     ):
-        settings = presets.load("20_huale", profile, name)
+        settings = papers.load("20_huale", profile, name)
         assert (settings.model.detector, settings.federation.clients, settings.federation.partition) == (
             "faster_rcnn",
             1,
@@ -289,8 +288,8 @@ def test_notebook_20_has_sizes_of_its_own_and_photographs_without_an_entry_too()
         )
         assert settings.methods == ("random", "entropy_max", "cald", "cascade")
     assert (
-        presets.load("20_huale", "paper").data == "voc07" and presets.load("20_huale", "paper", "coco").scored == 10_000
+        papers.load("20_huale", "paper").data == "voc07" and papers.load("20_huale", "paper", "coco").scored == 10_000
     )
-    assert presets.load("11_fedavg", "paper").data == "kitti-2"
-    epochs = presets.load("20_huale", "paper", "voc12")
+    assert papers.load("11_fedavg", "paper").data == "kitti-2"
+    epochs = papers.load("20_huale", "paper", "voc12")
     assert (epochs.first, epochs.budget, epochs.cycles, epochs.epochs, epochs.step_at) == (500, 500, 7, 20, (0.8, 0.95))

@@ -19,11 +19,11 @@ import torch
 pytest.importorskip("flwr")
 pytest.importorskip("psutil")
 
+from fedal_utils import papers
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.flower import deployment as wire  # noqa: E402
 from fedal_utils.flower import server_app as flower
 from fedal_utils.flower import workspace as homes
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 
 NOTEBOOK = "60_real_clients"
@@ -42,7 +42,7 @@ SMALL = dict(
 
 @pytest.fixture(scope="module")
 def settings():
-    return presets.load(NOTEBOOK, "smoke", **SMALL)
+    return papers.load(NOTEBOOK, "smoke", **SMALL)
 
 
 @pytest.fixture(scope="module")

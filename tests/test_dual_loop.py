@@ -10,8 +10,8 @@ import pytest
 import small_run
 import torch
 
+from fedal_utils import papers
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling import dual_score as dual_vae
 from fedal_utils.training import fit as training
@@ -44,7 +44,7 @@ TINY = dict(
 
 
 def prepared(**changes) -> alfl.Study:
-    return alfl.prepare(presets.load("00_start_here", "smoke", **TINY | changes), device="cpu")
+    return alfl.prepare(papers.load("00_start_here", "smoke", **TINY | changes), device="cpu")
 
 
 @pytest.fixture(scope="module")

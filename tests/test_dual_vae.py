@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedal_utils import papers
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import Detections
 from fedal_utils.data.readers import Labels
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling import dual_score as dual_vae
 from fedal_utils.sampling import strategies as sampling
@@ -73,7 +73,7 @@ def scored(values, known=None):
 
 @pytest.fixture(scope="module")
 def study() -> alfl.Study:
-    return alfl.prepare(presets.load("00_start_here", "smoke", **SMALL), device="cpu")
+    return alfl.prepare(papers.load("00_start_here", "smoke", **SMALL), device="cpu")
 
 
 def lively(model, classes: int):
@@ -682,7 +682,7 @@ def test_a_task_without_labels_is_refused(study):
 
 @pytest.mark.parametrize("method", ["d0", "vae_d0", "chain+vae_d0", "centralised+d0"])
 def test_an_upper_bound_must_be_called_one_before_anything_is_loaded(method):
-    settings = presets.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
+    settings = papers.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
     with pytest.raises(
         ValueError, match=rf"method '{method.replace('+', '.')}' looks at hidden labels.*diagnostic=True"
     ):
@@ -707,7 +707,7 @@ def test_an_upper_bound_must_be_called_one_before_anything_is_loaded(method):
     ],
 )
 def test_what_a_detector_cannot_do_is_said_before_anything_is_loaded(method, changes, message):
-    settings = presets.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
+    settings = papers.load("00_start_here", "smoke", **SMALL | {"methods": (method,)})
     with pytest.raises(ValueError, match=message):
         alfl.prepare(settings.replace(**changes), device="cpu")
 

@@ -36,7 +36,7 @@ from flwr.app import (  # noqa: E402
 from flwr.common.constant import SUPERLINK_NODE_ID  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from fedal_utils import config
+from fedal_utils import config, papers
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.federation.aggregate import State, Update  # noqa: E402
@@ -45,7 +45,6 @@ from fedal_utils.flower import privacy as secure  # noqa: E402
 from fedal_utils.flower import server_app as flower
 from fedal_utils.flower import workspace as homes
 from fedal_utils.labelling import page as labelling
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling.pool import Bill  # noqa: E402
 
@@ -75,7 +74,7 @@ FIRST_NODE = 101  # clients 00, 01, 02 are nodes 101, 102, 103
 
 
 def small(**changes) -> config.Config:
-    return presets.load(NOTEBOOK, "smoke", seeds=[0], **{**TINY, **changes})
+    return papers.load(NOTEBOOK, "smoke", seeds=[0], **{**TINY, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fedal_utils import config
+from fedal_utils import config, papers
 from fedal_utils.data import boxes, exchange
 from fedal_utils.data.readers import Dataset, Images, Labels
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.labelling import page as labelling
-from fedal_utils.papers import flywheel, presets
+from fedal_utils.papers import flywheel
 from fedal_utils.papers.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
 from fedal_utils.record import run as record
 from fedal_utils.sampling import strategies as sampling
@@ -44,7 +44,7 @@ def whole_images(name: str, classes: torch.Tensor) -> Dataset:
 
 
 def settings(**changes) -> config.Config:
-    return presets.load("50_flywheel", "smoke", **{**SMALL, **changes})
+    return papers.load("50_flywheel", "smoke", **{**SMALL, **changes})
 
 
 def study_of(count=60, spread=1.0, seed=0, hidden=None, **changes) -> flywheel.Study:
@@ -281,7 +281,7 @@ def test_ways_of_asking_differ_and_an_unknown_one_is_refused(taught):
         for name in STRATEGIES
     }
     assert len(set(asked.values())) >= len(STRATEGIES) - 2
-    assert set(STRATEGIES) == set(presets.load("50_flywheel").methods)
+    assert set(STRATEGIES) == set(papers.load("50_flywheel").methods)
     with pytest.raises(ValueError, match="strategy must be one of .*'mix_diverse'.*, got 'doubt'"):
         flywheel.choose("doubt", study, wheel, np.arange(16, 60), 8, rng_for(0, "c"))
 
@@ -597,7 +597,7 @@ TINY = dict(
 
 @pytest.fixture(scope="module")
 def scenes():
-    return alfl.prepare(presets.load("50b", "smoke", "digits", **TINY), device="cpu")
+    return alfl.prepare(papers.load("50b", "smoke", "digits", **TINY), device="cpu")
 
 
 def box_loop(root, study, person=None, commits=None, asked=None, watch=None):
@@ -741,7 +741,7 @@ def test_the_truth_of_a_set_without_any_object_is_that_there_is_none():
 
 def test_comparing_with_held_out_images_needs_held_out_images(scenes):
     for method in ("model_outlier", "mix", "chain+model_outlier"):
-        changed = presets.load("50b", "smoke", "digits", **{**TINY, "held_out_images": 0, "methods": (method,)})
+        changed = papers.load("50b", "smoke", "digits", **{**TINY, "held_out_images": 0, "methods": (method,)})
         with pytest.raises(ValueError, match="images that are held out: set merge_images to 1 or more"):
             alfl.prepare(changed, device="cpu")
 

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedal_utils import papers
 from fedal_utils.data.boxes import Detections, flip_boxes
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.metrics import ap as metrics
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
 from fedal_utils.sampling import strategies as sampling
@@ -998,7 +998,7 @@ def test_labels_are_nowhere_to_be_had():
 
 
 def test_an_arm_differs_from_the_plain_one_in_what_its_name_says():
-    base = presets.load("20_huale", "smoke")
+    base = papers.load("20_huale", "smoke")
     arms = huale.loss_arms(base.replace(box_loss="efficient_iou", emphasis=0.5))  # whatever the config says
     plain = arms[huale.PLAIN]
     assert (plain.box_loss, plain.companion, plain.emphasis) == ("smooth_l1", "none", 0.0)
@@ -1019,7 +1019,7 @@ def test_an_arm_differs_from_the_plain_one_in_what_its_name_says():
 
 
 def test_orders_are_different_permutations_and_the_published_one_is_the_config_itself():
-    base = presets.load("20_huale", "smoke")
+    base = papers.load("20_huale", "smoke")
     orders = huale.filter_orders(base)
     assert [sorted(c.cascade_order) for c in orders.values()] == [sorted(FILTERS)] * 3
     assert len({c.cascade_order for c in orders.values()}) == 3
@@ -1163,7 +1163,7 @@ def test_the_papers_size_runs_on_a_miniature_of_voc_in_its_real_layout(tmp_path,
     miniatures.voc(
         tmp_path / "VOCdevkit" / "VOC2007", pictures, {"trainval": names[:6], "test": names[6:]}, ".jpg", one_based=True
     )
-    paper = presets.load("20_huale", "paper", seeds=[0])
+    paper = papers.load("20_huale", "paper", seeds=[0])
     assert (paper.backbone, paper.frozen, paper.epochs, paper.schedule, paper.first, paper.cycles) == (
         "resnet50",
         False,

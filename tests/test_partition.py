@@ -126,7 +126,7 @@ def test_missing_class_by_hand():
 
 def test_the_kitti_table_is_the_notes_table_by_name():
     assert CLASSES == ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
-    assert [sorted(columns) for columns in COLUMNS] == [list(row) for row in config.KITTI_MISSING]
+    assert [sorted(columns) for columns in COLUMNS] == [list(row) for row in papers.van_bommel.KITTI_MISSING]
 
 
 def kitti_presence(images: int, seed: int) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_missing_class_gives_the_papers_pools():
     nobody = [CLASSES.index(name) for name in ("Cyclist", "Pedestrian", "Person_sitting")]
     present[present[:, nobody].all(axis=1), nobody[2]] = False
     present[np.ix_(range(25), nobody)] = True
-    parts, left_over = partition.missing_class(present, config.KITTI_MISSING, rng_for(0, "p"))
+    parts, left_over = partition.missing_class(present, papers.van_bommel.KITTI_MISSING, rng_for(0, "p"))
     assert left_over.tolist() == list(range(25))
     assert_exact_cover(parts, 5237, left_over)
     assert sorted(len(part) for part in parts) == [579] * 8 + [580]
@@ -150,7 +150,7 @@ def test_missing_class_gives_the_papers_pools():
 @pytest.mark.parametrize("seed", range(3))
 def test_missing_class_at_the_papers_scale_ends_nearly_equal(seed):
     present = kitti_presence(5000, seed)
-    parts, left_over = partition.missing_class(present, config.KITTI_MISSING, rng_for(seed, "p"))
+    parts, left_over = partition.missing_class(present, papers.van_bommel.KITTI_MISSING, rng_for(seed, "p"))
     assert_exact_cover(parts, 5000, left_over)
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1

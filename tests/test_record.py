@@ -20,8 +20,7 @@ import tiny_loop
 import torch
 from tiny_loop import Config
 
-from fedal_utils import config
-from fedal_utils.papers import presets
+from fedal_utils import config, papers
 from fedal_utils.record import run as record
 
 PACKAGE = Path(record.__file__).resolve().parents[1]
@@ -545,7 +544,7 @@ def test_home_is_the_checkout_from_its_notebooks_too(tmp_path, monkeypatch):
 
 
 def real_run(root: Path, **changes) -> record.Run:
-    settings = presets.load("00_start_here", methods=("sum",), seeds=(0,), **changes)
+    settings = papers.load("00_start_here", methods=("sum",), seeds=(0,), **changes)
     return next(record.runs(settings, "later", root=root, progress=False))
 
 

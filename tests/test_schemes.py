@@ -12,12 +12,11 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import config, seeding
+from fedal_utils import config, papers, seeding
 from fedal_utils.data.readers import Labels
 from fedal_utils.detectors import base as detectors
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.papers import presets
 from fedal_utils.record import run as record
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.training import fit as training
@@ -871,7 +870,7 @@ def test_the_paper_profile_runs_on_kittis_layout_with_missing_classes(tmp_path):
         for i, name in enumerate(["Car", "Pedestrian", "Cyclist"] * 20)
     ]
     miniatures.kitti(tmp_path / "kitti", pictures)
-    small = presets.load(
+    small = papers.load(
         "13_communication",
         "paper",
         "kitti",

@@ -29,11 +29,11 @@ from flwr.server.workflow import SecAggPlusWorkflow  # noqa: E402
 from flwr.supercore.primitives.asymmetric import generate_key_pairs  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
+from fedal_utils import papers
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.flower import privacy as secure  # noqa: E402
 from fedal_utils.flower import server_app as flower
 from fedal_utils.flower import workspace as homes
-from fedal_utils.papers import presets
 from fedal_utils.seeding import numpy_seeded  # noqa: E402
 
 NODES = (2**63 + 11, 5, 2**64 - 7, 1234567)  # Flower's are unsigned 64-bit numbers
@@ -386,7 +386,7 @@ def setting(**over):
         max_update_ratio=0.0,
         optimizer="sgd",
     )
-    return presets.load("60_real_clients", "smoke", None, [0], **{**tiny, **over})
+    return papers.load("60_real_clients", "smoke", None, [0], **{**tiny, **over})
 
 
 CLIPPED = {"privacy": "clip", "aggregation_weights": "equal", "clip_norm": 0.5}
@@ -462,7 +462,7 @@ def run_of(tmp_path_factory):
         names = homes.deal(config, place, 0)
         for earlier in place.glob(f"**/runs/60_real_clients/{config.digest()[:8]}"):  # with other faults
             shutil.rmtree(earlier)
-        usual = presets.load("60_real_clients", "smoke").as_dict()
+        usual = papers.load("60_real_clients", "smoke").as_dict()
         settings = {name: value for name, value in config.as_dict().items() if value != usual[name] and name != "seeds"}
         said = {
             "place": str(place),

@@ -71,8 +71,7 @@ from ..federation import experiment as alfl
 from ..federation.aggregate import State, Update
 from ..federation.experiment import Client, ClientLost, Study, Turn
 from ..metrics import ap as metrics
-from ..papers import flywheel
-from ..papers.presets import load
+from ..papers import flywheel, load
 from ..record import run as record
 from ..sampling.pool import Bill
 from ..seeding import numpy_seeded

@@ -1,1 +1,64 @@
-"""What each paper adds: presets, arms and tables."""
+"""What each paper adds: sizes, arms and tables; `load` gives the config of a notebook.
+
+sizes: the form of a notebook's sizes, and those that several share. van_bommel: notebooks 10 to 14, bytes as the paper
+counts them, the optimizer's state. huale: 20. kafal: 30. ssd_vae: 40. flywheel: 50, stopping rules and label errors.
+real_clients: 60.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import config as _config
+from ..config import Config
+from . import flywheel, flywheel_sizes, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
+
+__all__ = ["flywheel", "huale", "kafal", "load", "one_node", "real_clients", "sizes", "ssd_vae", "van_bommel"]
+
+_PRESETS = {
+    k: v
+    for paper in (van_bommel, huale, kafal, ssd_vae, flywheel_sizes, real_clients)
+    for k, v in paper.PRESETS.items()
+}
+
+
+def load(
+    notebook: str, profile: str = "smoke", data: str | None = None, seeds: Sequence[int] | None = None, **overrides: Any
+) -> Config:
+    """The config of a notebook ('10_centralised', '11_fedavg', ...) at a profile, on its own or another data set.
+
+    data: a known name ('digits', 'bccd', 'voc07', ...) or a folder with images of your own, which is treated as
+        photographs.
+    seeds, overrides: last word; unknown names are refused.
+    """
+    if profile not in _config.PROFILES:
+        raise ValueError(f"profile must be one of {_config.PROFILES}, got {profile!r}")
+    number = notebook.partition("_")[0]
+    preset = _PRESETS.get(number, van_bommel.OTHERS)
+    if profile == "paper":
+        data = data or preset.full["dataset"]
+        chosen = {**preset.full, **preset.full_by_data.get(data, {})}
+    else:
+        base = sizes.PROFILES[profile]
+        data = data or preset.data.get(profile) or base["dataset"]
+        own = preset.small.get(data, preset.small.get("", {}))
+        chosen = {**sizes.BY_DATA.get(data, sizes.PHOTOGRAPHS), **base, **own}
+    config = Config.of(**{**chosen, "profile": profile, "dataset": data, "methods": preset.methods})
+    if number == "10" and "clients" not in overrides:
+        config = one_node(config)
+    if seeds is not None:
+        overrides["seeds"] = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    return config.replace(**overrides)
+
+
+def one_node(config: Config) -> Config:
+    """The same experiment on a single node: as many labels and gradient steps as all clients take together."""
+    clients = config.federation.clients
+    return config.replace(
+        clients=1,
+        partition="iid",
+        initial_labels=config.query.initial_labels * clients,
+        query_size=config.query.query_size * clients,
+        iterations=config.federation.iterations * clients,
+    )

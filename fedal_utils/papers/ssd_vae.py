@@ -1,0 +1,87 @@
+"""SSD with a VAE's dual score: notebook 40. Its weights swept, its open questions as arms, its published subsets.
+
+One node; in every cycle the detector begins again, and takes the same number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import seeding
+from ..config import Config
+from .sizes import ONE_NODE, Preset, Sizes
+
+ONE_SSD: Sizes = {**ONE_NODE, **dict(detector="ssd", round_lr_decay=1.0, schedule="cosine", warmup=10)}
+DIGITS: Sizes = {  # of an SSD with an initial model; the labelling flywheel takes them as well
+    **ONE_SSD,
+    **dict(digit_classes=3, scenes=(180, 60), batch=8, initial_model_images=40, initial_model_iterations=150),
+    **dict(initial_labels=12, query_size=12, cycles=3, iterations=50, threads=1),
+}
+BCCD: Sizes = {**ONE_SSD, **dict(initial_labels=8, query_size=10, cycles=4, iterations=100, threads=1)}
+PHOTOGRAPHS: Sizes = {**ONE_SSD, **dict(initial_labels=8, query_size=8, cycles=5, iterations=150)}
+
+_VAE: Sizes = dict(image_loss_head=True, kl_weight=0.005, vae_lr=2e-3, vae_iterations=150)
+_SMALL: dict[str, Sizes] = {
+    "digits": {**DIGITS, **_VAE, **dict(vae_size=(32, 32), latent=32, vae_iterations=60, side_seeds=1)},
+    "bccd": {**BCCD, **_VAE, **dict(vae_size=(48, 64))},
+    "": {**PHOTOGRAPHS, **_VAE},
+}
+
+# SSD300 of the released code on VOC07 + VOC12 with the start and the steps of the learning-loss line of work (1,000
+# images a cycle), which its subsets of 1,000 and 5,000 ids fit; the VAE in its published shape. Its 120,000 iterations
+# of batch 32 are for the whole set: a cycle takes 40,000, as its runs on 1,000 images did.
+FULL_SSD: Sizes = {
+    **ONE_NODE,
+    **dict(dataset="voc0712", image_size=(300, 300)),
+    **dict(detector="ssd", backbone="vgg16", norm="batch", pretrained=True, frozen=False),
+    **dict(iterations=40000, batch=32, optimizer="sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4),
+    **dict(schedule="step", step_at=(2 / 3, 5 / 6), warmup=500, clip=0.0),
+    **dict(flip=0.5, colour=0.4, zoom=(0.5, 1.5), shift=0.2),
+    **dict(initial_labels=1000, query_size=1000, cycles=10, score_above=0.01, threads=0, seeds=(0, 1, 2)),
+}
+_FULL: Sizes = {
+    **FULL_SSD,
+    **dict(image_loss_head=True, vae_architecture="published", vae_size=(300, 300), latent=1024, kl_weight=50.0),
+    **dict(vae_iterations=30000, vae_batch=32, vae_lr=1e-4),
+}
+PRESETS = {"40": Preset(("random", "entropy_max", "coreset", "count", "vae", "d1", "vae_d1"), _FULL, small=_SMALL)}
+
+PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+def sweep(config: Config, term: str = "d1", parts: Sequence[float] = PARTS) -> dict[float, tuple[Config, str]]:
+    """alpha -> the experiment and the method that queries with it; the ends are the single terms."""
+    ends = {1.0: "vae", 0.0: term}
+    return {
+        part: (config, ends[part]) if part in ends else (config.replace(vae_weight=part), f"vae_{term}")
+        for part in parts
+    }
+
+
+def vae_arms(config: Config) -> dict[str, Config]:
+    """The same experiment with other answers to what the page leaves open about the VAE; the first is ours."""
+    return {
+        "labelled images, refitted": config,
+        "all images": config.replace(vae_images="all"),
+        "fine-tuned": config.replace(vae_refit=False),
+        "corrected for texture": config.replace(texture_correction=True),
+        "diverse": config.replace(shortlist=3.0),
+        "ranks": config.replace(standardise_by="rank"),
+        "task-aware": config.replace(task_weight=10.0, task_images=2),
+    }
+
+
+def subsets(ids: Sequence[str], seed: int = 137, first: int = 1000, more: int = 4000) -> dict[str, list[str]]:
+    """The released code's fixed subsets of its training ids, in their file order (section 4.1).
+
+    'J1': `first` ids drawn with Python's `random.sample` from `seed`, sorted as the file has them; 'J2': all others;
+    'J3': J1 and the first `more` of J2, chosen by no score; 'remaining': the others of J2. That the draw is `sample` is
+    *reconstructed*; sizes, seed and order are *released code*.
+    """
+    ids = list(ids)
+    if first > len(ids):
+        raise ValueError(f"a subset of {first} ids needs as many, got {len(ids)}")
+    chosen = set(seeding.python_sample(seed, len(ids), first))
+    initial = [name for row, name in enumerate(ids) if row in chosen]
+    rest = [name for row, name in enumerate(ids) if row not in chosen]
+    return {"J1": initial, "J2": rest, "J3": initial + rest[:more], "remaining": rest[more:]}

@@ -1,0 +1,182 @@
+"""Van Bommel (2021), active learning during federated learning: notebooks 10 to 14, and what the paper sends.
+
+The small sizes train a small detector of the paper's shape from scratch, so that there is a backbone to freeze and to
+send. A chain's first visits take as many steps as `first_pass_rounds` rounds, the rest is for the later passes; every
+scheme takes the same number of gradient steps.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from ..config import Config
+from ..federation import aggregate, experiment
+from ..training import fit as training
+from .sizes import Preset, Sizes
+
+_YOLO: Sizes = {
+    **dict(detector="yolo", depth_multiple=0.1, width_multiple=0.125, norm="group", pretrained=False, frozen=False),
+    **dict(anchor_side=7.0, loss_weights=(1.0, 1.0, 20.0)),
+    **dict(batch=8, optimizer="sgd", lr=2e-2, clip=10.0, ema=0.9, round_lr_decay=0.2, threads=1),
+}
+_SMALL: dict[str, Sizes] = {
+    "digits": {
+        **_YOLO,
+        **dict(image_size=(96, 96), digit_classes=3, scenes=(400, 100), held_out_images=30),
+        **dict(initial_model_images=40, initial_model_iterations=160, rounds=2, extra_rounds=2, iterations=6),
+        **dict(first_pass_rounds=5, initial_labels=8, query_size=8, cycles=4, evaluate_every=2, side_seeds=1),
+    },
+    "bccd": {
+        **_YOLO,
+        **dict(image_size=(128, 160), held_out_images=20, anchor_side=3.0, loss_weights=(0.3, 1.0, 5.0)),
+        **dict(clip=0.0, zoom=(0.8, 1.2), shift=0.15, colour=0.3),
+        **dict(initial_model_images=20, initial_model_iterations=120, rounds=2, extra_rounds=4, iterations=12),
+        **dict(first_pass_rounds=7, visit_fraction=0.5, initial_labels=10, query_size=10, cycles=4),
+        **dict(evaluate_every=2, seeds=(0, 1, 2, 3, 4)),
+    },
+}
+
+# The released code's protocol: YOLOv5s's shape from scratch, 200 images and 200 epochs before the first query, 9
+# clients, 22 cycles of 10 images and 179 rounds more, 20 local epochs a round, SGD with Nesterov momentum that begins
+# again with a warm-up of 1,000 iterations in every call. Images are letterboxed to 192 x 640: the scale of 640 x 640
+# without its grey bars.
+FULL: Sizes = {
+    **dict(dataset="kitti-2", image_size=(192, 640)),
+    **dict(detector="yolo", depth_multiple=0.33, width_multiple=0.5, norm="batch", anchor_side=10.0),
+    **dict(flip=0.5, zoom=(0.5, 1.5), shift=0.1, colour=0.4, mosaic=1.0, batch=16, accumulate_to=64, epochs=20),
+    **dict(optimizer="sgd", lr=1e-2, momentum=0.937, weight_decay=5e-4, schedule="cosine", final_lr=0.2),
+    **dict(warmup=1000, warmup_momentum=0.8, warmup_bias_lr=0.1, clip=0.0, ema=0.9999, amp=True),
+    **dict(initial_model_images=200, initial_model_iterations=2600, initial_model_warmup=1000, held_out_images=100),
+    **dict(clients=9, rounds=1, extra_rounds=179, iterations=0, message_dtype="fp16"),
+    **dict(first_pass_rounds=10, chain_passes=20, visit_fraction=0.1),
+    **dict(initial_labels=10, query_size=10, cycles=22, test_time_views=True, no_detection_rule="never"),
+    **dict(evaluate_every=5, threads=0, seeds=(0, 1, 2)),
+}
+
+# Missing classes of the nine devices in the 8-class set (released code), as columns of the classes in alphabetical
+# order: Car, Cyclist, Misc, Pedestrian, Person_sitting, Tram, Truck, Van.
+KITTI_MISSING = ((1,), (4,), (1, 4), (4, 5), (3, 6), (1, 6), (1, 5), (3,), (1, 3))
+
+FULL_BY_DATA: dict[str, Sizes] = {
+    "kitti": {"partition": "missing", "missing_classes": KITTI_MISSING},
+    "voc07": {"image_size": (416, 416)},
+}
+
+# A centralised reference gets the labels of another method, which stands before it.
+_SIDE_BY_SIDE = ("random", "sum", "avg", "max", "local-first+sum", "centralised", "centralised+sum")
+_IN_A_ROW = ("chain+sum", "chain-fedavg+sum", "accumulate+sum", "centralised+chain+sum")
+PRESETS = {
+    number: Preset(methods, FULL, FULL_BY_DATA, _SMALL)
+    for number, methods in {
+        "10": ("random", "sum", "avg", "max"),
+        "11": _SIDE_BY_SIDE,
+        "12": _IN_A_ROW,
+        "13": (*_SIDE_BY_SIDE, *_IN_A_ROW),
+    }.items()
+}
+OTHERS = Preset(_SIDE_BY_SIDE, FULL, FULL_BY_DATA)  # of a notebook that has no sizes of its own
+
+# The schemes as `results/paper/van-bommel.csv` names them, all with SUM.
+SCHEMES = {
+    "FedAvg": "sum",
+    "local first": "local-first+sum",
+    "chain": "chain+sum",
+    "chain then FedAvg": "chain-fedavg+sum",
+    "accumulating chain": "accumulate+sum",
+    "centralised": "centralised+chain+sum",
+}
+MEGABYTES = {"full": 14.017, "head": 5.7, "optimizer": 5.241}  # section 8: FP16 checkpoint, its head, SGD's state
+
+
+def paper_megabytes(
+    scheme: str,
+    step: int,
+    clients: int = 9,
+    merge_at: int = 21,
+    full: float = MEGABYTES["full"],
+    head: float = MEGABYTES["head"],
+    optimizer: float = MEGABYTES["optimizer"],
+) -> float:
+    """MB sent by all clients, both ways, after a step of a scheme: the released analysis' formulas (section 8).
+
+    step: fedavg and local-first: the communication round, from 0; chains: the visit of the first pass, from 0 to
+        clients - 1, then clients for the merge, and from clients + 1 on the later visits (chain-fedavg: rounds).
+    clients: how many there are.
+    merge_at: the round in which local-first merges for the first time.
+    full, head, optimizer: MB of the model, of what is left of it with a frozen backbone, of the optimizer's state.
+
+    The formulas count two transfers for each hop of a chain, which needs one, and neither the initial model nor labels.
+    """
+    if step < 0 or clients < 1:
+        raise ValueError(f"step must be >= 0 and clients >= 1, got {step} and {clients}")
+    around = 2 * full * clients
+    each = {"chain": 2 * head, "chain-fedavg": 2 * head * clients, "accumulate": 2 * (full + optimizer)}
+    if scheme in each:
+        return min(step + 1, clients) * 2 * full + max(0, step - clients) * each[scheme]
+    known = {"centralised": 0.0, "fedavg": (step + 1) * around, "local-first": max(1, step - merge_at + 1) * around}
+    if scheme not in known:
+        raise ValueError(f"scheme must be one of {(*known, *each)}, got {scheme!r}")
+    return known[scheme]
+
+
+def message_sizes(study: experiment.Study) -> dict[str, float]:
+    """MB of one packed message of this study's detector: 'full', 'head' (backbone frozen), 'optimizer' (its state)."""
+    config = study.config
+    given = (config.federation.batch_norm, config.federation.message_dtype)
+    model = experiment.new_detector(config, max(1, len(study.class_names)), torch.Generator().manual_seed(0))
+    full = len(experiment.broadcast(model, *given))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    moments = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.training.optimizer]
+    state = {f"{moment}:{n}": torch.tensor(0.0) if moment == "step" else p for n, p in trained for moment in moments}
+    state[training.STEPS] = torch.tensor(0)
+    model.freeze_backbone()
+    head = len(experiment.broadcast(model, *given))
+    return {"full": full / 1e6, "head": head / 1e6, "optimizer": len(aggregate.pack(state)) / 1e6}
+
+
+def traffic_table(study: experiment.Study, table: pd.DataFrame) -> pd.DataFrame:
+    """The bytes of every evaluated round beside the paper's formula, for our message sizes and for the paper's own.
+
+    table: of `record.table`. Columns: method, seed, step, ap50, metered (MB, packed messages, both ways, so far),
+    formula (the paper's, with this study's message sizes), paper_sizes (the same formula with the paper's sizes).
+    """
+    config, sizes = study.config, message_sizes(study)
+    merge_at = (config.query.cycles - 1) * config.federation.rounds
+    given = {"clients": config.federation.clients, "merge_at": merge_at}
+    frames = []
+    server = table[table["client"].astype(str) == "server"].sort_values(["method", "seed", "cycle", "round"])
+    for (method, _), run in server.groupby(["method", "seed"], sort=False):
+        scheme, _ = experiment.scheme_of(method)
+        frame = run[["method", "seed"]].assign(step=range(len(run)), ap50=run["ap50"])
+        frame["metered"] = (run["bytes_up"] + run["bytes_down"]).cumsum() / 1e6
+        frame["formula"] = [paper_megabytes(scheme, step, **given, **sizes) for step in frame["step"]]
+        frame["paper_sizes"] = [paper_megabytes(scheme, step, **given) for step in frame["step"]]
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def optimizer_ablation(config: Config) -> dict[str, Config]:
+    """The same experiment with three policies for the optimizer state between rounds; the first is the released code's.
+
+    Its warm-up of 1,000 iterations begins again in every local call of at most 280; here it is as many times longer
+    than a round as there, so that it never ends either. Kept at the client, it happens once.
+    """
+    warmup = round(1000 / 280 * config.federation.iterations) if config.federation.iterations else 1000
+    return {
+        "restart, warm-up": config.replace(optimizer_state="restart", warmup=warmup),
+        "restart, no warm-up": config.replace(optimizer_state="restart", warmup=0),
+        "kept, one warm-up": config.replace(optimizer_state="client", warmup=warmup),
+    }
+
+
+def sequential_control(config: Config) -> dict[str, Config]:
+    """A control beside the ablation's last arm: every client takes as many steps in a row as the single node does.
+
+    At equal steps in all, the clients' steps lie side by side, so each of them is `clients` times shorter; what is left
+    of the gap here is due to averaging and to the split of the images alone.
+    """
+    kept, many = optimizer_ablation(config)["kept, one warm-up"], config.federation.clients
+    if config.federation.iterations:
+        return {f"kept, {many} x the steps": kept.replace(iterations=many * config.federation.iterations)}
+    return {f"kept, {many} x the steps": kept.replace(epochs=many * config.training.epochs)}
