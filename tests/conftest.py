@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that wait for a busy core are many times slower than one
 if os.environ.get("FEDAL_DATA"):
     os.environ["FEDAL_DATA"] = str(Path(os.environ["FEDAL_DATA"]).expanduser().absolute())
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 hypothesis.settings.register_profile("fedal", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fedal")
-torch.set_num_threads(1)  # two threads that wait for a busy core are many times slower than one
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
