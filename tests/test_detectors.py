@@ -13,13 +13,13 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.ssd import SSD as TorchSSD
 from torchvision.ops import box_iou
 
+from fedal_utils import metrics
 from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import clip_boxes
 from fedal_utils.detectors import base as detectors
 from fedal_utils.detectors.base import clone, match_anchors, select_detections, ssd_loss
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.metrics import ap as metrics
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
 from fedal_utils.training import fit as training
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedal_utils import papers
 from fedal_utils.data.boxes import Detections, flip_boxes
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.metrics import ap as metrics
+from fedal_utils import metrics
 from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
 from fedal_utils.sampling import strategies as sampling

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, complete_box_iou_loss
 
+from fedal_utils import metrics
 from fedal_utils.config import TrainingConfig
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import flip_boxes
 from fedal_utils.detectors import yolo
 from fedal_utils.detectors.base import clone
-from fedal_utils.metrics import ap as metrics
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import fit as training
 from fedal_utils.training.fit import TrainingDiverged

@@ -41,7 +41,7 @@ from ..detectors.base import Detector
 from ..detectors.classifiers import Classifier
 from ..detectors.roi_heads import Localisation
 from ..detectors.vae import VAE
-from ..metrics import ap as metrics
+from .. import metrics
 from ..record import run as record
 from ..sampling import dual_score as dual_vae
 from ..sampling import huale

@@ -70,7 +70,7 @@ from ..federation import aggregate as federation
 from ..federation import experiment as alfl
 from ..federation.aggregate import State, Update
 from ..federation.experiment import Client, ClientLost, Study, Turn
-from ..metrics import ap as metrics
+from .. import metrics
 from ..papers import flywheel, load
 from ..record import run as record
 from ..sampling.pool import Bill

@@ -1,1 +1,19 @@
-"""How good: average precision, accuracy, statistics over seeds."""
+"""How good: average precision, accuracy, statistics over seeds.
+
+ap: three kinds of AP from one detection list, and accuracy of classifiers.
+statistics: learning curves, intervals over seeds, paired tests, the summary of a table.
+effects: differences in points between arms and strategies, paired by seed.
+"""
+
+from .ap import accuracy, evaluate
+from .effects import (
+    EFFECT,
+    arm_gains,
+    curves_by_arm,
+    effect,
+    effect_findings,
+    finals,
+    gains_at_equal,
+    gaps,
+)
+from .statistics import area_under_curve, cycle_ends, findings, holm, paired_test, seed_interval, summary

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import seeding
+from .. import metrics, seeding
 from ..config import Config
 from ..data import classification as class_sets
 from ..data import exchange
@@ -33,7 +33,6 @@ from ..data.readers import Dataset, Images, Labels
 from ..detectors.backbones import Embedder
 from ..federation import experiment as alfl
 from ..labelling import page as labelling
-from ..metrics import ap as metrics
 from ..record import run as record
 from ..sampling import strategies as sampling
 from ..sampling.pool import Bill, Pool

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pandas as pd
 
 from ..config import FILTERS, Config
-from ..metrics import ap as metrics
+from .. import metrics
 from .sizes import ONE_NODE, Preset, Sizes
 
 _RCNN: Sizes = {

@@ -29,7 +29,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from ..data.boxes import Detections
 from ..data.readers import Images, Labels
-from ..metrics.ap import cycle_ends, seed_interval
+from ..metrics import cycle_ends, seed_interval
 
 
 class Look(NamedTuple):

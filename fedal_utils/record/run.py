@@ -978,7 +978,7 @@ def _at(server: pd.DataFrame, metric: str, x: str, at: float) -> np.ndarray:
 
 def _mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and interval over seeds; one seed is its own interval."""
-    from ..metrics.ap import seed_interval
+    from ..metrics import seed_interval
 
     if not len(values):
         return math.nan, math.nan, math.nan

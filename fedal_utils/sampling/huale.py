@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .. import metrics
 from ..config import Config, QueryConfig
 from ..data.boxes import Detections
-from ..metrics import ap as metrics
 from . import strategies as sampling
 from .strategies import Choice, Scores, Sight
 

@@ -16,11 +16,10 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.ops import box_iou
 
-from fedal_utils import config, seeding
+from fedal_utils import config, metrics, seeding
 from fedal_utils.data.boxes import Detections, clip_boxes
 from fedal_utils.data.readers import Images, Labels
 from fedal_utils.detectors import base as detectors
-from fedal_utils.metrics import ap as metrics
 from fedal_utils.training import fit as training
 
 
@@ -133,6 +132,6 @@ def test_average_precision():
     names = ("a", "b", "c")
 
     def judge(fast: bool):
-        return lambda: metrics.coco(detections, labels, names, fast=fast)
+        return lambda: metrics.evaluate(detections, labels, names, fast=fast)
 
-    in_turn("COCO AP, hotcoco (extra `fast`) against pycocotools", judge(True), judge(False), runs=5)
+    in_turn("AP, hotcoco (extra `fast`) against pycocotools", judge(True), judge(False), runs=5)

@@ -1,0 +1,357 @@
+"""AP against pycocotools, against plain-loop oracles and by hand; its laws; accuracy of classifiers."""
+
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import coco_ap, voc_ap
+
+from fedal_utils import metrics
+from fedal_utils.data.boxes import Detections
+from fedal_utils.data.readers import Labels
+from fedal_utils.metrics import ap
+
+N_CASES = 300
+
+
+# --- cases: plain lists first, so that the oracles never see our types ------------------------------------------------
+
+
+def random_case(seed):
+    """(truths, founds, n_classes): lists per image of (box, class, ignore, crowd) and (box, class, score).
+
+    Whole-number boxes in two cases of three (exact IoU of 1/2 and ties happen), few distinct scores, images without
+    objects, images without detections, every fifth case nothing found at all.
+    """
+    rng = np.random.default_rng(seed)
+    n_images, n_classes = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    whole, grid = seed % 3 > 0, int(rng.integers(2, 12))
+
+    def box(near=None):
+        if near is not None:
+            corner = np.sort((np.asarray(near) + rng.normal(0, 1.5, 4)).reshape(2, 2), axis=0)
+        else:
+            corner = np.stack([at := rng.uniform(0, 40, 2), at + rng.uniform(2, 60 if rng.random() < 0.2 else 20, 2)])
+        corner = np.round(corner) if whole else corner
+        corner[1] = np.maximum(corner[1], corner[0] + 1)
+        return tuple(float(v) for v in corner.astype(np.float32).ravel())
+
+    truths, founds = [], []
+    for _ in range(n_images):
+        here = []
+        for _ in range(int(rng.integers(0, 6))):
+            crowd, ignore = rng.random() < 0.12, rng.random() < 0.2
+            at = here[-1][0] if here and rng.random() < 0.1 else box()  # now and then two objects in one place
+            here.append((at, int(rng.integers(1, n_classes + 1)), bool(ignore), bool(crowd)))
+        seen = []
+        for _ in range(0 if seed % 5 == 0 and rng.random() < 0.7 else int(rng.integers(0, 9))):
+            near = here[int(rng.integers(len(here)))] if here and rng.random() < 0.75 else None
+            c = near[1] if near and rng.random() < 0.9 else int(rng.integers(1, n_classes + 1))
+            score = float(np.float32(rng.integers(1, grid) / grid if rng.random() < 0.8 else rng.random()))
+            seen.append((box(near and near[0]), c, score))
+        truths.append(here)
+        founds.append(seen)
+    if all(ignore or crowd for image in truths for _, _, ignore, crowd in image):
+        truths[0].append((box(), 1, False, False))
+    return truths, founds, n_classes
+
+
+def packed(truths, founds, n_classes, seed=0):
+    """The same case as our types, with padding rows strewn in between and rubbish left in the padding."""
+    rng = np.random.default_rng(seed)
+
+    def places(lists):
+        width = max(map(len, lists), default=0) + 2
+        return width, [sorted(rng.permutation(width)[: len(one)]) for one in lists]
+
+    n = len(truths)
+    width, where = places(truths)
+    boxes, classes = torch.full((n, width, 4), float("nan")), torch.zeros(n, width, dtype=torch.int64)
+    ignore, crowd = torch.zeros(n, width, dtype=torch.bool), torch.zeros(n, width, dtype=torch.bool)
+    for i, image in enumerate(truths):
+        for at, (box, c, is_ignored, is_crowd) in zip(where[i], image, strict=True):
+            boxes[i, at], classes[i, at] = torch.tensor(box), c
+            ignore[i, at], crowd[i, at] = is_ignored or is_crowd, is_crowd
+    width, where = places(founds)
+    found, labels = torch.full((n, width, 4), float("nan")), torch.zeros(n, width, dtype=torch.int64)
+    scores = torch.full((n, width), float("nan"))
+    for i, image in enumerate(founds):
+        for at, (box, c, score) in zip(where[i], image, strict=True):
+            found[i, at], labels[i, at], scores[i, at] = torch.tensor(box), c, score
+    detections = Detections(found, scores, labels, torch.zeros(n, width, n_classes + 1))
+    return detections, Labels(boxes, classes, ignore, crowd), [f"class {k}" for k in range(1, n_classes + 1)]
+
+
+def of_class(truths, founds, c):
+    return (
+        [[(box, ignore, crowd) for box, k, ignore, crowd in image if k == c] for image in truths],
+        [[(box, score) for box, k, score in image if k == c] for image in founds],
+    )
+
+
+def xywh(box):
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def three_by_pycocotools(truths, founds, n_classes):
+    """AP, AP50, AP75 in pycocotools' usual way, from JSON dicts to `summarize`; an ignored object has area -1."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    objects, results = [], []
+    for i in range(len(truths)):
+        for box, c, ignore, crowd in truths[i]:
+            area = -1 if ignore and not crowd else xywh(box)[2] * xywh(box)[3]
+            one = {"id": len(objects) + 1, "image_id": 10 * i, "category_id": c, "bbox": xywh(box)}
+            objects.append({**one, "area": area, "iscrowd": int(crowd)})
+        results += [{"image_id": 10 * i, "category_id": c, "bbox": xywh(b), "score": s} for b, c, s in founds[i]]
+    if not results:
+        return [0.0, 0.0, 0.0]  # loadRes cannot take an empty list
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": 10 * i} for i in range(len(truths))],
+            "categories": [{"id": k} for k in range(1, n_classes + 1)],
+            "annotations": objects,
+        }
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats[:3].tolist()
+
+
+# --- against other counts ---------------------------------------------------------------------------------------------
+
+
+def test_ap_equals_pycocotools_and_the_plain_loop_oracles():
+    empty = crowds = ignored = 0
+    distinct = set()
+    for seed in range(N_CASES):
+        truths, founds, n_classes = random_case(seed)
+        ours = metrics.evaluate(*packed(truths, founds, n_classes, seed))
+        theirs = three_by_pycocotools(truths, founds, n_classes)
+        assert [ours[name] for name in ("ap_coco", "ap50", "ap75")] == theirs, f"case {seed}"
+        per_class = [of_class(truths, founds, c) for c in range(1, n_classes + 1)]
+        for name, threshold in (("ap50", 0.5), ("ap75", 0.75)):
+            aps = [coco_ap(*one, threshold) for one in per_class]
+            assert ours[name] == pytest.approx(np.mean([one for one in aps if one is not None]), abs=1e-12), (
+                f"case {seed}"
+            )
+            for c, one in enumerate(aps if name == "ap50" else (), start=1):
+                ours_here = ours[f"ap50/class {c}"]
+                assert math.isnan(ours_here) if one is None else ours_here == pytest.approx(one, abs=1e-12)
+        both = [pair for one in per_class if (pair := voc_ap(*one)) is not None]
+        for k, name in enumerate(("ap_voc11", "ap_voc")):
+            expected = np.mean([float(pair[k]) for pair in both])
+            assert ours[name] == pytest.approx(expected, abs=1e-12), f"case {seed}"
+        distinct.add(round(ours["ap_voc"], 6))
+        empty += not any(founds)
+        crowds += any(crowd for image in truths for *_, crowd in image)
+        ignored += any(ignore and not crowd for image in truths for _, _, ignore, crowd in image)
+    assert empty >= 10 and crowds >= 80 and ignored >= 80 and len(distinct) > 80  # what this test is for
+
+
+def test_fast_path_gives_the_same_numbers(monkeypatch):
+    pytest.importorskip("hotcoco")
+    for seed in range(2000, 2060):
+        case = packed(*random_case(seed), seed)
+        slow, fast = metrics.evaluate(*case), metrics.evaluate(*case, fast=True)
+        assert fast == pytest.approx(slow, rel=0, abs=1e-12, nan_ok=True), f"case {seed}"
+    monkeypatch.setattr(ap, "_hotcoco", lambda: None)
+    assert metrics.evaluate(*case, fast=True) == pytest.approx(slow, nan_ok=True)  # not installed
+
+
+A, B, FAR = (0, 0, 10, 10), (20, 20, 30, 30), (50, 50, 60, 60)
+
+
+def by_hand(objects, found):
+    truths = [[(box, 1, *flags) for box, *flags in objects]]
+    return metrics.evaluate(*packed(truths, [[(box, 1, score) for box, score in found]], 1))
+
+
+def plain(*boxes):
+    return [(box, False, False) for box in boxes]
+
+
+def test_two_objects_three_detections_by_hand():
+    """Hit, miss, hit: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1."""
+    ours = by_hand(plain(A, B), [(A, 0.9), (FAR, 0.8), (B, 0.7)])
+    assert ours["ap_voc"] == pytest.approx(1 / 2 + 1 / 2 * 2 / 3, abs=1e-12)  # 5/6
+    assert ours["ap_voc11"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11, abs=1e-12)  # 28/33
+    for name in ("ap50", "ap75", "ap_coco", "ap50/class 1"):
+        assert ours[name] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101, abs=1e-12)  # 253/303
+
+
+def test_second_detection_of_an_object_is_wrong_by_hand():
+    """Hit, repeat, hit is the same list of hits as hit, miss, hit."""
+    repeat = by_hand(plain(A, B), [(A, 0.9), (A, 0.8), (B, 0.7)])
+    assert repeat == by_hand(plain(A, B), [(A, 0.9), (FAR, 0.8), (B, 0.7)])
+    assert repeat["ap_voc"] == pytest.approx(5 / 6)
+
+
+def test_half_overlap_counts_by_hand():
+    """IoU of exactly 1/2 is a hit at 0.5 and nowhere above: AP50 1, AP75 0, COCO 1 of 10 thresholds."""
+    ours = by_hand(plain(A), [((0, 0, 10, 5), 0.9)])
+    assert (ours["ap50"], ours["ap75"], ours["ap_voc"], ours["ap_voc11"]) == pytest.approx((1, 0, 1, 1))
+    assert ours["ap_coco"] == pytest.approx(0.1)
+
+
+def test_recall_grid_of_voc_is_exact():
+    """3 of 10 found without error reaches the recalls 0, 0.1, 0.2 and 0.3: 4/11, not the 3/11 of 3 * 0.1 > 0.3."""
+    objects = [(20 * k, 0, 20 * k + 10, 10) for k in range(10)]
+    ours = by_hand(plain(*objects), [(box, 0.9) for box in objects[:3]])
+    assert ours["ap_voc11"] == pytest.approx(4 / 11) and ours["ap_voc"] == pytest.approx(3 / 10)
+
+
+@pytest.mark.parametrize("flags", [(True, False), (True, True)], ids=["difficult", "crowd"])
+def test_ignored_object_counts_neither_way(flags):
+    """With the detection on B first: nothing changes for A. Were B wanted or background, AP would move."""
+    ours = by_hand([(A, False, False), (B, *flags)], [(B, 0.9), (A, 0.8)])
+    assert [ours[name] for name in ("ap50", "ap75", "ap_coco", "ap_voc", "ap_voc11")] == pytest.approx([1] * 5)
+    assert by_hand(plain(A), [(B, 0.9), (A, 0.8)])["ap_voc"] == pytest.approx(1 / 2)
+    assert by_hand(plain(A, B), [(A, 0.8)])["ap_voc"] == pytest.approx(1 / 2)
+
+
+def test_one_ignored_object_takes_one_detection_in_coco_but_any_number_in_voc_and_crowds():
+    found = [(B, 0.9), (B, 0.85), (A, 0.8)]
+    difficult = by_hand([(A, False, False), (B, True, False)], found)
+    assert (difficult["ap50"], difficult["ap_voc"]) == pytest.approx((1 / 2, 1))
+    crowd = by_hand([(A, False, False), (B, True, True)], found)
+    assert (crowd["ap50"], crowd["ap_voc"]) == pytest.approx((1, 1))
+
+
+def test_small_detection_inside_a_crowd_is_set_aside_by_coco():
+    """Overlap with a crowd is measured over the detection: a quarter of B lies wholly inside it."""
+    found = [((20, 20, 25, 25), 0.9), (A, 0.8)]
+    assert by_hand([(A, False, False), (B, True, True)], found)["ap50"] == pytest.approx(1)
+    assert by_hand([(A, False, False), (B, True, False)], found)["ap50"] == pytest.approx(1 / 2)
+
+
+def test_order_of_images_and_detections_does_not_matter():
+    for seed in range(3000, 3010):
+        truths, founds, n_classes = random_case(seed)
+        rng = np.random.default_rng(seed)
+        scores = iter(rng.permutation(500) / 500)  # no ties: they are broken by order
+        founds = [[(box, c, float(next(scores))) for box, c, _ in image] for image in founds]
+        ours = metrics.evaluate(*packed(truths, founds, n_classes))
+        order = rng.permutation(len(truths))
+        mixed = [[founds[i][k] for k in rng.permutation(len(founds[i]))] for i in order]
+        again = metrics.evaluate(*packed([truths[i] for i in order], mixed, n_classes, seed=1))
+        assert again == pytest.approx(ours, abs=1e-12, nan_ok=True), f"case {seed}"
+
+
+def test_finding_a_missed_object_first_never_lowers_ap():
+    rose = 0
+    for seed in range(4000, 4010):
+        truths, founds, n_classes = random_case(seed)
+        truths, founds = [*truths, [(A, 1, False, False)]], [*founds, []]
+        before = metrics.evaluate(*packed(truths, founds, n_classes))
+        after = metrics.evaluate(*packed(truths, [*founds[:-1], [(A, 1, 2.0)]], n_classes))
+        for name in ("ap50", "ap75", "ap_coco", "ap_voc", "ap_voc11"):
+            assert after[name] >= before[name] - 1e-12, f"case {seed}, {name}"
+            rose += after[name] > before[name] + 1e-6
+    assert rose == 10 * 5
+
+
+def test_ties_follow_the_order_of_images_and_rows():
+    """Equal scores, hit in the first image, miss in the second: AP 1; the other way round: 1/2."""
+    hit, miss = [(A, 1, 0.5)], [(FAR, 1, 0.5)]
+    assert metrics.evaluate(*packed([[(A, 1, False, False)], []], [hit, miss], 1))["ap_voc"] == 1
+    other = metrics.evaluate(*packed([[], [(A, 1, False, False)]], [miss, hit], 1))
+    assert other["ap_voc"] == pytest.approx(1 / 2) and other["ap50"] == pytest.approx(1 / 2)
+
+
+def test_of_two_objects_in_one_place_the_first_is_best_in_voc():
+    found = [(FAR, 0.9), (A, 0.8)]
+    assert by_hand([(A, False, False), (A, True, False)], found)["ap_voc"] == pytest.approx(1 / 2)
+    assert by_hand([(A, True, False), (A, False, False)], found)["ap_voc"] == 0
+
+
+def test_nothing_detected_is_zero_and_absent_class_is_nan():
+    ours = metrics.evaluate(*packed([[(A, 1, False, False)], []], [[], []], 2))
+    assert all(ours[name] == 0 for name in ("ap50", "ap75", "ap_coco", "ap_voc", "ap_voc11", "ap50/class 1"))
+    assert math.isnan(ours["ap50/class 2"])
+    detections, labels, names = packed([[(A, 1, False, False)]], [[]], 2)
+    none = Detections(
+        torch.zeros(1, 0, 4), torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0, 3)
+    )
+    assert metrics.evaluate(none, labels, names)["ap_voc"] == 0
+    assert list(metrics.evaluate(none, labels, names, per_class=False)) == [
+        *("ap50", "ap75", "ap_coco", "ap_voc11", "ap_voc")
+    ]
+
+
+def test_limit_of_detections_is_per_image_and_class():
+    found = [[(FAR, 1, 0.9), (A, 1, 0.8), (B, 2, 0.7)]]
+    case = packed([[(A, 1, False, False), (B, 2, False, False)]], found, 2)
+    assert metrics.evaluate(*case)["ap50/class 1"] == pytest.approx(1 / 2)
+    one = metrics.evaluate(*case, max_detections=1)
+    assert (one["ap50/class 1"], one["ap50/class 2"]) == pytest.approx((0, 1))
+    with pytest.raises(ValueError, match="max_detections"):
+        metrics.evaluate(*case, max_detections=0)
+
+
+def test_nothing_is_printed(capfd):
+    metrics.evaluate(*packed(*random_case(1)))
+    metrics.evaluate(*packed(*random_case(1)), fast=True)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, g: d.scores.__setitem__((1, 0), float("nan")), "score nan in image 1"),
+        (lambda d, g: d.boxes.__setitem__((1, 0, 2), float("inf")), "detection box .*inf.* in image 1"),
+        (
+            lambda d, g: d.boxes.__setitem__((1, 0), torch.tensor([5.0, 5, 4, 9])),
+            "detection box .* in image 1.*x1 <= x2",
+        ),
+        (lambda d, g: d.labels.__setitem__((1, 0), 3), r"detection class 3 in image 1.*1\.\.2"),
+        (lambda d, g: d.labels.__setitem__((1, 0), -1), "detection class -1 in image 1"),
+        (lambda d, g: g.boxes.__setitem__((1, 0, 0), float("nan")), "ground truth box .*nan.* in image 1"),
+        (lambda d, g: g.classes.__setitem__((1, 0), 9), "ground truth class 9 in image 1"),
+        (lambda d, g: g.ignore.fill_(True), "2 objects, every one of them ignored"),
+        (lambda d, g: g.classes.fill_(0), "2 images have no object"),
+    ],
+)
+def test_bad_input_is_refused_by_image(change, message):
+    box = torch.tensor([0.0, 0, 9, 9]).repeat(2, 1, 1)
+    no, one = torch.zeros(2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.int64)
+    detections = Detections(box.clone(), torch.full((2, 1), 0.5), one.clone(), torch.zeros(2, 1, 3))
+    labels = Labels(box.clone(), one.clone(), no.clone(), no.clone())
+    metrics.evaluate(detections, labels, ["a", "b"])
+    change(detections, labels)
+    with pytest.raises(ValueError, match=message):
+        metrics.evaluate(detections, labels, ["a", "b"])
+
+
+def test_unequal_images_and_double_names_are_refused():
+    detections, labels, names = packed(*random_case(8))
+    fewer = Detections(*(t[:-1] for t in (detections.boxes, detections.scores, detections.labels, detections.probs)))
+    with pytest.raises(ValueError, match="rows must be the same"):
+        metrics.evaluate(fewer, labels, names)
+    with pytest.raises(ValueError, match="different names"):
+        metrics.evaluate(detections, labels, ["a", "a", "b"])
+
+
+# --- classifiers ------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_over_images_classes_and_clients_by_hand():
+    """Classes 0, 0, 1, 1; both zeros and one of the ones are right. A client of zeros has 1, one of ones 1/2."""
+    scores = torch.tensor([[2.0, 1, 0], [2, 1, 0], [0, 1, 0], [1, 0, 0]])
+    truth, mixes = torch.tensor([0, 0, 1, 1]), np.array([[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0], [0, 0, 1]])
+    found = metrics.accuracy(scores, truth, ["a", "b", "c"], mixes)
+    assert math.isnan(found.pop("accuracy/c"))  # and the client that has nothing else is left out
+    expected = {"accuracy": 0.75, "accuracy/a": 1, "accuracy/b": 0.5}
+    assert found == pytest.approx(expected | {"accuracy_mean_client": 0.75, "accuracy_worst_client": 0.5})
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.accuracy(scores * float("nan"), truth, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.accuracy(scores[:0], truth[:0], ["a", "b", "c"])
