@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import seeding
+from .. import metrics, seeding
 from ..config import Config, TrainingConfig
 from ..data import classification as class_sets
 from ..data import partition
@@ -41,7 +41,6 @@ from ..detectors.base import Detector
 from ..detectors.classifiers import Classifier
 from ..detectors.roi_heads import Localisation
 from ..detectors.vae import VAE
-from .. import metrics
 from ..record import run as record
 from ..sampling import dual_score as dual_vae
 from ..sampling import huale

@@ -64,13 +64,13 @@ except ImportError as error:
         f"plain loop of the notebooks ({error})"
     ) from error
 
+from .. import metrics
 from ..config import Config
 from ..detectors.base import Detector
 from ..federation import aggregate as federation
 from ..federation import experiment as alfl
 from ..federation.aggregate import State, Update
 from ..federation.experiment import Client, ClientLost, Study, Turn
-from .. import metrics
 from ..papers import flywheel, load
 from ..record import run as record
 from ..sampling.pool import Bill

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ..config import FILTERS, Config
 from .. import metrics
+from ..config import FILTERS, Config
 from .sizes import ONE_NODE, Preset, Sizes
 
 _RCNN: Sizes = {
