@@ -20,7 +20,7 @@ import torch
 
 from fedal_utils import notebooks, papers, seeding
 from fedal_utils.data import readers as data
-from fedal_utils.data.augment import VIEWS, Viewed
+from fedal_utils.data import VIEWS, Viewed
 from fedal_utils.data.boxes import Detections, flip_boxes
 from fedal_utils.data.readers import Dataset, Labels
 from fedal_utils.federation import aggregate as federation

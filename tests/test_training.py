@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedal_utils.config import TrainingConfig
-from fedal_utils.data import augment
+from fedal_utils.data import views
 from fedal_utils.data import readers as data
 from fedal_utils.detectors import base as detectors
 from fedal_utils.detectors import classifiers, yolo
@@ -881,7 +881,7 @@ def test_cached_maps_have_the_embedding_of_their_pixels(scenes, cached, detector
 def test_losses_of_many_images_are_those_of_each_in_order_whatever_the_batch(scenes, summed):
     model, target = new_model(learned_loss=True, norm="batch"), scenes.labels
     rows = target.boxes, target.classes, target.ignore
-    viewed = augment.Viewed(scenes.images, "flip")
+    viewed = views.Viewed(scenes.images, "flip")
     for images, x in ((scenes.images, scenes.images.pixels), (viewed, scenes.images.pixels.flip(-1))):
         model.train()  # both are asked in eval mode
         found = training.image_losses(model, images, *rows, batch=4, summed=summed)

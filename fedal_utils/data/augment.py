@@ -1,27 +1,81 @@
-"""Augmentation of whole batches as tensors, on the device they live on: mosaic, flip, colour, scale and translate crop;
-and the fixed changed views of an image by which some strategies judge a model.
+"""Augmentation of whole batches as tensors, on the device they live on: mosaic, flip, colour, scale and translate crop.
 
 Speaks uint8 pixels (B, 3, H, W), padded boxes (B, K, 4) xyxy pixels, classes (B, K) with 0 = padding, ignore (B, K).
-Every draw comes from the generator handed in; it may live on the CPU while the pixels do not.
+`draw_augmentation` makes the random numbers, `apply_augmentation` uses them, so a whole pass can be drawn ahead.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
+from ..config import AugmentConfig
 from .boxes import clip_boxes, flip_boxes
-from .readers import Images, StreamedImages
-from ..seeding import rng_for
 
 FILL = 114.0  # grey of what a crop uncovers, as in the letterbox
 _GREY = (0.299, 0.587, 0.114)  # luminance of R, G, B (ITU-R BT.601)
+
+
+class AugmentDraws(NamedTuple):
+    """Uniform numbers in [0, 1) for B images, all the chance in an augmentation; the last three for mosaics."""
+
+    mirror: Tensor  # (B,)
+    colour: Tensor  # (3, B) brightness, contrast, saturation
+    zoom: Tensor  # (B,)
+    move: Tensor  # (B, 2) right, down
+    chosen: Tensor | None = None  # (B,) is it a mosaic?
+    others: Tensor | None = None  # (B, 3) the three images joined to it
+    points: Tensor | None = None  # (B, 2) where the four meet
+
+    def to(self, device: str | torch.device) -> AugmentDraws:
+        return AugmentDraws(*(None if t is None else t.to(device) for t in self))
+
+
+def draw_augmentation(batch: int, generator: torch.Generator, mosaic: bool = False) -> AugmentDraws:
+    """The numbers for one batch, on the generator's device: as many whatever the other settings are."""
+    shapes = [(batch,), (3, batch), (batch,), (batch, 2)] + [(batch,), (batch, 3), (batch, 2)] * mosaic
+    return AugmentDraws(*(torch.rand(*shape, generator=generator, device=generator.device) for shape in shapes))
+
+
+def apply_augmentation(
+    pixels: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    ignore: Tensor,
+    draws: AugmentDraws,
+    recipe: AugmentConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One random change an image: joined to a mosaic, mirrored, recoloured, scaled and moved; the four tensors again.
+
+    draws: numbers of `draw_augmentation`, with those of a mosaic where `recipe.mosaic` > 0.
+    recipe: flip, a probability. colour, the strength: each of three factors is uniform in [1 - colour, 1 + colour].
+        zoom, the range of the enlargement, log-uniform. shift, the largest one as a part of each side. mosaic, the
+        probability that an image is first joined with three drawn from the batch with replacement, at a point between
+        a quarter and three quarters of each side. Settings that change nothing return the same bytes.
+
+    After a move padding may lie between objects, so go by `classes > 0`; after a mosaic K is what `join_four` says.
+    """
+    batch, (height, width) = len(pixels), pixels.shape[-2:]
+    if recipe.mosaic > 0:
+        itself = torch.arange(batch, device=draws.others.device)[:, None]
+        sources = torch.cat([itself, (draws.others * batch).long().clamp(max=batch - 1)], dim=1)  # (B, 4)
+        centre = ((0.25 + 0.5 * draws.points) * draws.points.new_tensor([width, height])).long()  # (B, 2) x, y
+        given = pixels, boxes, classes, ignore
+        pixels, boxes, classes, ignore = join_four(*given, draws.chosen < recipe.mosaic, sources, centre)
+    draws = draws.to(pixels.device)
+    if recipe.flip > 0:
+        pixels, boxes = horizontal_flip(pixels, boxes, classes, draws.mirror < recipe.flip)
+    if recipe.colour > 0:
+        pixels = change_colour(pixels, *(1 + (2 * draws.colour - 1) * recipe.colour))
+    low, high = recipe.zoom
+    if (low, high) != (1.0, 1.0) or recipe.shift > 0:
+        shift = (2 * draws.move - 1) * recipe.shift * draws.move.new_tensor([width, height])
+        scale = low * (high / low) ** draws.zoom
+        pixels, boxes, classes, ignore = scale_translate(pixels, boxes, classes, ignore, scale, shift)
+    return pixels, boxes, classes, ignore
 
 
 def horizontal_flip(pixels: Tensor, boxes: Tensor, classes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,12 +112,11 @@ def scale_translate(
     scale: Tensor,
     shift: Tensor,
     min_visible: float = 0.4,
-    min_object: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each image enlarged by `scale` (B,) about its centre, moved by `shift` (B, 2) pixels right, down, and cropped.
 
-    Boxes follow and are clipped. An object of which less than `min_visible` of the area is left, or whose shorter side
-    becomes less than `min_object` pixels, turns to ignore; one that is out of sight turns to padding (all zero).
+    Boxes follow and are clipped. An object of which less than `min_visible` of the area is left turns to ignore; one
+    that is out of sight turns to padding (all zero).
     """
     height, width = pixels.shape[-2:]
     side = pixels.new_tensor([width, height], dtype=torch.float32)
@@ -79,14 +132,16 @@ def scale_translate(
     centre = (side / 2).repeat(2)  # (4,) x, y, x, y
     whole = (boxes - centre) * scale[:, None, None] + centre + shift.repeat(1, 2)[:, None]  # (B, K, 4)
     seen = clip_boxes(whole, (height, width))
-    sides = (seen[..., 2:] - seen[..., :2]).clamp(min=0)
-    area, left = (whole[..., 2:] - whole[..., :2]).prod(dim=-1), sides.prod(dim=-1)
+    area, left = _area(whole), _area(seen)
     gone = (classes > 0) & (left <= 0)
     present = (classes > 0) & ~gone
     # a hair of slack, or rounding alone would turn an untouched object to ignore at min_visible = 1
-    reduced = (left < (min_visible - 1e-5) * area) | (sides.amin(dim=-1) < min_object)
-    ignore = (ignore | (present & reduced)) & ~gone
+    ignore = (ignore | (present & (left < (min_visible - 1e-5) * area))) & ~gone
     return pixels, seen * present[..., None], classes * present, ignore
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
 
 
 def join_four(
@@ -97,30 +152,22 @@ def join_four(
     mask: Tensor,
     sources: Tensor,
     centre: Tensor,
-    min_visible: float = 0.1,
-    min_side: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A mosaic where `mask` (B,) bool is True: four images of the batch joined at a point of a canvas of the same size.
 
-    Bochkovskiy et al. 2020 (2004.10934), sec. 3.3, which says that four images are mixed; how is ours. sources: (B, 4)
-    rows of the batch for the quadrants top left, top right, bottom left, bottom right. centre: (B, 2) whole pixels
-    x, y. Nothing is scaled: each image lies with one corner on the centre and is cut to its quadrant. For
-    centre (20, 10) in 60 x 40: pixel (0, 0) shows (40, 30) of the first image, (20, 10) shows (0, 0) of the last.
+    Bochkovskiy et al. 2020 (2004.10934), sec. 3.3, which says that four images are mixed; how is ours.
 
-    Boxes follow and are clipped to their quadrant, ignore flags go along. A box that was cut is dropped if less than
-    `min_visible` of its area is left or its shorter side is under `min_side` pixels. Objects come first, then padding;
-    K is the largest number of objects of an image (at least 1).
+    sources: (B, 4) rows of the batch for the quadrants top left, top right, bottom left, bottom right.
+    centre: (B, 2) whole pixels x, y. Nothing is scaled: each image lies with one corner on the centre and is cut to its
+        quadrant. For centre (20, 10) in 60 x 40: (0, 0) shows (40, 30) of the first, (20, 10) shows (0, 0) of the last.
+
+    Boxes follow and are clipped to their quadrant, ignore flags go along. A box that was cut is dropped if less than a
+    tenth of its area is left or its shorter side is under 2 pixels. Objects come first, then padding; K becomes the
+    number of objects of the fullest image (at least 1), on a GPU, which is not waited for, four times what it was.
     """
     (count, longest), (height, width) = classes.shape, pixels.shape[-2:]
-    joined = pixels.clone()
-    for i, four, (x, y), wanted in zip(
-        range(count), sources.tolist(), centre.long().tolist(), mask.tolist(), strict=True
-    ):
-        if wanted:  # whole rectangles: on a CPU 40 times as fast as one gather by pixel
-            joined[i, :, :y, :x] = pixels[four[0], :, height - y :, width - x :]
-            joined[i, :, :y, x:] = pixels[four[1], :, height - y :, : width - x]
-            joined[i, :, y:, :x] = pixels[four[2], :, : height - y, width - x :]
-            joined[i, :, y:, x:] = pixels[four[3], :, : height - y, : width - x]
+    join = _join_by_pixel if pixels.is_cuda else _join_by_rectangle
+    joined = join(pixels, mask, sources, centre)
 
     mask, sources, centre = (t.to(boxes.device) for t in (mask, sources, centre))
     side = boxes.new_tensor([width, height])
@@ -129,29 +176,53 @@ def join_four(
     shift = point - (1 - right_low) * side  # (B, 4, 2)
     low, high = point * right_low, point + (side - point) * right_low  # (B, 4, 2) corners of the quadrants
     whole = boxes[sources] + shift.repeat(1, 1, 2)[:, :, None]  # (B, 4, K, 4)
-    seen = torch.cat(
-        [whole[..., :2].maximum(low[:, :, None]), whole[..., 2:].minimum(high[:, :, None])], dim=-1
-    )  # (B, 4, K, 4)
-    sides, full = (seen[..., 2:] - seen[..., :2]).clamp(min=0), whole[..., 2:] - whole[..., :2]
-    left, area = sides.prod(dim=-1), full.prod(dim=-1)  # (B, 4, K)
+    low_corner, high_corner = whole[..., :2].maximum(low[:, :, None]), whole[..., 2:].minimum(high[:, :, None])
+    seen = torch.cat([low_corner, high_corner], dim=-1)  # (B, 4, K, 4)
+    left, shorter = _area(seen), (high_corner - low_corner).amin(dim=-1)  # (B, 4, K)
     cut = (seen != whole).any(dim=-1)
-    dropped = cut & ((left < min_visible * area) | (sides.amin(dim=-1) < min_side))
+    dropped = cut & ((left < 0.1 * (whole[..., 2:] - whole[..., :2]).prod(dim=-1)) | (shorter < 2))
     kinds, ignored = classes[sources], ignore[sources]  # (B, 4, K)
     present = (kinds > 0) & (left > 0) & ~dropped
 
     def settled(mosaic: Tensor, was: Tensor) -> Tensor:
         """(B, 4K, ...): the mosaic's objects, or those of an image that stays with room for as many behind them."""
         room = torch.cat([was, was.new_zeros(count, 3 * longest, *was.shape[2:])], dim=1)
-        chosen = mask.reshape(-1, *[1] * (was.dim() - 1))
-        return torch.where(chosen, mosaic.reshape(count, 4 * longest, *was.shape[2:]), room)
+        return torch.where(mask.view(-1, *[1] * (was.dim() - 1)), mosaic.flatten(1, 2), room)
 
     classes = settled(kinds * present, classes)
     ignore = settled(ignored & present, ignore)
     boxes = settled(seen * present[..., None], boxes)
     order = (classes == 0).int().argsort(dim=1, stable=True)  # (B, 4K) objects first, otherwise as they were
-    order = order[:, : max([1, *(classes > 0).sum(dim=1).tolist()])]  # (B, K) of the fullest image
+    if not pixels.is_cuda:
+        order = order[:, : max(1, int((classes > 0).sum(dim=1).max()))]  # (B, K) of the fullest
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     return joined, boxes, classes.gather(1, order), ignore.gather(1, order)
+
+
+def _join_by_rectangle(pixels: Tensor, mask: Tensor, sources: Tensor, centre: Tensor) -> Tensor:
+    """Whole rectangles: on a CPU 40 times as fast as by pixel."""
+    height, width = pixels.shape[-2:]
+    joined = pixels.clone()
+    chosen = mask.nonzero()[:, 0].tolist()
+    for i, four, (x, y) in zip(chosen, sources[chosen].tolist(), centre[chosen].tolist(), strict=True):
+        joined[i, :, :y, :x] = pixels[four[0], :, height - y :, width - x :]
+        joined[i, :, :y, x:] = pixels[four[1], :, height - y :, : width - x]
+        joined[i, :, y:, :x] = pixels[four[2], :, : height - y, width - x :]
+        joined[i, :, y:, x:] = pixels[four[3], :, : height - y, : width - x]
+    return joined
+
+
+def _join_by_pixel(pixels: Tensor, mask: Tensor, sources: Tensor, centre: Tensor) -> Tensor:
+    """The same in one gather, for a GPU, which it never waits for."""
+    mask, sources, centre = (t.to(pixels.device) for t in (mask, sources, centre))
+    height, width = pixels.shape[-2:]
+    x = torch.arange(width, device=pixels.device) - centre[:, :1]  # (B, W) from the centre; below 0: left of it
+    y = torch.arange(height, device=pixels.device) - centre[:, 1:]  # (B, H)
+    quadrant = 2 * (y >= 0).long()[:, :, None] + (x >= 0).long()[:, None]  # (B, H, W)
+    source = sources.gather(1, quadrant.flatten(1)).view_as(quadrant)
+    rows, columns = (y % height)[:, :, None], (x % width)[:, None]  # (B, H, 1), (B, 1, W)
+    joined = pixels.permute(0, 2, 3, 1)[source, rows, columns].permute(0, 3, 1, 2)
+    return torch.where(mask[:, None, None, None], joined, pixels)
 
 
 def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
@@ -165,166 +236,7 @@ def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
     shift = shift.to(pixels.device)
     rows = shift[:, :1] + torch.arange(height, device=pixels.device)  # (B, H)
     columns = shift[:, 1:] + torch.arange(width, device=pixels.device)  # (B, W)
-    padded = torch.nn.functional.pad(pixels, (crop,) * 4)
+    padded = functional.pad(pixels, (crop,) * 4)
     image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
     channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def augment(
-    pixels: Tensor,
-    boxes: Tensor,
-    classes: Tensor,
-    ignore: Tensor,
-    generator: torch.Generator,
-    flip: float = 0.5,
-    colour: float | tuple[float, float, float] = (0.0, 0.0, 0.0),
-    scale: tuple[float, float] = (1.0, 1.0),
-    translate: float = 0.0,
-    min_visible: float = 0.4,
-    min_object: float = 0.0,
-    mosaic: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One random change an image: mirrored, recoloured, scaled and moved; returns the four tensors in the same types.
-
-    flip: probability. colour: strengths b, c, s of brightness, contrast and saturation (one number for all three); each
-    factor is uniform in [1 - strength, 1 + strength]. scale: range of the enlargement, log-uniform. translate: the
-    largest shift as a fraction of each side. min_visible, min_object: see `scale_translate`; padding may then lie
-    between objects, so go by `classes > 0`. mosaic: probability that, before all this, an image is joined with three
-    drawn from the batch with replacement, at a point between a quarter and three quarters of each side (`join_four`);
-    K then becomes what the fullest image needs. Settings that change nothing return the same bytes.
-    """
-    strengths = (colour, colour, colour) if isinstance(colour, (int, float)) else tuple(colour)
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
-    if len(strengths) != 3 or not all(0 <= s <= 1 for s in strengths):
-        raise ValueError(f"colour must be one or three strengths in [0, 1], got {colour}")
-    if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale must be a range (low, high) above 0, got {scale}")
-    if not 0 <= translate < 1:
-        raise ValueError(f"translate must be in [0, 1), got {translate}")
-    if not 0 <= mosaic <= 1:
-        raise ValueError(f"mosaic must be a probability in [0, 1], got {mosaic}")
-
-    def uniform(*shape: int) -> Tensor:  # the same number of draws whatever the settings, mosaic apart
-        return torch.rand(*shape, generator=generator, device=generator.device).to(pixels.device)
-
-    batch, (height, width) = len(pixels), pixels.shape[-2:]
-    mirror, colours, zoom, move = uniform(batch) < flip, uniform(3, batch), uniform(batch), uniform(batch, 2)
-    if mosaic > 0:  # draws after the others, and only here: without it nothing else changes
-        chosen, others, points = uniform(batch) < mosaic, uniform(batch, 3), uniform(batch, 2)
-        itself = torch.arange(batch, device=others.device)[:, None]
-        sources = torch.cat([itself, (others * batch).long().clamp(max=batch - 1)], dim=1)  # (B, 4)
-        centre = ((0.25 + 0.5 * points) * points.new_tensor([width, height])).long()  # (B, 2) x, y
-        pixels, boxes, classes, ignore = join_four(pixels, boxes, classes, ignore, chosen, sources, centre)
-    if flip > 0:
-        pixels, boxes = horizontal_flip(pixels, boxes, classes, mirror)
-    if any(strengths):
-        factors = 1 + (2 * colours - 1) * colours.new_tensor(strengths)[:, None]  # (3, B)
-        pixels = change_colour(pixels, *factors)
-    if tuple(scale) != (1.0, 1.0) or translate > 0:
-        scales = scale[0] * (scale[1] / scale[0]) ** zoom
-        shifts = (2 * move - 1) * translate * move.new_tensor([width, height])
-        pixels, boxes, classes, ignore = scale_translate(
-            pixels, boxes, classes, ignore, scales, shifts, min_visible, min_object
-        )
-    return pixels, boxes, classes, ignore
-
-
-# --- views ------------------------------------------------------------------------------------------------------------
-
-# The changes under which CALD (2103.10374) compares a detector's output with itself. Its paper gives the factor, the
-# angle and the number of patches; where the patches lie and how large they are is ours.
-VIEWS = ("flip", "cutout", "resize", "rotate")
-RESIZE, ANGLE, PATCHES, PATCH_SIDE = 0.8, 5.0, 2, (0.1, 0.3)  # part of the side; degrees; how many; parts of the side
-
-
-def cutout_patches(ids: Sequence[str], image_size: tuple[int, int]) -> Tensor:
-    """Where grey patches cover each image (N, PATCHES, 4) xyxy whole pixels; an image's id decides, nothing else."""
-    height, width = image_size
-    rows = []
-    for name in ids:
-        rng = rng_for(0, "cutout", name)
-        part = rng.uniform(*PATCH_SIDE, size=(PATCHES, 2))  # of width, height
-        place = rng.random((PATCHES, 2)) * (1 - part)
-        rows.append(
-            torch.from_numpy(place).repeat(1, 2) + torch.cat([torch.zeros(PATCHES, 2), torch.from_numpy(part)], 1)
-        )
-    if not rows:
-        return torch.zeros(0, PATCHES, 4)
-    return (torch.stack(rows) * torch.tensor([width, height, width, height])).round()
-
-
-def change_view(name: str, pixels: Tensor, ids: Sequence[str]) -> Tensor:
-    """uint8 pixels (B, 3, H, W) of a view in `VIEWS`; what a change uncovers or covers is grey."""
-    height, width = pixels.shape[-2:]
-    if name == "flip":
-        return pixels.flip(-1)
-    if name == "cutout":
-        patches = cutout_patches(ids, (height, width)).to(pixels.device)
-        y, x = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
-        left, top, right, bottom = (side[..., None, None] for side in patches.unbind(-1))  # (B, P, 1, 1) each
-        covered = ((x >= left) & (x < right) & (y >= top) & (y < bottom)).any(1, keepdim=True)  # (B, 1, H, W)
-        return torch.where(covered, torch.full_like(pixels, round(FILL)), pixels)
-    if name == "resize":
-        inner, (top, left) = _shrunk((height, width))
-        small = transforms.resize(pixels, list(inner), antialias=True)
-        return functional.pad(
-            small, (left, width - inner[1] - left, top, height - inner[0] - top), value=round(FILL)
-        )
-    if name == "rotate":
-        bilinear = transforms.InterpolationMode.BILINEAR
-        return transforms.rotate(pixels, ANGLE, interpolation=bilinear, fill=[FILL] * 3)
-    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
-
-
-def _shrunk(image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of the view 'resize', and the top and left where it lies in the canvas."""
-    height, width = image_size
-    inner = max(1, round(height * RESIZE)), max(1, round(width * RESIZE))
-    return inner, ((height - inner[0]) // 2, (width - inner[1]) // 2)
-
-
-def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Where (..., 4) xyxy boxes lie in a view, cut to the image; a turned box is the upright one around its corners."""
-    height, width = image_size
-    if name == "flip":
-        return flip_boxes(boxes, width)
-    if name == "cutout":
-        return boxes
-    if name == "resize":
-        inner, (top, left) = _shrunk(image_size)
-        scale = boxes.new_tensor([inner[1] / width, inner[0] / height] * 2)
-        return boxes * scale + boxes.new_tensor([left, top] * 2)
-    if name == "rotate":  # counter-clockwise on the screen, where y points down: x' = x cos + y sin, y' = y cos - x sin
-        cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
-        x = boxes[..., [0, 2, 2, 0]] - width / 2  # (..., 4) corners
-        y = boxes[..., [1, 1, 3, 3]] - height / 2
-        turned = torch.stack([x * cos + y * sin + width / 2, y * cos - x * sin + height / 2], dim=-1)  # (..., 4, 2)
-        return clip_boxes(torch.cat([turned.amin(-2), turned.amax(-2)], dim=-1), image_size)
-    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
-
-
-@dataclass(frozen=True)
-class Viewed:
-    """Images as a view shows them: what `training.predict` and `training.cache_features` need of a set of images."""
-
-    images: Images | StreamedImages
-    name: str
-
-    def __post_init__(self) -> None:
-        if self.name not in VIEWS:
-            raise ValueError(f"view must be one of {VIEWS}, got {self.name!r}")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getattr__(self, what: str):
-        if what in ("ids", "sizes", "groups", "image_size"):
-            return getattr(self.images, what)
-        raise AttributeError(what)
-
-    def batches(self, chunks: Sequence, device: str | torch.device = "cpu") -> Iterator[Tensor]:
-        """The view's pixels for each chunk of row numbers in turn."""
-        for chunk, pixels in zip(chunks, self.images.batches(chunks, device), strict=True):
-            yield change_view(self.name, pixels, [self.images.ids[row] for row in chunk])

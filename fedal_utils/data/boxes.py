@@ -18,8 +18,8 @@ class Detections:
 
     boxes (N, T, 4) float32 xyxy pixels of the letterboxed image; scores (N, T) in [0, 1]; labels (N, T) int64,
     1..C, 0 = padding; probs (N, T, C + 1) class probabilities with background first, zeros where padded.
-    extra: what some detectors know besides, (N, T, ...) each: 'level' (N, T) int64, the map that a box came from;
-    'sides' (N, T, 4), confidence in [0, 1] of left, top, right and bottom; 'predicted_loss' (N, T) >= 0.
+    extra: what some detectors add, (N, T, ...) each: 'level' (N, T) int64, the map that a box came from; 'sides'
+    (N, T, 4), confidence in [0, 1] of left, top, right and bottom; 'predicted_loss' (N, T) >= 0.
     """
 
     boxes: Tensor
@@ -54,7 +54,7 @@ class Detections:
         return Detections(*plain, {name: change(t) for name, t in self.extra.items()})
 
 
-def cat(parts: list[Detections]) -> Detections:
+def join_detections(parts: Sequence[Detections]) -> Detections:
     """Detections of several batches in one; rows are padded to the longest."""
     if not parts:
         raise ValueError("no detections to join: the list of batches is empty")
@@ -69,6 +69,9 @@ def cat(parts: list[Detections]) -> Detections:
 
     plain = (joined(getattr(part, name) for part in parts) for name in ("boxes", "scores", "labels", "probs"))
     return Detections(*plain, {name: joined(part.extra[name] for part in parts) for name in parts[0].extra})
+
+
+cat = join_detections
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -149,7 +149,6 @@ def missing_class(
     present: np.ndarray, missing: Sequence[Sequence[int]], rng: np.random.Generator
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Label skew by absence: client m never holds an image with a class in missing[m] (van Bommel 2021, released code).
-    KITTI's table is `config.KITTI_MISSING`: pools of 580 + 8 x 579 training images; 25 fit no device.
 
     present: (N, C) bool, class c (0-based column) occurs in image n. Images are grouped by the exact set of classes
     they hold; from the rarest group to the most common, each image goes to the allowed client that has the fewest so
@@ -184,9 +183,11 @@ def missing_class(
 
 
 def natural(groups: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
-    """One client a group (town, camera, hospital): the indices and the groups' names, sorted by name."""
+    """One client a group (day, camera, hospital): the indices and the groups' names, sorted by name."""
     if groups is None or len(groups) == 0:
-        raise ValueError("a natural partition needs a group for each image (CARLA has towns); this data set names none")
+        raise ValueError(
+            "a natural partition needs a group for each image (HIT-UAV has days); this data set names none"
+        )
     names = sorted(set(groups))
     array = np.asarray(groups)
     return [np.flatnonzero(array == name) for name in names], names
@@ -203,61 +204,41 @@ def class_counts(classes: np.ndarray, parts: Sequence[np.ndarray], class_count: 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def save(
-    path: str | Path, name_of_set: str, ids: Sequence[str], parts: Sequence[np.ndarray], names: Sequence[str]
-) -> Path:
+def save(path: str | Path, dataset: str, ids: Sequence[str], parts: Sequence[np.ndarray], names: Sequence[str]) -> Path:
     """Write who holds which image as JSON: format, data set, client -> its image ids, sorted; clients in their order.
 
     ids: (N,) of the set; parts: rows of each client; names: of the clients, unique. Images that no client has are
-    allowed. The same split gives the same bytes; the file is put in place by one rename. Raises ValueError for what
-    `load` would refuse.
+    allowed. The same split gives the same bytes; the file is put in place by one rename.
     """
     path = Path(path)
     if len(parts) != len(names) or len(set(names)) != len(names):
         raise ValueError(f"{path}: {len(parts)} clients need as many different names, got {list(names)}")
-    clients = {}
-    for name, part in zip(names, parts, strict=True):
-        rows = np.asarray(part)
-        outside = rows[(rows < 0) | (rows >= len(ids))]
-        if len(outside):
-            raise ValueError(f"{path}: client {name!r} has row {outside[0]}; rows are 0..{len(ids) - 1}")
-        clients[str(name)] = sorted(ids[row] for row in rows)
-    _rows(path, clients, ids, name_of_set)
-    content = {"format": FORMAT, "data_set": name_of_set, "clients": clients}
+    clients = {str(name): sorted(ids[row] for row in part) for name, part in zip(names, parts, strict=True)}
+    _rows(path, clients, ids)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps({"format": FORMAT, "data_set": dataset, "clients": clients}, indent=1, ensure_ascii=False)
+    unfinished.write_bytes((text + "\n").encode())
+    os.replace(unfinished, path)
     return path
 
 
 def load(path: str | Path, ids: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
     """The split that `save` wrote, for a set with these ids: sorted rows of each client, and the clients' names.
 
-    Raises ValueError, naming file and value, for a file of another kind or format, an id that the set does not have, an
-    id that two clients or one client twice have, and a client without images.
+    ValueError, naming file and value, for anything else: another kind of file, an id that the set does not have, one
+    that is held twice, a client without images.
     """
-    path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise ValueError(f"partition file {path} does not exist") from None
     except ValueError as error:
         raise ValueError(f"partition file {path} is truncated or not JSON: {error}") from None
-    if not isinstance(content, dict) or not {"format", "data_set", "clients"} <= content.keys():
-        raise ValueError(f"{path} is no partition: it needs the keys format, data_set and clients")
-    if content["format"] != FORMAT:
-        raise ValueError(f"partition file {path} has the format {content['format']!r}; allowed is {FORMAT}")
-    clients = content["clients"]
+    clients = content.get("clients") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(clients, dict) or not clients:
-        raise ValueError(f"partition file {path}: clients must map names to lists of image ids, got {clients!r:.80}")
-    for name, held in clients.items():
-        if not isinstance(held, list) or not all(isinstance(i, str) for i in held):
-            raise ValueError(f"partition file {path}: client {name!r} must have a list of image ids, got {held!r:.80}")
-    return _rows(path, clients, ids, content["data_set"]), list(clients)
+        raise ValueError(f"partition file {path} needs format {FORMAT} and clients with their image ids")
+    return _rows(path, clients, ids), list(clients)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -269,22 +250,16 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _rows(path: Path, clients: dict[str, list[str]], ids: Sequence[str], name_of_set: str) -> list[np.ndarray]:
+def _rows(path: str | Path, clients: dict[str, list[str]], ids: Sequence[str]) -> list[np.ndarray]:
     """Sorted rows of each client; every id is known and used once, no client is empty."""
-    row = {i: n for n, i in enumerate(ids)}
-    if len(row) != len(ids):
-        raise ValueError(f"{path}: the {len(ids)} ids of the data set are not unique")
-    owner: dict[str, str] = {}
-    for name, held in clients.items():
-        if not held:
-            raise ValueError(f"{path}: client {name!r} has no image; each needs at least one")
-        for i in held:
-            if i not in row:
-                raise ValueError(
-                    f"{path}: client {name!r} has the image id {i!r}, which this data set does not have (the file is "
-                    f"for {name_of_set!r})"
-                )
-            if i in owner:
-                raise ValueError(f"{path}: image id {i!r} is held by {owner[i]!r} and by {name!r}; one is allowed")
-            owner[i] = name
-    return [np.sort(np.array([row[i] for i in held], dtype=np.int64)) for held in clients.values()]
+    row, owner = {name: n for n, name in enumerate(ids)}, {}
+    for client, held in clients.items():
+        if not isinstance(held, list) or not held:
+            raise ValueError(f"{path}: client {client!r} must have a list of image ids, got {held!r:.80}")
+        for image in held:
+            if not isinstance(image, str) or image not in row:
+                raise ValueError(f"{path}: client {client!r} has the image id {image!r}, which this data set has not")
+            if image in owner:
+                raise ValueError(f"{path}: image id {image!r} is held by {owner[image]!r} and by {client!r}")
+            owner[image] = client
+    return [np.sort(np.array([row[image] for image in held], dtype=np.int64)) for held in clients.values()]

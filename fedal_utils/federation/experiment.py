@@ -32,7 +32,7 @@ from ..config import Config, TrainingConfig
 from ..data import classification as class_sets
 from ..data import partition
 from ..data import readers as data
-from ..data.augment import VIEWS, Viewed, move_boxes
+from ..data.views import VIEWS, Viewed, move_boxes
 from ..data.boxes import Detections, flip_boxes
 from ..data.readers import Dataset, Images, Labels
 from ..detectors import base as detectors
@@ -757,11 +757,16 @@ def look(
     return training.predict(model, images, device=device, score_above=above, **options)
 
 
-def _seen_as(study: Study, model: Detector, rows: np.ndarray, name: str) -> CachedImages | Viewed:
+def _seen_as(
+    study: Study, model: Detector, rows: np.ndarray, name: str, plain: Detections | None = None
+) -> CachedImages | Viewed:
     """Training images of these rows as a view shows them; of a frozen backbone, their features."""
     images = study.train.images
     if not isinstance(images, CachedImages):
-        return Viewed(images.take(rows), name)
+        return Viewed(images.take(rows), name, plain)
+    if name == "cutout":  # it goes by what is detected, so nothing of it outlives a model
+        changed = Viewed(study.photos[0].images.take(rows), name, plain)
+        return training.cache_features(model, changed, device=study.device, mirrored=False)
     if name == "flip" and images.mirrored is not None:
         return replace(images, features=images.mirrored, mirrored=None).take(rows)
     if name not in study.views:
@@ -851,7 +856,8 @@ def see(
     if "views" in needed:
         boxes, size = seen["detections"].boxes, images.image_size
         seen["views"] = {
-            name: View(move_boxes(name, boxes, size), look_at(_seen_as(study, model, rows, name))) for name in VIEWS
+            name: View(move_boxes(name, boxes, size), look_at(_seen_as(study, model, rows, name, seen["detections"])))
+            for name in VIEWS
         }
     if "crowd" in needed:
         seen["crowd"] = look_at(images, crowd=True)

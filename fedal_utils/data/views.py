@@ -1,0 +1,150 @@
+"""The changed views of an image under which CALD compares a detector's output with itself (Yu et al. 2022, 2103.10374).
+
+flip mirrors; resize shows the image at 0.8 of its size; rotate turns it by 5 degrees, with expansion, and scales it
+back to the canvas; cutout covers two patches, each 5 to 20 % of a side, such that the most covered of the boxes
+detected in the plain image loses 10 to 40 % of its area. Changes and numbers are *from released code*
+(github.com/we1pingyu/CALD). Two things are ours: where a patch is tried follows from the image's id, and the smaller
+image lies in a grey canvas, where the released code's detector enlarges it to its own input size again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from ..seeding import rng_for
+from .augment import FILL
+from .boxes import Detections, clip_boxes, flip_boxes
+from .readers import Images, StreamedImages
+
+VIEWS = ("flip", "cutout", "resize", "rotate")
+RESIZE, ANGLE = 0.8, 5.0  # part of the side; degrees, counter-clockwise
+PATCHES, TRIES, PATCH_SIDE, COVERED = 2, 50, (0.05, 0.2), (0.1, 0.4)  # how many; parts of a side; parts of a box
+
+
+def cutout_patches(ids: Sequence[str], boxes: Tensor, valid: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """What cutout covers in each image: (N, PATCHES, 4) xyxy whole pixels, zeros where too few of TRIES places will do.
+
+    boxes (N, T, 4), valid (N, T): those detected in the plain image. A place will do if the box that it covers most
+    loses between 10 % and 40 % of its area; without a box none does.
+    """
+    if not len(ids):
+        return torch.zeros(0, PATCHES, 4)
+    drawn = torch.stack([torch.from_numpy(rng_for(0, "cutout", name).random((TRIES, 4))) for name in ids])
+    canvas = torch.tensor([image_size[1], image_size[0]], dtype=torch.float64)  # width, height
+    side = (PATCH_SIDE[0] + (PATCH_SIDE[1] - PATCH_SIDE[0]) * drawn[..., :2]) * canvas
+    start = drawn[..., 2:] * (canvas - side)
+    tried = torch.cat([start, start + side], dim=-1).floor()  # (N, TRIES, 4)
+    boxes, valid = boxes.double().cpu(), valid.cpu()
+    low, high = (
+        tried[:, :, None, :2].maximum(boxes[:, None, :, :2]),
+        tried[:, :, None, 2:].minimum(boxes[:, None, :, 2:]),
+    )
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[:, None]  # (N, 1, T)
+    lost = torch.where(valid[:, None] & (area > 0), (high - low).clamp(min=0).prod(dim=-1) / area, 0.0)  # (N, TRIES, T)
+    most = lost.amax(dim=-1) if lost.shape[-1] else lost.new_zeros(lost.shape[:2])
+    will_do = (most >= COVERED[0]) & (most <= COVERED[1])  # (N, TRIES)
+    first = (~will_do).int().argsort(dim=1, stable=True)[:, :PATCHES]  # the first that will do, if any
+    chosen = tried.gather(1, first[..., None].expand(-1, -1, 4)) * will_do.gather(1, first)[..., None]
+    return chosen.float()
+
+
+def change_view(name: str, pixels: Tensor, patches: Tensor | None = None) -> Tensor:
+    """uint8 pixels (B, 3, H, W) of a view in `VIEWS`. patches: for cutout, of `cutout_patches`."""
+    height, width = pixels.shape[-2:]
+    if name == "flip":
+        return pixels.flip(-1)
+    if name == "cutout":
+        y, x = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
+        sides = (side[..., None, None] for side in patches.to(pixels.device).unbind(-1))  # (B, P, 1, 1) each
+        left, top, right, bottom = sides
+        covered = ((x >= left) & (x < right) & (y >= top) & (y < bottom)).any(1, keepdim=True)  # (B, 1, H, W)
+        return torch.where(covered, 0, pixels)
+    if name == "resize":
+        inner, (top, left) = _shrunk((height, width))
+        small = transforms.resize(pixels, list(inner), antialias=True)
+        around = (left, width - inner[1] - left, top, height - inner[0] - top)
+        return torch.nn.functional.pad(small, around, value=round(FILL))
+    if name == "rotate":
+        turned = transforms.rotate(pixels, ANGLE, expand=True)  # nearest pixel, black corners
+        return transforms.resize(turned, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
+
+
+def _shrunk(image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the view 'resize', and the top and left where it lies in the canvas."""
+    height, width = image_size
+    inner = max(1, round(height * RESIZE)), max(1, round(width * RESIZE))
+    return inner, ((height - inner[0]) // 2, (width - inner[1]) // 2)
+
+
+@functools.lru_cache
+def _expanded(image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the turned image before it is scaled back."""
+    return tuple(transforms.rotate(torch.zeros(1, *image_size), ANGLE, expand=True).shape[-2:])
+
+
+def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Where (..., 4) xyxy boxes lie in a view, cut to the image; a turned box is the upright one around its corners."""
+    height, width = image_size
+    if name == "flip":
+        return flip_boxes(boxes, width)
+    if name == "cutout":
+        return boxes
+    if name == "resize":
+        inner, (top, left) = _shrunk(image_size)
+        scale = boxes.new_tensor([inner[1] / width, inner[0] / height] * 2)
+        return boxes * scale + boxes.new_tensor([left, top] * 2)
+    if name == "rotate":  # counter-clockwise on the screen, where y points down: x' = x cos + y sin, y' = y cos - x sin
+        cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
+        x = boxes[..., [0, 2, 2, 0]] - width / 2  # (..., 4) corners
+        y = boxes[..., [1, 1, 3, 3]] - height / 2
+        whole = _expanded(image_size)
+        turned_x = (x * cos + y * sin) * (width / whole[1]) + width / 2
+        turned_y = (y * cos - x * sin) * (height / whole[0]) + height / 2
+        corners = torch.stack([turned_x, turned_y], dim=-1)  # (..., 4, 2)
+        return clip_boxes(torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1), image_size)
+    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """Images as a view shows them: what `training.predict` and `training.cache_features` need of a set of images.
+
+    plain: what is detected in the images themselves, row by row; cutout needs it.
+    """
+
+    images: Images | StreamedImages
+    name: str
+    plain: Detections | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in VIEWS:
+            raise ValueError(f"view must be one of {VIEWS}, got {self.name!r}")
+        if self.name == "cutout" and (self.plain is None or len(self.plain) != len(self.images)):
+            raise ValueError("the view 'cutout' needs the detections of its images, row by row")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getattr__(self, what: str):
+        if what in ("ids", "sizes", "groups", "image_size"):
+            return getattr(self.images, what)
+        raise AttributeError(what)
+
+    def batches(self, chunks: Sequence, device: str | torch.device = "cpu") -> Iterator[Tensor]:
+        """The view's pixels for each chunk of row numbers in turn."""
+        for chunk, pixels in zip(chunks, self.images.batches(chunks, device), strict=True):
+            patches = None
+            if self.name == "cutout":
+                found = self.plain.take(chunk)
+                ids = [self.images.ids[row] for row in chunk]
+                patches = cutout_patches(ids, found.boxes, found.valid, self.images.image_size)
+            yield change_view(self.name, pixels, patches)
