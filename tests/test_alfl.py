@@ -18,9 +18,9 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import notebooks, papers, seeding
-from fedal_utils.data import readers as data
+from fedal_utils import notebooks, papers, seeding, training
 from fedal_utils.data import VIEWS, Viewed
+from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import Detections, flip_boxes
 from fedal_utils.data.readers import Dataset, Labels
 from fedal_utils.federation import aggregate as federation
@@ -30,7 +30,6 @@ from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import Oracle, Pool
-from fedal_utils.training import fit as training
 
 HERE = Path(__file__).resolve().parent
 
@@ -155,7 +154,15 @@ def test_one_client_is_centralised_on_its_data(tmp_path):
         for round in range(2):
             rng = seeding.torch_rng_for(0, "train", "00", cycle, round)
             images, labels = study.train.images.take(rows), study.train.labels.take(rows)
-            list(training.fit(model, images, labels, study.config, rng, iterations=study.config.federation.iterations))
+            list(
+                training.fit(
+                    model,
+                    images,
+                    labels,
+                    study.config,
+                    training.LocalTask(rng, iterations=study.config.federation.iterations),
+                )
+            )
     for key, value in model.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(value, federated[key]), key
@@ -751,7 +758,7 @@ def test_afresh_every_cycle_trains_from_the_starting_point_also_after_a_break(tm
         images, labels = study.train.images.take(rows), study.train.labels.take(rows)
         for round in range(2):
             rng = seeding.torch_rng_for(0, "train", "00", cycle, round)
-            list(training.fit(model, images, labels, study.config, rng, iterations=2))
+            list(training.fit(model, images, labels, study.config, training.LocalTask(rng, iterations=2)))
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     model.load_state_dict(start)

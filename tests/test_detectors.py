@@ -13,7 +13,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.ssd import SSD as TorchSSD
 from torchvision.ops import box_iou
 
-from fedal_utils import metrics
+from fedal_utils import metrics, training
 from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import clip_boxes
@@ -21,7 +21,6 @@ from fedal_utils.detectors import base as detectors
 from fedal_utils.detectors.base import clone, match_anchors, select_detections, ssd_loss
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
-from fedal_utils.training import fit as training
 
 CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
 
@@ -933,7 +932,9 @@ def test_a_small_ssd_learns_eight_images_by_heart():
     model = detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(0, "weights"))
     recipe = TrainingConfig.of(batch=8, lr=2e-3, flip=0.0, schedule="cosine")
     untrained = metrics.evaluate(training.predict(model, train.images), train.labels, train.class_names)["ap50"]
-    for _ in training.fit(model, train.images, train.labels, recipe, torch_rng_for(0, "fit"), iterations=60):
+    for _ in training.fit(
+        model, train.images, train.labels, recipe, training.LocalTask(torch_rng_for(0, "fit"), iterations=60)
+    ):
         pass
     found = training.predict(model, train.images)
     ap50 = metrics.evaluate(found, train.labels, train.class_names)["ap50"]
@@ -944,7 +945,11 @@ def test_the_loss_of_a_small_faster_rcnn_falls():
     train, _ = data.digit_scenes(8, 1, (64, 64), digits_per_image=(1, 2), classes=3)
     model = detectors.build("faster_rcnn", "small", 3, (64, 64), torch_rng_for(0, "weights"), width=32)
     recipe = TrainingConfig.of(batch=8, lr=2e-3, flip=0.0)
-    rows = list(training.fit(model, train.images, train.labels, recipe, torch_rng_for(0, "fit"), iterations=40))
+    rows = list(
+        training.fit(
+            model, train.images, train.labels, recipe, training.LocalTask(torch_rng_for(0, "fit"), iterations=40)
+        )
+    )
     first, last = rows[0], rows[-1]
     assert last["loss"] < 0.7 * first["loss"]
     assert last["objectness"] < first["objectness"]

@@ -10,11 +10,10 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import papers
+from fedal_utils import papers, training
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.record import run as record
 from fedal_utils.sampling import dual_score as dual_vae
-from fedal_utils.training import fit as training
 
 CYCLES = 3
 TINY = dict(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedal_utils import papers
+from fedal_utils import papers, training
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import Detections
 from fedal_utils.data.readers import Labels
@@ -35,7 +35,6 @@ from fedal_utils.sampling.dual_score import (
 from fedal_utils.sampling.pool import Oracle, Pool
 from fedal_utils.sampling.strategies import Scores, Sight
 from fedal_utils.seeding import rng_for, torch_rng_for
-from fedal_utils.training import fit as training
 
 fewer = settings(max_examples=40)
 ROOT = math.sqrt(1.5)  # 1, 2, 3 have mean 2 and standard deviation sqrt(2 / 3): z = -ROOT, 0, ROOT

@@ -26,7 +26,7 @@ from fedal_utils.federation.aggregate import (
     unpack,
 )
 from fedal_utils.seeding import rng_for, torch_rng_for
-from fedal_utils.training.fit import TrainingDiverged, fit
+from fedal_utils.training import TrainingDiverged, fit
 
 RECIPE = TrainingConfig.of(batch=2, lr=1e-3)
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedal_utils import training
 from fedal_utils.data.boxes import Detections
 from fedal_utils.data.readers import Images, Labels
 from fedal_utils.detectors import base as detectors
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import SET_ASIDE, Bill, Oracle, Pool, total
 from fedal_utils.seeding import rng_for, torch_rng_for
-from fedal_utils.training import fit as training
 
 BOXES = [2, 0, 3, 1, 1, 4]  # of each image; one of image 2's is ignored
 

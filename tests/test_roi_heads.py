@@ -11,14 +11,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops.poolers import initLevelMapper
 
+from fedal_utils import training
 from fedal_utils.config import TrainingConfig
 from fedal_utils.data import readers as data
 from fedal_utils.detectors import base as detectors
 from fedal_utils.detectors import roi_heads
 from fedal_utils.detectors.roi_heads import BOX_LOSSES, COMPANIONS, LEAST_DEVIATION, Localisation, LocalisedRoIHeads
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
-from fedal_utils.training import fit as training
-from fedal_utils.training.fit import TrainingDiverged
+from fedal_utils.training import TrainingDiverged
 
 HUALE = Localisation("efficient_iou", weight=5.0, companion="sides", companion_weight=0.2, emphasis=1.0)
 ARMS = [Localisation(box, 2.0, companion=companion, emphasis=1.0) for box in BOX_LOSSES for companion in COMPANIONS]
@@ -149,7 +149,11 @@ def test_training_with_an_evidence_head_is_training_without_it(clip):
     for evidence in (False, True):
         model = small(HUALE, evidence)
         recipe = TrainingConfig.of(batch=4, flip=0.0, clip=clip)
-        list(training.fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=3))
+        list(
+            training.fit(
+                model, scenes.images, scenes.labels, recipe, training.LocalTask(torch_rng_for(0, "fit"), iterations=3)
+            )
+        )
         states.append(model.state_dict())
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     start = small(HUALE, True).state_dict()
@@ -470,7 +474,15 @@ def test_what_is_not_finite_stops_training_with_the_clients_name(arm, what):
         labels.classes[:] *= what == "weight"
     recipe = TrainingConfig.of(batch=4, flip=0.0)
     with pytest.raises(TrainingDiverged, match="client 07: loss is nan .* on images .*'train-00002'"):
-        list(training.fit(model, scenes.images, labels, recipe, torch_rng_for(0, "fit"), iterations=1, who="07"))
+        list(
+            training.fit(
+                model,
+                scenes.images,
+                labels,
+                recipe,
+                training.LocalTask(torch_rng_for(0, "fit"), iterations=1, client="07"),
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -591,7 +603,11 @@ def test_a_short_training_lowers_the_loss(arm):
     scenes = data.digit_scenes(8, 1, (64, 64), digits_per_image=(1, 2), classes=3)[0]
     model = small(arm, evidence=True)
     recipe = TrainingConfig.of(batch=8, lr=2e-3, flip=0.0)
-    rows = list(training.fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=50))
+    rows = list(
+        training.fit(
+            model, scenes.images, scenes.labels, recipe, training.LocalTask(torch_rng_for(0, "fit"), iterations=50)
+        )
+    )
     first, last = (
         {name: sum(row[name] for row in part) / len(part) for name in rows[0]} for part in (rows[:5], rows[-5:])
     )

@@ -12,14 +12,13 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import config, papers, seeding
+from fedal_utils import config, papers, seeding, training
 from fedal_utils.data.readers import Labels
 from fedal_utils.detectors import base as detectors
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.record import run as record
 from fedal_utils.sampling import strategies as sampling
-from fedal_utils.training import fit as training
 
 TINY = dict(
     fpn_channels=16,
@@ -287,7 +286,7 @@ def test_a_chain_of_one_client_is_centralised_on_its_labels_bit_for_bit(method, 
 
     def fit(round, recipe, iterations, **options):
         rng = seeding.torch_rng_for(0, "train", "00", 0, round)
-        list(training.fit(model, images, labels, recipe, rng, iterations=iterations, **options))
+        list(training.fit(model, images, labels, recipe, training.LocalTask(rng, iterations=iterations, **options)))
 
     fit(0, settings.replace(schedule="cosine", final_lr=0.2), 4)  # 2 rounds at once; round 1 is the merge with itself
     if method == "accumulate+sum":
@@ -417,7 +416,15 @@ def test_the_size_of_an_optimisers_state_is_the_metered_one(optimiser, study):
     images, labels = study.train.images.take([0]), study.train.labels.take([0])
     model, memory = alfl.new_detector(study.config, 3, torch.Generator().manual_seed(0)), {}
     recipe = study.config.replace(optimizer=optimiser)
-    list(training.fit(model, images, labels, recipe, torch.Generator().manual_seed(0), iterations=1, memory=memory))
+    list(
+        training.fit(
+            model,
+            images,
+            labels,
+            recipe,
+            training.LocalTask(torch.Generator().manual_seed(0), iterations=1, optimizer_state=memory),
+        )
+    )
     size = alfl.sent_sizes(changed(study, optimiser=optimiser))["optimiser"]
     assert round(1e6 * size) == len(federation.pack(memory))
 

@@ -12,11 +12,11 @@ from miniatures import Picture
 from miniatures import pixels as drawn
 from torch import nn
 
+from fedal_utils import training
 from fedal_utils.data import readers as data
 from fedal_utils.detectors import vae
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import fit as training
-from fedal_utils.training.fit import TrainingDiverged, fit_vae, vae_losses
+from fedal_utils.training import TrainingDiverged, fit_vae, vae_losses
 
 SIZE = (16, 16)
 

@@ -12,15 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from fedal_utils import metrics
+from fedal_utils import metrics, training
 from fedal_utils.config import TrainingConfig
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import flip_boxes
 from fedal_utils.detectors import yolo
 from fedal_utils.detectors.base import clone
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import fit as training
-from fedal_utils.training.fit import TrainingDiverged
+from fedal_utils.training import TrainingDiverged
 
 COCO_ANCHORS = [
     [(10, 13), (16, 30), (33, 23)],
@@ -740,7 +739,11 @@ def test_a_frozen_backbones_maps_may_be_cached_but_not_seen_in_other_views():
 def fitted(scenes, steps, norm="group", **recipe):
     model = tiny(size=(64, 64), norm=norm)
     recipe = TrainingConfig.of(**({"batch": 8, "lr": 3e-3, "flip": 0.0} | recipe))
-    rows = list(training.fit(model, scenes.images, scenes.labels, recipe, torch_rng_for(0, "fit"), iterations=steps))
+    rows = list(
+        training.fit(
+            model, scenes.images, scenes.labels, recipe, training.LocalTask(torch_rng_for(0, "fit"), iterations=steps)
+        )
+    )
     return model, rows
 
 

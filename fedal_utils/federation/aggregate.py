@@ -8,7 +8,6 @@ updates arrive changes no bit.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from ..config import TrainingConfig
 from ..data.readers import Images, Labels
 from ..detectors.base import Detector
 from ..detectors.classifiers import Classifier, State
-from ..training.fit import STEPS, CachedImages, Lesson, TrainingDiverged, fit, fit_classifier, fit_stacked
+from ..training import STEPS, CachedImages, ClassifierTask, LocalTask, TrainingDiverged, fit, fit_in_turn, fit_stacked
 
 WEIGHTS = ("images", "boxes", "equal")
 BATCH_NORM = ("average", "local", "frozen")
@@ -293,7 +292,7 @@ def train_client(
     model: scratch space, whatever weights it holds; what the payload does not carry (BatchNorm statistics that are not
     averaged, counters) is put back afterwards, so that clients can share it one after the other. home: with
     batch_norm='local', the client's own statistics; read before training and updated after it. memory, span: the
-    optimiser's state and the place in the schedule, see `training.fit`. travels: pack the memory with the update.
+    optimizer's state and the place in the schedule, see `training.LocalTask`. travels: pack the memory with the update.
     If training fails, home and memory are as they were.
     """
     kept_home = state_of(model, sorted(set(model.exchanged()) - set(sent_keys(model, batch_norm))))
@@ -307,18 +306,8 @@ def train_client(
     freeze = batch_norm_frozen(model) if batch_norm == "frozen" else contextlib.nullcontext()
     try:
         with freeze:
-            for row in fit(
-                model,
-                images,
-                labels,
-                recipe,
-                rng,
-                iterations=iterations,
-                device=device,
-                who=client,
-                memory=remembered,
-                span=span,
-            ):
+            task = LocalTask(rng, client, iterations, remembered, span)
+            for row in fit(model, images, labels, recipe, task, device):
                 steps = row["steps"]
                 losses.append(row["loss"])
         state = state_of(model, sent_keys(model, batch_norm))
@@ -350,10 +339,9 @@ def train_client(
 def train_together(
     model: Classifier,
     payload: bytes,
-    lessons: Sequence[Lesson],
+    lessons: Sequence[ClassifierTask],
     images: Images,
     recipe: TrainingConfig,
-    iterations: int | None = None,
     teacher: Classifier | None = None,
     wire: str = "fp32",
     device: str | torch.device = "cpu",
@@ -367,22 +355,13 @@ def train_together(
     """
     start = unpack(payload)
     options = {"teacher": teacher, "device": device, "as_released": as_released}
-    if stacked:
-        taught = fit_stacked(model, [start] * len(lessons), lessons, images, recipe, iterations, **options)
-    else:
-        taught = []
-        for lesson in lessons:
-            scratch = copy.deepcopy(model)
-            scratch.load_state_dict(start, strict=False)
-            try:
-                taught.append(fit_classifier(scratch, lesson, images, recipe, iterations, **options))
-            except TrainingDiverged as error:
-                taught.append(error)
+    train = fit_stacked if stacked else fit_in_turn
+    taught = train(model, [start] * len(lessons), lessons, images, recipe, **options)
     return [
         result
         if isinstance(result, TrainingDiverged)
         else Update(
-            lesson.who,
+            lesson.client,
             pack(result.state, wire),
             images=len(lesson.rows),
             boxes=len(lesson.rows),

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import metrics, seeding
+from .. import metrics, seeding, training
 from ..config import Config, TrainingConfig
 from ..data import classification as class_sets
 from ..data import partition
@@ -48,8 +48,7 @@ from ..sampling import ksas as kafal
 from ..sampling import strategies as sampling
 from ..sampling.pool import Oracle, Pool, total
 from ..sampling.strategies import Choice, Sight, View
-from ..training import fit as training
-from ..training.fit import CachedImages
+from ..training import CachedImages
 from . import aggregate as federation
 from .aggregate import State, Update
 from .own_data import fitted
@@ -503,16 +502,10 @@ def starting_point(run: record.Run, study: Study, rows: np.ndarray) -> State:
         schedule = config.training.replace(
             schedule="cosine", warmup=config.federation.initial_model_warmup, proximal=0.0
         )
-        for _ in training.fit(
-            model,
-            images,
-            labels,
-            schedule,
-            run.torch_rng("starting point"),
-            iterations=config.federation.initial_model_iterations,
-            device=study.device,
-            who="starting point",
-        ):
+        task = training.LocalTask(
+            run.torch_rng("starting point"), "starting point", config.federation.initial_model_iterations
+        )
+        for _ in training.fit(model, images, labels, schedule, task, study.device):
             pass
         return federation.state_of(model, model.exchanged())
 
@@ -523,7 +516,14 @@ def _classifier_start(run: record.Run, study: Study, model: Classifier, rows: np
     """A classifier trained on the start images alone, with plain cross-entropy."""
     config, oracle = run.config, Oracle(study.train.labels)
     oracle.ask(rows)
-    lesson = _lesson(study, "starting point", rows, oracle.labels_of(rows), run.torch_rng("starting point"))
+    lesson = _lesson(
+        study,
+        "starting point",
+        rows,
+        oracle.labels_of(rows),
+        run.torch_rng("starting point"),
+        iterations=config.federation.initial_model_iterations,
+    )
     recipe = config.training.replace(
         schedule="cosine",
         warmup=config.federation.initial_model_warmup,
@@ -531,9 +531,7 @@ def _classifier_start(run: record.Run, study: Study, model: Classifier, rows: np
         distillation_weight=0.0,
         proximal=0.0,
     )
-    return training.fit_classifier(
-        model, lesson, study.train.images, recipe, config.federation.initial_model_iterations, device=study.device
-    ).state
+    return training.fit_classifier(model, lesson, study.train.images, recipe, device=study.device).state
 
 
 def _lesson(
@@ -545,11 +543,24 @@ def _lesson(
     unlabelled: Sequence[int] = (),
     memory: State | None = None,
     span: tuple[int, int] | None = None,
-) -> training.Lesson:
+    iterations: int | None = None,
+    stop_at: float | None = None,
+) -> training.ClassifierTask:
     """What a classifier's client trains on: rows of the training set, and the labels that the Oracle gave for them."""
     classes = labels.classes[:, 0] - 1
     counts = torch.bincount(classes, minlength=len(study.class_names))
-    return training.Lesson(who, rows, classes, counts, np.asarray(unlabelled, dtype=np.int64), rng, memory, span)
+    return training.ClassifierTask(
+        rng,
+        who,
+        iterations,
+        memory,
+        span,
+        rows=rows,
+        classes=classes,
+        counts=counts,
+        unlabelled=np.asarray(unlabelled, dtype=np.int64),
+        stop_at=stop_at,
+    )
 
 
 _OF_THE_VAE = (
@@ -1094,7 +1105,8 @@ def local_only(run: record.Run, study: Study, client: Client, cycle: int) -> Cla
     config, pool = run.config, client.pool
     model = new_detector(config, len(study.class_names), run.torch_rng("local-only weights", cycle))
     rows = pool.index[pool.labelled()]
-    lesson = _lesson(study, client.name, rows, pool.labels_of(rows), run.torch_rng("local-only", client.name, cycle))
+    rng = run.torch_rng("local-only", client.name, cycle)
+    lesson = _lesson(study, client.name, rows, pool.labels_of(rows), rng, stop_at=0.99)
     recipe = config.training.replace(
         epochs=config.query.local_only_epochs,
         schedule="step",
@@ -1105,8 +1117,8 @@ def local_only(run: record.Run, study: Study, client: Client, cycle: int) -> Cla
         proximal=0.0,
     )
     if config.as_released:
-        recipe = recipe.replace(step_at=(37 / lesson.steps(recipe, None),))
-    training.fit_classifier(model, lesson, study.train.images, recipe, device=study.device, until=0.99)
+        recipe = recipe.replace(step_at=(37 / lesson.steps(recipe),))
+    training.fit_classifier(model, lesson, study.train.images, recipe, device=study.device)
     return model
 
 
@@ -1328,7 +1340,7 @@ def _train_together(
             continue
         here.append(client)
         lessons.append(_lesson_of(run, study, client, cycle, round))
-    recipe, iterations = _recipe(config, Turn((), anneal=round_factor(config, cycle, round)))
+    recipe, _ = _recipe(config, Turn((), anneal=round_factor(config, cycle, round)))
 
     def work() -> list[Update | training.TrainingDiverged]:
         return federation.train_together(
@@ -1337,7 +1349,6 @@ def _train_together(
             lessons,
             study.train.images,
             recipe,
-            iterations,
             model if round else None,
             config.federation.message_dtype,
             study.device,
@@ -1365,7 +1376,7 @@ def _train_together(
     return updates
 
 
-def _lesson_of(run: record.Run, study: Study, client: Client, cycle: int, round: int) -> training.Lesson:
+def _lesson_of(run: record.Run, study: Study, client: Client, cycle: int, round: int) -> training.ClassifierTask:
     """This client's lesson in this round: its labels, its unlabelled images, and what its optimiser remembers."""
     config, pool = run.config, client.pool
     rows = pool.index[pool.labelled()]
@@ -1385,6 +1396,7 @@ def _lesson_of(run: record.Run, study: Study, client: Client, cycle: int, round:
         unlabelled,
         memory,
         span,
+        config.federation.iterations or None,
     )
 
 

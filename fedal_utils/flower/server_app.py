@@ -75,7 +75,7 @@ from ..papers import flywheel, load
 from ..record import run as record
 from ..sampling.pool import Bill
 from ..seeding import numpy_seeded
-from ..training import fit as training
+from .. import training
 from . import deployment as wire
 from . import privacy as secure
 from . import workspace as homes

@@ -41,7 +41,7 @@ from ..labelling import page as labelling
 from ..papers import flywheel
 from ..record import run as record
 from ..sampling.pool import Bill, Pool
-from ..training.fit import CachedImages
+from ..training import CachedImages
 
 PEOPLE = ("simulated", "human")
 STATES_KEPT = 3  # a server that was killed repeats one round at most

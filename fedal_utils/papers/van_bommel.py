@@ -10,9 +10,9 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
+from .. import training
 from ..config import Config
 from ..federation import aggregate, experiment
-from ..training import fit as training
 from .sizes import Preset, Sizes
 
 _YOLO: Sizes = {

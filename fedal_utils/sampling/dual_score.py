@@ -28,15 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import seeding
+from .. import seeding, training
 from ..config import Config
 from ..data.boxes import Detections
 from ..data.readers import Images, Labels
 from ..detectors import vae
 from ..detectors.base import SSD, Detector, clone
 from ..detectors.vae import VAE
-from ..training import fit as training
-from ..training.fit import CachedImages
+from ..training import CachedImages
 from . import strategies as sampling
 from .strategies import Choice, Scores, Sight
 
@@ -173,7 +172,7 @@ def multibox(
     if len(images) == 0:
         return Scores(np.zeros(0), np.zeros(0, dtype=bool))
     batch = 8 if isinstance(images, Reconstructed) and torch.device(device).type == "cpu" else 32  # fits its caches
-    parts = training.image_losses(model, images, labels.boxes, labels.classes, labels.ignore, batch, device, summed)
+    parts = training.image_losses(model, images, labels, batch, device, summed)
     known = ((labels.classes > 0) & ~labels.ignore).any(1).cpu().numpy()
     return Scores(sum(parts.values()).double().numpy(), known)
 
@@ -249,18 +248,7 @@ def train_vae(
         if model is None or labelled is None or labels is None:
             raise ValueError("task_aware > 0 needs the detector and the labels of the labelled images")
         task = task_term(config, model, images, labelled, labels, device)
-    for _ in training.fit_vae(
-        coder,
-        images,
-        rows,
-        rng,
-        config.vae.vae_iterations,
-        config.vae.vae_batch,
-        config.vae.vae_lr,
-        device=device,
-        who=who,
-        task=task,
-    ):
+    for _ in training.fit_vae(coder, images, rows, config.vae, rng, device, who, task):
         pass
     return coder
 

@@ -16,11 +16,10 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.ops import box_iou
 
-from fedal_utils import config, metrics, seeding
+from fedal_utils import config, metrics, seeding, training
 from fedal_utils.data.boxes import Detections, clip_boxes
 from fedal_utils.data.readers import Images, Labels
 from fedal_utils.detectors import base as detectors
-from fedal_utils.training import fit as training
 
 
 def in_turn(name: str, ours, theirs, runs: int = 15) -> None:

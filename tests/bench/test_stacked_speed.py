@@ -13,11 +13,10 @@ import pytest
 import torch
 from test_speed import in_turn
 
-from fedal_utils import seeding
+from fedal_utils import seeding, training
 from fedal_utils.config import TrainingConfig
 from fedal_utils.data.readers import Images
 from fedal_utils.detectors import classifiers
-from fedal_utils.training import fit as training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,0 +1,267 @@
+"""Train one client's classifier, from draws that are made for the whole call at once.
+
+`fit_classifier` is the plain way, one client and one step after another; what trains many clients at once (`stacked`,
+`graphs`) is tested against it, from the same draws.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainingConfig
+from ..data import random_crop
+from ..data.readers import Images
+from ..detectors.classifiers import Classifier, State
+from ..detectors.losses import balanced_cross_entropy, compensation_loss, compensation_weights
+from .schedule import (
+    LocalTask,
+    TrainingDiverged,
+    anchored,
+    draw_batches,
+    learning_rate_factor,
+    load_optimizer,
+    pull_back,
+    save_optimizer,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTask(LocalTask):
+    """What one client of a classifier trains on in one call; rows count in the training set.
+
+    rows (n,) of its labelled images, classes (n,) int64 from 0, counts (C,) of them by class; unlabelled: rows that
+    may be mixed for distillation (empty: none). stop_at: stop after the pass whose training accuracy reaches this.
+    """
+
+    rows: np.ndarray
+    classes: Tensor
+    counts: Tensor
+    unlabelled: np.ndarray
+    stop_at: float | None = None
+
+    def steps(self, config: TrainingConfig) -> int:
+        """Gradient steps of this call."""
+        passes = config.epochs * math.ceil(len(self.rows) / config.batch)
+        return passes if self.iterations is None else self.iterations
+
+    def position(self, config: TrainingConfig) -> tuple[int, int]:
+        """Steps before this call, and steps in all, of the schedule."""
+        return self.schedule_position or (0, self.steps(config))
+
+    def mixes(self, config: TrainingConfig, teacher: Classifier | None) -> bool:
+        """True where unlabelled images are mixed for distillation."""
+        return teacher is not None and config.distillation_weight > 0 and len(self.unlabelled) > 0
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """A client's weights after a call (on the CPU), the steps it took, its mean loss, and the parts of that."""
+
+    state: State
+    steps: int
+    loss: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in one call of one client: S steps of B labelled and U mixed images.
+
+    length (S,): images of a step, the last of a pass may be short; what stands behind repeats the first.
+    rows (S, B) of the training set, target (S, B) their classes; flip (S, B) bool; shift (S, B, 2) in 0..2 * crop; of
+    the mixed batch likewise, and beta (S, U), partner (S, U): image b becomes beta_b * itself + (1 - beta_b) * its
+    partner. Joined draws have M clients in front.
+    """
+
+    length: Tensor
+    rows: Tensor
+    target: Tensor
+    flip: Tensor
+    shift: Tensor
+    mixed: Tensor | None = None
+    mixed_flip: Tensor | None = None
+    mixed_shift: Tensor | None = None
+    beta: Tensor | None = None
+    partner: Tensor | None = None
+
+    def at(self, index) -> Draws:
+        """Part of them, by an index into their first dimensions."""
+        return Draws(**{k: None if v is None else v[index] for k, v in vars(self).items()})
+
+    def to(self, device: torch.device) -> Draws:
+        """The same on a device."""
+        return Draws(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+
+
+def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner: bool = False) -> Draws:
+    """The draws of all steps of a call.
+
+    Those of mixing come from a generator of their own, so that mixing moves nothing of the rest. Mixed batches are
+    always full: an unlabelled pool smaller than a batch is gone through several times.
+    """
+    rng, batch, crop = task.rng, config.batch, config.augment.crop
+    apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
+    stream = draw_batches(len(task.unlabelled), batch, None, task.steps(config), apart) if mixing else None
+    width = batch if task.iterations is not None else min(batch, len(task.rows))
+
+    def full(t: Tensor) -> Tensor:  # with its first entry
+        return t if len(t) == width else torch.cat([t, t[:1].expand(width - len(t), *t.shape[1:])])
+
+    def changes(count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        flip = torch.rand(count, generator=source) < config.augment.flip
+        return flip, torch.randint(0, 2 * crop + 1, (count, 2), generator=source)
+
+    steps = []
+    epochs = config.epochs if task.iterations is None else None
+    for _, _, index in draw_batches(len(task.rows), batch, epochs, task.iterations, rng):
+        flip, shift = changes(len(index), rng)
+        step = {"length": torch.tensor(len(index)), "index": full(index), "flip": full(flip), "shift": full(shift)}
+        if stream is not None:
+            step["mixed"] = next(stream)[2]
+            step["beta"] = torch.rand(batch, 3, generator=apart).median(dim=1).values  # of three uniforms: Beta(2, 2)
+            partner = torch.randperm(batch, generator=apart)
+            step["partner"] = partner[:1].expand(batch) if one_partner else partner
+            step["mixed_flip"], step["mixed_shift"] = changes(batch, apart)
+        steps.append(step)
+    all_steps = {k: torch.stack([step[k] for step in steps]) for k in steps[0]}
+    index = all_steps.pop("index")
+    all_steps["rows"], all_steps["target"] = torch.from_numpy(task.rows)[index], task.classes[index]
+    if mixing:
+        all_steps["mixed"] = torch.from_numpy(task.unlabelled)[all_steps["mixed"]]
+    return Draws(**all_steps)
+
+
+def pixels_of(model: Classifier, images: Images, rows: Tensor, flip: Tensor, shift: Tensor, crop: int, device):
+    """(B, 3, H, W) scaled pixels of these rows, mirrored where `flip`, cropped from `shift` on: see `random_crop`."""
+    return model.scaled(random_crop(images.batch(rows, device, flip=flip), shift, crop))
+
+
+def check_tasks(tasks: Sequence[ClassifierTask], config: TrainingConfig) -> None:
+    """ValueError for a recipe that classifiers do not know, and for a client that would make no step."""
+    if config.optimizer != "sgd" or config.ema or config.amp or config.warmup_momentum or config.warmup_bias_lr:
+        raise ValueError(
+            "classifiers train with plain SGD and momentum, as KAFAL and LoGo do: set optimizer='sgd', ema=0, "
+            f"amp=False and no warm-up of momentum or biases (got optimizer={config.optimizer!r})"
+        )
+    for task in tasks:
+        if len(task.rows) == 0:
+            raise ValueError(f"client {task.client} has no labelled image to train on")
+        if task.steps(config) < 1:
+            raise ValueError(f"client {task.client} makes no step: iterations={task.iterations}, {config.epochs=}")
+
+
+def ready(teacher: Classifier | None, config: TrainingConfig, device: torch.device, as_released: bool):
+    """A teacher that can be asked and does not learn; None where nothing is distilled."""
+    if teacher is None or config.distillation_weight == 0:
+        return None
+    return copy.deepcopy(teacher).to(device).requires_grad_(False).train(as_released)
+
+
+def sound(result: LocalResult, task: ClassifierTask, images: Images) -> LocalResult:
+    """The result; TrainingDiverged where its loss or a weight is not finite."""
+    broken = [k for k, v in result.state.items() if not bool(torch.isfinite(v).all())]
+    if broken or not math.isfinite(result.loss):
+        what = f"loss is {result.loss}" + (f", weight {broken[0]!r} is not finite" if broken else "")
+        some = [images.ids[row] for row in task.rows[:4]]
+        raise TrainingDiverged(f"client {task.client}: {what}, trained on images {some}...; lower lr")
+    return result
+
+
+def fit_classifier(
+    model: Classifier,
+    task: ClassifierTask,
+    images: Images,
+    config: TrainingConfig,
+    teacher: Classifier | None = None,
+    device: str | torch.device = "cpu",
+    as_released: bool = False,
+) -> LocalResult:
+    """Train `model` in place on one client's labelled images: SGD with momentum and weight decay on all weights.
+
+    model: left in eval mode. task: rows, classes, generator. images: the whole training set.
+    config: as in `fit`; `proximal` as there, the loss is without it here, too.
+    teacher: the global model of this round, for the distillation of KAFAL's 4.2; it is not changed.
+    as_released: one partner for all images of a batch, and a teacher that uses each batch's statistics.
+    """
+    device = torch.device(device)
+    check_tasks([task], config)
+    model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    if task.optimizer_state:
+        load_optimizer(optimizer, model, task.optimizer_state)
+    anchors = anchored(model, config)
+    counts = task.counts.to(device)
+    gamma = compensation_weights(counts)
+    teacher = ready(teacher, config, device, as_released)
+    mixing = task.mixes(config, teacher)
+    draws = draw(task, config, mixing, as_released)
+    before, whole = task.position(config)
+    losses, right, seen = [], 0, 0
+    for done, length in enumerate(draws.length.tolist()):
+        step = draws.at(done)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * learning_rate_factor(config, before + done, whole)
+        rows, flip, shift, target = (t[:length] for t in (step.rows, step.flip, step.shift, step.target))
+        target = target.to(device)
+        scores = model.scores(pixels_of(model, images, rows, flip, shift, config.augment.crop, device))
+        parts = {"supervised": balanced_cross_entropy(scores, target, counts if config.balanced_softmax else None)}
+        if mixing:
+            u = pixels_of(model, images, step.mixed, step.mixed_flip, step.mixed_shift, config.augment.crop, device)
+            beta, partner = step.beta.to(device), step.partner.to(device)
+            mixed = beta[:, None, None, None] * u + (1 - beta)[:, None, None, None] * u[partner]
+            with torch.no_grad():
+                taught = teacher.scores(mixed)
+                guess = taught.argmax(1)
+                weight = beta * gamma[guess] + (1 - beta) * gamma[guess[partner]]
+            parts["distillation"] = config.distillation_weight * compensation_loss(model.scores(mixed), taught, weight)
+        optimizer.zero_grad(set_to_none=True)
+        sum(parts.values()).backward()
+        if config.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        pull_back(anchors, config.proximal)
+        optimizer.step()
+        losses.append({k: v.detach() for k, v in parts.items()})
+        right, seen = right + (scores.argmax(1) == target).sum(), seen + length
+        if seen >= len(task.rows):
+            if task.stop_at is not None and int(right) >= task.stop_at * seen:
+                break
+            right, seen = 0, 0
+    model.eval()
+    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if v.dim() > 0}
+    means = {k: float(sum(step[k] for step in losses)) / len(losses) for k in losses[0]}
+    result = sound(LocalResult(state, len(losses), sum(means.values()), means), task, images)
+    if task.optimizer_state is not None:
+        save_optimizer(optimizer, model, task.optimizer_state, before + len(losses))
+    return result
+
+
+def fit_in_turn(
+    model: Classifier,
+    states: Sequence[State],
+    tasks: Sequence[ClassifierTask],
+    images: Images,
+    config: TrainingConfig,
+    teacher: Classifier | None = None,
+    device: str | torch.device = "cpu",
+    as_released: bool = False,
+) -> list[LocalResult | TrainingDiverged]:
+    """`fit_classifier` for one client after another: a client whose training diverges has its error in its place.
+
+    model: its architecture; it is not changed. states: each client's weights to start from. The rest as there.
+    """
+    results: list[LocalResult | TrainingDiverged] = []
+    for state, task in zip(states, tasks, strict=True):
+        scratch = copy.deepcopy(model)
+        scratch.load_state_dict(state, strict=False)
+        try:
+            results.append(fit_classifier(scratch, task, images, config, teacher, device, as_released))
+        except TrainingDiverged as error:
+            results.append(error)
+    return results

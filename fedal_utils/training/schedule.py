@@ -1,0 +1,182 @@
+"""What one call of training is given: its task, its batches, learning rates, and an optimizer whose state lives on.
+
+Nothing here remembers anything from one call to the next: the optimizer's state is handed in and out, and so is the
+place of a call in a longer schedule (a warm-up tied to "the first epoch" would restart in every federated round).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainingConfig
+
+STEPS = "steps"  # in an optimizer state: steps taken so far
+DETACHED_HEADS = ("evidence_head", "loss_head")  # parts of a detector that learn from maps which they do not train
+
+
+class TrainingDiverged(ValueError):
+    """The loss or a weight stopped being finite; names the client and the images."""
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What one client trains in one call.
+
+    rng: the one source of order and augmentation. client: named if the loss stops being finite. iterations: fixed
+    number of steps in the place of `config.epochs`. optimizer_state: the moments and step count of an earlier call,
+    read at the start (empty: none) and updated in place at the end; None = reset. schedule_position: (steps before
+    this call, steps in all) of the caller's schedule, by which warm-up and learning rate run; None = this call is all
+    there is.
+    """
+
+    rng: torch.Generator
+    client: str = "central"
+    iterations: int | None = None
+    optimizer_state: dict[str, Tensor] | None = None
+    schedule_position: tuple[int, int] | None = None
+
+
+def draw_batches(count: int, batch: int, epochs: int | None, iterations: int | None, rng: torch.Generator):
+    """Index batches: whole epochs (last batch short), or a fixed number of full batches from one shuffle after another.
+
+    Fixed iterations cut an endless row of shuffles into batches, so that a client with three images takes as many
+    steps of the same size as one with three hundred.
+    Returns an iterator of (epoch, is_last_of_epoch, index); an epoch is a pass over `count` images.
+    """
+    if count < 1:
+        raise ValueError("nothing to train on: the set of labelled images is empty")
+    if (epochs is None) == (iterations is None):
+        raise ValueError(f"give either epochs or iterations, got epochs={epochs} and iterations={iterations}")
+    if epochs is not None:
+        for epoch in range(epochs):
+            parts = torch.randperm(count, generator=rng).split(batch)
+            for number, part in enumerate(parts):
+                yield epoch, number == len(parts) - 1, part
+        return
+    waiting, seen = torch.empty(0, dtype=torch.int64), 0
+    for step in range(iterations):
+        while len(waiting) < batch:
+            waiting = torch.cat([waiting, torch.randperm(count, generator=rng)])
+        part, waiting = waiting[:batch], waiting[batch:]
+        epoch, seen = seen // count, seen + batch
+        yield epoch, step == iterations - 1 or seen // count > epoch, part
+
+
+def learning_rate_factor(config: TrainingConfig, step: int, steps: int) -> float:
+    """Factor on `config.lr` at step `step` of `steps`: linear warm-up, then constant, cosine or step schedule."""
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup) / max(1, steps - config.warmup)
+    if config.schedule == "cosine":
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.1 ** sum(progress >= at for at in config.step_at)
+
+
+def batches_per_step(config: TrainingConfig, step: int) -> int:
+    """How many batches' gradients are added up before a step: from 1 to accumulate_to / batch over the warm-up."""
+    most = max(1.0, config.accumulate_to / config.batch)
+    part = min(1.0, step / config.warmup) if config.warmup else 1.0
+    return max(1, round(1 + (most - 1) * part))
+
+
+def rates(config: TrainingConfig, step: int, steps: int) -> tuple[float, float, float]:
+    """Of this step: learning rate, that of biases (which a warm-up may start above the rest), and SGD's momentum."""
+    lr = bias_lr = config.lr * learning_rate_factor(config, step, steps)
+    momentum, part = config.momentum, min(1.0, step / config.warmup) if config.warmup else 1.0
+    if config.warmup_momentum:
+        momentum = config.warmup_momentum + (config.momentum - config.warmup_momentum) * part
+    if config.warmup_bias_lr and part < 1:
+        bias_lr = config.warmup_bias_lr + (config.lr - config.warmup_bias_lr) * part
+    return lr, bias_lr, momentum
+
+
+def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
+    """What is trained: weights of two or more dimensions (the only ones that decay), other weights, biases."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    flat = [(name, p) for name, p in trained if p.dim() <= 1]
+    return [
+        [p for _, p in trained if p.dim() > 1],
+        [p for name, p in flat if not name.endswith("bias")],
+        [p for name, p in flat if name.endswith("bias")],
+    ]
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum, or AdamW, over `parameter_groups`."""
+    decays = (config.weight_decay, 0.0, 0.0)
+    groups = [{"params": p, "weight_decay": decay} for p, decay in zip(parameter_groups(model), decays, strict=True)]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, steps: int) -> None:
+    """Give the optimizer this step's `rates`."""
+    lr, bias_lr, momentum = rates(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if "momentum" in group:
+            group["momentum"] = momentum
+    optimizer.param_groups[-1]["lr"] = bias_lr
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor], steps: int) -> None:
+    """Copy the optimizer's moments into `state`, '<moment>:<parameter>' each, and the steps taken so far."""
+    for name, parameter in model.named_parameters():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                state[f"{field}:{name}"] = value.detach().cpu().clone()
+    state[STEPS] = torch.tensor(steps)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the moments of `state` into the optimizer; parameters that are not in it start anew."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for key, value in state.items():
+        field, _, name = key.partition(":")
+        if name in named:
+            place = "cpu" if field == "step" else named[name].device  # AdamW counts its steps on the CPU
+            optimizer.state[named[name]][field] = value.to(place, copy=True)
+
+
+def anchored(model: nn.Module, config: TrainingConfig) -> list[tuple[nn.Parameter, Tensor]]:
+    """(parameter, copy of what it is now) of everything that is trained: w and w_t of FedProx; [] where mu is 0."""
+    if not config.proximal > 0:
+        return []
+    return [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def pull_back(anchors: Iterable[tuple[Tensor, Tensor]], proximal: float) -> None:
+    """Add mu (w - w_t) to w's gradients: that of FedProx's mu/2 |w - w_t|^2 (Li et al. 2020, 1812.06127 eq. 2).
+
+    Called once a step, however many batches that adds up, on gradients that are clipped already: clipping is for the
+    loss, whose gradient is noisy; this term is left as it is, like weight decay. So plain SGD goes further by
+    -lr mu (w - w_t), neither more nor less (AdamW scales it with the rest of the gradient). A parameter that this
+    step's loss did not reach has no step.
+    """
+    for parameter, sent in anchors:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - sent, alpha=proximal)
+
+
+def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """All parameters, but each of the `DETACHED_HEADS` apart: it must not slow what it looks on at."""
+    parts: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *DETACHED_HEADS)}
+    for name, parameter in model.named_parameters():
+        parts[next((head for head in DETACHED_HEADS if head in name.split(".")), "")].append(parameter)
+    return list(parts.values())
+
+
+def check_weights(model: nn.Module, client: str) -> None:
+    """TrainingDiverged if a weight is not finite."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TrainingDiverged(f"client {client}: weight {name!r} is not finite after training; lower lr")
