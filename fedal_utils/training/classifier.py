@@ -20,6 +20,7 @@ from ..data import random_crop
 from ..data.readers import Images
 from ..detectors.classifiers import Classifier, State
 from ..detectors.losses import balanced_cross_entropy, compensation_loss, compensation_weights
+from .inference import class_scores
 from .schedule import (
     LocalTask,
     TrainingDiverged,
@@ -37,7 +38,8 @@ class ClassifierTask(LocalTask):
     """What one client of a classifier trains on in one call; rows count in the training set.
 
     rows (n,) of its labelled images, classes (n,) int64 from 0, counts (C,) of them by class; unlabelled: rows that
-    may be mixed for distillation (empty: none). stop_at: stop after the pass whose training accuracy reaches this.
+    may be mixed for distillation (empty: none). stop_at: stop after the first pass behind which the model is right on
+    at least this part of its labelled images, as they are.
     """
 
     rows: np.ndarray
@@ -157,6 +159,12 @@ def check_tasks(tasks: Sequence[ClassifierTask], config: TrainingConfig) -> None
             raise ValueError(f"client {task.client} makes no step: iterations={task.iterations}, {config.epochs=}")
 
 
+def accuracy(model: Classifier, task: ClassifierTask, images: Images, device: torch.device) -> float:
+    """On which part of its labelled images, neither mirrored nor cropped, the model in eval mode is right."""
+    guess = class_scores(model, images.take(task.rows), device=device).argmax(1)
+    return float((guess == task.classes.cpu()).float().mean())
+
+
 def ready(teacher: Classifier | None, config: TrainingConfig, device: torch.device, as_released: bool):
     """A teacher that can be asked and does not learn; None where nothing is distilled."""
     if teacher is None or config.distillation_weight == 0:
@@ -203,7 +211,7 @@ def fit_classifier(
     mixing = task.mixes(config, teacher)
     draws = draw(task, config, mixing, as_released)
     before, whole = task.position(config)
-    losses, right, seen = [], 0, 0
+    losses, seen = [], 0
     for done, length in enumerate(draws.length.tolist()):
         step = draws.at(done)
         for group in optimizer.param_groups:
@@ -228,11 +236,12 @@ def fit_classifier(
         pull_back(anchors, config.proximal)
         optimizer.step()
         losses.append({k: v.detach() for k, v in parts.items()})
-        right, seen = right + (scores.argmax(1) == target).sum(), seen + length
-        if seen >= len(task.rows):
-            if task.stop_at is not None and int(right) >= task.stop_at * seen:
+        seen += length
+        if task.stop_at is not None and seen >= len(task.rows):
+            seen = 0
+            if accuracy(model, task, images, device) >= task.stop_at:
                 break
-            right, seen = 0, 0
+            model.train()
     model.eval()
     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if v.dim() > 0}
     means = {k: float(sum(step[k] for step in losses)) / len(losses) for k in losses[0]}

@@ -172,12 +172,19 @@ def test_how_many_clients_pay_on_a_cpu_and_on_a_gpu():
     assert training.clients_per_stack(128, (32, 32), "cuda") > 10**6
 
 
-def test_a_model_that_is_right_stops_early(images):
+def test_a_model_that_is_right_stops_after_the_first_pass_behind_which_it_is(images):
     easy = CONFIG.replace(epochs=40, flip=0.0, crop=0)
     early, full = (
         training.fit_classifier(model(), task("a", 0, 12, 0, (0, 1), stop_at=at), images, easy) for at in (0.99, None)
     )
     assert early.steps < full.steps == 80
+    right = []
+    for passes in range(1, early.steps // 2 + 1):
+        net, one = model(), task("a", 0, 12, 0, (0, 1), iterations=None)
+        training.fit_classifier(net, one, images, easy.replace(epochs=passes))
+        with torch.no_grad():
+            right.append(bool((net(images.pixels[:12]).argmax(1) == one.classes).all()))
+    assert right == [False] * (early.steps // 2 - 1) + [True]
 
 
 # ------------------------------------------------------------------------------------------------------------- FedProx
