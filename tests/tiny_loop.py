@@ -1,9 +1,7 @@
-"""A deterministic experiment without a detector, to break off and resume; test_record.py runs it in other processes."""
+"""A deterministic experiment without a detector, to break off and resume; tests/record run it in other processes."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 import signal
 import sys
@@ -12,51 +10,34 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils.record import run as record
+from fedal_utils import record
+from fedal_utils.config import Config
+from fedal_utils.record import files
+
+CONFIG = Config.of(cycles=2, rounds=2, profile="quick", methods=("sum", "random"), seeds=(0,))
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """As much of a config as `record` reads."""
-
-    cycles: int = 2
-    rounds: int = 2
-    lr: float = 0.1
-    sizes: tuple[int, ...] = (4, 3)
-    profile: str = "quick"
-    methods: tuple[str, ...] = ("sum", "random")
-    seeds: tuple[int, ...] = (0,)
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-    def digest(self) -> str:
-        values = {k: v for k, v in self.as_dict().items() if k not in ("methods", "seeds")}
-        return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
-
-
-def rows_of(run: record.Run, cycle: int, round: int, weights: torch.Tensor, asked: int) -> list[dict]:
+def rows_of(run: record.Run, cycle: int, number: int, weights: torch.Tensor, labelled: int) -> list[dict]:
     """Two clients and the server; a new metric column appears at the end of each cycle, as with rare evaluation."""
     clients = [
         {
             "client": k,
-            "images": asked,
-            "boxes": 3 * asked,
+            "images": labelled,
+            "boxes": 3 * labelled,
             "loss": float(weights[k].abs()),
             "bytes_up": 4 * k,
             "steps": 5,
         }
         for k in range(2)
     ]
-    server = {"client": "server", "images": 2 * asked, "seconds": 2.5 * asked}
-    if round == run.config.federation.rounds - 1:
+    server = {"client": "server", "images": 2 * labelled, "seconds": 2.5 * labelled}
+    if number == run.config.federation.rounds - 1:
         server |= {"ap50": float(torch.sigmoid(weights.sum())), "ap50/empty class": float("nan")}
     return [*clients, server]
 
 
-def loop(root: Path, config: Config | None = None, pause: float = 0.0) -> None:
+def loop(root: Path, config: Config = CONFIG, pause: float = 0.0, stop_after: int = 0) -> None:
     """State: weights, a float64 moment and the generator's own state; every number depends on all before it."""
-    config = config or Config.of()
     for run in record.runs(config, "tiny", root=root, progress=False):
         start = record.shared(
             config,
@@ -71,18 +52,20 @@ def loop(root: Path, config: Config | None = None, pause: float = 0.0) -> None:
         if run.resumed:
             weights, moment, ids = run.resumed["weights"], run.resumed["moment"], run.resumed["ids"]
             draws.set_state(run.resumed["draws"])
-        for cycle, round in run.rounds():
-            asked = []
-            if round == 0:
-                asked = [
+        for cycle, number in run.rounds():
+            queries = []
+            if number == 0:
+                queries = [
                     {"client": k, "id": f"image,{cycle}-{k}", "score": float(torch.rand((), generator=draws))}
                     for k in range(2)
                 ]
-                ids = ids + [row["id"] for row in asked]
-            step = torch.randn(3, generator=draws) * run.config.training.lr + run.rng("noise", cycle, round).normal()
+                ids = ids + [row["id"] for row in queries]
+            step = torch.randn(3, generator=draws) * run.config.training.lr + run.rng("noise", cycle, number).normal()
             weights = weights + step
             moment = 0.9 * moment + weights.double() / 3
             time.sleep(pause)
+            if stop_after and run.committed == stop_after:
+                raise ZeroDivisionError("broken off")
             state = {
                 "weights": weights,
                 "moment": moment,
@@ -90,7 +73,7 @@ def loop(root: Path, config: Config | None = None, pause: float = 0.0) -> None:
                 "draws": draws.get_state(),
                 "note": ("a", 1, None),
             }
-            run.commit(cycle, round, rows_of(run, cycle, round, weights, len(ids)), asked, state)
+            run.commit(cycle, number, rows_of(run, cycle, number, weights, len(ids)), queries, state)
 
 
 def killed_at(root: Path, instant: int) -> None:
@@ -124,7 +107,7 @@ def killed_at(root: Path, instant: int) -> None:
         original_replace(source, target)
         instant_passes()  # 4: just after the rename
 
-    record.open, os.fsync, os.replace = doomed_open, doomed_fsync, doomed_replace
+    files.open, os.fsync, os.replace = doomed_open, doomed_fsync, doomed_replace
     loop(root)
     (root / "all instants passed").touch()
 

@@ -1,0 +1,117 @@
+"""Where a run ran, and its progress on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import __version__
+
+
+@functools.cache
+def _commit() -> dict[str, Any]:
+    """{'commit', 'dirty'} of the checkout that this package lies in (results/ apart); {} if it lies in none.
+
+    A plain copy of the tree names it in the environment variable FEDAL_COMMIT or in a file COMMIT beside the package.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    named = os.environ.get("FEDAL_COMMIT") or (
+        (folder / "COMMIT").is_file() and (folder / "COMMIT").read_text().strip()
+    )
+    if named:
+        return {"commit": named, "dirty": False}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            return {}
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":!results")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+@functools.cache
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine class of this process; no host name, user name or path."""
+    versions = {"fedal": __version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {"system": platform.system(), "architecture": platform.machine(), "cpu": _cpu(), "cores": cores}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {**versions, **_commit(), "machine": machine}
+
+
+def machine_text(facts: Mapping[str, Any]) -> str:
+    """The machine of `environment`, in a few words."""
+    machine = facts.get("machine", {})
+    words = [machine.get("cpu", "unknown"), f"{machine.get('cores', '?')} cores", machine.get("gpu")]
+    return ", ".join(word for word in words if word)
+
+
+def banner() -> str:
+    """One line: versions, and the class of machine that this process runs on."""
+    found = environment()
+    versions = ", ".join(f"{name} {found[name]}" for name in ("fedal", "torch", "torchvision") if name in found)
+    return f"{versions}, Python {found['python']} | {machine_text(found)}"
+
+
+class Progress:
+    """One bar per run over rounds; one line per round where neither a terminal nor a notebook looks on.
+
+    The environment variable FEDAL_PROGRESS (bar, lines or none) overrides.
+    """
+
+    def __init__(self, name: str, rounds: int, committed: int):
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        seen = getattr(shell, "kernel", None) is not None or sys.stderr.isatty()
+        self.how = os.environ.get("FEDAL_PROGRESS") or ("bar" if seen else "lines")
+        if self.how not in ("bar", "lines", "none"):
+            raise ValueError(f"FEDAL_PROGRESS={self.how!r}: use bar, lines or none")
+        self.name = name
+        off = self.how != "bar"
+        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=off)
+        self.done, self.rounds = committed, rounds
+
+    def step(self, place: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """A round is done: its place in words, its rows, its wall seconds."""
+        self.done += 1
+        server = next((row for row in rows if row.get("client") == "server"), {})
+        news = {
+            k: f"{float(server[k]):.4g}" for k in ("images", "ap50", "accuracy", "loss") if server.get(k) is not None
+        }
+        self.bar.set_postfix(news, refresh=False)
+        self.bar.update()
+        if self.how == "lines":
+            text = "  ".join(f"{k} {v}" for k, v in news.items())
+            print(f"{self.name}  {place}, {self.done} of {self.rounds}  {text}  {seconds:.1f} s", flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()

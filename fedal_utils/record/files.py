@@ -1,0 +1,215 @@
+"""Files that are whole or not there: atomic writes, locks, tables of text, states with a checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+import numpy as np
+import pandas as pd
+import torch
+
+LOCK_WAIT = 5.0  # seconds: a killed notebook's kernel notices within one or two that its parent is gone
+ADVICE = "restore it, or delete its folder to run again"
+
+_TEXT = frozenset({"client", "id", "group", "method", "status"})  # columns that are never numbers
+_FINITE = frozenset({"cycle", "round", "images", "boxes", "seconds", "bytes_up", "bytes_down", "steps"})
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+
+
+def project_root() -> Path:
+    """The folder that holds `results/`: the checkout that the working directory lies in, else the working directory.
+
+    A notebook opened in Jupyter works in `notebooks/`, one run headless in the checkout itself: both write to the same
+    `results/`. The environment variable FEDAL_HOME overrides.
+    """
+    if os.environ.get("FEDAL_HOME"):
+        return Path(os.environ["FEDAL_HOME"]).expanduser().absolute()
+    here = Path.cwd()
+    checkouts = (f for f in (here, *here.parents) if (f / "notebooks").is_dir() and (f / "pyproject.toml").is_file())
+    return next(checkouts, here)
+
+
+def folder_name(text: str, what: str) -> str:
+    """The text, if it can name a folder."""
+    if not isinstance(text, str) or not _NAME.fullmatch(text):
+        raise ValueError(f"{what} {text!r} cannot name a folder: use letters, digits and _ . + = -, a letter first")
+    return text
+
+
+def write_atomic(path: str | Path, content: bytes | str | Callable[[BinaryIO], None]) -> Path:
+    """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place.
+
+    content: bytes, text (UTF-8), or a function that writes to the open binary file. Readers see the old file or the new
+    one, never a half. An exception leaves the old file as it was; a full disk is an OSError that says so.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, "no space left on the disk, the file was not written", str(path)) from None
+        raise
+    with contextlib.suppress(OSError):  # renames survive a power cut in the order they were made
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object, atomically."""
+    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object, {} if there is no file; ValueError naming the file if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): {ADVICE}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: {ADVICE}")
+    return content
+
+
+def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
+    """Exclusive use of the file's folder by this process, until released; it vanishes with the process.
+
+    wait: seconds, LOCK_WAIT unless given, -1 for ever. A process that has the lock already gets it once more.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(path.absolute(), is_singleton=True, thread_local=False)
+    try:
+        held.acquire(timeout=LOCK_WAIT if wait is None else wait)
+    except filelock.Timeout:
+        raise RuntimeError(f"{path.parent} is in use by another process") from None
+    return held
+
+
+# --- tables of text: what stands in a CSV, so that a rewrite never changes a byte -------------------------------------
+
+
+def read_sheet(path: Path) -> pd.DataFrame:
+    """A CSV, every cell as its text; ValueError naming the file if it is missing, cut or not a table."""
+    try:
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            raise ValueError(f"it is cut, its last line has no end: {content[-40:]!r}")
+        return pd.read_csv(io.BytesIO(content), dtype=object, keep_default_na=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {ADVICE}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole CSV ({error}): {ADVICE}") from None
+
+
+def encode(sheet: pd.DataFrame) -> bytes:
+    """The bytes of its file."""
+    return sheet.to_csv(index=False, lineterminator="\n").encode()
+
+
+def sha256(sheet: pd.DataFrame) -> str:
+    """Hex digest of its file."""
+    return hashlib.sha256(encode(sheet)).hexdigest()
+
+
+def typed(sheet: pd.DataFrame) -> pd.DataFrame:
+    """The same as whole numbers, floats and text, exactly as written; an empty cell is NaN among floats."""
+
+    def values(name: str, cells: list[str]) -> np.ndarray:
+        for kind, empty in ((int, None), (float, "nan")) if name not in _TEXT else ():
+            with contextlib.suppress(ValueError, TypeError):
+                return np.array([kind(cell or empty) for cell in cells], dtype=np.dtype(kind))
+        return np.array(cells, dtype=object)
+
+    return pd.DataFrame({name: values(name, sheet[name].tolist()) for name in sheet})
+
+
+def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any], where: str):
+    """The sheet with rows added and `fixed` filled in; a new column is left empty in the rows before.
+
+    ValueError naming client and column for a value that no cell can hold.
+    """
+    texts = []
+    for row in rows:
+        place = f"{where}, client {row.get('client')!r}" + (f", id {row['id']!r}" if "id" in row else "")
+        for name in row:
+            if not isinstance(name, str) or (name in fixed and row[name] != fixed[name]):
+                raise ValueError(f"{place}: {name} is {row[name]!r}")
+        texts.append({name: _cell(value, name, place) for name, value in {**row, **fixed}.items()})
+    return pd.concat([sheet, pd.DataFrame(texts, dtype=object)], ignore_index=True).fillna("") if texts else sheet
+
+
+def _cell(value: Any, column: str, where: str) -> str:
+    """The text of one value; floats by `repr`, so that reading gives the same float back."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if value is None or (column == "score" and value != value):
+        return ""  # a query without a score: an initial label, or an image without detections
+    if isinstance(value, (bool, int)):
+        return str(int(value))
+    if isinstance(value, float):
+        if math.isinf(value) or (math.isnan(value) and (column in _FINITE or column.startswith("loss"))):
+            raise ValueError(f"{where}: {column} is {value!r}; nothing was written")
+        return repr(value)
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{where}: {column} must be one number or a string, got {value!r} of {type(value).__name__}")
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def save_state(path: Path, content: Any) -> None:
+    """Write what `plain` gave: the SHA-256 of the rest in a first line, then torch's own format."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n" + buffer.getvalue())
+
+
+def load_state(path: Path) -> Any:
+    """Read it, on the CPU; ValueError naming the file if a single bit is not as it was written."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[65:]).hexdigest().encode() + b"\n" != content[:65]:
+        raise ValueError(f"{path} is damaged: its checksum does not fit")
+    return torch.load(io.BytesIO(content[65:]), map_location="cpu", weights_only=True)
+
+
+def plain(value: Any, where: str) -> Any:
+    """The value, if `torch.load(weights_only=True)` reads all of it back; ValueError naming the place of the rest."""
+    if isinstance(value, torch.Tensor):  # a view would drag its whole storage into the file
+        view = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+        return value.detach().clone() if view else value.detach()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    what = f"a dict with keys {list(value)!r}" if isinstance(value, Mapping) else f"of {type(value).__name__}"
+    raise ValueError(f"{where} is {what}, which a state cannot hold (arrays: torch.from_numpy); nothing was written")

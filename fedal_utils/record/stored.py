@@ -1,0 +1,150 @@
+"""What is stored of a run, and what all runs of a seed share: read with every check, written once."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from .files import (
+    ADVICE,
+    folder_name,
+    load_state,
+    lock,
+    plain,
+    project_root,
+    read_json,
+    read_sheet,
+    save_state,
+    sha256,
+)
+
+COLUMNS = {
+    "rounds": (
+        *("cycle", "round", "client", "images", "boxes"),
+        "seconds",  # estimated annotation seconds, the third cost; wall seconds are in times.csv
+        *("bytes_up", "bytes_down", "loss", "steps"),
+    ),
+    "queries": ("cycle", "client", "id", "score"),
+    "times": ("cycle", "round", "seconds"),
+}
+STATES = ("state.pt", "state-before.pt")
+
+
+class Config(Protocol):
+    """What this room needs of `config.Config`."""
+
+    profile: str
+    methods: Sequence[str]
+    seeds: Sequence[int]
+
+    def digest(self) -> str: ...
+
+    def flat(self) -> dict[str, Any]: ...
+
+
+def setting_folder(config: Config, notebook: str, root: str | Path | None) -> Path:
+    """Where the runs of a setting lie; root: `results/runs` unless given."""
+    root = project_root() / "results" / "runs" if root is None else Path(root)
+    return root / folder_name(notebook, "notebook") / config.digest()[:8]
+
+
+@dataclass
+class Stored:
+    """What counts of a run's folder: all rows of a finished run, those of the last good state of a broken one."""
+
+    sheets: dict[str, pd.DataFrame]  # texts; keys of COLUMNS
+    committed: int
+    done: bool
+    fingerprint: str
+    state: dict[str, Any] | None = None
+    damaged: tuple[str, ...] = ()  # states that could not be read
+
+
+def read_run(folder: Path) -> Stored | None:
+    """The committed part of a run; None if there is none. ValueError naming the file that was cut or changed."""
+    fingerprint = str(read_json(folder / "config.json").get("fingerprint", ""))
+    if (folder / "done.json").exists():
+        note = read_json(folder / "done.json")
+        digests = note.get("sha256")
+        if not isinstance(digests, dict) or set(digests) != {"rounds.csv", "queries.csv"} or not note.get("rounds"):
+            raise ValueError(f"{folder / 'done.json'} names no digests of rounds.csv and queries.csv: {ADVICE}")
+        sheets = {name: read_sheet(folder / f"{name}.csv") for name in COLUMNS}
+        for name, digest in digests.items():
+            if sha256(sheets[name.removesuffix(".csv")]) != digest:
+                raise ValueError(f"{folder / name} was changed since its run finished: {ADVICE}")
+        return Stored(sheets, int(note["rounds"]), True, fingerprint)
+    damaged = []
+    for path in (folder / name for name in STATES):
+        try:
+            content = load_state(path)
+            ledger, state = json.loads(content["ledger"]), content["state"]
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            damaged.append(str(error))
+            continue
+        sheets = {name: _committed_rows(folder / f"{name}.csv", entry) for name, entry in ledger["sheets"].items()}
+        return Stored(sheets, ledger["committed"], False, fingerprint, state, tuple(damaged))
+    return Stored({}, 0, False, fingerprint, None, tuple(damaged)) if damaged else None
+
+
+def _committed_rows(path: Path, entry: Mapping[str, Any]) -> pd.DataFrame:
+    sheet = read_sheet(path)
+    if len(sheet) < entry["rows"] or not set(entry["columns"]) <= set(sheet):
+        raise ValueError(f"{path} holds {len(sheet)} rows, {entry['rows']} were committed: {ADVICE}")
+    sheet = sheet[entry["columns"]].head(entry["rows"])
+    if sha256(sheet) != entry["sha256"]:
+        raise ValueError(f"{path} was changed since the run committed it: {ADVICE}")
+    return sheet
+
+
+def shared(
+    config: Config,
+    notebook: str,
+    seed: int,
+    name: str,
+    make: Callable[[], Any],
+    root: str | Path | None = None,
+    fingerprint: str = "",
+) -> Any:
+    """What all methods of a seed start from (the initial model): made once, saved, and loaded from then on.
+
+    make: no arguments, returns what `Run.commit` accepts as a state. A second process that asks meanwhile waits. The
+    value always comes from the file, on the CPU, so the first caller sees what the others see. It is made anew where
+    the file is damaged, or belongs to other data.
+    """
+    path = setting_folder(config, notebook, root) / "shared" / f"{folder_name(name, 'shared')}-seed{int(seed)}.pt"
+    where = f"{notebook}: shared {name!r} of seed {seed}"
+
+    def stored() -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        try:
+            content = load_state(path)
+        except ValueError as error:
+            warnings.warn(f"{where}: {error}; it is made anew", stacklevel=3)
+            return None
+        return content if not fingerprint or content["fingerprint"] == fingerprint else None
+
+    content = stored()
+    if content is None:
+        with lock(path.with_name(f".{path.stem}.lock"), wait=-1):
+            content = stored()
+            if content is None:
+                save_state(path, {"fingerprint": fingerprint, "content": plain(make(), where)})
+                content = load_state(path)
+    return content["content"]
+
+
+def state(
+    config: Config, notebook: str, method: str, seed: int, root: str | Path | None = None
+) -> dict[str, Any] | None:
+    """The last committed state of a run, finished or not (to look at its model); None if this machine has none."""
+    path = setting_folder(config, notebook, root) / method / f"seed{seed}" / STATES[0]
+    return load_state(path)["state"] if path.exists() else None

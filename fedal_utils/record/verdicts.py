@@ -1,0 +1,258 @@
+"""A paper's numbers beside ours, with a verdict by rule; tables and figures that are published.
+
+The rule (intervals: Student's t over paired seeds, 95 %):
+
+==================================  ==================================================================================
+order shown                         every neighbouring step of the paper's order has its interval on the paper's side
+order partly shown (k of n steps)   k of them have, and none on the other side
+contradicted                        a step is shown the other way; a formula gives another number
+inconclusive                        nothing is shown; `smallest_detectable` is the difference that could have been
+level matches, level differs        same data only: the paper's value is as ours, within the stated tolerance and an
+                                    interval narrower than twice of it; or it is shown to lie outside the tolerance
+formula checked                     our number, computed and not measured, is the paper's within its tolerance
+no published number, not run        there is nothing to compare with; nothing of ours is there
+==================================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..metrics import area_under_curve, paired_test
+from .files import project_root, read_sheet, write_atomic
+from .stored import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER_COLUMNS = ("item", "setting", "x", "metric", "value", "unit", "source", "tolerance")
+VERDICT_COLUMNS = (
+    *("notebook", "paper", "item", "theirs", "ours", "difference", "low", "high", "smallest_detectable"),
+    *("seeds", "data", "scale", "verdict", "source"),
+)
+SCALES = ("full", "small detector", "frozen features")
+POINTS = {"fraction": 100.0}  # unit -> factor: fractions are told in points of a hundred
+
+Seeds = Mapping[int, float]  # seed -> value
+
+
+@dataclass(frozen=True)
+class About:
+    """Where our numbers come from: scale is one of SCALES."""
+
+    notebook: str
+    data: str
+    scale: str
+    profile: str
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be one of {SCALES}, got {self.scale!r}")
+
+
+def about(config: Config, notebook: str, scale: str) -> About:
+    """Of the runs of a setting."""
+    return About(notebook, str(config.flat()["dataset"]), scale, config.profile)
+
+
+def read_paper(paper: str | Path) -> pd.DataFrame:
+    """A paper's published numbers: `results/paper/<paper>.csv`, or any CSV with PAPER_COLUMNS. `x` may be empty."""
+    path = Path(paper) if str(paper).endswith(".csv") else project_root() / "results" / "paper" / f"{paper}.csv"
+    frame = read_sheet(path)
+    if tuple(frame) != PAPER_COLUMNS:
+        raise ValueError(f"{path}: columns must be {', '.join(PAPER_COLUMNS)}, got {', '.join(frame)}")
+    for name in ("x", "value", "tolerance"):
+        try:
+            frame[name] = frame[name].replace("", "nan").astype(float)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name} must be a number or empty ({error})") from None
+    return frame
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dict[str, Any]:
+    """What our runs show of the paper's order: verdict, difference, low, high, smallest_detectable, seeds.
+
+    theirs: the paper's value of each setting; ours: our value of each setting and seed. The numbers are of the first
+    setting of the paper's order minus the last; `smallest_detectable` is half the widest interval of a step, `seeds`
+    the number of pairs of the step that has the fewest. Settings that the paper gives equal values make no step.
+    """
+    order = sorted((name for name in theirs if ours.get(name)), key=lambda name: -theirs[name])
+    steps = [_paired(ours[a], ours[b]) for a, b in zip(order, order[1:], strict=False) if theirs[a] > theirs[b]]
+    if not steps:
+        return {"verdict": "not run", "seeds": 0}
+    shown = sum(step["low"] > 0 for step in steps)
+    if any(step["high"] < 0 for step in steps):
+        verdict = "contradicted"
+    elif shown == len(steps):
+        verdict = "order shown"
+    else:
+        verdict = f"order partly shown ({shown} of {len(steps)} steps)" if shown else "inconclusive"
+    ends = _paired(ours[order[0]], ours[order[-1]])
+    widest = max((step["high"] - step["low"]) / 2 for step in steps) if all(s["n"] > 1 for s in steps) else math.nan
+    found = {"verdict": verdict, "smallest_detectable": widest, "seeds": min(step["n"] for step in steps)}
+    return found | {name: ends[name] for name in ("difference", "low", "high")}
+
+
+def _paired(a: Seeds, b: Seeds) -> dict[str, float]:
+    seeds = sorted(set(a) & set(b))
+    if not seeds:
+        return {"difference": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    return paired_test([a[s] for s in seeds], [b[s] for s in seeds])
+
+
+def level_verdict(theirs: float, ours: Seeds, tolerance: float) -> dict[str, Any]:
+    """Is our value the paper's, on the same data? As `order_verdict`; numbers are ours minus theirs."""
+    test = paired_test(list(ours.values()), [theirs] * len(ours))
+    half = (test["high"] - test["low"]) / 2
+    if half < tolerance and abs(test["difference"]) <= tolerance:
+        verdict = "level matches"
+    else:
+        verdict = "level differs" if test["low"] > tolerance or test["high"] < -tolerance else "inconclusive"
+    found = {name: test[name] for name in ("difference", "low", "high")}
+    return {"verdict": verdict, "smallest_detectable": tolerance + half, "seeds": len(ours), **found}
+
+
+# --- our tables against it --------------------------------------------------------------------------------------------
+
+
+def compare_paper(
+    table: pd.DataFrame,
+    paper: str | Path,
+    about: About,
+    *,
+    items: Sequence[str] | None = None,
+    settings: Mapping[str, str] | None = None,
+    by: str = "end",
+    x: str = "images",
+    level: bool = False,
+) -> pd.DataFrame:
+    """What our runs say of a paper's items; a row of VERDICT_COLUMNS for each item and metric.
+
+    table: as `record.table` gives it; the server's rows count.
+    paper: see `read_paper`.
+    items: those of the paper's CSV (all unless given).
+    settings: the paper's name of a setting -> our method; those not named are called as ours.
+    by: 'end' of both curves, or 'area' under them (their mean height: more power).
+    x: our column on the horizontal axis.
+    level: same data only; a row more for each setting whose published number has a tolerance.
+    Smoke runs are never compared: their rows read *not run*. Fractions are told in points of a hundred.
+    """
+    published = read_paper(paper)
+    unknown = set(items or ()) - set(published["item"])
+    if unknown or by not in ("end", "area"):
+        raise ValueError(f"no item {sorted(unknown)} in {paper}" if unknown else f"by must be end or area, got {by!r}")
+    server = table[(table["client"].astype(str) == "server") & (about.profile != "smoke")]
+    rows = []
+    for (item, metric), group in published.groupby(["item", "metric"], sort=False):
+        if items is not None and item not in items:
+            continue
+        scale = POINTS.get(group["unit"].iloc[0], 1.0)
+        ours_scale = 100.0 if group["unit"].iloc[0] in ("fraction", "percent", "%", "points") else 1.0
+        theirs = {
+            name: scale * _height(part["x"], part["value"], by) for name, part in group.groupby("setting", sort=False)
+        }
+        theirs = {name: value for name, value in theirs.items() if not math.isnan(value)}
+        ours = {name: _ours(server, (settings or {}).get(name, name), metric, x, by, ours_scale) for name in theirs}
+        found = order_verdict(theirs, ours) if theirs else {"verdict": "no published number", "seeds": 0}
+        rows.append(_row(about, paper, item, theirs, ours, found, group))
+        for name, part in group.groupby("setting", sort=False) if level else ():
+            tolerance = scale * part["tolerance"].max()
+            if ours.get(name) and not math.isnan(tolerance):
+                found = level_verdict(theirs[name], ours[name], tolerance)
+                rows.append(_row(about, paper, f"{item}: {name}", {name: theirs[name]}, ours, found, part))
+    return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
+
+
+def check_formula(
+    paper: str | Path, about: About, item: str, ours: Mapping[str, float], settings: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Numbers that we compute instead of measuring, against a paper's item; one row of VERDICT_COLUMNS.
+
+    ours: setting of ours -> number, in the paper's unit. *formula checked* if all lie within the stated tolerances.
+    """
+    group = read_paper(paper)
+    group = group[group["item"] == item]
+    names = {name: (settings or {}).get(name, name) for name in group["setting"]}
+    group = group[[names[name] in ours for name in group["setting"]]]
+    theirs = dict(zip(group["setting"], group["value"], strict=True))
+    computed = {name: {0: float(ours[names[name]])} for name in theirs}
+    gaps = [computed[name][0] - value for name, value in theirs.items()]
+    right = np.abs(gaps) <= group["tolerance"].fillna(0) if len(group) else np.zeros(0)
+    verdict = "formula checked" if len(group) and all(right) else "contradicted" if len(group) else "not run"
+    found = {"verdict": verdict, "seeds": 0, "difference": max(gaps, key=abs, default=math.nan)}
+    return pd.DataFrame([_row(about, paper, item, theirs, computed, found, group)], columns=VERDICT_COLUMNS)
+
+
+def _height(x: pd.Series, y: pd.Series, by: str) -> float:
+    """The end of a curve or the area under it; a single point is both."""
+    points = sorted((a, b) for a, b in zip(x.fillna(0), y, strict=True) if not math.isnan(b))
+    if not points:
+        return math.nan
+    return area_under_curve(*zip(*points, strict=True)) if by == "area" and len(points) > 1 else points[-1][1]
+
+
+def _ours(server: pd.DataFrame, method: str, metric: str, x: str, by: str, scale: float) -> dict[int, float]:
+    if metric not in server:
+        return {}
+    mine = server[(server["method"] == method) & server[metric].notna()].sort_values(["cycle", "round"])
+    mine = mine.drop_duplicates(["seed", "cycle"], keep="last").drop_duplicates(["seed", x], keep="last")
+    return {int(seed): scale * _height(part[x], part[metric], by) for seed, part in mine.groupby("seed")}
+
+
+def _row(
+    about: About, paper: str | Path, item: str, theirs: Mapping, ours: Mapping, found: Mapping, group: Any
+) -> dict:
+    order = sorted(theirs, key=lambda name: -theirs[name])
+    text = {
+        "theirs": " > ".join(f"{name} {theirs[name]:.4g}" for name in order),
+        "ours": ", ".join(f"{name} {np.mean(list(ours[name].values())):.4g}" for name in order if ours.get(name)),
+    }
+    facts = {"paper": Path(paper).stem, "item": item, "source": "; ".join(dict.fromkeys(group["source"]))}
+    return {**asdict(about), **facts, **text, **found}
+
+
+# --- published --------------------------------------------------------------------------------------------------------
+
+
+def publish_verdicts(frame: pd.DataFrame) -> Path:
+    """Put verdicts into `results/tables/verdicts.csv`, in the place of those of the same notebook, data and item."""
+    path = project_root() / "results" / "tables" / "verdicts.csv"
+    keys = ["notebook", "paper", "item", "data", "scale"]
+    before = pd.read_csv(path) if path.exists() else frame.iloc[:0]
+    both = pd.concat([before, frame], ignore_index=True).drop_duplicates(keys, keep="last")
+    return publish_table(both.sort_values(keys)[[*VERDICT_COLUMNS]], path)
+
+
+def publish_table(frame: pd.DataFrame, path: str | Path) -> Path:
+    """Write a table as CSV, atomically; a bare name goes to `results/tables/<name>.csv`. Returns the path."""
+    return write_atomic(_published(path, "tables", ".csv"), frame.to_csv(index=False, lineterminator="\n"))
+
+
+def publish_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
+    """Save a figure, atomically; a bare name goes to `results/figures/<name>.png`. Returns the path.
+
+    No date or version goes into the file, so the same numbers give the same bytes on the same machine.
+    """
+    path = _published(path, "figures", ".png")
+    kind = path.suffix.removeprefix(".")
+    blank = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+    return write_atomic(
+        path, lambda file: figure.savefig(file, format=kind, dpi=dpi, bbox_inches="tight", metadata=blank)
+    )
+
+
+def _published(path: str | Path, folder: str, suffix: str) -> Path:
+    path = Path(path)
+    if path.suffix not in (".csv", ".png", ".pdf", ".svg"):  # a name may hold a dot
+        path = path.with_name(path.name + suffix)
+    return project_root() / "results" / folder / path if path.parent == Path(".") else path

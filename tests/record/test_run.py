@@ -1,0 +1,498 @@
+"""A run killed at any instant and started again leaves the same bytes; nothing damaged is ever written or read."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_loop
+import torch
+
+from fedal_utils import config, record
+from fedal_utils.record import files
+
+ROOT = Path(record.__file__).resolve().parents[2]
+CONFIG = tiny_loop.CONFIG
+KILL_EVERY = int(os.environ.get("FEDAL_KILL_EVERY", 17))  # `make torture`: 1
+
+
+def results(root: Path) -> dict[str, bytes]:
+    """The files that must not depend on how often a run was broken off."""
+    found = [p for name in ("rounds", "queries") for p in root.rglob(f"{name}.csv") if "before-" not in str(p)]
+    return {str(p.relative_to(root)): p.read_bytes() for p in found}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("unbroken")
+    tiny_loop.loop(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A process that has imported everything once and forks: a fresh process for a few hundredths of a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_loop"])
+    with pytest.MonkeyPatch.context() as patch:  # the server reads its path from the environment only
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        context.Process(target=math.sqrt, args=(2,)).start()
+    return context
+
+
+def first_run(root: Path, fingerprint: str = "", **changes):
+    settings = CONFIG.replace(methods=("sum",), **changes)
+    runs = record.runs(settings, "tiny", root=root, progress=False, fingerprint=fingerprint)
+    return next(runs), runs
+
+
+def commit(run: record.Run, cycle: int = 0, number: int = 0, **values) -> None:
+    run.commit(cycle, number, [{"client": "server", "images": 1, **values}], [], {"w": torch.ones(2)})
+
+
+def finish(root: Path, **named) -> record.Run:
+    """One run of one cycle and two rounds."""
+    run, runs = first_run(root, cycles=1, **named)
+    commit(run, 0, 0)
+    commit(run, 0, 1)
+    runs.close()
+    return run
+
+
+def flip_a_bit(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+# --- killed and resumed -----------------------------------------------------------------------------------------------
+
+
+def test_killed_at_every_instant_then_resumed_gives_the_same_bytes(unbroken, tmp_path, server):
+    """Every 17th instant: a write has five, and 17 is prime to 5, so each kind of instant is met at many files."""
+    expected = results(unbroken)
+    assert len(expected) == 4
+    instants = 0
+    for instant in range(0, 10_000, KILL_EVERY):
+        root = tmp_path / str(instant)
+        root.mkdir()
+        doomed = server.Process(target=tiny_loop.killed_at, args=(root, instant))
+        doomed.start()
+        doomed.join()
+        if (root / "all instants passed").exists():
+            assert doomed.exitcode == 0
+            break
+        assert doomed.exitcode == -signal.SIGKILL
+        instants += 1
+        tiny_loop.loop(root)
+        assert results(root) == expected, f"killed at instant {instant}"
+        assert not list(root.rglob("*.tmp"))
+    assert instants >= 200 // KILL_EVERY
+
+
+def test_killed_again_and_again_makes_progress_and_gives_the_same_bytes(unbroken, tmp_path, server):
+    for instant in (37, 45, 31, 52, 40, 33):
+        doomed = server.Process(target=tiny_loop.killed_at, args=(tmp_path, instant))
+        doomed.start()
+        doomed.join()
+    tiny_loop.loop(tmp_path)
+    assert results(tmp_path) == results(unbroken)
+    assert max(json.loads(path.read_text())["starts"] for path in tmp_path.rglob("env.json")) > 1
+
+
+def test_killed_by_the_clock_in_a_process_of_its_own(unbroken, tmp_path):
+    command = [sys.executable, tiny_loop.__file__, str(tmp_path), "0.2"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("state.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.rglob("done.json"))
+    tiny_loop.loop(tmp_path)
+    assert results(tmp_path) == results(unbroken)
+
+
+def test_resumes_from_the_last_commit_only(tmp_path):
+    run, runs = first_run(tmp_path)
+    run.commit(0, 0, [], [{"client": 3, "id": "007", "score": math.nan}], {"w": torch.ones(2)})
+    runs.close()
+    run, runs = first_run(tmp_path)
+    assert run.committed == 1 and torch.equal(run.resumed["w"], torch.ones(2)) and next(run.rounds()) == (0, 1)
+    (row,) = run.query_rows()
+    assert row["client"] == "3" and row["id"] == "007" and row["cycle"] == 0 and math.isnan(row["score"])
+
+
+def test_finished_runs_are_skipped_without_a_lock_or_a_write_and_new_ones_join(tmp_path, monkeypatch):
+    tiny_loop.loop(tmp_path)
+    for path in tmp_path.rglob(".lock"):
+        path.unlink()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert list(record.runs(CONFIG, "tiny", root=tmp_path)) == []
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}  # so a disk that is read-only will do
+    more = list(record.runs(CONFIG, "tiny", ["sum", "max"], [0, 1], root=tmp_path, progress=False))
+    assert [(r.method, r.seed) for r in more] == [("max", 0), ("sum", 1), ("max", 1)]
+
+
+def test_killed_between_the_last_commit_and_its_note_counts_as_finished(tmp_path):
+    tiny_loop.loop(tmp_path)
+    notes = list(tmp_path.rglob("done.json"))
+    for note in notes:
+        note.unlink()
+    assert list(record.runs(CONFIG, "tiny", root=tmp_path, progress=False)) == []
+    assert all(note.exists() for note in notes) and len(notes) == 2
+
+
+# --- damaged states ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 0.3, 0.7, 1])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_flipped_bit_is_noticed_and_the_run_goes_back_to_the_last_good_state(unbroken, tmp_path, place, both):
+    with contextlib.suppress(ZeroDivisionError):  # broken off after three of four rounds
+        tiny_loop.loop(tmp_path, CONFIG.replace(methods=("sum",)), stop_after=3)
+    (folder,) = [p.parent for p in tmp_path.rglob("state.pt")]
+    flip_a_bit(folder / "state.pt", place)
+    if both:
+        flip_a_bit(folder / "state-before.pt", place)
+    with pytest.warns(UserWarning, match=f"state.pt is damaged.* going back to round {0 if both else 2} of 4"):
+        tiny_loop.loop(tmp_path, CONFIG.replace(methods=("sum",)))
+    expected = {name: content for name, content in results(unbroken).items() if "/sum/" in name}
+    assert results(tmp_path) == expected
+    assert len(list(folder.glob("before-damaged-*/state.pt"))) == both  # nothing is lost
+
+
+def test_a_damaged_shared_state_is_made_anew(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"w": torch.ones(3)}
+
+    for _ in range(2):
+        assert torch.equal(record.shared(CONFIG, "tiny", 0, "start", make, tmp_path)["w"], torch.ones(3))
+    assert len(made) == 1
+    (path,) = tmp_path.rglob("start-seed0.pt")
+    flip_a_bit(path, 0.5)
+    with pytest.warns(UserWarning, match="start-seed0.pt is damaged"):
+        record.shared(CONFIG, "tiny", 0, "start", make, tmp_path)
+    record.shared(CONFIG, "tiny", 0, "start", make, tmp_path, fingerprint="other data")
+    record.shared(CONFIG, "tiny", 0, "start", make, tmp_path, fingerprint="other data")
+    assert len(made) == 3
+
+
+def test_two_processes_share_a_state_that_is_made_once(tmp_path):
+    code = "import sys, tiny_loop, torch; from pathlib import Path; from fedal_utils import record\n"
+    code += "make = lambda: (open(sys.argv[1] + '/made', 'a').write('x'), torch.rand(2))[1]\n"
+    code += "print(record.shared(tiny_loop.CONFIG, 'tiny', 0, 'start', make, Path(sys.argv[1])).tolist())"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE) for _ in range(2)]
+    said = {process.communicate()[0] for process in both}
+    assert len(said) == 1 and b"[" in said.pop() and (tmp_path / "made").read_text() == "x"
+
+
+# --- the data set changed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_run_of_other_data_starts_anew_and_is_kept_aside(tmp_path, rounds):
+    run, runs = first_run(tmp_path, "aaaa", cycles=1)
+    for number in range(rounds):  # broken off, or finished
+        commit(run, 0, number)
+    runs.close()
+    with contextlib.suppress(StopIteration):
+        first_run(tmp_path, "aaaa", cycles=1)[1].close()  # the same data: no warning
+    with pytest.warns(UserWarning, match="the data set is not the one of this run, which starts anew"):
+        run, runs = first_run(tmp_path, "bbbb", cycles=1)
+    assert run.committed == 0 and run.resumed is None
+    runs.close()
+    assert json.loads((run.folder / "config.json").read_text())["fingerprint"] == "bbbb"
+    assert len(list(run.folder.glob("before-other-data-*/rounds.csv"))) == 1
+    assert record.table(run.config, "tiny", tmp_path).empty
+
+
+def test_rows_of_different_data_never_stand_in_one_table(tmp_path):
+    finish(tmp_path, fingerprint="aaaa")
+    settings = CONFIG.replace(cycles=1)
+    for run in record.runs(settings, "tiny", ["max"], root=tmp_path, progress=False, fingerprint="bbbb"):
+        for cycle, number in run.rounds():
+            commit(run, cycle, number)
+    with pytest.raises(ValueError, match=r"belong to different data \(\['aaaa', 'bbbb'\]\)"):
+        record.table(settings, "tiny", tmp_path)
+    assert set(record.table(settings, "tiny", tmp_path, fingerprint="aaaa")["method"]) == {"sum"}
+    assert set(record.queries(settings, "tiny", tmp_path, methods=["sum"])) == {"method", "seed", "cycle", *QUERY}
+
+
+QUERY = ("client", "id", "score")
+
+# --- who may write ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_cannot_share_a_folder_and_a_dead_owner_does_not_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.0)
+    hold = "import sys, time; from pathlib import Path; from fedal_utils import record\n"
+    hold += "held = record.lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    path = record.Run(CONFIG, "tiny", "sum", 0, tmp_path).folder / ".lock"
+    command = [sys.executable, "-c", hold, str(path)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert owner.stdout.readline() == b"held\n"
+    with pytest.raises(RuntimeError, match="is in use by another process"):
+        first_run(tmp_path)
+    owner.kill()
+    owner.wait()
+    run, runs = first_run(tmp_path)
+    commit(run)
+    runs.close()
+
+
+def test_the_same_process_takes_its_own_run_over_and_the_old_loop_cannot_write(tmp_path):
+    """A notebook's cell is interrupted and run again: the old generator still hangs in a traceback."""
+    old, old_runs = first_run(tmp_path)
+    commit(old)
+    new, new_runs = first_run(tmp_path)
+    with pytest.raises(RuntimeError, match="started again"):
+        commit(old, 0, 1)
+    old_runs.close()
+    commit(new, 0, 1)
+    new_runs.close()
+    with pytest.raises(RuntimeError, match="not open"):
+        commit(record.Run(CONFIG, "tiny", "sum", 0, tmp_path))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"loss": math.nan}, {"loss": math.inf}, {"loss_box": np.float32("nan")}, {"ap50": -math.inf}),
+        *({"images": math.nan}, {"ap50": np.zeros(2)}, {"ap50": [1]}),
+    ],
+)
+def test_a_value_that_no_cell_can_hold_is_refused_by_name_and_nothing_is_written(tmp_path, values):
+    run, runs = first_run(tmp_path)
+    commit(run, 0, 0)
+    before = {p: p.read_bytes() for p in run.folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"tiny sum seed 0, cycle 0, round 1, client 7: {next(iter(values))} "):
+        run.commit(0, 1, [{"client": 7, **values}])
+    with pytest.raises(ValueError, match="id 'b': score is inf"):
+        run.commit(0, 1, [], [{"client": 7, "id": "b", "score": math.inf}])
+    assert before == {p: p.read_bytes() for p in run.folder.iterdir()}
+    commit(run, 0, 1)
+    runs.close()
+    assert len(record.table(run.config, "tiny", tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (np.zeros(3), r"state\['a'\]\[1\] is of ndarray.*torch.from_numpy"),
+        (print, "builtin_function_or_method"),
+        ({(1, 2): 3}, "a dict with keys"),
+    ],
+)
+def test_a_state_that_could_not_be_read_back_is_refused(tmp_path, value, message):
+    run, runs = first_run(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run.commit(0, 0, [], [], {"a": [0, value]})
+    assert not (run.folder / "rounds.csv").exists()
+
+
+def test_a_round_out_of_turn_or_forgotten_is_an_error(tmp_path):
+    run, runs = first_run(tmp_path)
+    with pytest.raises(ValueError, match=r"due is \(0, 0\)"):
+        commit(run, 0, 1)
+    with pytest.raises(RuntimeError, match="cycle 0, round 0 .* was not committed"):
+        for _ in run.rounds():
+            pass
+    with pytest.raises(ValueError, match="round is 5"):
+        run.commit(0, 0, [{"client": "server", "round": 5}])
+
+
+def test_a_folder_of_another_setting_is_an_error_that_names_the_difference(tmp_path):
+    run, runs = first_run(tmp_path)
+    runs.close()
+    path = run.folder / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["config"]["dropout_rate"]  # written before a setting was known: at its default, so the same
+    path.write_text(json.dumps(stored))
+    first_run(tmp_path)[1].close()
+    assert json.loads(path.read_text()) == stored
+    stored["config"]["lr"] = 0.2
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"config.json belongs to another setting \(lr: 0.2 there, 0.002 here\)"):
+        first_run(tmp_path)
+    assert record.Run(CONFIG.replace(lr=0.2), "tiny", "sum", 0, tmp_path).folder != run.folder
+
+
+DAMAGES = {
+    "cut": lambda content: content[:-5],
+    "short": lambda content: b"".join(content.splitlines(keepends=True)[:-1]),
+    "edited": lambda content: content.replace(b"server,1", b"server,2"),
+    "ragged": lambda content: content.replace(b"server", b"server,1"),
+    "binary": lambda content: b"\xff\xfe\x00",
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_csv_is_an_error_that_names_it_for_every_reader(tmp_path, damage, done):
+    run, runs = first_run(tmp_path, cycles=1)
+    for number in range(1 + done):
+        commit(run, 0, number)
+    runs.close()
+    path = run.folder / "rounds.csv"
+    if DAMAGES[damage]:
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    else:
+        path.unlink()
+    for read in (
+        lambda: first_run(tmp_path, cycles=1),
+        lambda: record.table(run.config, "tiny", tmp_path),
+        lambda: record.queries(run.config, "tiny", tmp_path),
+        lambda: record.missing(run.config, "tiny", ["sum"], [0], tmp_path),
+    ):
+        with pytest.raises(ValueError, match="rounds.csv"):
+            read()
+
+
+@pytest.mark.parametrize("digests", [{}, None, {"rounds.csv": "0" * 64}, {"rounds.csv": "", "queries.csv": ""}])
+def test_a_closing_note_without_the_right_digests_is_refused(tmp_path, digests):
+    run = finish(tmp_path)
+    (run.folder / "done.json").write_text(json.dumps({"rounds": 2, "sha256": digests}))
+    for read in (lambda: first_run(tmp_path, cycles=1), lambda: record.table(run.config, "tiny", tmp_path)):
+        with pytest.raises(ValueError, match="names no digests|was changed"):
+            read()
+
+
+@pytest.mark.parametrize("wrong", [{"methods": "sum"}, {"methods": ["a", "a"]}, {"seeds": []}, {"methods": ["../up"]}])
+def test_wrong_lists_of_methods_and_seeds_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError):
+        next(record.runs(CONFIG, "tiny", root=tmp_path, **wrong))
+    for seed in (-1, True, 0.5):
+        with pytest.raises(ValueError, match="seed"):
+            record.Run(CONFIG, "tiny", "sum", seed, tmp_path)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_floats_and_texts_come_back_as_they_went_in(tmp_path):
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size=200) * 10.0 ** rng.integers(-300, 300, 200)
+    values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, *numbers]
+    run, runs = first_run(tmp_path, cycles=1, rounds=1)
+    rows = [{"client": k, "loss": v, "steps": 2**60 + k, "ap50": np.float32(0.1)} for k, v in enumerate(values)]
+    ids = ["NA", "nan", "007", 'a "quoted", id', "two\nlines", "größe", "", " "]
+    run.commit(0, 0, rows, [{"client": "NA", "id": name, "score": torch.tensor(0.5)} for name in ids], {})
+    runs.close()
+    table = record.table(run.config, "tiny", tmp_path)
+    assert table["loss"].tolist() == values and [math.copysign(1, v) for v in table["loss"]][4] == -1
+    assert table["steps"].tolist() == [2**60 + k for k in range(len(values))]
+    assert table["ap50"].iloc[0] == float(np.float32(0.1))
+    assert table["images"].isna().all() and table["client"].tolist() == [str(k) for k in range(len(values))]
+    back = record.queries(run.config, "tiny", tmp_path)
+    assert back["id"].tolist() == ids and set(back["client"]) == {"NA"} and set(back["score"]) == {0.5}
+
+
+def test_table_gathers_all_methods_and_seeds_in_order(unbroken, tmp_path):
+    table = record.table(CONFIG, "tiny", unbroken)
+    assert table["method"].drop_duplicates().tolist() == ["sum", "random"]  # the config's order
+    assert len(table) == 2 * 4 * 3 and set(table["client"]) == {"0", "1", "server"}
+    assert table["ap50"].notna().sum() == 2 * 2 and table["ap50/empty class"].isna().all()
+    assert set(record.table(CONFIG, "tiny", unbroken, methods=["random"])["method"]) == {"random"}
+    assert len(record.times(CONFIG, "tiny", unbroken)) == 8
+    empty = record.table(CONFIG, "tiny", tmp_path)
+    assert len(empty) == 0 and {"method", "seed", "client", "images"} <= set(empty.columns)
+    assert record.missing(CONFIG, "tiny", ("sum", "random"), (0, 1), unbroken) == [("sum", 1), ("random", 1)]
+
+
+def test_env_tells_versions_and_machine_but_not_whose(unbroken, monkeypatch):
+    path = next(unbroken.rglob("env.json"))
+    env = json.loads(path.read_text())
+    assert env["torch"].startswith(torch.__version__.split("+")[0]) and env["machine"]["cores"] >= 1
+    assert env["minutes"] >= 0 and env["starts"] == 1
+    assert str(Path.home()) not in path.read_text() and os.uname().nodename not in path.read_text().split('"')
+    assert "torch" in record.banner() and "cores" in record.banner()
+
+
+def test_state_is_the_last_one_and_a_view_does_not_drag_its_storage_along(tmp_path):
+    run, runs = first_run(tmp_path)
+    run.commit(0, 0, [], [], {"row": torch.zeros(1000, 1000)[3], "big": 2**100, "nested": [{"a": (1, None, True)}]})
+    runs.close()
+    found = record.state(run.config, "tiny", "sum", 0, tmp_path)
+    assert found["row"].shape == (1000,) and found["big"] == 2**100 and found["nested"] == [{"a": (1, None, True)}]
+    assert (run.folder / "state.pt").stat().st_size < 20_000
+    assert record.state(run.config, "tiny", "max", 0, tmp_path) is None
+
+
+@pytest.mark.parametrize("problem, message", [(errno.ENOSPC, "no space left on the disk"), (errno.EIO, "as it came")])
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, problem, message):
+    path = files.write_atomic(tmp_path / "a.csv", "old\n")
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError(problem, "as it came")
+
+    with pytest.raises(OSError, match=message):
+        files.write_atomic(path, fail)
+    assert path.read_text() == "old\n" and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_disk_that_fills_up_within_a_commit_leaves_a_run_that_resumes(unbroken, tmp_path, monkeypatch):
+    original, writes = files.os.fsync, []
+
+    def full(descriptor):
+        writes.append(1)
+        if len(writes) == 25:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left on the disk"):
+        tiny_loop.loop(tmp_path)
+    tiny_loop.loop(tmp_path)
+    assert results(tmp_path) == results(unbroken)
+
+
+@pytest.mark.parametrize("how", ["lines", "bar"])
+def test_progress_is_a_bar_or_a_line_per_round(tmp_path, capfd, monkeypatch, how):
+    monkeypatch.setenv("FEDAL_PROGRESS", how)
+    for run in record.runs(CONFIG.replace(methods=("sum",)), "tiny", root=tmp_path):
+        for cycle, number in run.rounds():
+            commit(run, cycle, number, ap50=0.25)
+    out, err = capfd.readouterr()
+    if how == "lines":
+        assert out.splitlines()[3].startswith("tiny sum seed 0  cycle 2 round 2, 4 of 4  images 1  ap50 0.25")
+    else:
+        assert out == "" and "sum seed 0: 100%" in err and "4/4" in err and "ap50=0.25" in err
+
+
+def test_the_plan_of_every_round_has_the_extra_rounds_after_the_last_cycle(tmp_path):
+    settings = config.Config.of(cycles=2, rounds=2, extra_rounds=3)
+    assert record.every_round(settings) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    run = record.Run(settings, "x", "a", 0, tmp_path, plan=lambda config, method: [(0, 0), (0, 5)])
+    assert run.plan == [(0, 0), (0, 5)] and not run.finished
+
+
+def test_the_project_root_is_the_checkout_from_its_notebooks_too(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEDAL_HOME", raising=False)
+    (tmp_path / "house" / "notebooks").mkdir(parents=True)
+    (tmp_path / "house" / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path / "house" / "notebooks")
+    assert record.project_root() == tmp_path / "house"
+    monkeypatch.chdir(tmp_path)
+    assert record.project_root() == tmp_path
