@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, notebooks
+from . import __version__, notebooks, record
 from .config import PROFILES
-from .record import run as record
 
 
 def seed_list(text: str) -> list[int] | None:
@@ -54,7 +53,7 @@ def profile_name(text: str) -> str | None:
 
 def data_folder() -> Path:
     """$FEDAL_DATA, or `data/` of the checkout."""
-    return Path(os.environ.get("FEDAL_DATA") or record.home() / "data").expanduser()
+    return Path(os.environ.get("FEDAL_DATA") or record.project_root() / "data").expanduser()
 
 
 def doctor() -> None:
@@ -144,7 +143,7 @@ def clients(given: argparse.Namespace) -> None:
     config = load(name, profile_name(given.profile) or notebooks.default_profile(), data, [given.seed], **wishes)
     flower.check(config)
     place = Path(
-        given.place or record.home() / "results" / "runs" / name / f"place-{homes.dealt_as(config, given.seed)}"
+        given.place or record.project_root() / "results" / "runs" / name / f"place-{homes.dealt_as(config, given.seed)}"
     )
     people = {client: {"person": "human"} for client in given.human}
     names = homes.deal(config, place, given.seed, tests=given.tests)

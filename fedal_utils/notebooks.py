@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import papers
+from . import papers, record
 from .config import Config
-from .record import run as record
 
 REPOSITORY = "https://github.com/fedal-project/fedal"  # pyproject.toml and CITATION.cff repeat it; a test compares
 BRANCH = "main"
@@ -59,10 +58,10 @@ def folder(root: str | Path | None = None) -> Path:
     """The `notebooks/` folder of the checkout that the working directory, or else this package, lies in."""
     if root is not None:
         return Path(root) / "notebooks"
-    for place in (record.home(), Path(__file__).resolve().parents[1]):
+    for place in (record.project_root(), Path(__file__).resolve().parents[1]):
         if (place / "notebooks").is_dir():
             return place / "notebooks"
-    raise ValueError(f"no notebooks/ in {record.home()}: run this inside a checkout of {REPOSITORY}")
+    raise ValueError(f"no notebooks/ in {record.project_root()}: run this inside a checkout of {REPOSITORY}")
 
 
 def find(wish: str | None = None, root: str | Path | None = None) -> list[Path]:
@@ -188,7 +187,7 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     output, failed = work / path.name, work / f"{path.stem}.failed.ipynb"
     for leftover in work.glob(f".{path.stem}.*.tmp.ipynb"):  # of a runner that was killed
-        if not record.alive(int(leftover.name.split(".")[-3])):
+        if not Path(f"/proc/{leftover.name.split('.')[-3]}").exists():
             leftover.unlink()
     partial = work / f".{path.stem}.{os.getpid()}.tmp.ipynb"
     start = time.monotonic()

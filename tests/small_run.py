@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils import config, papers
+from fedal_utils import config, papers, record
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.record import run as record
 
 SMALL = dict(
     scenes=(60, 8),

@@ -18,7 +18,7 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import notebooks, papers, seeding, training
+from fedal_utils import notebooks, papers, record, seeding, training
 from fedal_utils.data import VIEWS, Viewed
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import Detections, flip_boxes
@@ -26,7 +26,6 @@ from fedal_utils.data.readers import Dataset, Labels
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.federation import own_data
-from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import Oracle, Pool
@@ -80,7 +79,7 @@ def test_clients_in_another_order_change_no_bit(unbroken, tmp_path):
 def test_hidden_labels_scrambled_change_no_selection(unbroken, tmp_path):
     """Only labels that nobody has paid for are scrambled: what was trained on stays, and so must every question."""
     root, study = unbroken
-    paid = set(record.asked(study.config, "small", root=root)["id"])
+    paid = set(record.queries(study.config, "small", root=root)["id"])
     first, _, _ = alfl.share_out(study.config, study.train, 0)
     paid |= {study.train.images.ids[row] for row in first}
     hidden = np.array([row for row, sample in enumerate(study.train.images.ids) if sample not in paid])
@@ -101,7 +100,7 @@ def test_all_methods_start_from_the_same_and_the_reference_gets_the_labels_of_ra
     _, study = unbroken
     study = dataclasses.replace(study, config=study.config.replace(methods=("random", "max", "centralised")))
     small_run.loop(tmp_path, study)
-    asked = record.asked(study.config, "small", root=tmp_path)
+    asked = record.queries(study.config, "small", root=tmp_path)
     by = {m: part.drop(columns="method").reset_index(drop=True) for m, part in asked.groupby("method")}
     pd.testing.assert_frame_equal(by["random"], by["centralised"])
     for other in ("max", "centralised"):
@@ -120,7 +119,7 @@ def test_all_methods_start_from_the_same_and_the_reference_gets_the_labels_of_ra
 def test_the_bill_adds_up(unbroken):
     root, study = unbroken
     table = record.table(study.config, "small", root=root, methods=["sum"])
-    asked = record.asked(study.config, "small", root=root, methods=["sum"])
+    asked = record.queries(study.config, "small", root=root, methods=["sum"])
     assert not asked["id"].duplicated().any(), "nobody is asked twice"
     ids = list(study.train.images.ids)
     boxes = (study.train.labels.classes > 0).sum(1)
@@ -141,7 +140,7 @@ def test_one_client_is_centralised_on_its_data(tmp_path):
     study = alfl.prepare(small_run.settings(clients=1, methods=("random",)), device="cpu")
     small_run.loop(tmp_path, study)
     federated = record.state(study.config, "small", "random", 0, root=tmp_path)["model"]
-    asked = record.asked(study.config, "small", root=tmp_path)
+    asked = record.queries(study.config, "small", root=tmp_path)
     shared = next(tmp_path.rglob("starting-point-seed0.pt"))
     assert shared.exists()
     model = alfl.new_detector(study.config, 10, seeding.torch_rng_for(0, "weights"))
@@ -171,7 +170,7 @@ def test_one_client_is_centralised_on_its_data(tmp_path):
 def test_a_client_whose_loss_is_not_finite_stops_the_run_and_damages_nothing(tmp_path):
     study = alfl.prepare(small_run.settings(methods=("random",)), device="cpu")
     small_run.loop(tmp_path / "whole", study)
-    asked = record.asked(study.config, "small", root=tmp_path / "whole")
+    asked = record.queries(study.config, "small", root=tmp_path / "whole")
     late = asked.query("cycle == 1").iloc[0]
     row = study.train.images.ids.index(late["id"])
     boxes = study.train.labels.boxes.clone()
@@ -220,7 +219,7 @@ def test_rule_never_asks_for_no_image_without_detections(tmp_path, unbroken):
     _, study = unbroken
     strict = study.config.replace(no_detection_rule="never", score_above=0.999, methods=("sum",))
     small_run.loop(tmp_path, dataclasses.replace(study, config=strict))
-    asked = record.asked(strict, "small", root=tmp_path)
+    asked = record.queries(strict, "small", root=tmp_path)
     assert set(asked["cycle"]) == {0} and len(asked) == 6
 
 
@@ -694,7 +693,7 @@ def test_schemes_of_notebook_11_and_12_ask_by_new_strategies(tmp_path):
         device="cpu",
     )
     small_run.loop(tmp_path, study)
-    asked = record.asked(study.config, "small", root=tmp_path)
+    asked = record.queries(study.config, "small", root=tmp_path)
     by = {method: part for method, part in asked.groupby("method")}
     assert by.keys() == set(methods) and all(len(part) == 2 * (3 + 2) for part in by.values())
     assert set(by["chain+cald"]["id"]) == set(by["centralised+chain+cald"]["id"])
@@ -745,7 +744,7 @@ def test_afresh_every_cycle_trains_from_the_starting_point_also_after_a_break(tm
         small_run.loop(root, study)
         again = record.state(study.config, "small", "cascade", 0, root=root)["model"]
         assert again.keys() == ended.keys() and all(torch.equal(again[k], ended[k]) for k in ended)
-    asked = record.asked(study.config, "small", root=tmp_path)
+    asked = record.queries(study.config, "small", root=tmp_path)
     begun = alfl.beginning(study.config)
     start = record.shared(begun, "shared", 0, "starting-point", lambda: pytest.fail("made twice"), root=tmp_path)
     model = alfl.new_detector(study.config, 3, seeding.torch_rng_for(0, "weights"))

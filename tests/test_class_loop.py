@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils import config, papers
+from fedal_utils import config, papers, record
 from fedal_utils.data import partition
 from fedal_utils.data import readers as data
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.record import run as record
 
 SMALL = dict(
     limit=(80, 30),
@@ -59,11 +58,11 @@ def loop(root, study, order=1, enough=None, watch=None):
             done += 1
             if watch:
                 watch(run, clients, cycle, round, updates)
-    return record.table(study.config, "small", root=root), record.asked(study.config, "small", root=root)
+    return record.table(study.config, "small", root=root), record.queries(study.config, "small", root=root)
 
 
 def same_files(one, other):
-    files = sorted(p.relative_to(one) for name in ("rounds.csv", "asked.csv") for p in one.rglob(name))
+    files = sorted(p.relative_to(one) for name in ("rounds.csv", "queries.csv") for p in one.rglob(name))
     assert files and all(filecmp.cmp(one / f, other / f, shallow=False) for f in files)
 
 

@@ -19,12 +19,12 @@ import torch
 pytest.importorskip("flwr")
 pytest.importorskip("psutil")
 
-from fedal_utils import papers
+from fedal_utils import papers, record
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.flower import deployment as wire  # noqa: E402
 from fedal_utils.flower import server_app as flower
 from fedal_utils.flower import workspace as homes
-from fedal_utils.record import run as record
+from fedal_utils.record.files import load_state
 
 NOTEBOOK = "60_real_clients"
 SMALL = dict(
@@ -67,7 +67,7 @@ def folder_of(place: Path) -> Path:
 
 def weights(folder: Path) -> tuple[int, dict]:
     """Rounds that are committed, and the global model after them."""
-    kept = torch.load(folder / "state.pt", weights_only=True)
+    kept = load_state(folder / "state.pt")
     return json.loads(kept["ledger"])["committed"], kept["state"]["model"]
 
 
@@ -154,7 +154,7 @@ def test_the_simulation_is_the_plain_loop_bit_for_bit_from_the_command_line(plai
     done = subprocess.run([*command, "--simulation"], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cycle 2 round 3" in done.stdout
-    for name in ("rounds.csv", "asked.csv"):
+    for name in ("rounds.csv", "queries.csv"):
         assert (folder_of(place) / name).read_text() == (kept / name).read_text(), name
     assert equal(weights(folder_of(place))[1], after[-1])
     psutil = pytest.importorskip("psutil")

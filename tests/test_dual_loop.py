@@ -10,9 +10,8 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import papers, training
+from fedal_utils import papers, record, training
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.record import run as record
 from fedal_utils.sampling import dual_score as dual_vae
 
 CYCLES = 3
@@ -62,7 +61,7 @@ def results(root: Path) -> dict[str, bytes]:
 
 
 def asked(study, root, **which):
-    return record.asked(study.config, "small", root=root, **which)
+    return record.queries(study.config, "small", root=root, **which)
 
 
 # ----------------------------------------------------------------------------------------------- broken off and resumed

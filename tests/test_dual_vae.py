@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedal_utils import papers, training
+from fedal_utils import papers, record, training
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import Detections
 from fedal_utils.data.readers import Labels
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.record import run as record
 from fedal_utils.sampling import dual_score as dual_vae
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.dual_score import (

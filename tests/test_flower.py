@@ -36,7 +36,7 @@ from flwr.app import (  # noqa: E402
 from flwr.common.constant import SUPERLINK_NODE_ID  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from fedal_utils import config, papers
+from fedal_utils import config, papers, record
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.federation.aggregate import State, Update  # noqa: E402
@@ -45,7 +45,6 @@ from fedal_utils.flower import privacy as secure  # noqa: E402
 from fedal_utils.flower import server_app as flower
 from fedal_utils.flower import workspace as homes
 from fedal_utils.labelling import page as labelling
-from fedal_utils.record import run as record
 from fedal_utils.sampling.pool import Bill  # noqa: E402
 
 NOTEBOOK = "60_real_clients"
@@ -218,7 +217,7 @@ def assert_same(setting: config.Config, root: Path, other: Path) -> None:
     """Both CSVs as text, and the final weights bit for bit, of all methods."""
     for method in setting.methods:
         one, two = (folder_of(setting, where, method) for where in (root, other))
-        for name in ("rounds.csv", "asked.csv"):
+        for name in ("rounds.csv", "queries.csv"):
             assert (one / name).read_text().splitlines() == (two / name).read_text().splitlines(), (method, name)
         assert same_state(weights(setting, root, method), weights(setting, other, method)), method
 
@@ -557,7 +556,7 @@ def test_no_box_of_an_annotation_is_in_any_message(overheard):
 
 def test_ids_are_in_answers_of_who_labelled_and_not_under_anonymous(overheard):
     setting, place, root, raw, _ = overheard
-    asked = record.asked(setting, NOTEBOOK, root=root)
+    asked = record.queries(setting, NOTEBOOK, root=root)
     for name in ("00", "01", "02"):
         own = {sample.encode() for sample in homes.read_set(place / "clients" / name, setting).images.ids}
         mine = asked[asked["client"] == name]["id"]

@@ -11,14 +11,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fedal_utils import config, papers
+from fedal_utils import config, papers, record
 from fedal_utils.data import boxes, exchange
 from fedal_utils.data.readers import Dataset, Images, Labels
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.labelling import page as labelling
 from fedal_utils.papers import flywheel
 from fedal_utils.papers.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
-from fedal_utils.record import run as record
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import SET_ASIDE, Bill, Oracle, Pool
 from fedal_utils.seeding import rng_for, torch_rng_for
@@ -352,7 +351,7 @@ def test_a_simulated_person_without_error_is_a_plain_oracle(tmp_path):
     assert set(table["method"]) == set(STRATEGIES) and len(table) == 2 * len(STRATEGIES)
     assert (table["images"] == 9 + 6 * table["cycle"]).all() and (table["boxes"] == table["images"]).all()
     assert (table["seconds"] == 2.0 * table["images"]).all()
-    asked = record.asked(study.config, "wheel", root=tmp_path / "person")
+    asked = record.queries(study.config, "wheel", root=tmp_path / "person")
     assert not asked.duplicated(["method", "id"]).any()
     first = asked[asked["cycle"] == 0].groupby("method")["id"].apply(tuple)
     assert len(set(first)) == 1  # all methods begin alike
@@ -462,7 +461,7 @@ def shrugs(tmp_path_factory) -> list[str]:
     """Two images of each cycle of the run in which somebody can name all."""
     root, study = tmp_path_factory.mktemp("all known"), study_of()
     loop(root, study, lambda *_: Human(study))
-    rows = record.asked(study.config, "wheel", root=root)
+    rows = record.queries(study.config, "wheel", root=root)
     return [name for cycle in range(3) for name in rows[rows["cycle"] == cycle]["id"].tolist()[:2]]
 
 
@@ -482,7 +481,7 @@ def test_images_that_nobody_can_name_are_set_aside(tmp_path):
     rows = history(tmp_path / "run")
     assert not rows["image"].duplicated().any() and len(rows) == 60
     assert set(rows[rows["action"] == "unknown"]["image"]) == set(shrugs) == wheel.answers.unsure(range(9))
-    asked = record.asked(study.config, "wheel", root=tmp_path / "run")
+    asked = record.queries(study.config, "wheel", root=tmp_path / "run")
     assert len(asked) == 58 and not set(asked["id"]) & set(shrugs)
 
 
@@ -640,7 +639,7 @@ def test_boxes_from_a_simulated_person_are_those_of_an_oracle(scenes, tmp_path):
     bill = ["method", "cycle", "client", "images", "boxes", "seconds"]
     pd.testing.assert_frame_equal(tables[0][bill], tables[1][bill])
     assert tables[0]["boxes"].max() > 20 and (tables[0]["seconds"] > 7 * tables[0]["boxes"]).all()
-    asked = [record.asked(scenes.config, "boxes", root=tmp_path / who) for who in ("person", "oracle")]
+    asked = [record.queries(scenes.config, "boxes", root=tmp_path / who) for who in ("person", "oracle")]
     which = ["method", "cycle", "client", "id"]
     assert asked[0][which].equals(asked[1][which]) and len(asked[0]) == 2 * 2 * 7
     by_method = asked[0][asked[0]["cycle"] > 0].groupby("method")["id"].apply(tuple)
@@ -771,7 +770,7 @@ def test_what_held_out_images_show_is_no_image_of_the_pool(scenes, tmp_path, mon
     for reference, want in seen:
         assert torch.equal(reference.probs, want.probs) and torch.equal(reference.labels, want.labels)
         assert len(reference) == 4
-    asked = set(record.asked(study.config, "boxes", root=tmp_path)["id"])
+    asked = set(record.queries(study.config, "boxes", root=tmp_path)["id"])
     assert asked and not asked & set(held.images.ids)
 
 

@@ -18,14 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedal_utils import config, papers, seeding
+from fedal_utils import config, papers, record, seeding
 from fedal_utils.data import readers as data
 from fedal_utils.data.readers import Dataset, Images, Labels
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.flower import workspace as homes
 from fedal_utils.labelling import page as labelling
 from fedal_utils.papers import flywheel
-from fedal_utils.record import run as record
 from fedal_utils.sampling.pool import Bill, Oracle, Pool
 
 TINY = dict(

@@ -14,10 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedal_utils import metrics, papers
+from fedal_utils import metrics, papers, record
 from fedal_utils.data.boxes import Detections, flip_boxes
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.record import run as record
 from fedal_utils.sampling import huale
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.huale import FILTERS, cald_consistency, cascade_stages, jensen_shannon, match

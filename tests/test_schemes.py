@@ -12,12 +12,11 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import config, papers, seeding, training
+from fedal_utils import config, papers, record, seeding, training
 from fedal_utils.data.readers import Labels
 from fedal_utils.detectors import base as detectors
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
-from fedal_utils.record import run as record
 from fedal_utils.sampling import strategies as sampling
 
 TINY = dict(
@@ -112,7 +111,7 @@ def server(study: alfl.Study, root: Path, method: str) -> pd.DataFrame:
 
 
 def asked(study: alfl.Study, root: Path, method: str) -> pd.DataFrame:
-    return record.asked(study.config, "small", root=root, methods=[method]).drop(columns="method")
+    return record.queries(study.config, "small", root=root, methods=[method]).drop(columns="method")
 
 
 def state(study: alfl.Study, root: Path, method: str) -> dict:

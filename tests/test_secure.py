@@ -34,6 +34,7 @@ from fedal_utils.federation import aggregate as federation
 from fedal_utils.flower import privacy as secure  # noqa: E402
 from fedal_utils.flower import server_app as flower
 from fedal_utils.flower import workspace as homes
+from fedal_utils.record.files import load_state
 from fedal_utils.seeding import numpy_seeded  # noqa: E402
 
 NODES = (2**63 + 11, 5, 2**64 - 7, 1234567)  # Flower's are unsigned 64-bit numbers
@@ -479,8 +480,8 @@ def run_of(tmp_path_factory):
         }
         flower.serve(secure.InProcess(flower.client_app, nodes, said, tap=tap), place, said)
         (folder,) = (place / "server" / "runs").glob(f"60_real_clients/{config.digest()[:8]}/avg/seed0")
-        state = torch.load(folder / "state.pt", weights_only=True)["state"]["model"]
-        known[key] = (state, *(pd.read_csv(folder / f, dtype={"client": str}) for f in ("rounds.csv", "asked.csv")))
+        state = load_state(folder / "state.pt")["state"]["model"]
+        known[key] = (state, *(pd.read_csv(folder / f, dtype={"client": str}) for f in ("rounds.csv", "queries.csv")))
         return known[key]
 
     return run

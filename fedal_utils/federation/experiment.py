@@ -27,21 +27,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import metrics, seeding, training
+from .. import metrics, record, seeding, training
 from ..config import Config, TrainingConfig
 from ..data import classification as class_sets
 from ..data import partition
 from ..data import readers as data
-from ..data.views import VIEWS, Viewed, move_boxes
 from ..data.boxes import Detections, flip_boxes
 from ..data.readers import Dataset, Images, Labels
+from ..data.views import VIEWS, Viewed, move_boxes
 from ..detectors import base as detectors
 from ..detectors import classifiers, yolo
 from ..detectors.base import Detector
 from ..detectors.classifiers import Classifier
 from ..detectors.roi_heads import Localisation
 from ..detectors.vae import VAE
-from ..record import run as record
 from ..sampling import dual_score as dual_vae
 from ..sampling import huale
 from ..sampling import ksas as kafal
@@ -318,7 +317,7 @@ def short_name(what: str) -> str:
 
 def data_place(root: str | Path | None = None) -> Path:
     """Where data sets lie: the argument, else $FEDAL_DATA, else `data/` of the checkout the notebook was opened in."""
-    return Path(root or os.environ.get("FEDAL_DATA") or record.home() / "data")
+    return Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
 
 
 def _check_method(config: Config, method: str) -> None:
@@ -470,7 +469,7 @@ def start(run: record.Run, study: Study, oracle: Oracle | None = None) -> tuple[
     clients = [Client(name, Pool(name, train.images, oracle, part)) for name, part in zip(names, parts, strict=True)]
     model = new_detector(config, len(study.class_names), run.torch_rng("weights"))
     if run.resumed is not None:
-        rows = run.asked_rows()
+        rows = run.query_rows()
         for client in clients:
             client.pool.replay(rows)
             client.pool.set_aside(oracle.unsure({cycle for cycle, _ in run.plan[: run.committed]}))
@@ -1126,7 +1125,7 @@ def _ask_again(run: record.Run, client: Client, cycle: int, method: str) -> None
     """Ask what `method` asked of this client in this cycle, on the same seed: its run must be finished."""
     if record.missing(run.config, run.notebook, [method], [run.seed], run.root):
         raise ValueError(f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)")
-    rows = record.asked(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
+    rows = record.queries(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
     client.pool.replay(rows[rows["cycle"] == cycle].to_dict("records"))
 
 

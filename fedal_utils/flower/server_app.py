@@ -64,7 +64,7 @@ except ImportError as error:
         f"plain loop of the notebooks ({error})"
     ) from error
 
-from .. import metrics
+from .. import metrics, record, training
 from ..config import Config
 from ..detectors.base import Detector
 from ..federation import aggregate as federation
@@ -72,10 +72,8 @@ from ..federation import experiment as alfl
 from ..federation.aggregate import State, Update
 from ..federation.experiment import Client, ClientLost, Study, Turn
 from ..papers import flywheel, load
-from ..record import run as record
 from ..sampling.pool import Bill
 from ..seeding import numpy_seeded
-from .. import training
 from . import deployment as wire
 from . import privacy as secure
 from . import workspace as homes
@@ -763,7 +761,7 @@ def start(
         client.pool.held = held.get(client.name, 0)
     model = alfl.new_detector(run.config, len(study.class_names), run.torch_rng("weights"))
     if run.resumed is not None:
-        rows = run.asked_rows()
+        rows = run.query_rows()
         for client in clients:
             client.pool.restore(run.resumed["told"][client.name], rows)
             client.pool.held = held.get(client.name, client.pool.held)  # it may have come while the server was down
@@ -1281,7 +1279,7 @@ class Deployment:
     def _gone(self) -> bool:
         """True when the process of the server's part of the run has begun, and is no more."""
         file = self.place / "server" / "pid"
-        return file.is_file() and not record.alive(int(file.read_text()))
+        return file.is_file() and not Path(f"/proc/{file.read_text()}").exists()
 
     def _committed(self) -> dict[tuple, dict[str, Any]]:
         rows = {}

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import record
 from ..config import Config
 from ..data import readers as data
 from ..data.readers import Dataset
@@ -39,7 +40,6 @@ from ..federation.aggregate import State
 from ..federation.experiment import Client, Picked, Study
 from ..labelling import page as labelling
 from ..papers import flywheel
-from ..record import run as record
 from ..sampling.pool import Bill, Pool
 from ..training import CachedImages
 

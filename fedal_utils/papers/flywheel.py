@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import metrics, seeding
+from .. import metrics, record, seeding
 from ..config import Config
 from ..data import classification as class_sets
 from ..data import exchange
@@ -33,7 +33,6 @@ from ..data.readers import Dataset, Images, Labels
 from ..detectors.backbones import Embedder
 from ..federation import experiment as alfl
 from ..labelling import page as labelling
-from ..record import run as record
 from ..sampling import strategies as sampling
 from ..sampling.pool import Bill, Pool
 from ..sampling.strategies import Choice, Scores
@@ -420,7 +419,7 @@ def start(run: record.Run, study: Study, person: Person | None = None) -> Wheel:
     """The pool with nothing labelled, or as a broken run left it. person: None = a human at the page."""
     given = answers(run, study.train, person, "classes")
     wheel = Wheel(Pool(PERSON, study.train.images, given, range(len(study.train))), given)
-    wheel.pool.replay(run.asked_rows())
+    wheel.pool.replay(run.query_rows())
     wheel.pool.set_aside(given.unsure({cycle for cycle, _ in run.plan[: run.committed]}))
     if run.committed:
         learn(run, study, wheel, run.plan[run.committed - 1][0])

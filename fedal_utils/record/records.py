@@ -175,7 +175,9 @@ def _stored(run: Texts) -> Stored:
     """A run of a record, as if it were read from its folder."""
     sheets = {}
     for name, rows in run.items():
-        sheets[name] = rows[[c for c in rows if c in COLUMNS[name] or (c not in (*FACTS, WALL) and (rows[c] != '').any())]]
+        sheets[name] = rows[
+            [c for c in rows if c in COLUMNS[name] or (c not in (*FACTS, WALL) and (rows[c] != "").any())]
+        ]
     walls = run["rounds"][run["rounds"][WALL] != ""]
     sheets["times"] = walls[["cycle", "round", WALL]].rename(columns={WALL: "seconds"})
     return Stored(sheets, len(walls), True, run["rounds"]["fingerprint"].iloc[0])
@@ -183,7 +185,7 @@ def _stored(run: Texts) -> Stored:
 
 def _check(texts: Texts) -> str:
     parts = [
-        rows[sorted(c for c in rows if c != "check" and (rows[c] != '').any())].to_csv(index=False)
+        rows[sorted(c for c in rows if c != "check" and (rows[c] != "").any())].to_csv(index=False)
         for rows in (texts["rounds"], texts["queries"])
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

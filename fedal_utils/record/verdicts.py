@@ -224,13 +224,15 @@ def _row(
 # --- published --------------------------------------------------------------------------------------------------------
 
 
-def publish_verdicts(frame: pd.DataFrame) -> Path:
-    """Put verdicts into `results/tables/verdicts.csv`, in the place of those of the same notebook, data and item."""
+def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
+    """Put verdicts into `results/tables/verdicts.csv`, in the place of those of the same item; none of smoke runs."""
     path = project_root() / "results" / "tables" / "verdicts.csv"
+    if profile == "smoke":
+        return path
     keys = ["notebook", "paper", "item", "data", "scale"]
-    before = pd.read_csv(path) if path.exists() else frame.iloc[:0]
-    both = pd.concat([before, frame], ignore_index=True).drop_duplicates(keys, keep="last")
-    return publish_table(both.sort_values(keys)[[*VERDICT_COLUMNS]], path)
+    both = pd.concat([pd.read_csv(path), frame], ignore_index=True) if path.exists() else frame
+    both = both.drop_duplicates(keys, keep="last").sort_values(keys)
+    return publish_table(both[[*VERDICT_COLUMNS]], path)
 
 
 def publish_table(frame: pd.DataFrame, path: str | Path) -> Path:
