@@ -1,1 +1,33 @@
-"""What sees: SSD, Faster R-CNN and YOLO, their backbones and losses; small classifiers; the VAE."""
+"""What sees: detectors, classifiers, and the VAE that says how novel an image is.
+
+base         the interface of a detector; boxes as deltas from anchors; threshold and NMS
+backbones    small ones, EfficientNet-Lite0, VGG16, ResNet-50 with a pyramid; a pretrained embedder
+losses       losses that PyTorch lacks: box losses, class losses of KAFAL, the ranking of images
+ssd, faster_rcnn (with roi_heads), yolo (with yolo_loss)
+classifiers  ResNet-8 and a CNN of four layers; stacked: M clients' classifiers as one model
+vae          variational autoencoders
+build        a model of a config, or the reason why there is none
+"""
+
+from .backbones import Embedder
+from .base import Detector, Inputs, clone, decode_boxes, encode_boxes
+from .build import build, build_vae
+from .classifiers import CLASSIFIERS, Classifier
+from .faster_rcnn import FasterRCNN
+from .linear import LinearClassifier, out_of_fold
+from .losses import (
+    balanced_cross_entropy,
+    compensation_loss,
+    compensation_weights,
+    crowding,
+    efficient_iou_loss,
+    emphasis_weights,
+    extended_iou,
+    extended_iou_loss,
+    ranking_loss,
+    side_likelihood_loss,
+)
+from .ssd import SSD
+from .stacked import State, join, mark_valid, split, stacked
+from .vae import VAE, kl, kl_as_released, losses_of
+from .yolo import VIEWS, YOLO

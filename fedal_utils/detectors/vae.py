@@ -7,46 +7,32 @@ its exponential as s, and penalises something else than the Kullback-Leibler div
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..seeding import borrowed_global_rng
+from ..config import VAEConfig
 from .backbones import norm_layer
-
-LATENT = {"small": 64, "published": 1024}  # unless told
-PUBLISHED_SIZE = (300, 300)  # (height, width)
-SIDES = (16, 256)  # smallest and largest of 'small', which takes multiples of 8
 
 
 class VAE(nn.Module):
     """`encoder` makes features of images, two heads a Gaussian over latents of them, `decoder` images of latents.
 
-    size: (height, width) it works at; latent: D; kl_weight: factor on the divergence in a training loss; as_released:
-    train and score as the published code does (see `training.fit_vae` and `losses_of`).
+    'small': three stride-2 stages with GroupNorm and their mirror; sides multiples of 8, 16 to 256. 'published':
+    AL-VAE's final one, 300 x 300 and nothing else, 341 million parameters with its 1,024 latents.
+    as_released: train and score as the published code does (see `training.fit_vae` and `losses_of`).
     """
 
-    def __init__(
-        self,
-        encoder: nn.Sequential,
-        features: int,
-        decoder: nn.Sequential,
-        size: tuple[int, int],
-        latent: int,
-        kl_weight: float,
-        as_released: bool = False,
-    ):
+    def __init__(self, config: VAEConfig, as_released: bool = False):
         super().__init__()
-        self.size, self.latent, self.kl_weight, self.as_released = size, latent, kl_weight, as_released
-        self.encoder, self.decoder = encoder, decoder
-        self.mean, self.log_std = nn.Linear(features, latent), nn.Linear(features, latent)
+        self.size, self.latent, self.kl_weight = config.vae_size, config.latent, config.kl_weight
+        self.as_released = as_released
+        make = _small if config.vae_architecture == "small" else _published
+        self.encoder, features, self.decoder = make(config.vae_size, config.latent)
+        self.mean, self.log_std = nn.Linear(features, config.latent), nn.Linear(features, config.latent)
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Pixels 0..255 (B, 3, H, W), uint8 or float -> (B, 3, h, w) in [0, 1]; differentiable where they are float."""
-        if pixels.dim() != 4 or pixels.shape[1] != 3 or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
-            raise ValueError(f"pixels must be uint8 or float (B, 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
         return _resized(pixels.to(self.mean.weight.dtype) / 255, self.size)
 
     def restore(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -55,15 +41,11 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, h, w) in [0, 1] -> mean and log s of the latents, (B, D) each."""
-        if x.dim() != 4 or x.shape[1:] != (3, *self.size):
-            raise ValueError(f"images must be (B, 3, {self.size[0]}, {self.size[1]}), got {tuple(x.shape)}")
         features = self.encoder(x)
         return self.mean(features), self.log_std(features)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, D) -> images (B, 3, h, w) in (0, 1)."""
-        if z.dim() != 2 or z.shape[1] != self.latent:
-            raise ValueError(f"latents must be (B, {self.latent}), got {tuple(z.shape)}")
         return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +76,6 @@ def kl(mean: Tensor, log_std: Tensor) -> Tensor:
 
     1/2 (s^2 + mean^2 - 1) - log s: 0 at mean 0 and s = 1 (Kingma and Welling 2014, 1312.6114, app. B).
     """
-    _check_latents(mean, log_std)
     return ((mean.square() + torch.expm1(2 * log_std)) / 2 - log_std).sum(1)
 
 
@@ -103,59 +84,16 @@ def kl_as_released(mean: Tensor, log_std: Tensor) -> Tensor:
 
     No divergence: it is smallest at s = 1 / sqrt 2, where it is (log 2) / 2 a latent.
     """
-    _check_latents(mean, log_std)
     return (mean.square() + torch.exp(2 * log_std) - log_std - 0.5).sum(1)
 
 
-def _check_latents(mean: Tensor, log_std: Tensor) -> None:
-    if mean.dim() != 2 or mean.shape != log_std.shape:
-        raise ValueError(f"mean and log_std must both be (B, D), got {tuple(mean.shape)} and {tuple(log_std.shape)}")
-
-
-def losses(vae: VAE, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Of each image of x (B, 3, h, w): "reconstruction" (B,), its sum of squared errors, and "kl" (B,), unweighted.
-
-    generator: as in `VAE.forward`.
-    """
-    return losses_of(vae, x, *vae(x, generator))
-
-
 def losses_of(vae: VAE, x: Tensor, reconstruction: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
-    """`losses` of a forward pass that is at hand; "kl" is the published penalty where `vae.as_released`."""
-    if reconstruction.shape != x.shape:
-        raise ValueError(f"a reconstruction of {tuple(x.shape)} has that shape, got {tuple(reconstruction.shape)}")
+    """Of each image: "reconstruction" (B,), its sum of squared errors, and "kl" (B,), unweighted.
+
+    x: (B, 3, h, w); the rest is what `vae(x)` gave. "kl" is the published penalty where `vae.as_released`.
+    """
     penalty = kl_as_released if vae.as_released else kl
     return {"reconstruction": (reconstruction - x).square().flatten(1).sum(1), "kl": penalty(mean, log_std)}
-
-
-def build(
-    name: str,
-    size: tuple[int, int],
-    latent: int | None,
-    generator: torch.Generator,
-    kl_weight: float,
-    as_released: bool = False,
-) -> VAE:
-    """An autoencoder with weights drawn from `generator`. size: (height, width) it works at.
-
-    small: three stride-2 stages with GroupNorm and their mirror; sides multiples of 8, 16 to 256. published: AL-VAE's
-    final one, 300 x 300 and nothing else, 341 million parameters with its 1,024 latents. latent None: 64, 1,024.
-    """
-    if name not in LATENT:
-        raise ValueError(f"autoencoder must be one of {tuple(LATENT)}, got {name!r}")
-    size = (int(size[0]), int(size[1]))
-    if name == "published" and size != PUBLISHED_SIZE:
-        raise ValueError(f"autoencoder 'published' works at {PUBLISHED_SIZE} and nothing else, got size {size}")
-    if name == "small" and any(side % 8 or not SIDES[0] <= side <= SIDES[1] for side in size):
-        raise ValueError(f"autoencoder 'small' takes sides that are multiples of 8 in {SIDES}, got size {size}")
-    latent = LATENT[name] if latent is None else latent
-    if latent < 1 or latent != int(latent):
-        raise ValueError(f"latent must be an integer >= 1, got {latent!r}")
-    if not 0 <= kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be finite and >= 0, got {kl_weight!r}")
-    with borrowed_global_rng(generator):
-        encoder, features, decoder = (_small if name == "small" else _published)(size, int(latent))
-        return VAE(encoder, features, decoder, size, int(latent), float(kl_weight), as_released)
 
 
 def _small(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.Sequential]:

@@ -1,1 +1,20 @@
-"""Who learns with whom: messages, aggregation, schemes, and the loop."""
+"""Who learns with whom: messages, aggregation, schemes, and the loop.
+
+experiment   the loop of every notebook: read it first
+setup        data of a setting, who holds what
+schemes      who participates, who queries, what is sent: FedAvg, local-first, the chains, centralised
+query        a client's query: which model is asked, what the strategy may observe
+client       what stays with a client, and its training; local: all clients of this process
+initial      the initial model that the methods of a seed share
+messages     states packed to bytes; aggregate: averages, merging by class, screening
+evaluate     metrics and bytes at the end of a round; own_data: sizes for a folder of the user's own
+"""
+
+from .aggregate import average, class_wise_shares, screen, shares, weighted_states
+from .client import Client, ClientLost
+from .experiment import Experiment, runs, start
+from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
+from .own_data import fitted
+from .query import Query
+from .schemes import SCHEMES, Step, method_of, plan, round_lr_factor
+from .setup import Setup, first_queries, partition_clients, prepare, save_partition, setup_of, short_name

@@ -1,111 +1,21 @@
-"""Messages, bytes, merging: federated averaging (McMahan et al. 2017, 1602.05629) and merging class by class.
+"""Merging: federated averaging (McMahan et al. 2017, 1602.05629), merging class by class, screening of updates.
 
-What travels is bytes: a state is packed, the packed bytes are counted, and the receiver works with what it unpacks, so
-that half precision on the wire has its real effect. Sums run in float64 over clients sorted by name: the order in which
-updates arrive changes no bit.
+Sums run in float64 over clients sorted by name: the order in which updates arrive changes no bit.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import TrainingConfig
-from ..data.readers import Images, Labels
-from ..detectors.base import Detector
-from ..detectors.classifiers import Classifier, State
-from ..training import STEPS, CachedImages, ClassifierTask, LocalTask, TrainingDiverged, fit, fit_in_turn, fit_stacked
+from ..training import STEPS
+from .messages import State, Update, unpack
 
 WEIGHTS = ("images", "boxes", "equal")
-BATCH_NORM = ("average", "local", "frozen")
-_WIRE = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one client sends back: its packed weights, and the numbers that weigh and record them.
-
-    memory: the packed state of its optimiser, where that travels with the model; else empty. size: bytes on the wire
-    where the payload is not to be seen (`secure`), which is then empty.
-    """
-
-    client: str
-    payload: bytes
-    images: int
-    boxes: int
-    steps: int
-    loss: float
-    memory: bytes = b""
-    size: int = 0
-
-    @property
-    def bytes(self) -> int:
-        """Size of the whole message."""
-        return len(self.payload) + len(self.memory) + self.size
-
-
-def pack(state: Mapping[str, Tensor], wire: str = "fp32") -> bytes:
-    """Serialise a state for sending; floats in `wire` precision ('fp32' | 'fp16'), integers as they are."""
-    if wire not in _WIRE:
-        raise ValueError(f"wire precision must be one of {tuple(_WIRE)}, got {wire!r}")
-    dtype = _WIRE[wire]
-    sent = {}
-    for name, value in state.items():
-        value = value.detach().cpu()
-        if value.is_floating_point():
-            cast = value.to(dtype)
-            if not bool(torch.isfinite(cast).all()):
-                raise ValueError(f"{name!r} is not finite in {wire} (largest size {float(value.abs().max()):.4g})")
-            value = cast
-        # A view would be saved with all the memory behind it.
-        sent[name] = value.clone(memory_format=torch.contiguous_format)
-    buffer = io.BytesIO()
-    torch.save(sent, buffer)
-    return buffer.getvalue()
-
-
-def unpack(payload: bytes) -> State:
-    """The state in these bytes, floats back in float32; loads tensors only."""
-    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-
-
-def batch_norm_keys(model: nn.Module) -> set[str]:
-    """Names of the running statistics and counters of BatchNorm layers in `model.state_dict()`."""
-    names = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            start = f"{prefix}." if prefix else ""
-            names |= {start + buffer for buffer in ("running_mean", "running_var", "num_batches_tracked")}
-    return names & set(model.state_dict())
-
-
-def sent_keys(model: nn.Module, batch_norm: str = "average") -> list[str]:
-    """What travels: all but a frozen backbone, integer counters, and (unless averaged) BatchNorm's statistics.
-
-    batch_norm: 'average' float statistics with the weights; 'local': each client keeps its own (FedBN's idea, Li et al.
-    2021, 2102.07623); 'frozen': nobody changes them. Counters are never averaged. A model without BatchNorm (the small
-    size uses GroupNorm) is the same under all three.
-    """
-    if batch_norm not in BATCH_NORM:
-        raise ValueError(f"the BatchNorm policy must be one of {BATCH_NORM}, got {batch_norm!r}")
-    keys = model.exchanged() if hasattr(model, "exchanged") else list(model.state_dict())
-    kept_home = set() if batch_norm == "average" else batch_norm_keys(model)
-    state = model.state_dict()
-    return [k for k in keys if k not in kept_home and state[k].is_floating_point()]
-
-
-def state_of(model: nn.Module, keys: Sequence[str]) -> State:
-    """A copy of these entries of the model's state, on the CPU."""
-    state = model.state_dict()
-    return {k: state[k].detach().cpu().clone() for k in keys}
 
 
 def shares(updates: Sequence[Update], weights: str) -> np.ndarray:
@@ -131,14 +41,14 @@ def weighted(updates: Sequence[Update], parts: Sequence[float]) -> State:
     return weighted_states([(u.client, unpack(u.payload)) for u in updates], parts)
 
 
-def average_memory(updates: Sequence[Update], weights: str = "images") -> State:
-    """The optimisers' states that came with the updates, averaged as the weights are; the steps taken are the most.
+def average_optimizer_states(updates: Sequence[Update], weights: str = "images") -> State:
+    """The optimizer states that came with the updates, averaged as the weights are; the steps taken are the most.
 
     Only where all of them travel: {} if an update carries none.
     """
-    if not all(u.memory for u in updates):
+    if not all(u.optimizer_state for u in updates):
         return {}
-    states = {u.client: unpack(u.memory) for u in updates}
+    states = {u.client: unpack(u.optimizer_state) for u in updates}
     counts = {name: int(state.pop(STEPS)) for name, state in states.items()}
     merged = weighted_states(list(states.items()), shares(updates, weights))
     return {**merged, STEPS: torch.tensor(max(counts.values()))}
@@ -186,7 +96,7 @@ def screen(updates: Sequence[Update], before: State, above: float = 0.0) -> tupl
     times the median distance of all updates that none of the other reasons holds for, itself among them. Of fewer than
     three such updates none is too large: the median of two is half way between them and says nothing about either.
     above: 0 = any distance, else > 1. The median stands while less than half of the updates are too large. What an
-    optimiser sends along (`Update.memory`) is not looked at.
+    optimizer sends along (`Update.optimizer_state`) is not looked at.
     """
     if not (above == 0 or 1 < above < math.inf):
         raise ValueError(f"above must be 0 (off) or a finite number > 1 (times the median distance), got {above}")
@@ -261,128 +171,10 @@ def class_wise_shares(metric: np.ndarray) -> np.ndarray:
     return (votes[:, voting] / votes[:, voting].sum(axis=0)).sum(axis=1) / voting.sum()
 
 
-def take_part(clients: Sequence[str], fraction: float, rng: np.random.Generator) -> list[str]:
+def sample_clients(clients: Sequence[str], fraction: float, rng: np.random.Generator) -> list[str]:
     """Client sampling: max(1, round(fraction * M)) names, drawn without order and returned sorted."""
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction of clients must be in (0, 1], got {fraction}")
     ordered = sorted(clients)
     count = max(1, round(fraction * len(ordered)))
     return [ordered[i] for i in sorted(rng.choice(len(ordered), size=count, replace=False))]
-
-
-def train_client(
-    model: Detector,
-    payload: bytes,
-    images: Images | CachedImages,
-    labels: Labels,
-    recipe: TrainingConfig,
-    rng: torch.Generator,
-    client: str,
-    iterations: int | None = None,
-    wire: str = "fp32",
-    batch_norm: str = "average",
-    home: State | None = None,
-    device: str | torch.device = "cpu",
-    memory: State | None = None,
-    travels: bool = False,
-    span: tuple[int, int] | None = None,
-) -> Update:
-    """One client's part of one round: unpack the global weights, train on its own labels, pack the result.
-
-    model: scratch space, whatever weights it holds; what the payload does not carry (BatchNorm statistics that are not
-    averaged, counters) is put back afterwards, so that clients can share it one after the other. home: with
-    batch_norm='local', the client's own statistics; read before training and updated after it. memory, span: the
-    optimizer's state and the place in the schedule, see `training.LocalTask`. travels: pack the memory with the update.
-    If training fails, home and memory are as they were.
-    """
-    kept_home = state_of(model, sorted(set(model.exchanged()) - set(sent_keys(model, batch_norm))))
-    unknown = model.load_state_dict(unpack(payload), strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"client {client} was sent entries that its model does not have: {unknown[:3]}")
-    if home:
-        model.load_state_dict(home, strict=False)
-    steps, losses = 0, []
-    remembered = None if memory is None else dict(memory)
-    freeze = batch_norm_frozen(model) if batch_norm == "frozen" else contextlib.nullcontext()
-    try:
-        with freeze:
-            task = LocalTask(rng, client, iterations, remembered, span)
-            for row in fit(model, images, labels, recipe, task, device):
-                steps = row["steps"]
-                losses.append(row["loss"])
-        state = state_of(model, sent_keys(model, batch_norm))
-        own = state_of(model, sorted(batch_norm_keys(model)))
-    finally:
-        model.load_state_dict(kept_home, strict=False)
-    if not losses:
-        raise ValueError(f"client {client} made no step: iterations={iterations}, epochs={recipe.epochs}")
-    try:
-        sent = pack(state, wire)
-        luggage = pack(remembered) if travels and remembered else b""  # second moments vanish in half precision
-    except ValueError as error:
-        raise TrainingDiverged(f"client {client}: {error}") from None
-    if home is not None and batch_norm == "local":
-        home.update(own)
-    if memory is not None:
-        memory.update(remembered)
-    return Update(
-        client,
-        sent,
-        images=len(images),
-        boxes=int((labels.classes > 0).sum()),
-        steps=steps,
-        loss=losses[-1],
-        memory=luggage,
-    )
-
-
-def train_together(
-    model: Classifier,
-    payload: bytes,
-    lessons: Sequence[ClassifierTask],
-    images: Images,
-    recipe: TrainingConfig,
-    teacher: Classifier | None = None,
-    wire: str = "fp32",
-    device: str | torch.device = "cpu",
-    as_released: bool = False,
-    stacked: bool = True,
-) -> list[Update | TrainingDiverged]:
-    """All clients' part of one round of a classifier: from the global weights, each on its own lesson, in its order.
-
-    stacked: as one model (`training.fit_stacked`), else one client after another. `model` is not changed. A client
-    whose training diverges has its error in its place, and its memory is as it was.
-    """
-    start = unpack(payload)
-    options = {"teacher": teacher, "device": device, "as_released": as_released}
-    train = fit_stacked if stacked else fit_in_turn
-    taught = train(model, [start] * len(lessons), lessons, images, recipe, **options)
-    return [
-        result
-        if isinstance(result, TrainingDiverged)
-        else Update(
-            lesson.client,
-            pack(result.state, wire),
-            images=len(lesson.rows),
-            boxes=len(lesson.rows),
-            steps=result.steps,
-            loss=result.loss,
-        )
-        for result, lesson in zip(taught, lessons, strict=True)
-    ]
-
-
-@contextlib.contextmanager
-def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm layers use their running statistics and do not update them, in train mode too."""
-
-    def to_eval(module: nn.Module, _) -> None:  # returns nothing: what a pre-hook returns replaces the input
-        module.eval()
-
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    hooks = [layer.register_forward_pre_hook(to_eval) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import config as _config
 from ..config import Config
-from . import flywheel, flywheel_sizes, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
+from . import flywheel_sizes, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
 
 __all__ = ["flywheel", "huale", "kafal", "load", "one_node", "real_clients", "sizes", "ssd_vae", "van_bommel"]
 

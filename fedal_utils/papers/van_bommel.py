@@ -10,9 +10,8 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from .. import training
+from .. import detectors, federation, training
 from ..config import Config
-from ..federation import aggregate, experiment
 from .sizes import Preset, Sizes
 
 _YOLO: Sizes = {
@@ -120,34 +119,34 @@ def paper_megabytes(
     return known[scheme]
 
 
-def message_sizes(study: experiment.Study) -> dict[str, float]:
-    """MB of one packed message of this study's detector: 'full', 'head' (backbone frozen), 'optimizer' (its state)."""
-    config = study.config
+def message_sizes(setup: federation.Setup) -> dict[str, float]:
+    """MB of one packed message of this setup's detector: 'full', 'head' (backbone frozen), 'optimizer' (its state)."""
+    config = setup.config
     given = (config.federation.batch_norm, config.federation.message_dtype)
-    model = experiment.new_detector(config, max(1, len(study.class_names)), torch.Generator().manual_seed(0))
-    full = len(experiment.broadcast(model, *given))
+    model = detectors.build(config, max(1, len(setup.class_names)), torch.Generator().manual_seed(0))
+    full = len(federation.broadcast(model, *given))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     moments = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.training.optimizer]
     state = {f"{moment}:{n}": torch.tensor(0.0) if moment == "step" else p for n, p in trained for moment in moments}
     state[training.STEPS] = torch.tensor(0)
     model.freeze_backbone()
-    head = len(experiment.broadcast(model, *given))
-    return {"full": full / 1e6, "head": head / 1e6, "optimizer": len(aggregate.pack(state)) / 1e6}
+    head = len(federation.broadcast(model, *given))
+    return {"full": full / 1e6, "head": head / 1e6, "optimizer": len(federation.pack(state)) / 1e6}
 
 
-def traffic_table(study: experiment.Study, table: pd.DataFrame) -> pd.DataFrame:
+def traffic_table(setup: federation.Setup, table: pd.DataFrame) -> pd.DataFrame:
     """The bytes of every evaluated round beside the paper's formula, for our message sizes and for the paper's own.
 
     table: of `record.table`. Columns: method, seed, step, ap50, metered (MB, packed messages, both ways, so far),
-    formula (the paper's, with this study's message sizes), paper_sizes (the same formula with the paper's sizes).
+    formula (the paper's, with this setup's message sizes), paper_sizes (the same formula with the paper's sizes).
     """
-    config, sizes = study.config, message_sizes(study)
+    config, sizes = setup.config, message_sizes(setup)
     merge_at = (config.query.cycles - 1) * config.federation.rounds
     given = {"clients": config.federation.clients, "merge_at": merge_at}
     frames = []
     server = table[table["client"].astype(str) == "server"].sort_values(["method", "seed", "cycle", "round"])
     for (method, _), run in server.groupby(["method", "seed"], sort=False):
-        scheme, _ = experiment.scheme_of(method)
+        scheme = federation.method_of(method, config).scheme.name
         frame = run[["method", "seed"]].assign(step=range(len(run)), ap50=run["ap50"])
         frame["metered"] = (run["bytes_up"] + run["bytes_down"]).cumsum() / 1e6
         frame["formula"] = [paper_megabytes(scheme, step, **given, **sizes) for step in frame["step"]]

@@ -1,7 +1,7 @@
-"""Who is labelled since when, and the Oracle: the only door to labels, which keeps the bill.
+"""Who is labelled since when, and the Oracle: the only door to labels, which counts their cost.
 
-`Pool.asked_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = set aside (it was asked,
-and nobody could say), else the cycle that asked.
+`Pool.queried_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = undecided (it was
+queried, and nobody could say), else the cycle of the query.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.readers import Images, Labels
+from ..data import Images, Labels
 
-SET_ASIDE = -2
+UNDECIDED = -2
 
 
 @dataclass(frozen=True)
-class Bill:
+class Cost:
     """What labels cost: images looked at, boxes drawn, estimated annotation seconds."""
 
     images: int = 0
     boxes: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: Bill) -> Bill:
-        return Bill(self.images + other.images, self.boxes + other.boxes, self.seconds + other.seconds)
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.images + other.images, self.boxes + other.boxes, self.seconds + other.seconds)
 
 
 class Oracle:
-    """Answers with the ground truth, for pay.
+    """Answers with the ground truth, and counts what that costs.
 
     seconds_per_image: a look at the image (our estimate). seconds_per_box: drawing one box; 7 s is the median of
-    extreme clicking (Papadopoulos et al. 2017, 1708.02750). Every real box is billed, ignored ones too: an annotator
+    extreme clicking (Papadopoulos et al. 2017, 1708.02750). Every real box counts, ignored ones too: an annotator
     draws them before anyone can call them too small or difficult. diagnostic: opens `hidden_labels`.
     """
 
@@ -41,44 +41,44 @@ class Oracle:
     ):
         self._labels, self._diagnostic = labels, diagnostic
         self._boxes = (labels.classes > 0).sum(dim=1).numpy()  # (N,)
-        self._paid = np.zeros(len(self._boxes), dtype=bool)
+        self._annotated = np.zeros(len(self._boxes), dtype=bool)
         self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
 
-    def ask(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
-        """Pay for these images; from now on `labels_of` shows them. (n,) True: an Oracle can always say.
+    def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
+        """Annotate these images; from now on `labels_of` shows them. (n,) True: an Oracle can always say.
 
-        cycle, scores: when and why, for an Oracle who is told (`flywheel.Answers`); ground truth does not care.
+        cycle, scores: when and why, for an Oracle who is told (`labelling.StoreOracle`); ground truth does not care.
         """
-        again = np.asarray(index)[self._paid[index]]
+        again = np.asarray(index)[self._annotated[index]]
         if len(again):
-            raise ValueError(f"images {again.tolist()} were asked before: nobody pays twice for one label")
-        self._paid[index] = True
+            raise ValueError(f"images {again.tolist()} were annotated before: no label is paid twice")
+        self._annotated[index] = True
         return np.ones(len(index), dtype=bool)
 
     def labels_of(self, index: np.ndarray) -> Labels:
-        """Labels of images that were asked; any other raises."""
-        unpaid = np.asarray(index)[~self._paid[index]]
-        if len(unpaid):
-            raise ValueError(f"labels of images {unpaid[:5].tolist()} were not asked: the Oracle keeps them")
+        """Labels of images that were queried; any other raises."""
+        hidden = np.asarray(index)[~self._annotated[index]]
+        if len(hidden):
+            raise ValueError(f"labels of images {hidden[:5].tolist()} were not queried: the Oracle keeps them")
         return self._labels.take(index)
 
-    def unsure(self, cycles: Iterable[int]) -> set[str]:
-        """Ids that were asked in these cycles and that nobody could label: none, an Oracle can always say."""
+    def undecided(self, cycles: Iterable[int]) -> set[str]:
+        """Ids that were queried in these cycles and that nobody could label: none, an Oracle can always say."""
         return set()
 
     def hidden_labels(self, index: np.ndarray) -> Labels:
-        """Labels that nobody has paid for: for an upper bound that is marked as one. PermissionError without that."""
+        """Labels that were not queried: for an upper bound that is marked as one. PermissionError without that."""
         if not self._diagnostic:
             raise PermissionError(
-                "labels that were not asked are for upper bounds only: set diagnostic=True, and say so with the result"
+                "labels that were not queried are for upper bounds only: set diagnostic=True, and say so"
             )
         return self._labels.take(index)
 
-    def bill(self, index: np.ndarray) -> Bill:
-        """What the labels of these images cost; asked ones only."""
+    def cost(self, index: np.ndarray) -> Cost:
+        """What the labels of these images cost; annotated ones only."""
         self.labels_of(index)
         boxes = int(self._boxes[index].sum())
-        return Bill(len(index), boxes, len(index) * self.seconds_per_image + boxes * self.seconds_per_box)
+        return Cost(len(index), boxes, len(index) * self.seconds_per_image + boxes * self.seconds_per_box)
 
 
 class Pool:
@@ -91,7 +91,7 @@ class Pool:
         self.client = client
         self.index = np.asarray(index, dtype=np.int64)
         self.ids = tuple(images.ids[i] for i in self.index)
-        self.asked_in = np.full(len(self.index), -1, dtype=np.int64)
+        self.queried_in = np.full(len(self.index), -1, dtype=np.int64)
         self.scores = np.full(len(self.index), np.nan)
         self._images, self._oracle = images, oracle
 
@@ -100,17 +100,17 @@ class Pool:
 
     def labelled(self) -> np.ndarray:
         """Positions with a label, ascending."""
-        return np.flatnonzero(self.asked_in >= 0)
+        return np.flatnonzero(self.queried_in >= 0)
 
     def unlabelled(self) -> np.ndarray:
-        """Positions that can be asked, ascending."""
-        return np.flatnonzero(self.asked_in == -1)
+        """Positions that can be queried, ascending."""
+        return np.flatnonzero(self.queried_in == -1)
 
-    def set_aside(self, ids: Iterable[str]) -> None:
-        """These images were asked and nobody could say: they are neither labelled nor asked again."""
+    def exclude(self, ids: Iterable[str]) -> None:
+        """These images were queried and nobody could say: they are neither labelled nor queried again."""
         away = set(ids)
         here = np.array([sample in away for sample in self.ids], dtype=bool)
-        self.asked_in[here & (self.asked_in == -1)] = SET_ASIDE
+        self.queried_in[here & (self.queried_in == -1)] = UNDECIDED
 
     def candidates(self) -> Images:
         """The unlabelled images, in the order of `unlabelled()`: all that scoring code may see."""
@@ -121,61 +121,61 @@ class Pool:
         rows = self.index[self.labelled()]
         return self._images.take(rows), self._oracle.labels_of(rows)
 
-    def ask(self, positions: Sequence[int], cycle: int, scores: Sequence[float] | None = None) -> None:
+    def label(self, positions: Sequence[int], cycle: int, scores: Sequence[float] | None = None) -> None:
         """Have these positions labelled in this cycle. scores: why (kept for the record), NaN where there was none."""
         positions = np.asarray(positions, dtype=np.int64)
         if len(np.unique(positions)) != len(positions):
             twice = sorted(positions.tolist())
-            raise ValueError(f"client {self.client}: a position is asked twice in one cycle: {twice}")
+            raise ValueError(f"client {self.client}: a position is queried twice in one cycle: {twice}")
         if len(positions) and not (0 <= positions.min() and positions.max() < len(self)):
             allowed = f"0..{len(self) - 1}"
             raise ValueError(f"client {self.client}: positions must lie in {allowed}, got {positions.tolist()}")
-        known = positions[self.asked_in[positions] != -1]
+        known = positions[self.queried_in[positions] != -1]
         if len(known):
             raise ValueError(f"client {self.client}: already labelled: {[self.ids[p] for p in known]}")
         if cycle < 0:
             raise ValueError(f"cycle must be >= 0, got {cycle}")
         if scores is not None and len(scores) != len(positions):
             raise ValueError(f"client {self.client}: {len(positions)} positions, but {len(scores)} scores")
-        answered = self._oracle.ask(self.index[positions], cycle, scores)
-        self.asked_in[positions] = np.where(answered, cycle, SET_ASIDE)
+        answered = self._oracle.annotate(self.index[positions], cycle, scores)
+        self.queried_in[positions] = np.where(answered, cycle, UNDECIDED)
         if scores is not None:
             self.scores[positions] = scores
 
     def labels_of(self, rows: np.ndarray) -> Labels:
-        """Labels of asked rows of the training set, this client's or another's: the Oracle refuses unpaid ones."""
+        """Labels of annotated rows of the training set, this client's or another's: the Oracle refuses others."""
         return self._oracle.labels_of(rows)
 
     def hidden_labels(self, rows: np.ndarray) -> Labels:
         """See `Oracle.hidden_labels`."""
         return self._oracle.hidden_labels(rows)
 
-    def bill(self) -> Bill:
+    def cost(self) -> Cost:
         """What this client's labels cost so far."""
-        return self._oracle.bill(self.index[self.labelled()])
+        return self._oracle.cost(self.index[self.labelled()])
 
-    def asked_rows(self, cycle: int) -> list[dict]:
-        """What was asked in this cycle, as rows of asked.csv."""
+    def queries(self, cycle: int) -> list[dict]:
+        """What was queried in this cycle, as rows of queries.csv."""
         return [
             {"cycle": cycle, "client": self.client, "id": self.ids[p], "score": float(self.scores[p])}
-            for p in np.flatnonzero(self.asked_in == cycle)
+            for p in np.flatnonzero(self.queried_in == cycle)
         ]
 
     def replay(self, rows: Iterable[dict]) -> None:
-        """Ask again what asked.csv says that this client asked."""
+        """Label again what queries.csv says that this client queried."""
         place = {sample: p for p, sample in enumerate(self.ids)}
         by_cycle: dict[int, list[tuple[int, float]]] = {}
         for row in rows:
             if str(row["client"]) != self.client:
                 continue
             if row["id"] not in place:
-                raise ValueError(f"asked.csv names {row['id']!r}, which client {self.client} does not hold")
+                raise ValueError(f"queries.csv names {row['id']!r}, which client {self.client} does not hold")
             by_cycle.setdefault(int(row["cycle"]), []).append((place[row["id"]], float(row["score"])))
         for cycle in sorted(by_cycle):
             positions, scores = zip(*by_cycle[cycle], strict=True)
-            self.ask(positions, cycle, scores)
+            self.label(positions, cycle, scores)
 
 
-def total(bills: Iterable[Bill]) -> Bill:
-    """The bills of all clients in one."""
-    return sum(bills, Bill())
+def total(costs: Iterable[Cost]) -> Cost:
+    """The costs of all clients in one."""
+    return sum(costs, Cost())

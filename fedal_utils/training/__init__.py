@@ -9,6 +9,7 @@ inference   predictions, embeddings, class scores, losses; cached maps of a froz
 """
 
 from .classifier import ClassifierTask, LocalResult, fit_classifier, fit_in_turn
+from .embedding import embedded, embedded_sets
 from .fit import fit
 from .inference import CachedImages, cache_features, class_scores, embed, image_losses, learned_losses, predict
 from .schedule import DETACHED_HEADS, STEPS, LocalTask, TrainingDiverged, draw_batches, learning_rate_factor
@@ -39,3 +40,5 @@ __all__ = [
     "predict",
     "vae_losses",
 ]
+
+fit_together = fit_stacked

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..data import random_crop
 from ..data.readers import Images
-from ..detectors.classifiers import Classifier, State
-from ..detectors.losses import balanced_cross_entropy, compensation_loss, compensation_weights
+from ..detectors import Classifier, State
+from ..detectors import balanced_cross_entropy, compensation_loss, compensation_weights
 from .inference import class_scores
 from .schedule import (
     LocalTask,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..data import apply_augmentation, draw_augmentation
 from ..data.readers import Images, Labels
-from ..detectors.base import Detector
+from ..detectors import Detector
 from .inference import CachedImages
 from .schedule import (
     LocalTask,

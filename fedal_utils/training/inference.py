@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..data import Detections, Viewed, join_detections
 from ..data.readers import Images, Labels, _rows
-from ..detectors.base import SSD, Detector
-from ..detectors.classifiers import Classifier
+from ..detectors import SSD, Detector
+from ..detectors import Classifier
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..config import TrainingConfig
 from ..data.readers import Images
-from ..detectors.classifiers import Classifier, State, join, mark_valid, split, stacked
-from ..detectors.losses import balanced_cross_entropy, compensation_loss, compensation_weights
+from ..detectors import Classifier, State, join, mark_valid, split, stacked
+from ..detectors import balanced_cross_entropy, compensation_loss, compensation_weights
 from .classifier import ClassifierTask, Draws, LocalResult, check_tasks, draw, pixels_of, ready, sound
 from .schedule import STEPS, TrainingDiverged, learning_rate_factor, pull_back
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import VAEConfig
 from ..data.readers import Images, _rows
-from ..detectors.vae import VAE, losses_of
+from ..detectors import VAE, losses_of
 from .inference import CachedImages, chunks
 from .schedule import TrainingDiverged, check_weights, draw_batches
 

@@ -1,0 +1,87 @@
+"""A model of the config, with weights drawn from one generator; what cannot be combined is refused with the reason."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import Config
+from ..seeding import borrowed_global_rng
+from .base import Detector
+from .classifiers import CLASSIFIERS, Classifier, conv4, resnet8
+from .faster_rcnn import FasterRCNN
+from .linear import LinearClassifier
+from .ssd import SSD
+from .vae import VAE
+from .yolo import YOLO
+
+DETECTORS = {"ssd": SSD, "faster_rcnn": FasterRCNN, "yolo": YOLO}
+BACKBONES = {"ssd": ("small", "lite0", "vgg16"), "faster_rcnn": ("small", "lite0", "resnet50")}
+
+
+def build(config: Config, classes: int, rng: torch.Generator) -> Detector | Classifier:
+    """The config's detector (or classifier) with weights drawn from `rng`.
+
+    With config.model.frozen the backbone is not trained, not sent, and its maps may be cached; a YOLO has no pretrained
+    weights, so its backbone stays random until a trained one is loaded.
+    """
+    if config.model.classifier == "linear":
+        return LinearClassifier(classes)
+    if config.model.classifier:
+        return _classifier(config, classes, rng)
+    refuse(config, classes)
+    with borrowed_global_rng(rng):
+        model = DETECTORS[config.model.detector](config.model, config.data.image_size, classes)
+    if config.model.frozen:
+        model.freeze_backbone()
+    return model
+
+
+def refuse(config: Config, classes: int) -> None:
+    """ValueError, with the reason, where no detector has all that the config asks for."""
+    model, size = config.model, config.data.image_size
+    kind, backbone = model.detector, model.backbone
+    localised = model.box_loss != "smooth_l1" or model.auxiliary_head != "none" or model.emphasis != 0
+    if classes < 1:
+        raise ValueError(f"a detector needs at least one class, got {classes}")
+    if kind != "faster_rcnn" and localised:
+        raise ValueError(
+            f"detector {kind!r} has no RoI heads for box_loss, auxiliary_head, emphasis: use 'faster_rcnn'"
+        )
+    if kind == "yolo" and model.box_loss_head:
+        raise ValueError("detector 'yolo' has no box_loss_head: use 'faster_rcnn' or 'ssd'")
+    if kind != "ssd" and model.image_loss_head:
+        raise ValueError(f"detector {kind!r} has no image_loss_head: use 'ssd'")
+    if kind != "yolo" and backbone not in BACKBONES[kind]:
+        raise ValueError(f"detector {kind!r} takes a backbone of {BACKBONES[kind]}, got {backbone!r}")
+    if kind != "yolo" and backbone == "vgg16" and size != (300, 300):
+        raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {size}")
+    if (kind == "yolo" or backbone in ("small", "lite0")) and (min(size) < 32 or size[0] % 32 or size[1] % 32):
+        raise ValueError(f"{kind} on {backbone!r} needs image sides that are multiples of 32, got {size}")
+    if kind != "yolo" and model.frozen and backbone != "lite0":
+        raise ValueError(
+            f"backbone {backbone!r} holds layers without pretrained weights: frozen, they would stay random; "
+            "freeze 'lite0', or train it"
+        )
+
+
+def _classifier(config: Config, classes: int, rng: torch.Generator) -> Classifier:
+    name, size = config.model.classifier, config.data.image_size
+    if name not in CLASSIFIERS:
+        raise ValueError(f"classifier must be one of {CLASSIFIERS}, got {name!r}")
+    if classes < 2:
+        raise ValueError(f"a classifier needs 2 classes or more, got {classes}")
+    if name == "conv4" and min(size) < 16:
+        raise ValueError(f"classifier 'conv4' halves the image four times: sides >= 16, got {size}")
+    with borrowed_global_rng(rng):
+        return resnet8(classes) if name == "resnet8" else conv4(classes, size)
+
+
+def build_vae(config: Config, rng: torch.Generator) -> VAE:
+    """The config's VAE with weights drawn from `rng`."""
+    size, name = config.vae.vae_size, config.vae.vae_architecture
+    if name == "published" and size != (300, 300):
+        raise ValueError(f"autoencoder 'published' works at (300, 300) and nothing else, got vae_size {size}")
+    if name == "small" and any(side % 8 or not 16 <= side <= 256 for side in size):
+        raise ValueError(f"autoencoder 'small' takes sides that are multiples of 8 in 16..256, got vae_size {size}")
+    with borrowed_global_rng(rng):
+        return VAE(config.vae, config.as_released)

@@ -1,0 +1,142 @@
+"""Faster R-CNN: Ren et al. 2015 (1506.01497), torchvision's region proposals and RoI heads on maps that may be cached.
+
+The full size is ResNet-50 with a feature pyramid and torchvision's numbers; small ones take fewer proposals.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from ..config import ModelConfig
+from ..data import clip_boxes
+from ..seeding import borrowed_global_rng
+from .backbones import Lite0, ResNet50FPN, SmallConv, TopDown
+from .base import Detector, Inputs, RawDetections, decode_boxes
+from .losses import crowding
+from .roi_heads import LocalisedRoIHeads
+from .ssd import octave_sizes
+
+
+class FasterRCNN(Detector):
+    """The detector; how boxes are learned: `LocalisedRoIHeads`.
+
+    Ignored boxes are left out of the targets (torchvision knows no ignore regions): a proposal on one of them can
+    still be sampled as background.
+    """
+
+    nms_iou = 0.5
+
+    def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
+        super().__init__(image_size, classes)
+        full = config.backbone == "resnet50"
+        if full:
+            body, neck, width, ratios = ResNet50FPN(config.pretrained), None, 256, (0.5, 1.0, 2.0)
+            sizes = tuple((side,) for side in (32, 64, 128, 256, 512))
+            levels = 4  # RoIs are pooled from the first four maps, as in torchvision
+        else:
+            body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
+            width, ratios = config.fpn_channels, config.anchor_ratios
+            neck = TopDown(body.channels, width, config.norm)
+            sizes = octave_sizes(config.anchor_side, len(body.strides), per_level=1)
+            levels = len(body.strides)
+        self.backbone, self.neck = body, neck
+        self.rpn = RegionProposalNetwork(
+            AnchorGenerator(sizes, (ratios,) * len(sizes)),
+            RPNHead(width, len(ratios)),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256 if full else 32,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2000 if full else 200, "testing": 1000 if full else 200},
+            post_nms_top_n={"training": 2000 if full else 50, "testing": 1000 if full else 100},
+            nms_thresh=0.7,
+        )
+        side, hidden = (7, 1024) if full else (5, 128)
+        self.roi = LocalisedRoIHeads(
+            MultiScaleRoIAlign([str(level) for level in range(levels)], side, sampling_ratio=2 if full else 1),
+            TwoMLPHead(width * side**2, hidden),
+            FastRCNNPredictor(hidden, classes + 1),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=512 if full else 32,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            config=config,
+            hidden=hidden,
+        )
+
+    def pyramid(self, inputs: Inputs) -> tuple[ImageList, OrderedDict[str, Tensor]]:
+        """What torchvision's parts want: the images' sizes, and the maps by name."""
+        maps = self.maps(inputs)
+        maps = self.neck(maps) if self.neck is not None else list(maps)
+        count = maps[0].shape[0]
+        # torchvision reads the batch's height and width from this tensor and nothing else: no memory behind it.
+        canvas = maps[0].new_zeros(1, dtype=torch.float32).expand(count, 3, *self.image_size)
+        named = OrderedDict((str(level), m.float()) for level, m in enumerate(maps))
+        return ImageList(canvas, [self.image_size] * count), named
+
+    def loss(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """{"objectness", "proposal_regression"} and what `LocalisedRoIHeads.loss` gives; generator: of the samples."""
+        images, maps = self.pyramid(inputs)
+        targets = []
+        for box, name, real in zip(boxes, classes, (classes > 0) & ~ignore, strict=True):
+            targets.append({"boxes": box[real], "labels": name[real], "density": crowding(box[real])})
+        # Outside of autocast: torchvision casts anchors and boxes to the maps' type, and bfloat16 cannot tell x = 401
+        # from x = 400.
+        full = torch.autocast(images.tensors.device.type, enabled=False)
+        with borrowed_global_rng(generator), full:
+            proposals, rpn_losses = self.rpn(images, maps, targets)
+            roi_losses = self.roi.loss(maps, proposals, images.image_sizes, targets)
+        return {
+            "objectness": rpn_losses["loss_objectness"],
+            "proposal_regression": rpn_losses["loss_rpn_box_reg"],
+            **roi_losses,
+        }
+
+    def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Proposals of each image, and of all of them the box head's features (R, hidden) and pyramid levels (R,)."""
+        images, maps = self.pyramid(inputs)
+        proposals, _ = self.rpn(images, maps)
+        features = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
+        mapper = self.roi.box_roi_pool.map_levels  # None where there is a single map
+        levels = features.new_zeros(len(features), dtype=torch.int64) if mapper is None else mapper(proposals)
+        return proposals, features, levels
+
+    @torch.no_grad()
+    def embed(self, inputs: Inputs) -> Tensor:
+        """(B, hidden): the box head's features, averaged over an image's proposals by their foreground probability."""
+        proposals, features, _ = self._rois(inputs)
+        weight = 1 - self.roi.box_predictor(features)[0].float().softmax(-1)[:, :1]  # (R, 1)
+        counts = [len(p) for p in proposals]
+        parts = zip(features.float().split(counts), weight.split(counts), strict=True)
+        return torch.stack([(f * w).sum(0) / w.sum().clamp(min=1e-9) for f, w in parts])
+
+    def raw_detections(self, inputs: Inputs) -> RawDetections:
+        proposals, features, levels = self._rois(inputs)
+        logits, deltas = self.roi.box_predictor(features)
+        decoded = decode_boxes(deltas.unflatten(1, (-1, 4)), torch.cat(proposals)[:, None])  # (R, C + 1, 4)
+        decoded = clip_boxes(decoded, self.image_size)
+        counts = [len(p) for p in proposals]
+
+        def padded(values: Tensor) -> Tensor:
+            return nn.utils.rnn.pad_sequence(list(values.split(counts)), batch_first=True)  # (B, P, ...)
+
+        boxes, probs = padded(decoded[:, 1:]), padded(logits.float().softmax(-1))  # (B, P, C, 4), (B, P, C + 1)
+        extra = {name: padded(value) for name, value in self.roi.extra(features, levels).items()}
+        scores = None
+        if self.roi.iou_head is not None:
+            scores = probs[..., 1:] * extra["sides"][..., :1] ** self.roi.config.iou_power
+        return RawDetections(boxes, probs, scores, extra)

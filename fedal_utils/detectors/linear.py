@@ -1,0 +1,95 @@
+"""A linear classifier of frozen features: multinomial logistic regression, trained from scratch in a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LEAST = -50.0  # natural logarithm of a probability: nothing counts as less likely, an unseen class as just that
+FOLDS = 5
+
+
+class LinearClassifier(nn.Module):
+    """Logistic regression on features (N, D); classes without a labelled image are as unlikely as can be.
+
+    weight (C, D), bias (C,), seen (C,) 1 for classes that it was trained on; float64. Before training D is 0.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        shapes = {"weight": (classes, 0), "bias": (classes,), "seen": (classes,)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+
+    def exchanged(self) -> list[str]:
+        """Names of what is sent: everything."""
+        return list(self.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """Takes weights of any number of columns."""
+        for name, value in state.items():
+            setattr(self, name, value.double().clone())
+
+    def activations(self, features: Tensor) -> Tensor:
+        """(N, C) class scores as they are; 0 for unseen classes."""
+        return features.double() @ self.weight.T + self.bias if self.weight.shape[1] else features.new_zeros(
+            len(features), len(self.bias)
+        )
+
+    def scores(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """(N, C) log-probabilities, `LEAST` at least."""
+        features = features[0] if isinstance(features, tuple) else features
+        unseen = self.seen == 0
+        activations = self.activations(features)
+        if bool(unseen.all()):
+            return activations
+        return activations.masked_fill(unseen, -torch.inf).log_softmax(1).clamp(min=LEAST)
+
+    def embed(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """(N, D) the features themselves."""
+        return features[0] if isinstance(features, tuple) else features
+
+    def fit(self, features: Tensor, classes: Tensor, regularisation: float = 0.1) -> float:
+        """Train on labelled features (L, D) of classes (L,) 0..C-1, from scratch: scikit-learn's, L2-penalised.
+
+        regularisation: its `C`, the inverse of the penalty. One class alone is predicted for everything. Returns the
+        mean log loss on these images.
+        """
+        from sklearn.linear_model import LogisticRegression
+
+        if not len(classes):
+            raise ValueError("a classifier needs one labelled image at least, got none")
+        count = len(self.bias)
+        weight = torch.zeros(count, features.shape[1], dtype=torch.float64)
+        bias, seen = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        found = torch.unique(classes)
+        if len(found) > 1:
+            model = LogisticRegression(C=regularisation, max_iter=500).fit(features.double().numpy(), classes.numpy())
+            coefficients, intercept = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+            if len(found) == 2:  # one row there: the second class's
+                coefficients = torch.cat([torch.zeros_like(coefficients), coefficients])
+                intercept = torch.cat([torch.zeros_like(intercept), intercept])
+            weight[found], bias[found] = coefficients.double(), intercept.double()
+        seen[found] = 1
+        self.weight, self.bias, self.seen = weight, bias, seen
+        return float(nn.functional.nll_loss(self.scores(features), classes))
+
+
+def out_of_fold(
+    features: Tensor, classes: Tensor, count: int, rng: np.random.Generator, regularisation: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """Activations and log-probabilities (L, C) of labelled images by classifiers that were not trained on them.
+
+    `FOLDS` parts in turn; one labelled image alone is predicted by the classifier that it made.
+    """
+    activations = torch.zeros(len(classes), count, dtype=torch.float64)
+    logs = torch.zeros_like(activations)
+    order, model = rng.permutation(len(classes)), LinearClassifier(count)
+    for part in np.array_split(order, min(FOLDS, len(order))):
+        rest = np.setdiff1d(order, part) if len(order) > 1 else order
+        model.fit(features[rest], classes[rest], regularisation)
+        activations[part], logs[part] = model.activations(features[part]), model.scores(features[part])
+    return activations, logs

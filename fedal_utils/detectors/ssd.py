@@ -1,0 +1,265 @@
+"""SSD: Liu et al. 2016 (1512.02325), in the full size (SSD300 on VGG16) and in small ones, on torchvision's parts.
+
+Target assignment and loss are batched, without a loop over images; tests hold them to torchvision's on equal inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSDHead
+from torchvision.ops import box_iou
+
+from ..config import ModelConfig
+from ..data import clip_boxes
+from .backbones import VGG16, Lite0, SmallConv, TopDown
+from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, with_a_column
+from .losses import ranking_loss
+
+NEGATIVES = 3.0  # hard negatives per positive anchor, sec. 2.2
+
+
+def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tensor, threshold: float = 0.5) -> Tensor:
+    """Which box each anchor answers for: index into K (B, A), -1 = background, -2 = not used.
+
+    As torchvision's SSDMatcher: best box if IoU >= threshold, and each box owns its best anchor whatever the IoU (the
+    later box wins a dispute). Anchors that lie on an ignored box with IoU >= threshold, and on no real box as much, are
+    neither positive nor negative.
+    """
+    real, unwanted = (classes > 0) & ~ignore, (classes > 0) & ignore
+    iou = box_iou(boxes.flatten(0, 1), anchors).unflatten(0, classes.shape)  # (B, K, A)
+    on_ignored = iou.masked_fill(~unwanted[..., None], -1.0).amax(dim=1)  # (B, A)
+    usable = iou.masked_fill(~real[..., None], -1.0)
+    best, index = usable.max(dim=1)  # (B, A)
+    matched = torch.where(best >= threshold, index, -1)
+    matched = torch.where((on_ignored >= threshold) & (on_ignored > best), -2, matched)
+    owner = usable.argmax(dim=2)  # (B, K) best anchor of each box
+    rows = torch.arange(boxes.shape[1], device=boxes.device).expand_as(owner)
+    # A padded row must not own an anchor: it writes -1, and the maximum keeps whichever real row is there.
+    #   owner [7, 7, 0], real [1, 1, 0] -> claims {7: 1}
+    claims = torch.full_like(matched, -1).scatter_reduce(1, owner, torch.where(real, rows, -1), "amax")
+    return torch.where(claims >= 0, claims, matched)
+
+
+class AnchorLosses(NamedTuple):
+    """Losses of each anchor (B, A), and two masks (B, A): positive anchors, and those whose class counts."""
+
+    classification: Tensor
+    box: Tensor  # 0 where an anchor is not positive
+    positive: Tensor
+    counted: Tensor  # positives and hard negatives
+
+    def per_image(self, summed: bool = False) -> dict[str, Tensor]:
+        """The MultiBox loss of each image (B,), divided by its own positives (by 1 if it has none) unless `summed`."""
+        count = 1 if summed else self.positive.sum(1).clamp(min=1)
+        classification = (self.classification * self.counted).sum(1)
+        return {"classification": classification / count, "regression": self.box.sum(1) / count}
+
+    def of_batch(self) -> dict[str, Tensor]:
+        """The MultiBox loss: sums over the batch, divided by its number of positives, eq. 1."""
+        count = self.positive.sum().clamp(min=1)
+        classification = (self.classification * self.counted).sum()
+        return {"classification": classification / count, "regression": self.box.sum() / count}
+
+
+def anchor_losses(
+    logits: Tensor,
+    deltas: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    matched: Tensor,
+    anchors: Tensor,
+    least_negatives: int = 0,
+) -> AnchorLosses:
+    """Cross-entropy and smooth L1 of each anchor, and which are hard negatives (sec. 2.2); no shape depends on values.
+
+    logits: (B, A, C + 1), background first; deltas: (B, A, 4)
+    boxes: (B, K, 4) xyxy pixels; classes: (B, K), 0 = padding
+    matched: (B, A) from `match_anchors`; anchors: (A, 4)
+    least_negatives: 0 in torchvision; more lets an image without objects teach the background
+    """
+    positive = matched >= 0
+    index = matched.clamp(min=0)
+    target_class = classes.gather(1, index) * positive  # (B, A)
+    classification = F.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none")
+    classification = classification.view_as(target_class)
+    with torch.no_grad():
+        hardness = classification.masked_fill(positive | (matched == -2), -math.inf)
+        wanted = (positive.sum(1, keepdim=True) * NEGATIVES).clamp(min=least_negatives)
+        order = hardness.argsort(dim=1, descending=True)
+        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(1, order, places)
+        negative = (ranks < wanted) & (hardness > -math.inf)
+        target = encode_boxes(boxes.gather(1, index[..., None].expand(-1, -1, 4)), anchors)  # (B, A, 4)
+        target = torch.where(positive[..., None], target, deltas)  # an anchor without a box is its own target
+    box = F.smooth_l1_loss(deltas, target, reduction="none").sum(-1)
+    return AnchorLosses(classification, box, positive, positive | negative)
+
+
+class LossHead(nn.Module):
+    """Predicts an image's loss (B,), in a unit of its own; Yoo and Kweon 2019 (1905.03677), section 3.2.
+
+    Each map's mean -> linear -> ReLU, side by side -> linear, of `width` 32 where the paper has 128. The maps are
+    detached: the head never moves the detector; the paper lets its gradient through for 120 of 200 epochs.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 32):
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(inputs, width) for inputs in channels)
+        self.joint = nn.Linear(width * len(channels), 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        means = [m.detach().float().mean((2, 3)) for m in maps]  # (B, channels) each
+        hidden = [F.relu(layer(mean)) for layer, mean in zip(self.each, means, strict=True)]  # (B, width) each
+        return self.joint(torch.cat(hidden, dim=1))[:, 0].float()
+
+
+class SSD(Detector):
+    """Single-shot detector with softmax classes and hard negatives.
+
+    `box_loss_head` of the config adds a head that predicts each anchor's classification loss (Park et al. 2023) from
+    maps that it does not train, `image_loss_head` a `LossHead`. Both are drawn last: the rest has the weights that it
+    has without them.
+    """
+
+    def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
+        super().__init__(image_size, classes)
+        if config.backbone == "vgg16":
+            body, neck = VGG16(config.pretrained), None
+            channels, (anchors, cell) = body.channels, ssd300_anchors()
+            head = SSDHead(list(channels), cell, classes + 1)
+            self.least_negatives = 0
+        else:
+            body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
+            sizes = octave_sizes(config.anchor_side, len(body.strides))
+            anchors = grid_anchors(image_size, body.strides, sizes, config.anchor_ratios)
+            cell = [len(config.anchor_ratios) * len(s) for s in sizes]
+            channels = [config.fpn_channels] * len(body.strides)
+            head = SSDHead(channels, cell, classes + 1)
+            # Few positives among many anchors: start from "background", so that no step is spent on finding it.
+            for layer in head.classification_head.module_list:
+                with torch.no_grad():
+                    layer.bias.view(-1, classes + 1)[:, 0] = 3.0
+            neck = TopDown(body.channels, config.fpn_channels, config.norm)
+            self.least_negatives = 8
+        self.backbone, self.neck, self.head = body, neck, head
+        self.per_location = tuple(cell)
+        self.evidence_head = self.loss_head = None
+        if config.box_loss_head:
+            pairs = zip(channels, cell, strict=True)
+            self.evidence_head = nn.ModuleList(nn.Conv2d(inputs, count, 1) for inputs, count in pairs)
+        if config.image_loss_head:
+            self.loss_head = LossHead(channels)
+        self.register_buffer("anchors", anchors, persistent=False)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Class logits (B, A, C + 1) and box deltas (B, A, 4)."""
+        return self._from(self._maps(inputs))
+
+    def _maps(self, inputs: Inputs) -> list[Tensor]:
+        maps = self.maps(inputs)
+        return self.neck(maps) if self.neck is not None else list(maps)
+
+    def _from(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        out = self.head(maps)
+        return out["cls_logits"], out["bbox_regression"]
+
+    def _predicted_loss(self, maps: list[Tensor]) -> Tensor:
+        """What the box loss head takes each anchor's classification loss to be (B, A), >= 0."""
+        each = [head(m.detach()) for head, m in zip(self.evidence_head, maps, strict=True)]  # (B, per cell, h, w)
+        return F.softplus(torch.cat([e.permute(0, 2, 3, 1).flatten(1) for e in each], dim=1).float())
+
+    def _levels(self, maps: list[Tensor]) -> Tensor:
+        """Which map each anchor belongs to (B, A)."""
+        counts = [m.shape[-2] * m.shape[-1] * cell for m, cell in zip(maps, self.per_location, strict=True)]
+        levels = torch.arange(len(maps)).repeat_interleave(torch.tensor(counts)).to(maps[0].device)
+        return levels.expand(maps[0].shape[0], -1)
+
+    def _anchor_losses(self, maps: list[Tensor], boxes: Tensor, classes: Tensor, ignore: Tensor) -> AnchorLosses:
+        logits, deltas = self._from(maps)
+        boxes, classes, ignore = with_a_column(boxes, classes, ignore)
+        matched = match_anchors(boxes, classes, ignore, self.anchors)
+        return anchor_losses(
+            logits.float(), deltas.float(), boxes, classes, matched, self.anchors, self.least_negatives
+        )
+
+    def loss(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """{"classification", "regression"}, and "box_loss_head", "ranking" of the heads that there are."""
+        maps = self._maps(inputs)
+        each = self._anchor_losses(maps, boxes, classes, ignore)
+        parts = each.of_batch()
+        if self.evidence_head is not None:
+            error = (self._predicted_loss(maps) - each.classification.detach()) ** 2
+            parts["box_loss_head"] = 5 * (error * each.positive).sum() / each.positive.sum().clamp(min=1)
+        if self.loss_head is not None:
+            wanted = sum(each.per_image().values()).detach()  # (B,)
+            parts["ranking"] = ranking_loss(self.loss_head(maps), wanted)
+        return parts
+
+    def image_losses(
+        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, summed: bool = False
+    ) -> dict[str, Tensor]:
+        """The two parts of `loss` for each image as if it were alone: {"classification": (B,), "regression": (B,)}.
+
+        summed: not divided by the number of an image's positive anchors. Pixels may be float, 0..255, and require a
+        gradient: it reaches them through a frozen backbone too.
+        """
+        return self._anchor_losses(self._maps(inputs), boxes, classes, ignore).per_image(summed)
+
+    @torch.no_grad()
+    def predicted_loss(self, inputs: Inputs) -> Tensor:
+        """What the image loss head takes each image's loss to be (B,); only the order means something."""
+        if self.loss_head is None:
+            raise ValueError("this detector has no head that learns an image's loss: set image_loss_head=True")
+        return self.loss_head(self._maps(inputs))
+
+    def raw_detections(self, inputs: Inputs) -> RawDetections:
+        maps = self._maps(inputs)
+        logits, deltas = self._from(maps)
+        boxes = clip_boxes(decode_boxes(deltas.float(), self.anchors), self.image_size)
+        extra = {"level": self._levels(maps)}
+        if self.evidence_head is not None:
+            extra["predicted_loss"] = self._predicted_loss(maps)
+        return RawDetections(boxes, logits.float().softmax(-1), extra=extra)
+
+
+def ssd300_anchors() -> tuple[Tensor, list[int]]:
+    """The published default boxes (8732, 4) of a 300 x 300 image, and how many a cell of each map has."""
+    boxes = DefaultBoxGenerator(
+        [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
+        scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
+        steps=[8, 16, 32, 64, 100, 300],
+    )
+    maps = [torch.zeros(1, 1, side, side) for side in (38, 19, 10, 5, 3, 1)]
+    anchors = boxes(ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)]), maps)[0]
+    return anchors, boxes.num_anchors_per_location()
+
+
+def grid_anchors(
+    image_size: tuple[int, int],
+    strides: tuple[int, ...],
+    sizes: tuple[tuple[float, ...], ...],
+    ratios: tuple[float, ...],
+) -> Tensor:
+    """torchvision's anchors for each map, moved to the middle of their cells: (A, 4) xyxy pixels."""
+    generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
+    maps = [torch.zeros(1, 1, math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
+    anchors = generator(ImageList(torch.zeros(1).expand(1, 3, *image_size), [image_size]), maps)[0]
+    counts = [m.shape[-2] * m.shape[-1] * len(size) * len(ratios) for m, size in zip(maps, sizes, strict=True)]
+    return anchors + torch.tensor(strides).repeat_interleave(torch.tensor(counts))[:, None] / 2
+
+
+def octave_sizes(smallest: float, levels: int, per_level: int = 2) -> tuple[tuple[float, ...], ...]:
+    """Anchor sides in pixels, doubling from level to level: (16, 22.6), (32, 45.3), ..."""
+    return tuple(
+        tuple(smallest * 2 ** (level + part / per_level) for part in range(per_level)) for level in range(levels)
+    )

@@ -1,0 +1,316 @@
+"""Schemes: who participates in a round, who queries, what is trained and sent, and how updates become the next model.
+
+    fedavg        query with the global model, train, average, each round
+    local-first   each client queries and trains alone until all labels are there; then as fedavg
+    chain         the model visits one client after another, each queries everything at its first visit; the models of
+                  the first pass are merged class by class; later passes train the head only
+    chain-fedavg  the chain's first pass and merge, then rounds of fedavg that train the head only
+    accumulate    the chain's first pass and merge, then short visits in which all of the model is trained and the
+                  optimizer state is sent along (AccFL-Batch; its inner loop is not published: *reconstructed*)
+    centralised   the labels that another method queried, "centralised+chain+sum", on one node
+
+A method's name is a scheme and a query strategy, "chain+sum"; a strategy alone is fedavg. All from van Bommel's
+released code (Univ. of Twente, 2021) as described in its repository, unless marked *reconstructed*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import record, sampling
+from ..config import Config
+from ..sampling import Strategy
+from .client import Client
+from .messages import Update
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
+
+CENTRALISED = "centralised"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round: who acts, and how.
+
+    participants: one in a chain, nobody in the round of its class-wise merge (`merge_by_class`), else all; sampling and
+    dropout come later. querying: they query before they train. last: of its cycle. evaluate: the model is evaluated.
+    local: each participant goes on from its own weights, nothing is averaged. first_pass: a visit of the chain's first
+    pass. handed_on: the model goes to the next visitor, not to the server. length: training as long as so many rounds.
+    schedule_rounds: how many such steps make one schedule, where the optimizer state lives on. head_only: the head
+    alone is trained and sent back. send_backbone: the message to the client carries the backbone all the same, for it
+    has not received the merged one yet. optimizer_state: as `FederationConfig.optimizer_state`. lr_factor: on the
+    learning rate.
+    """
+
+    cycle: int
+    round: int
+    participants: tuple[Client, ...] = ()
+    querying: tuple[Client, ...] = ()
+    last: bool = False
+    evaluate: bool = False
+    local: bool = False
+    merge_by_class: bool = False
+    first_pass: bool = False
+    handed_on: bool = False
+    length: float = 1.0
+    schedule_rounds: int = 1
+    head_only: bool = False
+    send_backbone: bool = True
+    optimizer_state: str = "restart"
+    lr_factor: float = 1.0
+
+
+class FedAvg:
+    """All clients train side by side and are averaged in each round; the other schemes say where they differ."""
+
+    name = "fedavg"
+    central = False  # trained on one node
+    queries_at_once = False  # all labels in one query
+
+    def refusal(self, config: Config, strategy: Strategy) -> str:
+        """Why it cannot run with this config and strategy; '' = it can."""
+        if self.name != "fedavg" and config.model.classifier:
+            return f"classifiers run under fedavg: write {strategy.name!r}"
+        if self.name != "fedavg" and strategy.compares_local():
+            return f"strategy {strategy.name!r} compares clients with the global model, which {self.name} has none of"
+        return ""
+
+    def plan(self, config: Config) -> list[tuple[int, int]]:
+        """(cycle, round) of every round."""
+        return record.every_round(config)
+
+    def step(self, config: Config, clients: Sequence[Client], cycle: int, round: int) -> Step:
+        """Who acts in this round, and how."""
+        plan, everyone = self.plan(config), tuple(clients)
+        last = (cycle, round + 1) not in plan
+        return Step(
+            cycle,
+            round,
+            everyone,
+            querying=everyone if round == 0 else (),
+            last=last,
+            evaluate=last or _due(config, round),
+            local=self.is_local(config, cycle),
+            schedule_rounds=len(plan),
+            optimizer_state=config.federation.optimizer_state,
+            lr_factor=round_lr_factor(config, cycle, round),
+        )
+
+    def is_local(self, config: Config, cycle: int) -> bool:
+        """True while each client goes its own way."""
+        return False
+
+    def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
+        """The global model becomes the updates' average."""
+        experiment.average(updates)
+
+
+class LocalFirst(FedAvg):
+    """Each client alone in all cycles but the last (released code: 21 of 22)."""
+
+    name = "local-first"
+
+    def is_local(self, config: Config, cycle: int) -> bool:
+        return cycle < config.query.cycles - 1
+
+    def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
+        if step.local:
+            return experiment.keep_local(updates)
+        experiment.average(updates)
+        merged = {update.client for update in updates}
+        for client in experiment.clients:  # who sent nothing goes on alone until it does
+            client.local_state = {} if client.name in merged else client.local_state
+
+
+class Centralised(FedAvg):
+    """One node with everyone's labels, and as many gradient steps as the clients take together."""
+
+    name, central = CENTRALISED, True
+
+
+class Chain(FedAvg):
+    """The model visits one client after another; the first pass is merged class by class, later ones train the head."""
+
+    name, queries_at_once = "chain", True
+
+    def refusal(self, config: Config, strategy: Strategy) -> str:
+        if config.federation.batch_norm == "local":
+            return "a chain hands one model on: batch_norm='local' is for schemes that average"
+        return super().refusal(config, strategy)
+
+    def plan(self, config: Config) -> list[tuple[int, int]]:
+        """One cycle: `clients` visits of the first pass, the merge, then the visits of the later passes."""
+        return [(0, number) for number in range(config.federation.clients + 1 + self.later_rounds(config))]
+
+    def later_rounds(self, config: Config) -> int:
+        """Rounds after the merge: one visit each."""
+        return self.later_passes(config) * config.federation.clients
+
+    def later_passes(self, config: Config) -> int:
+        """Passes after the first: as many as the config says, or as give every client as many steps as fedavg does."""
+        rounds, settings = len(record.every_round(config)), config.federation
+        passes = settings.chain_passes or rounds - settings.first_pass_rounds
+        if passes < 1:
+            raise ValueError(
+                f"the chain's first pass trains as long as first_pass_rounds={settings.first_pass_rounds} rounds, "
+                f"which leaves none of the {rounds} (cycles x rounds + extra_rounds) for later passes: lower "
+                "first_pass_rounds, or give chain_passes"
+            )
+        return passes
+
+    def step(self, config: Config, clients: Sequence[Client], cycle: int, round: int) -> Step:
+        count, last = len(clients), round + 1 == len(self.plan(config))
+        if round < count:
+            visitor = (clients[round],)
+            return Step(
+                *(cycle, round, visitor),
+                querying=visitor,
+                last=last,
+                evaluate=True,
+                first_pass=True,
+                length=config.federation.first_pass_rounds,
+            )
+        if round == count:
+            return Step(cycle, round, last=last, evaluate=True, merge_by_class=True)
+        return self.later_step(config, clients, round, round - count - 1)
+
+    def later_step(self, config: Config, clients: Sequence[Client], round: int, done: int) -> Step:
+        """A visit after the merge; done: how many came before it."""
+        count, passes = len(clients), self.later_passes(config)
+        sent_along = config.federation.optimizer_state == "travels"
+        return self.visit(
+            *(config, clients, round, done),
+            head_only=True,
+            send_backbone=done < count,
+            optimizer_state=config.federation.optimizer_state,
+            schedule_rounds=passes * (count if sent_along else 1),
+        )
+
+    def visit(self, config: Config, clients: Sequence[Client], round: int, done: int, **how) -> Step:
+        """One client's turn; the last of a pass is evaluated, the last of all hands the result in."""
+        count, last = len(clients), round + 1 == len(self.plan(config))
+        visitor = clients[done % count]
+        factor = _falling(config, done // count, self.later_passes(config))
+        return Step(
+            *(0, round, (visitor,)),
+            last=last,
+            evaluate=last or visitor is clients[-1],
+            handed_on=not last,
+            lr_factor=factor,
+            **how,
+        )
+
+    def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
+        if step.merge_by_class:
+            experiment.merge_by_class()
+        else:
+            experiment.average(updates)  # of one visitor: its own weights go on
+
+
+class ChainThenFedAvg(Chain):
+    """After the merge: rounds of all clients that train the head only."""
+
+    name = "chain-fedavg"
+
+    def later_rounds(self, config: Config) -> int:
+        return self.later_passes(config)
+
+    def later_step(self, config: Config, clients: Sequence[Client], round: int, done: int) -> Step:
+        passes = self.later_passes(config)
+        return Step(
+            *(0, round, tuple(clients)),
+            last=round + 1 == len(self.plan(config)),
+            evaluate=True,
+            head_only=True,
+            send_backbone=done == 0,
+            optimizer_state=config.federation.optimizer_state,
+            schedule_rounds=passes,
+            lr_factor=_falling(config, done, passes),
+        )
+
+
+class AccumulatingChain(Chain):
+    """After the merge: short visits in which the whole model is trained, with the optimizer state sent along."""
+
+    name = "accumulate"
+
+    def later_passes(self, config: Config) -> int:
+        """More and shorter ones, for the same number of gradient steps."""
+        iterations, part = config.federation.iterations, config.federation.visit_fraction
+        part = max(1, round(iterations * part)) / iterations if iterations else part
+        return max(1, round(super().later_passes(config) / part))  # the nearest whole number of passes
+
+    def later_step(self, config: Config, clients: Sequence[Client], round: int, done: int) -> Step:
+        return self.visit(
+            *(config, clients, round, done),
+            length=config.federation.visit_fraction,
+            optimizer_state="travels",
+            schedule_rounds=self.later_passes(config) * len(clients),
+        )
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (FedAvg(), LocalFirst(), Chain(), ChainThenFedAvg(), AccumulatingChain(), Centralised())
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scheme and a query strategy. labels_of: the centralised reference gets the labels that this method queried."""
+
+    name: str
+    scheme: FedAvg
+    strategy: Strategy
+    labels_of: str = ""
+
+
+def method_of(name: str, config: Config) -> Method:
+    """The method of this name: "sum" is fedavg, "chain+sum" the chain, "centralised" has random labels of its own.
+
+    ValueError with the reason where the config cannot run it.
+    """
+    scheme, plus, rest = name.partition("+")
+    if name == CENTRALISED:
+        scheme, rest = CENTRALISED, "random"
+    elif not plus:
+        scheme, rest = "fedavg", name
+    if scheme not in SCHEMES:
+        raise ValueError(f"method {name!r}: scheme {scheme!r} is unknown, write one of {', '.join(SCHEMES)} before '+'")
+    kind = sampling.kind_of(config)
+    if scheme == CENTRALISED and rest != "random":
+        method_of(rest, config)
+        method = Method(name, SCHEMES[scheme], sampling.find("random", kind), labels_of=rest)
+    else:
+        method = Method(name, SCHEMES[scheme], sampling.find(rest, kind))
+    reason = method.strategy.refusal(config) or method.scheme.refusal(config, method.strategy)
+    if reason:
+        raise ValueError(f"method {name!r} cannot run here: {reason}")
+    return method
+
+
+def plan(config: Config, method: str) -> list[tuple[int, int]]:
+    """(cycle, round) of every round of a method, for `record.runs`."""
+    return method_of(method, config).scheme.plan(config)
+
+
+def round_lr_factor(config: Config, cycle: int, round: int) -> float:
+    """Factor on the learning rate in this round of a cycle: 1 in the first, `round_lr_decay` in the last.
+
+    The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`. The last
+    cycle has the extra rounds as well.
+    """
+    extra = config.federation.extra_rounds if cycle == config.query.cycles - 1 else 0
+    return _falling(config, round, config.federation.rounds + extra)
+
+
+def _falling(config: Config, done: int, whole: int) -> float:
+    """1 in the first of `whole` steps, `round_lr_decay` in the last, evenly in between."""
+    return 1.0 if whole == 1 else 1 + (config.federation.round_lr_decay - 1) * done / (whole - 1)
+
+
+def _due(config: Config, round: int) -> bool:
+    return config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0

@@ -1,0 +1,251 @@
+"""What all runs of one setting share: the data, who holds what, and the initial model of a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .. import data, detectors, record, sampling, seeding, training
+from ..config import Config
+from ..data import Dataset, partition
+from ..sampling import Scene
+from ..training import CachedImages
+from .own_data import fitted
+from .schemes import method_of
+
+LEAST = 10  # images of a classifier's client under 'dirichlet', at least
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The data of one setting.
+
+    train, test: what models read: pixels, or a frozen backbone's features cached once. photos: train and test with
+    their pixels, for pictures. views: a frozen backbone's features of changed training images, by view. server_rows: of
+    a server that holds nobody's images but its own, which are `train`: so many for the initial model, then so many that
+    are held out.
+    """
+
+    config: Config
+    train: Dataset
+    test: Dataset
+    photos: tuple[Dataset, Dataset]
+    device: torch.device
+    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)
+    server_rows: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the data set, fit for a file's."""
+        return short_name(self.config.data.dataset)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for ids, labels and files of both sets: runs belong to it."""
+        both = self.photos[0].fingerprint() + self.photos[1].fingerprint()
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    @property
+    def scene(self) -> Scene:
+        """What the clients' observations share."""
+        images, photos = self.train.images, self.photos[0].images
+        return Scene(images, photos, len(self.class_names), self.device, self.views)
+
+    def view(self, rows, test: bool = False) -> Dataset:
+        """These rows of the training (or test) set with their pixels."""
+        return self.photos[test].take(list(rows))
+
+    def preview(self, count: int) -> Dataset:
+        """The first `count` training images with their pixels, or all if there are fewer."""
+        return self.view(range(min(count, len(self.train))))
+
+    def initial_rows(self, seed: int) -> np.ndarray:
+        """Rows of the labelled images that the initial model is trained on."""
+        count = self.config.federation.initial_model_images
+        return np.sort(self._order(seed)[:count]) if self.server_rows is None else np.arange(self.server_rows[0])
+
+    def held_out_rows(self, seed: int) -> np.ndarray:
+        """Rows of the labelled images that the server keeps to evaluate on: in no client's pool, never trained on."""
+        if self.server_rows is not None:
+            return np.arange(self.server_rows[0], sum(self.server_rows))
+        first, held_out = self.config.federation.initial_model_images, self.config.federation.held_out_images
+        return np.sort(self._order(seed)[first : first + held_out])
+
+    def _order(self, seed: int) -> np.ndarray:
+        """The shuffle that decides which images are the server's, and which are the clients'."""
+        return seeding.rng_for(seed, "start images").permutation(len(self.train))
+
+
+def prepare(config: Config, device: str | torch.device | None = None, root: str | None = None) -> Setup:
+    """Load the data once; with a frozen backbone, cache its features of all images.
+
+    root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout that the notebook was opened in.
+    A folder of the user's own may be small: clients and query sizes are shrunk to it (`fitted`). Every method of the
+    config is checked: ValueError says what cannot be combined, and why. Sets the number of CPU threads to
+    `config.threads` (0 = as it was).
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cores = torch.get_num_threads()
+    place = data_place(root)
+    if config.model.classifier:
+        train, test = data.load_classes(
+            config.data.dataset, config.data.image_size, root=place, limit=config.data.limit
+        )
+    else:
+        digits = data.Digits(config.data.scenes, config.data.digit_classes)
+        train, test = data.load(
+            config.data.dataset,
+            config.data.image_size,
+            root=place,
+            limit=config.data.limit,
+            min_object=config.data.min_object,
+            digits=digits,
+        )
+    if not known_name(config.data.dataset):
+        config = fitted(config, len(train))
+    if config.federation.partition == "natural" and train.images.groups:
+        config = config.replace(clients=len(set(train.images.groups)))
+    elif config.federation.partition.endswith(".json"):
+        config = config.replace(clients=len(partition.load(config.federation.partition, train.images.ids)[1]))
+    check(config)
+    setup = setup_of(config, train, test, device)
+    torch.set_num_threads(config.threads or cores)
+    return setup
+
+
+def check(config: Config) -> None:
+    """ValueError where a setting is for another kind of model, or a method cannot run."""
+    flat = config.flat()
+    names = ("balanced_softmax", "distillation_weight", "initial_fraction", "query_fraction")
+    if wrong := [name for name in names if flat[name] and not config.model.classifier]:
+        raise ValueError(f"{' and '.join(wrong)} are for classifiers: set classifier, or leave them out")
+    if config.model.classifier == "linear" and config.federation.clients != 1:
+        raise ValueError("classifier='linear' is trained on the labels of one client: set clients=1")
+    for method in config.methods:
+        method_of(method, config)
+
+
+def setup_of(
+    config: Config, train: Dataset, test: Dataset, device: torch.device, server_rows: tuple[int, int] | None = None
+) -> Setup:
+    """The setup of these sets: with a frozen backbone, its features of all images, cached once."""
+    photos, folder = (train, test), record.project_root() / "results" / "runs" / "_features"
+    if config.model.classifier == "linear":
+        train, test = training.embedded_sets(
+            *photos, config.flywheel.feature_model, config.flywheel.feature_side, device, folder
+        )
+    elif config.model.frozen:
+        model = detectors.build(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)
+        train, test = (
+            dataclasses.replace(part, images=training.cache_features(model, part.images, device=device, folder=folder))
+            for part in photos
+        )
+    if device.type == "cuda":
+        train, test = (dataclasses.replace(part, images=part.images.to(device)) for part in (train, test))
+    return Setup(config, train, test, photos, device, server_rows=server_rows)
+
+
+def known_name(dataset: str) -> bool:
+    """True for a data set by name, false for a folder."""
+    return dataset in (*data.NAMES, *data.CLASS_NAMES)
+
+
+def short_name(dataset: str) -> str:
+    """A data set's name, fit for a file's: a known one's own, else its folder's, or its file's without suffix."""
+    if known_name(dataset):
+        return dataset
+    place = Path(dataset).expanduser().resolve()
+    return place.stem if place.is_file() else place.name
+
+
+def data_place(root: str | Path | None = None) -> Path:
+    """Where data sets lie: the argument, else $FEDAL_DATA, else `data/` of the checkout the notebook was opened in."""
+    return Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
+
+
+def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[str]]:
+    """Rows of each client, and the clients' names; depends on the seed and on no method."""
+    config, train, federation = setup.config, setup.train, setup.config.federation
+    aside = federation.initial_model_images + federation.held_out_images
+    if len(train) <= aside:
+        raise ValueError(
+            f"data set {train.name!r} has {len(train)} training images, and initial_model_images="
+            f"{federation.initial_model_images} with held_out_images={federation.held_out_images} leaves none for the "
+            "clients; lower them"
+        )
+    rows = np.sort(setup._order(seed)[aside:])
+    parts, names = _parts(config, train, rows, seeding.rng_for(seed, "partition"))
+    needed = 1 if config.model.classifier else config.labels_needed()
+    for name, part in zip(names, parts, strict=True):
+        if len(part) < needed:
+            query = config.query
+            raise ValueError(
+                f"client {name} holds {len(part)} images, but initial_labels={query.initial_labels} and "
+                f"{query.cycles - 1} cycles of query_size={query.query_size} need {needed}; lower query_size, "
+                "initial_labels, cycles or clients"
+            )
+    return parts, names
+
+
+def _parts(
+    config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[str]]:
+    """Rows of the training set for each client, and the clients' names, by `partition`."""
+    federation, how = config.federation, config.federation.partition
+    if how == "natural":
+        groups = train.images.groups
+        parts, names = partition.natural(groups if groups is None else [groups[row] for row in rows])
+        return [rows[part] for part in parts], [str(name) for name in names]
+    if how.endswith(".json"):
+        parts, names = partition.load(how, train.images.ids)
+        return [np.intersect1d(part, rows) for part in parts], names
+    if how == "iid":
+        parts = partition.iid(len(rows), federation.clients, rng)
+    elif how == "dirichlet":
+        dominant = train.dominant_class().numpy()[rows]
+        least = LEAST if config.model.classifier else config.labels_needed()
+        parts = partition.dirichlet(dominant, federation.clients, federation.dirichlet_alpha, rng, least=least)
+    elif how == "dirichlet-equal":
+        dominant = train.dominant_class().numpy()[rows]
+        parts = partition.dirichlet_equal(dominant, federation.clients, federation.dirichlet_alpha, rng)
+    elif how == "missing":
+        classes = train.labels.classes.numpy()[rows]
+        present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
+        parts, _ = partition.missing_class(present, federation.missing_classes, rng)
+    else:
+        raise ValueError(
+            "partition must be 'iid', 'dirichlet', 'dirichlet-equal', 'missing', 'natural' or a file saved by "
+            f"partition.save (*.json), got {how!r}"
+        )
+    return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
+
+
+def save_partition(setup: Setup, seed: int, path: str | Path) -> Path:
+    """Who holds which training image on this seed, as a file that `partition` of the config can name."""
+    parts, names = partition_clients(setup, seed)
+    return partition.save(path, setup.name, setup.train.images.ids, parts, names)
+
+
+def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
+    """What each client should label first when there are no labels yet: random images, as in cycle 0 of a run.
+
+    Columns: client, id. Those of the initial model come first, under the client 'start'.
+    """
+    rows = [("start", row) for row in setup.initial_rows(seed)]
+    for name, part in zip(*reversed(partition_clients(setup, seed)), strict=True):
+        rng = seeding.rng_for(seed, "ask", name, 0)
+        drawn = sampling.scores.random(len(part), rng)
+        chosen = sampling.top_k(drawn, setup.config.query.initial_labels, rng)
+        rows += [(name, part[position]) for position in chosen]
+    return pd.DataFrame([(name, setup.train.images.ids[row]) for name, row in rows], columns=["client", "id"])

@@ -1,0 +1,124 @@
+"""The pooling of HUA (Park et al., Active Learning for Object Detection with Evidential Deep Learning and Hierarchical
+Uncertainty Aggregation, ICLR 2023), which shares three words of HUALE's name and none of the method.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Detections
+from .matching import in_blocks, iou_of
+from .observation import Observation
+from .registry import strategy
+from .scores import Scores
+from .select import Selection, top_k
+
+SCORE_ABOVE, IOU = 0.3, 0.5
+NEEDS = ("detections", "pre_nms_detections")
+
+
+def epistemic(probs: Tensor, predicted_loss: Tensor, scale: Tensor | float) -> Tensor:
+    """H(mean) - E[H] in nats of class vectors drawn from Dirichlet(probs * e), e = 25 scale / (loss + 1e-7).
+
+    probs (B, C + 1), predicted_loss (B,), scale: their mean predicted loss, (B,) or one for all. Little loss expected
+    is much evidence, so little is left to learn. *Stated* (Park et al. 2023 and its released code), but for the
+    expectation: theirs is a mean over 500 samples, here E[H] = psi(e + 1) - sum_c p_c psi(p_c e + 1).
+    """
+    p = probs.double() / probs.double().sum(-1, keepdim=True)
+    evidence = 25 * scale / (predicted_loss.double() + 1e-7)
+    within = torch.digamma(evidence + 1) - (p * torch.digamma(p * evidence[..., None] + 1)).sum(-1)
+    return (torch.special.entr(p).sum(-1) - within).clamp(min=0)
+
+
+def pool_hierarchy(values: Tensor, image: Tensor, obj: Tensor, level: Tensor, label: Tensor, images: int) -> Tensor:
+    """One number an image (images,) from its boxes' `values` (B,), bottom up; 0 for an image without any.
+
+    Mean over the boxes of one (object, level, class), sum over classes, maximum over levels, sum over objects.
+    image, obj, level, label: (B,) int64 >= 0, objects counted within their image. *Stated* (Park et al. 2023).
+    """
+    values = values.double()
+    if not len(values):
+        return values.new_zeros(images)
+    objects, levels, labels = (int(field.max()) + 1 for field in (obj, level, label))
+    key = ((image * objects + obj) * levels + level) * labels + label
+    # A key divided by the number of labels is the key of the next step: the same digits without the last one.
+    for how, digits in (("mean", labels), ("sum", levels), ("amax", objects)):
+        key, group = key.unique(return_inverse=True)
+        values = values.new_zeros(len(key)).scatter_reduce(0, group, values, how, include_self=False)
+        key = key // digits
+    return values.new_zeros(images).index_add(0, key, values)
+
+
+def _hua(seen: Observation, k: int, rng: np.random.Generator, uncertainty: str) -> Selection:
+    """The k - n largest pooled uncertainties, and n = round(quota * k) images drawn from those that scored 0.
+
+    Boxes before suppression with a foreground probability above 0.3 and an IoU above 0.5 with a detection scored above
+    0.3 (an object) count, once for every object that they overlap so much. A box is of its most probable class, so rows
+    that hold it for another class are left out. 'epistemic' comes from `extra['predicted_loss']`, its normaliser is the
+    mean over the boxes that count of one image and level; 'entropy' is of the class vector. Without `extra['level']`
+    all boxes are of one level. Images without such a box score 0; of fewer than n of them all are taken. Ties break by
+    `rng`.
+    """
+    dense, objects = seen.pre_nms_detections, seen.detections.above(SCORE_ABOVE)
+    own = dense.probs.gather(2, dense.labels.clamp(min=0)[..., None]).squeeze(2)  # (N, A)
+    kept = dense.valid & (own > SCORE_ABOVE) & (own >= dense.probs[..., 1:].amax(2))
+    image, row = kept.nonzero(as_tuple=True)  # (B,)
+    if objects.boxes.shape[1] == 0:
+        image, row = image[:0], row[:0]
+
+    def overlapping(boxes: Tensor, image: Tensor) -> Tensor:
+        return (iou_of(boxes[:, None], objects.boxes[image]) > IOU) & objects.valid[image]  # (block, T)
+
+    members = in_blocks(overlapping, objects.boxes.shape[1], dense.boxes[image, row], image)  # (B, T)
+    counted = members.any(1)
+    image, row, members = image[counted], row[counted], members[counted]
+    level = dense.extra["level"][image, row].long() if "level" in dense.extra else torch.zeros_like(row)
+    if uncertainty == "epistemic":
+        loss = _predicted_losses(dense)[image, row]
+        values = epistemic(dense.probs[image, row], loss, _mean_by(loss, image, level))
+    else:
+        values = torch.special.entr(dense.probs[image, row].double()).sum(1)
+    box, obj = members.nonzero(as_tuple=True)  # every (box, object) that overlap
+    pairs = (values[box], image[box], obj, level[box], dense.labels[image, row][box])
+    pooled = pool_hierarchy(*(t.cpu() for t in pairs), seen.count).numpy()  # a GPU adds in any order
+    scores = Scores.all(pooled)
+
+    unseen = np.flatnonzero(pooled == 0)
+    drawn = rng.choice(unseen, min(round(seen.config.query.quota * k), len(unseen)), replace=False)
+    others = np.setdiff1d(np.arange(seen.count), drawn)
+    best = others[top_k(Scores(pooled[others], scores.scored[others]), k - len(drawn), rng)]
+    return Selection(np.concatenate([best, drawn]), scores)
+
+
+def _mean_by(values: Tensor, image: Tensor, level: Tensor) -> Tensor:
+    """(B,) the mean of the values of each box's own image and level."""
+    _, group = torch.stack([image, level]).unique(dim=1, return_inverse=True)
+    size = int(group.max()) + 1 if len(group) else 0
+    means = values.new_zeros(size).scatter_reduce(0, group, values, "mean", include_self=False)
+    return means[group]
+
+
+def _predicted_losses(dense: Detections) -> Tensor:
+    if "predicted_loss" not in dense.extra:
+        raise ValueError(
+            "epistemic uncertainty needs the predicted loss of each box, which this detector does not give: set "
+            "box_loss_head=True, or query by 'hua_entropy'"
+        )
+    return dense.extra["predicted_loss"].double()
+
+
+SOURCE = "Park et al. (ICLR 2023), from released code"
+
+
+@strategy("hua", NEEDS, "boxes", selects=True, score_above=SCORE_ABOVE, source=SOURCE)
+def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
+    """HUA with epistemic uncertainty; see `_hua`."""
+    return _hua(seen, k, rng, "epistemic")
+
+
+@strategy("hua_entropy", NEEDS, "boxes", selects=True, score_above=SCORE_ABOVE, source=f"{SOURCE}; by entropy: ours")
+def hua_entropy(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
+    """HUA's pooling of the boxes' entropies; see `_hua`."""
+    return _hua(seen, k, rng, "entropy")

@@ -1,0 +1,45 @@
+"""LoGo (Kim et al., CVPR 2023, 2303.12317): a model trained on the client's labels alone says what is different, the
+global model says what is uncertain. Formulas are those of its released code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .diversity import k_means
+from .observation import Observation
+from .registry import strategy
+from .scores import finite, uncertainty
+from .select import Selection, affordable, top_k
+
+
+@strategy(
+    "logo",
+    ("class_scores", "local_only_class_scores", "local_only_embeddings"),
+    "images",
+    selects=True,
+    source="Kim et al. (2023), 2303.12317",
+)
+def logo(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
+    """k clusters by the client's local-only model, from each the image of the largest global entropy.
+
+    k-means of (1 - max_c p_c(x)) h(x), the last layer's gradient for the class that the local-only model, with class
+    scores (N, C) and penultimate features h (N, D), expects itself. Where there are fewer different images than
+    clusters, the next most uncertain of each cluster follow, cluster after cluster. Order: the largest entropy of the
+    global model's class scores first; ties break by `rng`. The scores are these entropies.
+    """
+    affordable(k, seen.count)
+    scores = uncertainty(seen.class_scores, "entropy")
+    unsure = torch.from_numpy(uncertainty(seen.local_only_class_scores, "confidence").values)  # (N,) 1 - max_c p_c
+    gradient = finite("embedding", unsure[:, None] * seen.local_only_embeddings.double().cpu())  # (N, D)
+    cluster = np.zeros(seen.count, dtype=np.int64)
+    if 0 < k < seen.count:
+        cluster, _ = k_means(gradient.numpy(), k, rng)
+    order = top_k(scores, seen.count, rng)  # (N,) by entropy
+    place: dict[int, int] = {}
+    turn = np.empty(seen.count, dtype=np.int64)  # 0 for the first of its cluster, 1 for the second, ...
+    for position, one in enumerate(cluster[order]):
+        turn[position] = place[one] = place.get(one, -1) + 1
+    taken = np.sort(np.argsort(turn, kind="stable")[:k])  # places in `order`
+    return Selection(order[taken], scores)

@@ -1,0 +1,315 @@
+"""What a query strategy may observe of the unlabelled images of one client: computed when asked for, once, no labels.
+
+A strategy reads `seen.detections`, `seen.embeddings`, ... and pays for nothing that it does not read. The names, their
+shapes and what each needs of an experiment stand in `PoolObservation`. N images, T boxes of an image, C classes,
+D columns of an embedding, L labelled images, M clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import training
+from ..config import Config
+from ..data import VIEWS, Detections, Images, Viewed, flip_boxes, move_boxes
+from ..detectors import VAE, Classifier, Detector, out_of_fold
+from ..detectors import VIEWS as YOLO_VIEWS
+from ..training import CachedImages
+from . import dual_terms
+from .pool import Pool
+from .scores import Scores
+
+PRE_NMS = 1000  # boxes of an image at most, where they are wanted before non-maximum suppression
+
+
+@dataclass(frozen=True)
+class View:
+    """The same images after a change of their pixels.
+
+    moved: (N, T, 4) xyxy pixels of the changed images, row by row the boxes of `detections`. found: detections there.
+    """
+
+    moved: Tensor
+    found: Detections
+
+
+class Observation:
+    """N unlabelled images, by name of what was observed; `Observation(config, 3, detections=...)` serves a test."""
+
+    def __init__(self, config: Config, count: int, **observed: Any):
+        self.config, self.count = config, count
+        self.__dict__.update(observed)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, positions: np.ndarray) -> Observation:
+        """The same of some of the images, for a mix of strategies; what was not yet observed is observed of all."""
+        return Part(self, positions)
+
+
+class Part(Observation):
+    """Some of the images of an observation."""
+
+    def __init__(self, whole: Observation, positions: np.ndarray):
+        super().__init__(whole.config, len(positions))
+        self.whole, self.positions = whole, positions
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.whole, name)
+        if name.startswith(("held_out", "labelled")):  # of other images
+            return value
+        return value.take(self.positions) if isinstance(value, Detections) else value[torch.as_tensor(self.positions)]
+
+
+class Models(Protocol):
+    """The models of a client beside the one that is asked, made when they are wanted; None where there is none."""
+
+    local: Detector | Classifier | None  # the client's own, after its latest training
+    local_only: Classifier | None  # trained on the client's labels alone
+    committee: Sequence[Classifier]  # every client's own
+    vae: VAE | None
+    noise: torch.Generator | None  # what a VAE as released draws with
+    folds: np.random.Generator  # which labelled images a linear classifier leaves out in turn
+    held_out: Images | CachedImages | None  # labelled images at the server, in no client's pool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What all clients' observations share: the training images, with their pixels too, and where the model runs.
+
+    views: a frozen backbone's features of changed images by view, kept from one observation to the next.
+    """
+
+    images: Images | CachedImages
+    photos: Images
+    classes: int
+    device: torch.device
+    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)
+    score_above: float | None = None
+
+
+class PoolObservation(Observation):
+    """An observation of these positions of a client's pool by a model; see each name for its shape."""
+
+    def __init__(self, config: Config, scene: Scene, pool: Pool, positions: np.ndarray, model: Any, models: Models):
+        super().__init__(config, len(positions))
+        self.scene, self.pool, self.model, self.models = scene, pool, model, models
+        self.rows = pool.index[positions]
+
+    @cached_property
+    def images(self) -> Images | CachedImages:
+        return self.scene.images.take(self.rows)
+
+    @cached_property
+    def photos(self) -> Images:
+        """The same images with their pixels, where `images` are a frozen backbone's features."""
+        return self.scene.photos.take(self.rows)
+
+    def predict(self, images: Any, model: Any = None, **options: Any) -> Detections:
+        """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code)."""
+        return predict(self.config, model or self.model, images, self.scene.device, self.scene.score_above, **options)
+
+    # --- detectors
+
+    @cached_property
+    def detections(self) -> Detections:
+        """(N, T), cut at the score threshold."""
+        return self.predict(self.images)
+
+    @cached_property
+    def flipped_detections(self) -> Detections:
+        """(N, T) on the mirrored images, boxes mapped back."""
+        found = self.predict(self._changed("flip"))
+        back = flip_boxes(found.boxes, self.images.image_size[1]) * found.valid[..., None]
+        sides = {k: v[..., [2, 1, 0, 3]] if k == "sides" else v for k, v in found.extra.items()}  # left is right there
+        return replace(found, boxes=back, extra=sides)
+
+    @cached_property
+    def views(self) -> Mapping[str, View]:
+        """Changed images by name, see `data.VIEWS`."""
+        boxes, size = self.detections.boxes, self.images.image_size
+        return {name: View(move_boxes(name, boxes, size), self.predict(self._changed(name))) for name in VIEWS}
+
+    def _changed(self, name: str) -> CachedImages | Viewed:
+        """The images as a view shows them; of a frozen backbone, their features."""
+        whole, scene = self.scene.images, self.scene
+        plain = self.detections if name == "cutout" else None  # where it cuts depends on them
+        if not isinstance(whole, CachedImages):
+            return Viewed(self.images, name, plain)
+        if plain is not None:
+            changed = Viewed(self.photos, name, plain)
+            return training.cache_features(self.model, changed, device=scene.device, mirrored=False)
+        if name == "flip" and whole.mirrored is not None:
+            return replace(whole, features=whole.mirrored, mirrored=None).take(self.rows)
+        if name not in scene.views:
+            changed = Viewed(scene.photos, name)
+            scene.views[name] = training.cache_features(self.model, changed, device=scene.device, mirrored=False)
+        return scene.views[name].take(self.rows)
+
+    @cached_property
+    def pre_nms_detections(self) -> Detections:
+        """(N, T) all boxes before non-maximum suppression, each with its best class; T <= `PRE_NMS`."""
+        return self.predict(self.images, pre_nms=True)
+
+    @cached_property
+    def held_out_detections(self) -> Detections:
+        """On images that the model was not trained on and nobody will query."""
+        return predict(self.config, self.model, self.models.held_out, self.scene.device)
+
+    @cached_property
+    def local_detections(self) -> Detections | None:
+        """(N, T) by the client's own detector; None while it has none."""
+        return None if self.models.local is None else self.predict(self.images, self.models.local)
+
+    # --- classifiers of whole images; class scores before the softmax
+
+    @cached_property
+    def class_scores(self) -> Tensor:
+        """(N, C)."""
+        return self._scores_by(self.model)
+
+    @cached_property
+    def local_class_scores(self) -> Tensor | None:
+        """(N, C) by the client's own model after its latest training; None while it has none."""
+        return None if self.models.local is None else self._scores_by(self.models.local)
+
+    @cached_property
+    def local_only_class_scores(self) -> Tensor:
+        """(N, C) by a model that was trained on the client's labels alone."""
+        return self._scores_by(self.models.local_only)
+
+    @cached_property
+    def committee_class_scores(self) -> Tensor | None:
+        """(M, N, C) by every client's own model; None while there is none."""
+        members = self.models.committee
+        return torch.stack([self._scores_by(member) for member in members]) if members else None
+
+    @cached_property
+    def activations(self) -> Tensor:
+        """(N, C) of a linear classifier, as they are; `class_scores` give unseen classes no probability."""
+        return self.model.activations(self.images.features[0])
+
+    @cached_property
+    def held_out_activations(self) -> Tensor:
+        """(L, C) of labelled images, each by a linear classifier that was not trained on it."""
+        rows = self.pool.index[self.pool.labelled()]
+        features, strength = self.scene.images.take(rows).features[0], self.config.flywheel.regularisation
+        return out_of_fold(features, self.held_out_classes, self.scene.classes, self.models.folds, strength)[0]
+
+    @cached_property
+    def held_out_classes(self) -> Tensor:
+        """(L,) their classes, from 0."""
+        return self.pool.labels_of(self.pool.index[self.pool.labelled()]).classes[:, 0] - 1
+
+    def _scores_by(self, model: Classifier) -> Tensor:
+        return training.class_scores(model, self.images, device=self.scene.device)
+
+    # --- embeddings, and what is labelled
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(N, D)."""
+        return training.embed(self.model, self.images, device=self.scene.device)
+
+    @cached_property
+    def local_only_embeddings(self) -> Tensor:
+        """(N, D) of a model that was trained on the client's labels alone."""
+        return training.embed(self.models.local_only, self.images, device=self.scene.device)
+
+    @cached_property
+    def labelled_embeddings(self) -> Tensor:
+        """(L, D)."""
+        labelled = self.scene.images.take(self.pool.index[self.pool.labelled()])
+        return training.embed(self.model, labelled, device=self.scene.device)
+
+    @cached_property
+    def labelled_class_counts(self) -> np.ndarray:
+        """(C,) mean number of boxes (or images) of each class per labelled image."""
+        labels = self.pool.labels_of(self.pool.index[self.pool.labelled()])
+        counted = torch.where(labels.ignore, 0, labels.classes).flatten()
+        counts = torch.bincount(counted, minlength=self.scene.classes + 1)[1:].numpy()
+        return counts / max(1, len(labels.classes))
+
+    # --- a VAE, and detection losses without labels
+
+    @cached_property
+    def _encoded(self) -> dict[str, Tensor]:
+        return training.vae_losses(self.models.vae, self.photos, device=self.scene.device, generator=self.models.noise)
+
+    @cached_property
+    def reconstruction_errors(self) -> Tensor:
+        """(N,), with `texture_correction` what texture and contrast do not explain."""
+        errors = self._encoded["reconstruction"]
+        if not self.config.vae.texture_correction:
+            return errors
+        return dual_terms.beyond_texture(errors, dual_terms.texture(self.photos, self.models.vae.size))
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """(N, Z) means in the VAE's latent space."""
+        return self._encoded["latent"]
+
+    @cached_property
+    def labelled_latents(self) -> Tensor:
+        """(L, Z)."""
+        photos = self.scene.photos.take(self.pool.index[self.pool.labelled()])
+        return training.vae_losses(self.models.vae, photos, device=self.scene.device, generator=self.models.noise)[
+            "latent"
+        ]
+
+    @cached_property
+    def hidden_label_losses(self) -> Scores:
+        """(N,) the detector's loss against labels that nobody has paid for: an upper bound, needs `diagnostic`."""
+        return dual_terms.detection_losses(
+            self.model, self.images, self.pool.hidden_labels(self.rows), self.scene.device
+        )
+
+    @cached_property
+    def consistency_losses(self) -> Scores:
+        """(N,) of the detector on the VAE's reconstruction, against its confident detections on the image."""
+        shown = dual_terms.Reconstructed(self.photos, self.models.vae, self.models.noise)
+        return self._losses_on(shown)
+
+    @cached_property
+    def pseudo_label_losses(self) -> Scores:
+        """(N,) of the detector against its own confident detections."""
+        return self._losses_on(self.images)
+
+    def _losses_on(self, shown: Any) -> Scores:
+        guess = dual_terms.as_labels(self.detections, self.config.query.pseudo_above)
+        return dual_terms.detection_losses(self.model, shown, guess, self.scene.device, self.config.as_released)
+
+    @cached_property
+    def predicted_losses(self) -> Tensor:
+        """(N,) by the head that learned to rank images by their loss."""
+        return training.learned_losses(self.model, self.images, device=self.scene.device)
+
+
+def predict(
+    config: Config,
+    model: Detector,
+    images: Images | CachedImages | Viewed,
+    device: torch.device,
+    score_above: float | None = None,
+    pre_nms: bool = False,
+) -> Detections:
+    """Detections for scoring, with the config's thresholds. score_above: in the place of the config's.
+
+    pre_nms: all boxes before non-maximum suppression, each with its best class.
+    """
+    query = config.query
+    options: dict[str, Any] = {"views": YOLO_VIEWS} if query.test_time_views else {}
+    if pre_nms:
+        options |= {"nms_iou": 1.0, "class_agnostic": True, "top": PRE_NMS, "candidates": PRE_NMS}
+    else:
+        options |= {"nms_iou": query.nms_iou, "class_agnostic": query.class_agnostic}
+    above = query.score_above if score_above is None else score_above
+    return training.predict(model, images, device=device, score_above=above, **options)

@@ -1,0 +1,130 @@
+"""One registry of query strategies. To add one, write one function:
+
+    from fedal_utils import sampling
+
+    @sampling.strategy("my_margin", needs=("detections",))
+    def my_margin(seen):  # seen: sampling.Observation of N unlabelled images, labels are not reachable from it
+        return 1 - seen.detections.scores.amax(1)  # (N,) bigger = query first
+
+It then runs in every notebook, scheme and detector that can give what it needs: `overrides={"methods": ["random",
+"my_margin"]}`. A function that selects a set of images together takes (seen, k, rng) and returns positions or a
+`Selection`: `@sampling.strategy("mine", needs=("embeddings",), selects=True)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import Config
+from .observation import Observation
+from .requirements import names, refusal
+from .scores import Scores
+from .select import Selection, top_k
+
+KINDS = ("boxes", "images")  # for detectors | for classifiers of whole images
+MODELS = ("global", "local", "local_only")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to select what is labelled next.
+
+    needs: names of observations that it reads (see `PoolObservation`). kinds: for detectors, classifiers or both.
+    selects: the function returns a selection, else scores. model: which model is asked: the global one, the client's
+    own after its latest training, or one trained on the client's labels alone. score_above: detections count from this
+    confidence on, in the place of the config's. source: paper and how it is known.
+    """
+
+    name: str
+    function: Callable
+    needs: frozenset[str] = frozenset()
+    kinds: tuple[str, ...] = KINDS
+    selects: bool = False
+    model: str = "global"
+    score_above: float | None = None
+    source: str = ""
+
+    def select(self, seen: Observation, k: int, rng: np.random.Generator) -> Selection:
+        """The k images to label next. ValueError where a score is not finite, or the pool is smaller than k."""
+        if not self.selects:
+            scores = self.function(seen)
+            scores = scores if isinstance(scores, Scores) else Scores.all(scores)
+            if len(scores) != seen.count:
+                raise ValueError(f"strategy {self.name!r} scored {len(scores)} images of {seen.count}")
+            return Selection(top_k(scores, k, rng, seen.config.query.no_detection_rule), scores)
+        found = self.function(seen, k, rng)
+        return found if isinstance(found, Selection) else Selection(np.asarray(found), Scores.none(seen.count))
+
+    def compares_local(self) -> bool:
+        """True if it reads clients' own models, which are then kept."""
+        return self.model == "local" or bool(self.needs & _LOCAL)
+
+    def refusal(self, config: Config) -> str:
+        """Why this experiment cannot run it; '' = it can."""
+        for need in sorted(self.needs):
+            if reason := refusal(need, config):
+                return f"strategy {self.name!r} reads {need!r}: {reason}"
+        if self.model != "global" and not config.model.classifier:
+            return f"strategy {self.name!r} asks the client's own model: it is for classifiers of whole images"
+        return ""
+
+
+_LOCAL = frozenset({"local_detections", "local_class_scores", "committee_class_scores"})
+_KNOWN: dict[tuple[str, str], Strategy] = {}  # (kind, name) -> strategy
+
+
+def strategy(
+    name: str,
+    needs: Iterable[str] = (),
+    kind: str | None = None,
+    selects: bool = False,
+    score_above: float | None = None,
+    source: str = "ours",
+) -> Callable[[Callable], Callable]:
+    """Register the function below it under this name; see the module's example. kind: 'boxes', 'images', None = both.
+
+    A second one of the same name and kind takes the place of the first, so a notebook's cell can be run again.
+    """
+    needs, kinds = frozenset(needs), KINDS if kind is None else (kind,)
+    unknown = sorted(needs - set(names()))
+    if unknown:
+        raise ValueError(
+            f"strategy {name!r} needs {unknown[0]!r}, which nobody observes: known are {', '.join(names())}"
+        )
+    if not name.replace("_", "").isalnum() or kinds[0] not in KINDS:
+        raise ValueError(f"a strategy's name has letters, digits and _, its kind is one of {KINDS}: {name!r}, {kind!r}")
+
+    def add(function: Callable) -> Callable:
+        made = Strategy(name, function, needs, kinds, selects, "global", score_above, source)
+        _KNOWN.update({(one, name): made for one in kinds})
+        return function
+
+    return add
+
+
+def registered(kind: str | None = None) -> dict[str, Strategy]:
+    """All strategies by name, of a kind or of both."""
+    return {name: found for (one, name), found in _KNOWN.items() if kind in (None, one)}
+
+
+def find(name: str, kind: str) -> Strategy:
+    """A strategy by name; "entropy.local" and "entropy.local_only" ask another model than the global one."""
+    plain, _, model = name.partition(".")
+    if (kind, plain) not in _KNOWN or model and model not in MODELS:
+        known = ", ".join(registered(kind))
+        what = "detectors" if kind == "boxes" else "classifiers of whole images"
+        raise ValueError(
+            f"query strategy {name!r} is unknown for {what}: known are {known}, with '.local' or '.local_only' to ask "
+            "the client's own model"
+        )
+    found = _KNOWN[kind, plain]
+    return dataclasses.replace(found, name=name, model=model) if model else found
+
+
+def kind_of(config: Config) -> str:
+    """'images' for a config with a classifier, else 'boxes'."""
+    return "images" if config.model.classifier else "boxes"
