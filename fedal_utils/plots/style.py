@@ -1,0 +1,217 @@
+"""The look of every figure: one style file, and for each method a colour, a marker, a line and a shown name.
+
+A strategy has a colour and a marker, the same in every figure; under a scheme other than FedAvg the scheme gives the
+line and most of the colour. A strategy that is not listed here gets a colour and a marker of its own from its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+
+class Look(NamedTuple):
+    """How a method looks everywhere; marker and line as matplotlib takes them."""
+
+    colour: str
+    marker: str | tuple[int, int, float]
+    line: str | tuple[int, tuple[float, ...]]
+    name: str
+
+
+# Okabe and Ito (2008), Paul Tol's muted set, and darker and lighter ones; never colour alone.
+PALETTE = tuple(
+    "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #332288 #882255 #117733 #AA4499 "
+    "#999933 #661100 #44AA99 #CC6677 #6F4C9B #B8860B #005F73 #8B0000 #5C7A29 #1F3A93".split()
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", ">", "p", "h", "*", "d", (4, 1, 0), (5, 1, 36), (6, 1, 0), (8, 1, 0))
+
+NAMED: dict[str, tuple[str, str | tuple, str]] = {  # strategy -> colour, marker, shown name; in the order of legends
+    "random": ("#7F7F7F", "X", "random"),
+    "federated": ("#AA4499", "*", "federated"),
+    "sum": ("#0072B2", "o", "SUM"),
+    "avg": ("#E69F00", "s", "AVG"),
+    "max": ("#009E73", "^", "MAX"),
+    "count": ("#CC79A7", "D", "box count"),
+    "entropy": ("#C51B7D", (4, 1, 0), "entropy"),
+    "entropy_sum": ("#332288", "v", "entropy SUM"),
+    "entropy_avg": ("#D55E00", "P", "entropy AVG"),
+    "entropy_max": ("#44AA99", "<", "entropy MAX"),
+    "margin": ("#4393C3", "p", "margin"),
+    "confidence": ("#BF812D", "h", "least confidence"),
+    "ratio": ("#5C7A29", "d", "ratio"),
+    "coreset": ("#01665E", "*", "core-set"),
+    "badge": ("#35978F", (6, 1, 0), "BADGE"),
+    "qbc": ("#9970AB", (7, 1, 0), "committee"),
+    "cascade": ("#8C1D40", (3, 1, 0), "HUALE cascade"),
+    "cald": ("#5E3C99", "H", "CALD"),
+    "hua": ("#1B7837", "8", "HUA pooling"),
+    "hua_entropy": ("#A6761D", (8, 1, 0), "HUA pooling of entropies"),
+    "ksas": ("#B2182B", "o", "KSAS"),
+    "ksas_sum": ("#67001F", (9, 1, 0), "KSAS on boxes, SUM"),
+    "ksas_avg": ("#A8123E", (10, 1, 0), "KSAS on boxes, AVG"),
+    "ksas_max": ("#EF3B2C", (12, 1, 0), "KSAS on boxes, MAX"),
+    "ksas_client": ("#D6604D", "s", "KSAS, KL(client || global)"),
+    "ksas_global": ("#F4A582", "D", "KSAS, KL(global || client)"),
+    "jeffreys": ("#E78AC3", "v", "plain symmetric KL"),
+    "logo": ("#1A1A8C", "^", "LoGo"),
+    "vae": ("#7A5195", "<", "VAE novelty"),
+    "d0": ("#B0B0B0", "P", "D0, hidden labels"),
+    "d1": ("#EF8A17", "o", "D1, reconstruction consistency"),
+    "d2": ("#006D77", "s", "D2, self-training"),
+    "d3": ("#84A98C", "D", "D3, entropy"),
+    "d4": ("#3D5A80", "v", "D4, learned loss"),
+    "vae_d0": ("#8A8A8A", "P", "VAE + D0, hidden labels"),
+    "vae_d1": ("#BC4B00", "o", "VAE + D1"),
+    "vae_d2": ("#004C54", "s", "VAE + D2"),
+    "vae_d3": ("#4F772D", "D", "VAE + D3"),
+    "vae_d4": ("#1D3557", "v", "VAE + D4"),
+    "model_outlier": ("#8E6C8A", "<", "model-based outlier"),
+    "embedding_outlier": ("#C4A000", ">", "embedding outlier"),
+    "cluster": ("#2A9D8F", "s", "cluster centres"),
+    "representative": ("#577590", "D", "representative"),
+    "mix": ("#E63946", "o", "mixture"),
+    "mix_diverse": ("#9D0208", "^", "mixture with diversity"),
+    "centralised": ("#444444", "d", "centralised"),
+}
+SCHEMES: dict[str, tuple[str, str | tuple, str]] = {  # scheme -> colour, line, shown name
+    "fedavg": ("", "-", "FedAvg"),
+    "local-first": ("#33BBEE", (0, (1, 1)), "local first"),
+    "chain": ("#A50F15", (0, (6, 1.5)), "chain"),
+    "chain-fedavg": ("#F0803C", "-.", "chain then FedAvg"),
+    "accumulate": ("#4B0F6B", (0, (4, 1, 1, 1, 1, 1)), "accumulating chain"),
+    "centralised": ("#444444", "--", "centralised"),
+}
+
+X_LABELS = {
+    "images": "labelled images",
+    "boxes": "labelled boxes",
+    "seconds": "estimated annotation time (min)",
+    "bytes": "communication, both ways (MB)",
+    "rounds": "communication rounds",
+}
+Y_LABELS = {
+    "accuracy": "accuracy",
+    "accuracy_mean_client": "accuracy, mean over clients",
+    "accuracy_worst_client": "accuracy, worst client",
+    "ap50": "AP at IoU 0.5",
+    "ap75": "AP at IoU 0.75",
+    "ap_coco": "AP, COCO (IoU .50:.95)",
+    "ap_voc11": "AP, VOC 11-point (IoU 0.5)",
+    "ap_voc": "AP, VOC all-point (IoU 0.5)",
+    "loss": "training loss",
+}
+
+
+def style():
+    """Context in which everything drawn has the suite's style: `with plots.style(): ...`."""
+    return plt.style.context(str(Path(__file__).with_name("fedal.mplstyle")))
+
+
+def style_of(method: str) -> Look:
+    """Colour, marker, line and shown name of a method: a strategy, or schemes and a strategy joined by '+'."""
+    scheme, _, rest = method.partition("+")
+    if scheme not in SCHEMES or not rest:
+        colour, marker, name = NAMED.get(method) or _from_name(method)
+        return Look(colour, marker, "--" if method == "centralised" else "-", name)
+    look, (colour, line, name) = style_of(rest), SCHEMES[scheme]
+    if scheme == "fedavg":
+        return look._replace(name=f"{name}, {look.name}")
+    if scheme == "centralised":
+        return look._replace(
+            colour=_mix(colour, look.colour, 0.5), line=line, name=f"centralised on the labels of {look.name}"
+        )
+    return look._replace(colour=_mix(colour, look.colour, 0.2), line=line, name=f"{name}, {look.name}")
+
+
+def _from_name(strategy: str) -> tuple[str, str | tuple, str]:
+    """What a strategy that nobody listed looks like: drawn from its name, so the same in every figure."""
+    hue, shade, marker, *_ = hashlib.sha256(strategy.encode()).digest()
+    colour = _mix(PALETTE[hue % len(PALETTE)], ("black", "white")[shade % 2], shade / 256 * 0.35)
+    return colour, MARKERS[marker % len(MARKERS)], strategy.replace("_", " ")
+
+
+def _mix(colour: str, other: str, part: float) -> str:
+    return to_hex((1 - part) * np.array(to_rgb(colour)) + part * np.array(to_rgb(other)))
+
+
+def ordered(methods: Sequence[str]) -> list[str]:
+    """Methods as a legend has them: plain strategies first, then by scheme, centralised references last."""
+
+    def place(method: str) -> tuple[int, int, str]:
+        scheme, strategy = method.split("+")[0], method.split("+")[-1]
+        first = list(SCHEMES).index(scheme) if scheme in SCHEMES else 0
+        return first, (list(NAMED) + [strategy]).index(strategy), method
+
+    return sorted(methods, key=place)
+
+
+def names_of(methods: Sequence[str]) -> dict[str, str]:
+    """Shown names for one legend: beside other schemes a plain strategy says that it is FedAvg."""
+    schemes = {method.split("+")[0] for method in methods if "+" in method} & set(SCHEMES) - {"centralised"}
+    plain = {m for m in methods if m.split("+")[0] not in SCHEMES and m != "federated"} if schemes else ()
+    return {m: style_of(f"fedavg+{m}" if m in plain else m).name for m in methods}
+
+
+def y_label(y: str) -> str:
+    """The axis label of a metric column; 'ap50/<class>' names its class."""
+    name, _, of_class = y.partition("/")
+    return Y_LABELS.get(name, name.replace("_", " ")) + (f", {of_class}" if of_class else "")
+
+
+def marks(look: Look, size: float = 5.5) -> dict[str, object]:
+    """Marker options of a line; stars and polygons need a bit more room than matplotlib's own markers."""
+    size *= 1.3 if isinstance(look.marker, tuple) else 1
+    return {"marker": look.marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.6}
+
+
+def handles_of(*axes: Axes) -> dict[str, object]:
+    """Label -> handle of what is drawn in these axes, the first of each label."""
+    found: dict[str, object] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return found
+
+
+def legend_below(figure: Figure, handles: dict[str, object]) -> None:
+    """One legend for all panels, in as many columns as fit."""
+    if handles:
+        wide = max(1.5, 0.7 + 0.07 * max(map(len, handles)))  # inches of a column
+        rows = math.ceil(len(handles) / max(1, int(figure.get_figwidth() / wide)))
+        place = {"loc": "outside lower center", "ncols": math.ceil(len(handles) / rows), "handlelength": 2.6}
+        figure.legend(list(handles.values()), list(handles), **place)
+
+
+def legend_beside(ax: Axes) -> None:
+    """Inside where it is small, else to the right of the axes, for which the figure grows."""
+    names = ax.get_legend_handles_labels()[1]
+    if len(names) <= 5 and max(map(len, names), default=0) <= 20:
+        ax.legend()
+        return
+    legend = ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, handlelength=2.6)
+    ax.figure.set_figwidth(ax.figure.get_figwidth() + legend.get_window_extent().width / ax.figure.dpi)
+
+
+def keep_fractions(ax: Axes, y: str) -> None:
+    """The y axis of an AP ends at 0 and 1."""
+    if y.startswith("ap"):
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(0, low), min(1.02, high))
+
+
+def mean_and_band(seeds, band: str = "band") -> str:
+    """'mean over 3 seeds; band: 95 % t interval of the mean'; seeds: those of each drawn point, grouped."""
+    low, high = int(seeds.nunique().min()), int(seeds.nunique().max())
+    over = f"{high} seed{'s' if high > 1 else ''}" if low == high else f"{low} to {high} seeds"
+    shown = {1: f"no {band}", 2: f"{band}: both values"}.get(high, f"{band}: 95 % t interval of the mean")
+    return f"mean over {over}; {shown}"
