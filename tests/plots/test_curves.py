@@ -1,0 +1,201 @@
+"""Curves on synthetic tables: what is drawn, where, in whose colour; refusals; the same bytes twice."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedal_utils import plots
+
+START = {"sum": 0.30, "avg": 0.25, "max": 0.28, "random": 0.20, "centralised": 0.35}
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def synthetic(methods=("sum", "random", "centralised"), seeds=3, cycles=3, rounds=2, clients=2):
+    """Rows as `record.table` gives them; AP grows with the cycle, differs by method and seed."""
+    rows = []
+    for method in methods:
+        for seed in range(seeds):
+            for cycle in range(cycles):
+                for number in range(rounds):
+                    key = {"method": method, "seed": seed, "cycle": cycle, "round": number}
+                    cost = {
+                        "images": 40 * (cycle + 1),
+                        "boxes": 100 * (cycle + 1) + 5 * seed,
+                        "seconds": 600 * (cycle + 1),
+                    }
+                    sent = 0 if method == "centralised" else 1_500_000
+                    for k in range(clients):
+                        rows.append(
+                            {**key, "client": str(k), **cost, "bytes_up": sent, "bytes_down": sent, "loss": 1.0}
+                        )
+                    ap = START.get(method, 0.2) + 0.15 * cycle + 0.03 * number + 0.02 * seed
+                    total = {"bytes_up": clients * sent, "bytes_down": clients * sent}
+                    rows.append({**key, "client": "server", **cost, **total, "ap50": ap, "ap50/red cell": ap / 2})
+    return pd.DataFrame(rows)
+
+
+def chains(methods=("chain+sum", "chain-fedavg+sum"), seeds=3, clients=3, passes=2):
+    """A chain of 3 devices: visits 0, 1, 2, the merge, then 2 passes, in chain-fedavg a round each."""
+    rows = []
+    for method in methods:
+        later = passes if method.startswith("chain-fedavg") else passes * clients
+        for seed in range(seeds):
+            for number in range(clients + 1 + later):
+                costs = {"images": 90, "boxes": 90, "seconds": 90, "bytes_up": 1e6, "bytes_down": 1e6}
+                key = {"method": method, "seed": seed, "cycle": 0, "round": number, "client": "server"}
+                rows.append({**key, **costs, "ap50": 0.2 + 0.01 * number + 0.02 * seed})
+    return pd.DataFrame(rows)
+
+
+def lines(ax):
+    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_learning_curve_draws_the_mean_of_the_last_rounds():
+    figure, caption = plots.learning_curve(synthetic())
+    (ax,) = figure.axes
+    assert list(lines(ax)) == ["random", "SUM", "centralised"]
+    np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [40, 80, 120])
+    np.testing.assert_allclose(lines(ax)["SUM"].get_ydata(), 0.30 + 0.15 * np.arange(3) + 0.03 + 0.02)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("labelled images", "AP at IoU 0.5")
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["random", "SUM", "centralised"]
+    assert len(ax.collections) == 3
+    want = "AP at IoU 0.5 on the test images; line: mean over 3 seeds; band: 95 % t interval of the mean."
+    assert caption == want
+    few = pd.concat([synthetic(["sum"], seeds=2), synthetic(["max"], seeds=1)])
+    assert "mean over 1 to 2 seeds; band: both values." in plots.learning_curve(few)[1]
+
+
+@pytest.mark.parametrize(("seeds", "low", "high"), [(2, 0.33, 0.35), (3, 0.35 - 0.0496828, 0.35 + 0.0496828)])
+def test_band_is_both_values_of_two_seeds_and_the_t_interval_of_three(seeds, low, high):
+    """0.33, 0.35, 0.37: standard error 0.02 / sqrt 3, t(0.975, 2) = 4.302653."""
+    (band,) = plots.learning_curve(synthetic(["sum"], seeds=seeds))[0].axes[0].collections
+    at = band.get_paths()[0].vertices
+    assert at[at[:, 0] == 40, 1].min() == pytest.approx(low, abs=1e-6)
+    assert at[at[:, 0] == 40, 1].max() == pytest.approx(high, abs=1e-6)
+    assert not plots.learning_curve(synthetic(["sum"], seeds=1))[0].axes[0].collections
+
+
+@pytest.mark.parametrize(
+    ("x", "wanted", "label"),
+    [
+        ("rounds", [2, 4, 6], "communication rounds"),
+        ("bytes", [12, 24, 36], "communication, both ways (MB)"),  # 2 clients x 2 ways x 1.5 MB a round
+        ("seconds", [10, 20, 30], "estimated annotation time (min)"),
+        ("boxes", [105, 205, 305], "labelled boxes"),
+    ],
+)
+def test_each_cost_has_its_unit(x, wanted, label):
+    ax = plots.learning_curve(synthetic(), x)[0].axes[0]
+    np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), wanted)
+    assert ax.get_xlabel() == label
+    if x == "bytes":  # central training sends nothing: a line across at its end
+        reference = lines(ax)["centralised"]
+        np.testing.assert_allclose(reference.get_ydata(), 0.35 + 0.15 * 2 + 0.03 + 0.02)
+        assert list(reference.get_xdata()) == [0, 1] and reference.get_linestyle() == "--"
+
+
+def test_rounds_not_evaluated_cost_bytes_all_the_same_and_rows_may_come_in_any_order():
+    table = synthetic(["sum"])
+    table.loc[(table["client"] == "server") & (table["cycle"] == 0), "ap50"] = np.nan
+    ax = plots.round_curves(table.sample(frac=1, random_state=0), title="every round")[0].axes[0]
+    np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [3, 4, 5, 6])
+    assert ax.get_title() == "every round"
+    np.testing.assert_allclose(lines(plots.learning_curve(table, "bytes")[0].axes[0])["SUM"].get_xdata(), [24, 36])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda t: t, {"x": "epochs"}, "x must be one of"),
+        (lambda t: t.drop(columns="boxes"), {"x": "boxes"}, r"lacks the columns \['boxes'\]"),
+        (lambda t: t[t["client"] != "server"], {}, "no server row"),
+        (lambda t: t, {"methods": ["sum", "nobody"]}, r"no server rows with a value for \['nobody'\]"),
+    ],
+)
+def test_bad_tables_are_refused(change, options, message):
+    with pytest.raises(ValueError, match=message):
+        plots.learning_curve(change(synthetic()), **options)
+
+
+def test_panels_for_costs_metrics_and_tables_share_one_legend():
+    figure, _ = plots.learning_curves(synthetic(), title="T")
+    assert [ax.get_xlabel().split()[-1] for ax in figure.axes] == ["images", "boxes", "(MB)"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["AP at IoU 0.5", "", ""]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["random", "SUM", "centralised"]
+    two, _ = plots.learning_curves(
+        {"A": synthetic(["sum"]), "B": synthetic(["avg", "max"])}, xs=("images",), methods=["sum", "max"]
+    )
+    assert [ax.get_title() for ax in two.axes] == ["A", "B"]
+    assert [t.get_text() for t in two.legends[0].get_texts()] == ["SUM", "MAX"]
+    both, _ = plots.learning_curves(synthetic(), xs=("images",), y=("ap50", "ap50/red cell"))
+    assert [ax.get_ylabel() for ax in both.axes] == ["AP at IoU 0.5", "AP at IoU 0.5, red cell"]
+
+
+def test_traffic_is_every_evaluated_round_at_all_that_was_sent_and_tells_the_end():
+    figure, caption = plots.traffic(synthetic(["sum", "centralised"]))
+    (ax,) = figure.axes
+    np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [6, 12, 18, 24, 30, 36])
+    assert ax.get_xscale() == "log" and [t.get_text() for t in ax.texts] == ["36 MB"]
+    assert "vertical stretch" in caption
+
+
+def test_a_chain_stands_at_its_devices_the_merge_and_its_passes():
+    figure, caption = plots.chain_progress(
+        chains(("chain+sum", "chain-fedavg+sum", "centralised+chain+sum")), 3, reference=["centralised+chain+sum"]
+    )
+    left, right = figure.axes
+    np.testing.assert_allclose(lines(left)["chain, SUM"].get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(lines(left)["chain then FedAvg, SUM"].get_ydata(), 0.22 + 0.01 * np.arange(4))
+    assert [t.get_text() for t in left.get_xticklabels()] == ["1", "2", "3", "merge"]
+    np.testing.assert_allclose(lines(right)["chain then FedAvg, SUM"].get_xdata(), [1, 2])
+    np.testing.assert_allclose(lines(right)["chain, SUM"].get_xdata(), np.arange(1, 7) / 3)
+    assert "dashed: the end of centralised on the labels of chain, SUM" in caption
+    with pytest.raises(ValueError, match="no evaluated round of a chain"):
+        plots.chain_progress(synthetic(), 3)
+
+
+def test_a_papers_points_stand_in_a_panel_of_their_own_in_the_same_colours():
+    columns = ("item", "setting", "x", "metric", "value", "unit")
+    rows = [("a", "SUM", 500, "ap50", 43.0, "percent"), ("a", "SUM", 900, "ap50", 58.5, "percent")]
+    rows += [("a", "VAAL", 500, "ap50", 0.4, "fraction"), ("a", "VAAL", np.nan, "ap50", 0.5, "fraction")]
+    paper = pd.DataFrame(rows, columns=columns)
+    figure, caption = plots.beside_paper(synthetic(), paper, settings={"SUM": "sum"}, titles=("paper: VOC", "ours"))
+    left, right = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["paper: VOC", "ours"] and left.get_ylim() != right.get_ylim()
+    theirs, ours = lines(left)["SUM"], lines(right)["SUM"]
+    np.testing.assert_allclose(theirs.get_xydata(), [[500, 0.43], [900, 0.585]])
+    assert theirs.get_color() == ours.get_color() and theirs.get_markerfacecolor() == "white"
+    assert len(lines(left)["VAAL"].get_xdata()) == 1 and "VAAL" not in lines(right)
+    assert "published points" in caption
+    with pytest.raises(ValueError, match="no row of the paper has x and value"):
+        plots.beside_paper(synthetic(), paper.assign(x=np.nan))
+
+
+def test_differences_are_paired_by_seed_and_only_the_baseline_has_a_band():
+    table = synthetic(("random", "sum", "avg"))  # sum is .1, avg .05 above random on every seed
+    figure, caption = plots.paired_differences(table)
+    left, right = figure.axes
+    assert len(left.collections) == 1 and list(lines(left)) == ["random", "SUM", "AVG"]
+    assert [t.get_text() for t in right.get_yticklabels()] == ["SUM", "AVG"]
+    points = sorted(line.get_xdata()[0] for line in right.get_lines() if len(line.get_xdata()) == 1)
+    assert points == pytest.approx([5, 5, 10, 10])
+    assert "only of random" in caption and "paired by seed over 3 seeds" in caption
+
+
+def test_the_same_table_gives_the_same_picture():
+    pictures = []
+    for _ in range(2):
+        file = io.BytesIO()
+        plots.learning_curves(synthetic())[0].savefig(file, format="png", metadata={"Software": None})
+        pictures.append(file.getvalue())
+    assert pictures[0] == pictures[1]
+    assert not plt.rcParams["axes.grid"]  # the style is put back
