@@ -143,7 +143,7 @@ def test_one_client_is_centralised_on_its_data(tmp_path):
     asked = record.queries(study.config, "small", root=tmp_path)
     shared = next(tmp_path.rglob("starting-point-seed0.pt"))
     assert shared.exists()
-    model = alfl.new_detector(study.config, 10, seeding.torch_rng_for(0, "weights"))
+    model = alfl.build(study.config, 10, seeding.torch_rng_for(0, "weights"))
     begun = alfl.beginning(study.config)
     start = record.shared(begun, "shared", 0, "starting-point", lambda: pytest.fail("made twice"), root=tmp_path)
     model.load_state_dict(start, strict=False)
@@ -301,7 +301,7 @@ def test_a_data_set_without_labels_cannot_be_trained_on(unbroken, tmp_path):
 
 def test_central_and_federated_messages(unbroken):
     _, study = unbroken
-    model = alfl.new_detector(study.config, 10, seeding.torch_rng_for(0, "weights"))
+    model = alfl.build(study.config, 10, seeding.torch_rng_for(0, "weights"))
     payload = federation.pack(federation.state_of(model, federation.sent_keys(model)))
     floats = sum(v.numel() for v in model.state_dict().values() if v.is_floating_point())
     assert 4 * floats <= len(payload) <= 4 * floats * 1.05
@@ -315,7 +315,7 @@ def test_local_batch_norm_judges_the_mean_of_the_clients_models(tmp_path):
     assert set(state["home"]) == {"00", "01"}
     own = []
     for name in ("00", "01"):
-        model = alfl.new_detector(study.config, 10, seeding.torch_rng_for(0, "weights"))
+        model = alfl.build(study.config, 10, seeding.torch_rng_for(0, "weights"))
         model.load_state_dict(state["model"], strict=False)
         model.load_state_dict(state["home"][name], strict=False)
         own.append(alfl.judge(study, model)["ap_voc11"])
@@ -386,7 +386,7 @@ def changed(study: alfl.Study, **changes) -> alfl.Study:
 
 def detector(study: alfl.Study, lively: bool = True):
     """Untrained; lively: it sees things everywhere, of all scores; else nothing at all."""
-    model = alfl.new_detector(study.config, len(study.class_names), seeding.torch_rng_for(1, "weights")).eval()
+    model = alfl.build(study.config, len(study.class_names), seeding.torch_rng_for(1, "weights")).eval()
     rng = seeding.torch_rng_for(0, "lively")
     with torch.no_grad():
         if study.config.model.detector == "yolo":
@@ -643,10 +643,10 @@ def test_a_detector_without_such_heads_is_refused_in_words(rcnn):
         {"emphasis": 1.0},
     ):
         with pytest.raises(ValueError, match="'yolo' has neither RoI heads nor an evidence head: use 'faster_rcnn'"):
-            alfl.new_detector(rcnn.config.replace(**{**YOLO, **changes}), 3, rng)
+            alfl.build(rcnn.config.replace(**{**YOLO, **changes}), 3, rng)
     with pytest.raises(ValueError, match="'ssd' has no RoI heads"):
-        alfl.new_detector(rcnn.config.replace(**SSD, auxiliary_head="sides"), 3, rng)
-    arm = alfl.new_detector(
+        alfl.build(rcnn.config.replace(**SSD, auxiliary_head="sides"), 3, rng)
+    arm = alfl.build(
         rcnn.config.replace(
             box_loss="efficient_iou",
             box_weight=3.0,
@@ -747,7 +747,7 @@ def test_afresh_every_cycle_trains_from_the_starting_point_also_after_a_break(tm
     asked = record.queries(study.config, "small", root=tmp_path)
     begun = alfl.beginning(study.config)
     start = record.shared(begun, "shared", 0, "starting-point", lambda: pytest.fail("made twice"), root=tmp_path)
-    model = alfl.new_detector(study.config, 3, seeding.torch_rng_for(0, "weights"))
+    model = alfl.build(study.config, 3, seeding.torch_rng_for(0, "weights"))
     assert not all(torch.equal(start[k], v) for k, v in model.state_dict().items())
 
     def train(cycle: int) -> dict:

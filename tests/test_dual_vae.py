@@ -18,6 +18,7 @@ from fedal_utils import papers, record, training
 from fedal_utils.data import readers as data
 from fedal_utils.data.boxes import Detections
 from fedal_utils.data.readers import Labels
+from fedal_utils.detectors import build_vae
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.sampling import dual_score as dual_vae
 from fedal_utils.sampling import strategies as sampling
@@ -85,11 +86,11 @@ def lively(model, classes: int):
 
 
 def detector(study, **changes):
-    return lively(alfl.new_detector(study.config.replace(**changes), 3, torch_rng_for(1, "weights")).eval(), 3)
+    return lively(alfl.build(study.config.replace(**changes), 3, torch_rng_for(1, "weights")).eval(), 3)
 
 
 def coder_of(study):
-    return dual_vae.new_vae(study.config, torch_rng_for(2, "vae weights")).eval()
+    return build_vae(study.config, torch_rng_for(2, "vae weights")).eval()
 
 
 def pool_of(study, labels=None, diagnostic=True):
@@ -489,7 +490,7 @@ def test_labels_of_other_images_and_other_detectors_are_refused(study):
     images, labels = ten(study)
     with pytest.raises(ValueError, match="labels of 10 images are needed, got 9"):
         multibox(detector(study), images, labels.take(range(9)))
-    other = alfl.new_detector(
+    other = alfl.build(
         study.config.replace(detector="faster_rcnn", image_loss_head=False), 3, torch_rng_for(0, "weights")
     )
     for refused in (
@@ -643,7 +644,7 @@ def test_the_task_term_is_the_weighted_mean_of_the_labelled_rows_losses(study):
 
 def trained(study, rows=(1, 2, 4, 8), **changes):
     settings, labelled = study.config.replace(vae_iterations=6, **changes), np.array([4, 1, 2])
-    coder = dual_vae.new_vae(settings, torch_rng_for(2, "vae weights"))
+    coder = build_vae(settings, torch_rng_for(2, "vae weights"))
     dual_vae.train_vae(
         settings,
         coder,

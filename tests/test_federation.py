@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import weighted_average
 
-from fedal_utils.config import TrainingConfig
+from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data import readers as data
-from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors import build, clone
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation.aggregate import (
     Update,
@@ -40,7 +40,7 @@ def vector(*values):
 
 
 def new_model(norm="group", seed=0, **options):
-    return detectors.build("ssd", "small", 3, (64, 64), torch_rng_for(seed, "weights"), norm=norm, width=16, **options)
+    return build(Config.of(norm=norm, fpn_channels=16, **options), 3, torch_rng_for(seed, "weights"))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def one_round(
     payload = pack(state_of(model, sent_keys(model, policy)))
     part = scenes.take(list(rows))
     return train_client(
-        scratch or detectors.clone(model),
+        scratch or clone(model),
         payload,
         part.images,
         part.labels,
@@ -197,7 +197,9 @@ def test_counters_stay_at_home_and_statistics_travel_when_they_are_averaged():
 
 def test_a_frozen_backbone_is_not_sent():
     pytest.importorskip("timm")
-    model = detectors.build("ssd", "lite0", 3, (64, 64), torch_rng_for(0, "weights"), width=16, frozen=True)
+    model = build(
+        Config.of(backbone="lite0", fpn_channels=16, pretrained=True, frozen=True), 3, torch_rng_for(0, "weights")
+    )
     sent = sent_keys(model)
     assert sent and not any(k.startswith("backbone.") for k in sent)
     assert len(pack(state_of(model, sent))) < 1_000_000 < sum(v.numel() * 4 for v in model.state_dict().values())
@@ -221,7 +223,7 @@ def test_one_client_equals_training_without_a_federation_bit_for_bit(scenes):
     got = one_round(scenes, model, "A")
     merged = average([got])
     part = scenes.take([0, 1, 2, 3])
-    alone = detectors.clone(model)
+    alone = clone(model)
     rows = list(fit(alone, part.images, part.labels, RECIPE, torch_rng_for(0, "train", "A"), iterations=2))
     assert same(merged, dict(alone.state_dict()))
     assert got.steps == 2 and got.loss == rows[-1]["loss"]
@@ -239,7 +241,7 @@ def test_scratch_space_may_hold_anything(scenes):
 @pytest.mark.parametrize("policy", ["average", "local", "frozen"])
 def test_clients_that_share_scratch_space_do_not_see_each_other(scenes, policy):
     model = new_model("batch")
-    scratch = detectors.clone(model)
+    scratch = clone(model)
     one_round(scenes, model, "A", (0, 1, 2), scratch=scratch, policy=policy, home={})
     after, alone = {}, {}
     second = one_round(scenes, model, "B", (3, 4, 5), scratch=scratch, policy=policy, home=after)
@@ -287,7 +289,7 @@ def test_batch_norm_frozen_changes_no_statistic_but_trains_the_weights(scenes):
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer += 0.1
-    scratch = detectors.clone(model)
+    scratch = clone(model)
     seen = []
     layer = next(m for m in scratch.modules() if isinstance(m, torch.nn.BatchNorm2d))
     layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0].clone(), out.clone())))
@@ -431,7 +433,7 @@ def broken_labels(part):
 def test_a_client_that_diverges_leaves_memory_statistics_and_scratch_as_they_were(scenes):
     model, part = new_model("batch"), scenes.take([0, 1])
     home, memory = {}, {}
-    scratch = detectors.clone(model)
+    scratch = clone(model)
     one_round(scenes, model, scratch=scratch, policy="local", home=home, memory=memory, span=(0, 9))
     before = [{k: v.clone() for k, v in own.items()} for own in (home, memory)]
     statistics = state_of(scratch, sorted(batch_norm_keys(scratch)))

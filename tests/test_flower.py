@@ -427,7 +427,7 @@ def test_messages_hold_what_they_may_and_nothing_else(case, overheard):
     if case not in WATCHED:
         pytest.skip("its run was not asked for")
     setting = overheard[0] if case == "overheard" else small(**CASES[case])
-    model = alfl.new_detector(setting, 3, torch.Generator().manual_seed(0))
+    model = alfl.build(setting, 3, torch.Generator().manual_seed(0))
     whole = set(federation.sent_keys(model))
     model.freeze_backbone()
     head = set(federation.sent_keys(model))

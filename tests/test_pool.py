@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedal_utils import training
+from fedal_utils.config import Config
 from fedal_utils.data.boxes import Detections
 from fedal_utils.data.readers import Images, Labels
-from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors import build
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import SET_ASIDE, Bill, Oracle, Pool, total
 from fedal_utils.seeding import rng_for, torch_rng_for
@@ -155,7 +156,7 @@ def scrambled(labels, seed):
 @pytest.mark.parametrize("strategy", sampling.BOX_STRATEGIES)
 def test_scrambled_hidden_labels_do_not_move_the_selection(strategy):
     images, labels = world()
-    model = detectors.build("ssd", "small", 3, (32, 32), torch_rng_for(0, "weights"), width=16)
+    model = build(Config.of(image_size=(32, 32), fpn_channels=16), 3, torch_rng_for(0, "weights"))
 
     others = torch.randint(0, 256, (3, 3, 32, 32), generator=torch_rng_for(0, "held out"), dtype=torch.uint8)
     held = training.predict(model, Images(("x", "y", "z"), others, torch.tensor([[32, 32]] * 3)), score_above=0.005)

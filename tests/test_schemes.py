@@ -14,7 +14,7 @@ import torch
 
 from fedal_utils import config, papers, record, seeding, training
 from fedal_utils.data.readers import Labels
-from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors import Detector
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.sampling import strategies as sampling
@@ -127,8 +127,8 @@ def broken_off(root: Path, study: alfl.Study, commits: int) -> None:
         small_run.loop(root, study, enough=commits)
 
 
-def starting_point(study: alfl.Study, root: Path) -> detectors.Detector:
-    model = alfl.new_detector(study.config, len(study.class_names), seeding.torch_rng_for(0, "weights"))
+def starting_point(study: alfl.Study, root: Path) -> Detector:
+    model = alfl.build(study.config, len(study.class_names), seeding.torch_rng_for(0, "weights"))
     begun = alfl.beginning(study.config)
     saved = record.shared(begun, "shared", 0, "starting-point", lambda: pytest.fail("made twice"), root=root)
     model.load_state_dict(saved, strict=False)
@@ -413,7 +413,7 @@ def test_metered_bytes_are_messages_times_hops_by_hand(study, unbroken):
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_the_size_of_an_optimisers_state_is_the_metered_one(optimiser, study):
     images, labels = study.train.images.take([0]), study.train.labels.take([0])
-    model, memory = alfl.new_detector(study.config, 3, torch.Generator().manual_seed(0)), {}
+    model, memory = alfl.build(study.config, 3, torch.Generator().manual_seed(0)), {}
     recipe = study.config.replace(optimizer=optimiser)
     list(
         training.fit(
@@ -716,9 +716,9 @@ def test_a_chain_in_which_nobody_finds_anything_to_ask_stops_with_a_clear_error(
 # --- the class-wise merge ---------------------------------------------------------------------------------------------
 
 
-def two_clients(study: alfl.Study) -> tuple[record.Run, detectors.Detector, list[alfl.Client]]:
+def two_clients(study: alfl.Study) -> tuple[record.Run, Detector, list[alfl.Client]]:
     run = record.Run(study.config, "small", "chain+sum", 0, plan=alfl.plan)
-    models = [alfl.new_detector(study.config, 3, torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)]
+    models = [alfl.build(study.config, 3, torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)]
     clients = [alfl.Client(f"{i:02d}", None) for i in range(3)]
     for client, model in zip(clients[:2], models, strict=False):  # the third one sent nothing
         client.own = federation.state_of(model, model.exchanged())
@@ -913,6 +913,6 @@ def test_the_paper_profile_runs_on_kittis_layout_with_missing_classes(tmp_path):
         assert np.isfinite(rows["ap50"].astype(float).iloc[-1]) and rows["steps"].sum() > 0, method
     down = table(study, tmp_path / "runs", "sum").query("client == 'server'")["bytes_down"]
     assert set(down) == {round(2e6 * sizes["full"])}
-    state_dict = alfl.new_detector(study.config, 8, seeding.torch_rng_for(0, "w")).state_dict()
+    state_dict = alfl.build(study.config, 8, seeding.torch_rng_for(0, "w")).state_dict()
     assert 2 * sum(v.numel() for v in state_dict.values() if v.is_floating_point()) <= 1e6 * sizes["full"], "fp16"
     assert 1e6 * sizes["full"] < 3 * sum(v.numel() for v in state_dict.values())

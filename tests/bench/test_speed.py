@@ -19,7 +19,7 @@ from torchvision.ops import box_iou
 from fedal_utils import config, metrics, seeding, training
 from fedal_utils.data.boxes import Detections, clip_boxes
 from fedal_utils.data.readers import Images, Labels
-from fedal_utils.detectors import base as detectors
+from fedal_utils.detectors import base, build, decode_boxes, ssd
 
 
 def in_turn(name: str, ours, theirs, runs: int = 15) -> None:
@@ -66,8 +66,9 @@ def test_matching_and_loss(case):
     nothing = torch.zeros_like(labels, dtype=torch.bool)
 
     def ours():
-        matched, _ = detectors.match_anchors(boxes, labels, nothing, prior)
-        sum(detectors.ssd_loss(logits, deltas, matched, boxes, labels, prior, library.box_coder).values()).backward()
+        matched = ssd.match_anchors(boxes, labels, nothing, prior)
+        each = ssd.anchor_losses(logits, deltas, boxes, labels, matched, prior)
+        sum(each.of_batch().values()).backward()
 
     def theirs():
         targets = [{"boxes": b, "labels": c} for b, c in zip(boxes, labels, strict=True)]
@@ -83,9 +84,9 @@ def test_post_processing(case):
     library = torchvision_ssd(logits.shape[-1] - 1)
 
     def ours():
-        boxes = library.box_coder.decode_single(deltas.flatten(0, 1), prior.repeat(len(deltas), 1)).view_as(deltas)
-        boxes = clip_boxes(boxes, (256, 256))
-        detectors.select_detections(boxes, logits.softmax(-1), 0.01, 0.45, top=100, candidates=400)
+        boxes = clip_boxes(decode_boxes(deltas, prior), (256, 256))
+        raw = base.RawDetections(boxes, logits.softmax(-1))
+        base.select_detections(raw, 0.01, 0.45, top=100, candidates=400)
 
     def theirs():
         heads = {"bbox_regression": deltas, "cls_logits": logits}
@@ -102,7 +103,7 @@ def test_cached_features():
     boxes = torch.tensor([[[20.0, 20, 60, 60]]]).repeat(8, 1, 1)
     one = torch.ones(8, 1, dtype=torch.int64)
     labels = Labels(boxes, one, one == 0, one == 0)
-    model = detectors.build("ssd", "lite0", 3, (192, 256), rng, frozen=True)
+    model = build(config.Config.of(backbone="lite0", image_size=(192, 256), pretrained=True, frozen=True), 3, rng)
     cached = training.cache_features(model, images)
     recipe = config.TrainingConfig.of(batch=8)
 

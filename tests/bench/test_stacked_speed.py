@@ -14,9 +14,9 @@ import torch
 from test_speed import in_turn
 
 from fedal_utils import seeding, training
-from fedal_utils.config import TrainingConfig
+from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data.readers import Images
-from fedal_utils.detectors import classifiers
+from fedal_utils.detectors import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +28,7 @@ def test_clients_at_once(clients, side, batch, steps):
     rng = seeding.torch_rng_for(0, "bench", "stack")
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=rng)
     images = Images(tuple(map(str, range(count))), pixels, torch.full((count, 2), side), None).to(DEVICE)
-    model = classifiers.build("resnet8", 10, (side, side), rng).to(DEVICE)
+    model = build(Config.of(classifier="resnet8", image_size=(side, side)), 10, rng).to(DEVICE)
     recipe = TrainingConfig.of(
         batch=batch, optimizer="sgd", lr=0.01, momentum=0.9, clip=0.0, crop=2, balanced=True, compensation=1.0
     )

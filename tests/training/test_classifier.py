@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fedal_utils import seeding, training
-from fedal_utils.config import TrainingConfig
+from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data.readers import Images
-from fedal_utils.detectors import classifiers
+from fedal_utils.detectors import CLASSIFIERS, build
 from fedal_utils.training import ClassifierTask, TrainingDiverged, stacked
 from fedal_utils.training.classifier import draw
 
@@ -35,7 +35,7 @@ def one_stack(monkeypatch):
 
 
 def model(name="resnet8", seed=0):
-    return classifiers.build(name, CLASSES, SIZE, seeding.torch_rng_for(seed, "weights"))
+    return build(Config.of(classifier=name, image_size=SIZE), CLASSES, seeding.torch_rng_for(seed, "weights"))
 
 
 def task(client, start, labelled, unlabelled, classes=(0, 1, 2), **options):
@@ -80,7 +80,7 @@ def both(start, images, config, teacher=None, tasks=unequal, as_released=False, 
     )
 
 
-@pytest.mark.parametrize("name", classifiers.NAMES)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_stacked_equals_sequential(images, monkeypatch, name, most):
     monkeypatch.setattr(stacked, "CPU_STACK", most * 6 * 16 * 16)

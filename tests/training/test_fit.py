@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from fedal_utils import training
-from fedal_utils.config import TrainingConfig
+from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data import readers as data
-from fedal_utils.detectors import base as detectors
-from fedal_utils.detectors import yolo
+from fedal_utils.detectors import build
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import LocalTask, TrainingDiverged
 from fedal_utils.training.schedule import anchored
@@ -32,8 +31,8 @@ def one_image(scenes):
 
 def new_model(detector="ssd", seed=0, **options):
     if detector == "yolo":
-        return yolo.build(3, (64, 64), torch_rng_for(seed, "w"), depth=0.1, width=0.125, norm="group", anchor_scale=0.7)
-    return detectors.build(detector, "small", 3, (64, 64), torch_rng_for(seed, "weights"), width=16, **options)
+        options = {"depth_multiple": 0.1, "width_multiple": 0.125, "anchor_side": 7.0} | options
+    return build(Config.of(detector=detector, fpn_channels=16, **options), 3, torch_rng_for(seed, "weights"))
 
 
 def fit(model, part, config, iterations=None, seed=0, **task):
@@ -160,7 +159,7 @@ def test_a_gradient_is_clipped_to_the_norm_that_was_given(scenes):
 
 def test_heads_that_look_on_are_clipped_each_by_itself_and_slow_nobody(scenes):
     config = SGD.replace(clip=0.05)
-    both = {"evidence": True, "learned_loss": True}
+    both = {"box_loss_head": True, "image_loss_head": True}
     start, end = new_model(**both).state_dict(), trained(scenes, config, 1, **both)[0].state_dict()
     plain = trained(scenes, config, 1)[0].state_dict()
     assert all(torch.equal(v, end[k]) for k, v in plain.items())

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from fedal_utils import training
-from fedal_utils.config import TrainingConfig
+from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data import Viewed
 from fedal_utils.data import readers as data
-from fedal_utils.detectors import base as detectors
-from fedal_utils.detectors import yolo
+from fedal_utils.detectors import build
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import LocalTask, embed, predict
 
@@ -24,8 +23,9 @@ def scenes():
 
 def new_model(detector="ssd", backbone="small", **options):
     if detector == "yolo":
-        return yolo.build(3, (64, 64), torch_rng_for(0, "w"), depth=0.1, width=0.125, norm="group", anchor_scale=0.7)
-    return detectors.build(detector, backbone, 3, (64, 64), torch_rng_for(0, "weights"), width=16, **options)
+        options = {"depth_multiple": 0.1, "width_multiple": 0.125, "anchor_side": 7.0} | options
+    config = Config.of(detector=detector, backbone=backbone, fpn_channels=16, pretrained=backbone == "lite0", **options)
+    return build(config, 3, torch_rng_for(0, "weights"))
 
 
 def lite0(detector="ssd", **options):
@@ -157,7 +157,7 @@ def test_cached_maps_have_the_embedding_of_their_pixels(scenes, cached, detector
 
 @pytest.mark.parametrize("summed", [False, True])
 def test_losses_of_many_images_are_those_of_each_in_order_whatever_the_batch(scenes, summed):
-    model, target = new_model(learned_loss=True, norm="batch"), scenes.labels
+    model, target = new_model(image_loss_head=True, norm="batch"), scenes.labels
     viewed = Viewed(scenes.images, "flip")
     for images, x in ((scenes.images, scenes.images.pixels), (viewed, scenes.images.pixels.flip(-1))):
         model.train()  # both are asked in eval mode
@@ -173,7 +173,7 @@ def test_losses_of_many_images_are_those_of_each_in_order_whatever_the_batch(sce
 
 
 def test_no_image_has_no_loss_and_labels_must_be_as_many_as_images(scenes):
-    model, none = new_model(learned_loss=True), scenes.take([])
+    model, none = new_model(image_loss_head=True), scenes.take([])
     assert training.learned_losses(model, none.images).shape == (0,)
     found = training.image_losses(model, none.images, none.labels)
     assert {k: v.shape for k, v in found.items()} == {"classification": (0,), "regression": (0,)}
