@@ -41,12 +41,7 @@ def draw_augmentation(batch: int, generator: torch.Generator, mosaic: bool = Fal
 
 
 def apply_augmentation(
-    pixels: Tensor,
-    boxes: Tensor,
-    classes: Tensor,
-    ignore: Tensor,
-    draws: AugmentDraws,
-    recipe: AugmentConfig,
+    pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, draws: AugmentDraws, recipe: AugmentConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One random change an image: joined to a mosaic, mirrored, recoloured, scaled and moved; the four tensors again.
 
@@ -145,13 +140,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def join_four(
-    pixels: Tensor,
-    boxes: Tensor,
-    classes: Tensor,
-    ignore: Tensor,
-    mask: Tensor,
-    sources: Tensor,
-    centre: Tensor,
+    pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, mask: Tensor, sources: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A mosaic where `mask` (B,) bool is True: four images of the batch joined at a point of a canvas of the same size.
 

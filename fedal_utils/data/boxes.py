@@ -71,9 +71,6 @@ def join_detections(parts: Sequence[Detections]) -> Detections:
     return Detections(*plain, {name: joined(part.extra[name] for part in parts) for name in parts[0].extra})
 
 
-cat = join_detections
-
-
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
     """Mirror (..., 4) xyxy boxes left-right in an image `width` pixels wide; twice is the identity."""
     x1, y1, x2, y2 = boxes.unbind(-1)

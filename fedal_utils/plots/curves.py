@@ -159,20 +159,20 @@ def chain_progress(
     later = chains.assign(x=(done - 1) / per_pass)[done > 1]
     figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(8.6, 4), width_ratios=(1, 1.4))
     for ax, part in ((left, first), (right, later)):
-        for method in methods:
+        for place, method in enumerate(methods, start=1):
             look, mine = style_of(method)._replace(name=names[method]), part[part["method"] == method]
+            width = 1.8 + 1.4 * (len(methods) - place) * (ax is left)  # often equal there: thick below thin
             if len(mine):
-                _line(ax, look, mine, ["x"], True, len(methods))
+                _line(ax, look, mine, ["x"], True, len(methods), width)
         for method in reference:
             _level(ax, style_of(method)._replace(name=names[method]), rows[rows["method"] == method])
-    every = math.ceil(clients / 5)
-    ticks = [*range(1, clients + 1, every), clients + 1]
+    ticks = [*range(1, clients + 1, math.ceil(clients / 5)), clients + 1]
     left.set_xticks(ticks, [*map(str, ticks[:-1]), "merge"])
     left.set(xlabel="device of the first pass", ylabel=y_label(y), xlim=(0.5, clients + 1.6))
     right.set(xlabel="later passes over all devices", xlim=(0, None))
     right.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     keep_fractions(left, y)
-    legend_below(figure, handles_of(left, right))
+    legend_below(figure, handles_of(right, left))
     figure.suptitle(title or None)
     caption = (
         f"{y_label(y)} on the test images after each device of the chain's first pass, after the merge, and after the "
@@ -279,13 +279,13 @@ def _chosen(rows: pd.DataFrame, methods: Sequence[str] | None) -> list[str]:
     return ordered(there) if methods is None else list(methods)
 
 
-def _line(ax: Axes, look: Look, rows: pd.DataFrame, by: list[str], banded: bool, lines: int) -> None:
+def _line(ax: Axes, look: Look, rows: pd.DataFrame, by: list[str], banded: bool, lines: int, width=1.8) -> None:
     """The mean over seeds at each point of `by`, and its band."""
     groups = [at for _, at in rows.groupby(by, sort=True)]
     x, y = (np.array([at[c].mean() for at in groups]) for c in ("x", "y"))
     marked = sorted({*range(0, len(x), math.ceil(len(x) / 12)), len(x) - 1})
-    line = {"color": look.colour, "linestyle": look.line, "label": look.name, "zorder": 3, "markevery": marked}
-    ax.plot(x, y, **line, **marks(look))
+    line = {"color": look.colour, "linestyle": look.line, "label": look.name, "zorder": 3, "linewidth": width}
+    ax.plot(x, y, markevery=marked, **line, **marks(look))
     low, high = np.array([seed_interval(at["y"]) for at in groups]).T
     if banded and np.isfinite(low).any():
         ax.fill_between(x, low, high, color=look.colour, alpha=0.16 if lines <= 4 else 0.08, linewidth=0, zorder=2)

@@ -128,11 +128,11 @@ def test_what_is_known_of_each_box_goes_where_the_box_goes():
     assert len(none) == 0 and none.extra["sides"].shape == (0, 3, 4)
     moved = found.to("meta")
     assert {t.device.type for t in (moved.boxes, moved.probs, *moved.extra.values())} == {"meta"}
-    joined = b.cat([_known(_detections(1, [0.8]), 50), found])
+    joined = b.join_detections([_known(_detections(1, [0.8]), 50), found])
     assert joined.extra["level"].tolist() == [[50, 0, 0], *level.tolist()]
     assert joined.extra["sides"].shape == (4, 3, 4) and not joined.extra["sides"][0, 1:].any()
     assert torch.equal(joined.extra["sides"][1:], found.extra["sides"])
-    assert b.cat([_detections(1, [0.8])]).extra == {}
+    assert b.join_detections([_detections(1, [0.8])]).extra == {}
 
 
 def test_taken_detections_are_those_images_in_that_order():
@@ -145,9 +145,9 @@ def test_taken_detections_are_those_images_in_that_order():
 
 def test_joined_detections_keep_their_rows_and_pad_the_shorter():
     short, long = _detections(2, [0.9]), _detections(1, [0.8, 0.7])
-    joined = b.cat([short, long])
+    joined = b.join_detections([short, long])
     assert len(joined) == 3 and joined.boxes.shape == (3, 2, 4) and joined.probs.shape == (3, 2, 3)
     assert torch.equal(joined.boxes[:2, :1], short.boxes) and torch.equal(joined.boxes[2:], long.boxes)
     assert joined.valid.tolist() == [[True, False], [True, False], [True, True]]
     with pytest.raises(ValueError, match="empty"):
-        b.cat([])
+        b.join_detections([])
