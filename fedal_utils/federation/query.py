@@ -206,4 +206,5 @@ def classifier_task(setup, client: Client, rows: np.ndarray, rng: torch.Generato
     """What a classifier's client trains on: rows of the training set, and the labels that the Oracle gave for them."""
     classes = client.pool.labels_of(rows).classes[:, 0] - 1
     counts = torch.bincount(classes, minlength=len(setup.class_names))
+    more.setdefault("unlabelled", np.zeros(0, dtype=np.int64))
     return ClassifierTask(rng=rng, client=client.name, rows=rows, classes=classes, counts=counts, **more)
