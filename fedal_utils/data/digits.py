@@ -1,0 +1,189 @@
+"""DigitScenes: real handwritten digits (scikit-learn's 1,797) on generated canvases; nothing has to be downloaded.
+
+Train and test share no source digit. Scene k of a split has a generator of its own, so the first n scenes are the same
+whatever the counts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..seeding import rng_for
+from .boxes import pad_boxes
+from .pixels import size_pair
+from .types import Dataset, Images, Labels
+
+MIN_CONTRAST = 0.35  # least difference in luminance (0..1) between ink and the mean of what it is drawn on
+MAX_OVERLAP = 0.1  # most of the smaller of two boxes that the other may cover
+_LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+
+@dataclass(frozen=True)
+class Digits:
+    """How many DigitScenes there are in train and test, and which digits are on them: 0 to classes - 1."""
+
+    scenes: tuple[int, int] = (400, 200)
+    classes: int = 10
+
+
+@functools.lru_cache(maxsize=1)
+def _digits() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits as crisp uint8 masks cut tightly to their ink, and what they are."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    ink = torch.from_numpy(digits.images).float()[:, None]  # (1797, 1, 8, 8)
+    ink = torch.nn.functional.pad(ink / ink.amax(dim=(2, 3), keepdim=True), (1, 1, 1, 1))
+    ink = torch.nn.functional.interpolate(ink, scale_factor=8, mode="bicubic", align_corners=False)
+    masks = ((ink[:, 0] - 0.3) / 0.3).clamp(0, 1).mul(255).round().byte().numpy()  # (1797, 80, 80)
+    cut = []
+    for mask in masks:
+        rows, columns = np.flatnonzero((mask > 127).any(axis=1)), np.flatnonzero((mask > 127).any(axis=0))
+        cut.append(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    return tuple(cut), digits.target.astype(np.int64)
+
+
+def digit_sources(seed: int = 0, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Which of scikit-learn's digits train and test scenes may draw: two disjoint arrays of row numbers, 70 : 30."""
+    if not 1 <= classes <= 10:
+        raise ValueError(f"classes must be 1..10, the digits 0..classes-1, got {classes!r}")
+    target = _digits()[1]
+    order = rng_for(seed, "digits", "sources").permutation(len(target))
+    cut = int(0.7 * len(target))
+    return tuple(part[target[part] < classes] for part in (order[:cut], order[cut:]))
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One DigitScene: pixels uint8 (3, H, W), boxes (k, 4) xyxy, classes (k,) 1..C, rows (k,) of the digits drawn."""
+
+    pixels: np.ndarray
+    boxes: np.ndarray
+    classes: np.ndarray
+    sources: np.ndarray
+
+
+def _stretched(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w, ...) bilinearly enlarged to (height, width, ...), corners on corners."""
+    for axis, side in ((0, height), (1, width)):
+        at = np.linspace(0, grid.shape[axis] - 1, side)
+        low = np.minimum(at.astype(np.int64), grid.shape[axis] - 2)
+        part = (at - low).reshape([-1 if a == axis else 1 for a in range(grid.ndim)])
+        grid = grid.take(low, axis) * (1 - part) + grid.take(low + 1, axis) * part
+    return grid
+
+
+def _canvas(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A background in [0, 1], (H, W, 3): a gradient, soft blotches, a fine grain and a slight tint."""
+    level = rng.uniform(0.1, 0.9)
+    slope = _stretched(rng.uniform(-0.12, 0.12, (2, 2, 1)), height, width)
+    cells = int(rng.integers(3, 8))
+    blotches = _stretched(rng.uniform(-0.1, 0.1, (cells, cells, 1)), height, width)
+    grain = rng.uniform(-0.03, 0.03, (height, width, 1))
+    return np.clip(level + rng.uniform(-0.06, 0.06, 3) + slope + blotches + grain, 0, 1)
+
+
+def _ink_colour(rng: np.random.Generator, ground: float) -> np.ndarray:
+    """A slightly tinted colour whose luminance differs from `ground` by at least MIN_CONTRAST."""
+    dark, light = max(0.0, ground - MIN_CONTRAST), max(0.0, 1 - ground - MIN_CONTRAST)  # room on either side
+    at = rng.uniform(0, dark + light)
+    luminance = at if at < dark else ground + MIN_CONTRAST + (at - dark)
+    tint = rng.uniform(-0.15, 0.15, 3)
+    tint -= tint @ _LUMINANCE  # the tint has no luminance of its own
+    room = [(luminance if t < 0 else 1 - luminance) / abs(t) for t in tint if t != 0]
+    return luminance + tint * min([1.0, *room])
+
+
+def _place(rng: np.random.Generator, h: int, w: int, image_size: tuple[int, int], boxes: list) -> tuple | None:
+    """Where a digit of h x w may be drawn, xyxy; None if 30 tries found no place."""
+    for _ in range(30):
+        y, x = int(rng.integers(image_size[0] - h + 1)), int(rng.integers(image_size[1] - w + 1))
+        covers = [
+            max(0, min(x + w, b[2]) - max(x, b[0]))
+            * max(0, min(y + h, b[3]) - max(y, b[1]))
+            / min(w * h, (b[2] - b[0]) * (b[3] - b[1]))
+            for b in boxes
+        ]
+        if max(covers, default=0) <= MAX_OVERLAP:
+            return x, y, x + w, y + h
+    return None
+
+
+def digit_scene(
+    rng: np.random.Generator,
+    sources: np.ndarray,
+    image_size: tuple[int, int] = (64, 64),
+    digits_per_image: tuple[int, int] = (1, 4),
+    digit_side: tuple[int, int] = (14, 28),
+) -> Scene:
+    """One scene: digits from the rows `sources` on a generated canvas.
+
+    digits_per_image, digit_side: inclusive ranges, the side in pixels of a box' longer side. A digit that finds no
+    place is left out, the first never.
+    """
+    masks, target = _digits()
+    scene = _canvas(rng, *image_size)
+    boxes: list[tuple[int, int, int, int]] = []
+    drawn: list[int] = []
+    for _ in range(int(rng.integers(digits_per_image[0], digits_per_image[1] + 1))):
+        row = int(sources[rng.integers(len(sources))])
+        mask, side = masks[row], int(rng.integers(digit_side[0], digit_side[1] + 1))
+        h, w = (max(3, round(side * s / max(mask.shape))) for s in mask.shape)
+        place = _place(rng, h, w, image_size, boxes)
+        if place is None:
+            continue
+        x1, y1, x2, y2 = place
+        alpha = np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.BILINEAR))[..., None] / 255.0
+        under = scene[y1:y2, x1:x2]  # (h, w, 3)
+        ink = _ink_colour(rng, float((under @ _LUMINANCE).mean()))
+        scene[y1:y2, x1:x2] = under * (1 - alpha) + ink * alpha
+        boxes.append(place)
+        drawn.append(row)
+    pixels = np.round(scene * 255).astype(np.uint8).transpose(2, 0, 1)
+    rows = np.array(drawn)
+    return Scene(np.ascontiguousarray(pixels), np.array(boxes, dtype=np.float32), target[rows] + 1, rows)
+
+
+def digit_scenes(
+    count_train: int,
+    count_test: int,
+    image_size: int | tuple[int, int] = (64, 64),
+    seed: int = 0,
+    classes: int = 10,
+    min_object: float = 0,
+    digits_per_image: tuple[int, int] = (1, 4),
+    digit_side: tuple[int, int] = (14, 28),
+) -> tuple[Dataset, Dataset]:
+    """Train and test DigitScenes of the digits 0 to classes - 1, with the classes "0", "1", ...
+
+    count_train, count_test: how many. image_size: (height, width), or one side. seed: of digits, canvases and places.
+    min_object: a box with a shorter side is ignore. digits_per_image, digit_side: see `digit_scene`.
+    """
+    size = size_pair(image_size)
+    low, high = digit_side
+    if not 4 <= low <= high <= min(size):
+        raise ValueError(f"digit_side must be a range in 4..{min(size)} (the image's shorter side), got {digit_side}")
+    if not 1 <= digits_per_image[0] <= digits_per_image[1]:
+        raise ValueError(f"digits_per_image must be a range from 1, got {digits_per_image}")
+    names, counts, splits = tuple(map(str, range(classes))), (count_train, count_test), []
+    for split, count, sources in zip(("train", "test"), counts, digit_sources(seed, classes), strict=True):
+        if count < 1:
+            raise ValueError(f"data set 'digits' {split} is empty: {count} scenes asked for; at least one is needed")
+        scenes = [
+            digit_scene(rng_for(seed, "digits", split, k), sources, size, digits_per_image, digit_side)
+            for k in range(count)
+        ]
+        boxes = pad_boxes([torch.from_numpy(s.boxes) for s in scenes])
+        numbers = pad_boxes([torch.from_numpy(s.classes) for s in scenes])
+        small = (torch.minimum(*(boxes[..., 2:] - boxes[..., :2]).unbind(-1)) < min_object) & (numbers > 0)
+        labels = Labels(boxes, numbers, small, torch.zeros_like(small))
+        pixels = torch.stack([torch.from_numpy(s.pixels) for s in scenes])
+        images = Images(tuple(f"{split}-{k:05d}" for k in range(count)), pixels, torch.tensor([size] * count))
+        drops = {"too_small": int(small.sum())} if small.any() else {}
+        splits.append(Dataset(f"digits {split}", images, labels, names, drops))
+    return splits[0], splits[1]

@@ -1,0 +1,121 @@
+"""Files of strangers, found and read safely: links, hidden files, encodings, names; and text written in one step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from .pixels import SUFFIXES
+
+NOT_DATA = ("__MACOSX", "@eaDir")  # folders that systems leave behind
+# Folders that only say what kind of file they hold: images/train/a.jpg and labels/train/a.txt belong together.
+LAYOUT = {"images", "jpegimages", "labels", "annotations", "annotation", "xml", "imagesets", "main"}
+
+
+def find_files(root: str | Path, *suffixes: str) -> list[Path]:
+    """Files below `root`, sorted, with one of these suffixes (none given: all); linked folders are followed.
+
+    Hidden ones and `NOT_DATA` are passed over. ValueError for a folder met twice through links, or that cannot be read,
+    and for a name that is not UTF-8.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
+
+    found: list[Path] = []
+    seen: dict[str, str] = {}
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        other = seen.setdefault(os.path.realpath(folder), folder)
+        if other != folder:
+            raise ValueError(f"folders {folder} and {other} are the same one: a link leads to it a second time")
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in NOT_DATA]
+        for name in names:
+            if name.startswith(".") or (suffixes and os.path.splitext(name)[1].lower() not in suffixes):
+                continue
+            path = Path(folder, name)
+            if not str(path).isprintable() and not plain(str(path)):
+                raise ValueError(f"file name {ascii(str(path))} is not UTF-8 or holds control characters; rename it")
+            if path.is_file():
+                found.append(path)
+    return sorted(found)
+
+
+def key_of(path: Path, root: Path) -> str:
+    """What an image and its annotation share: images/train/a.jpg and labels/train/a.txt -> train/a."""
+    inner = path.relative_to(root)
+    return same_form("/".join([p for p in inner.parts[:-1] if p.lower() not in LAYOUT] + [inner.stem]))
+
+
+def by_key(paths: Iterable[Path], root: Path) -> dict[str, Path]:
+    """The paths by `key_of`; ValueError where two share one."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        other = found.setdefault(key_of(path, root), path)
+        if other != path:
+            raise ValueError(f"{path} and {other} share the id {key_of(path, root)!r}; ids must be unique")
+    return found
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """Image files directly in `folder` by name without suffix, sorted."""
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} does not exist; it should hold the images")
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    return by_key(paths, folder)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, or with a byte order mark in UTF-16; ValueError that names the file."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no plain file" if file.exists() else f"annotation {file} does not exist")
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8 ({error}); save it as UTF-8") from None
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """The file with this text, or as it was before; line ends are not changed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as sink:
+            sink.write(text)
+        os.chmod(name, 0o644)  # mkstemp's file is private
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def plain(text: str) -> bool:
+    """Can every format hold this text in one line?"""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\ufffe\uffff" for c in text)
+
+
+def class_name(name: object, where: str | Path) -> str:
+    """The name of a class as it is written; ValueError unless it is text in one line without outer spaces."""
+    if not isinstance(name, str) or not name or name != name.strip() or not plain(name):
+        raise ValueError(f"{where}: class {name!r} is no name; allowed is text in one line without outer spaces")
+    return name
+
+
+def relative(name: object, where: str | Path) -> str:
+    """A path below a set's folder, with '/' for '\\'; ValueError for any other."""
+    parts = name.replace("\\", "/").removeprefix("./").split("/") if isinstance(name, str) else [""]
+    if any(p in ("", ".", "..") for p in parts) or ":" in parts[0] or not plain(name):
+        raise ValueError(
+            f"{where}: {name!r} is no path below the set's folder; allowed are relative paths without '..', drives and "
+            "control characters"
+        )
+    return "/".join(parts)
+
+
+def same_form(text: str) -> str:
+    """Text with accents composed, so that names from different systems can be compared."""
+    return unicodedata.normalize("NFC", text)

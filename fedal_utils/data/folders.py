@@ -1,0 +1,311 @@
+"""A folder of the user's own: which format it is in, which images belong to it, and how it splits into train and test.
+
+KITTI, VOC XML, COCO JSON, YOLO txt, else images alone. The split is told by `ImageSets/Main`, by data.yaml (or
+train.txt, val.txt, test.txt), or by the names of folders and COCO files; otherwise it is drawn 80 : 20, and said so.
+Test is `test`, or `val` without one; train is the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..seeding import rng_for
+from .files import by_key, find_files, key_of, read_text, same_form
+from .formats import Record, names_in
+from .formats_coco import coco_records, read_json
+from .formats_kitti import KITTI_CLASSES, kitti_records, kitti_split
+from .formats_voc import split_lines, voc_record, xml_root
+from .formats_yolo import data_yamls, yolo_names, yolo_records
+from .pixels import SUFFIXES
+from .types import Reading
+
+_SPLITS = {
+    "train": ("train", "training", "trainval"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+Splits = dict[Path, str]  # image -> train, val or test
+
+
+@dataclass(frozen=True)
+class Found:
+    """Both sides of a set before any pixel is read."""
+
+    train: list[Record]
+    test: list[Record]
+    class_names: Sequence[str] | None
+    reading: Reading = Reading()
+    drops: Mapping[str, int] = field(default_factory=dict)
+
+
+def split_of(words: Iterable[str]) -> str | None:
+    """'train', 'val' or 'test', whichever a word says first: train2017, train_set, valid, dev, testing, ..."""
+    for word in words:
+        parts = [p for p in re.split(r"[^a-z]+", word.lower()) if p not in ("", "set", "data", "images", "labels")]
+        for split, names in _SPLITS.items():
+            if parts and all(part in names for part in parts):
+                return split
+    return None
+
+
+def drawn_split(records: Sequence, seed: int, source: object) -> tuple[list, list]:
+    """80 : 20 by a named generator, at least one image in either; for sets that come without a split."""
+    if len(records) < 2:
+        raise ValueError(f"{source}: {len(records)} image(s) cannot be split into train and test; 2 are needed")
+    count = max(1, round(0.2 * len(records)))
+    test = set(rng_for(seed, "split", "test").permutation(len(records))[:count].tolist())
+    return [r for i, r in enumerate(records) if i not in test], [r for i, r in enumerate(records) if i in test]
+
+
+def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
+    """Both sides of a folder in any of the formats. unlabelled: keep images without an annotation as not labelled."""
+    if (root / "training" / "label_2").is_dir():
+        return kitti_found(root, KITTI_CLASSES)
+    files = find_files(root)
+    images = [f for f in files if f.suffix.lower() in SUFFIXES]
+    if not images:
+        raise ValueError(f"data set {str(root)!r} is empty: no {', '.join(SUFFIXES)} file in it")
+    keys = {key_of(path, root) for path in images}
+    contents = {f: read_json(f) for f in files if f.suffix.lower() == ".json"}
+    coco = {f: c for f, c in contents.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys()}
+    said: Splits = {}
+    if any(f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations") for f in files):
+        format, records, names, told = "Pascal VOC", _voc(root, files, images), None, []
+    elif coco:
+        format, (records, names, said), told = "COCO", _coco(root, images, coco), list(coco)
+    elif any(f.suffix.lower() == ".txt" and key_of(f, root) in keys for f in files):
+        numbers, told = yolo_names(files)
+        format, (records, names) = "YOLO", yolo_records(root, files, numbers)
+    else:
+        _refuse_foreign(root, files, contents)
+        format, names, told = "images without labels", None, []
+        records = [Record(path.relative_to(root).as_posix(), path, source=path) for path in images]
+    labelled = [record for record in records if record.objects is not None]
+    drops: Counter = Counter()
+    if labelled:
+        records, drops = _with_the_rest(root, format, labelled, images, unlabelled)
+        names = names_in(labelled) if names is None else names
+    train, test, split_from = _sides(root, files, records, said, seed, drops)
+    classes_from = ", ".join(f.relative_to(root).as_posix() for f in told) or ("the objects" if labelled else "")
+    return Found(train, test, names, Reading(format, classes_from, split_from), drops)
+
+
+def kitti_found(root: Path, class_names: Sequence[str]) -> Found:
+    """KITTI's images with van Bommel's split."""
+    records = {r.id: r for r in kitti_records(root, class_names)}
+    train, held = kitti_split(records)
+    reading = Reading("KITTI", "KITTI's types", "70 : 30 by a fixed seed, as in van Bommel's code")
+    return Found([records[i] for i in train], [records[i] for i in held], class_names, reading)
+
+
+# ---------------------------------------------------------------------------------------------- formats in a folder
+
+
+def _voc(root: Path, files: Sequence[Path], images: Sequence[Path]) -> list[Record]:
+    pictures = {key_of(path, root): path for path in images}
+    xmls = by_key((f for f in files if f.suffix.lower() == ".xml"), root)
+    for key, path in xmls.items():
+        if key not in pictures:
+            raise ValueError(f"annotation {path} has no image {key} with one of {', '.join(SUFFIXES)}")
+    by_key((path for path in images if key_of(path, root) in xmls), root)  # two images of one annotation are an error
+    return [voc_record(key, path, xmls[key]) for key, path in pictures.items() if key in xmls]
+
+
+def _coco(
+    root: Path, images: Sequence[Path], contents: Mapping[Path, Any]
+) -> tuple[list[Record], tuple[str, ...] | None, Splits]:
+    if any(f.name.startswith("instances") for f in contents):  # beside captions and key points of the same images
+        contents = {f: c for f, c in contents.items() if f.name.startswith("instances")}
+    by_name, names, said, read = _by_name(images), None, {}, []
+    for file, content in contents.items():
+        inner = file.relative_to(root)
+        split = split_of([*reversed(re.split(r"[._-]", inner.name)), *reversed(inner.parts[:-1])])
+        if split is None and len(contents) > 1:
+            listed = ", ".join(str(f.relative_to(root)) for f in contents)
+            raise ValueError(f"{root} has several COCO files ({listed}); each name must say train, val or test: {file}")
+        beside = file.parent
+        prefer = (
+            lambda p, beside=beside: beside in p.parents,
+            lambda p, split=split: split_of(p.relative_to(root).parts) == split,
+        )
+        find = lambda name, file=file, prefer=prefer: _named(name, by_name, prefer, file) or file.parent / name  # noqa: E731
+        records, told = coco_records(file, content, find)
+        if names not in (None, told):
+            raise ValueError(f"annotation {file} has the categories {list(told)}, another file of {root} {list(names)}")
+        names = told
+        read += records
+        said |= {record.file: split for record in records} if split else {}
+    shared = Counter(record.id for record in read)
+    if len({record.file for record in read}) < len(read):
+        twice = next(f for f, n in Counter(record.file for record in read).items() if n > 1)
+        raise ValueError(f"image {twice} stands more than once in {', '.join(map(str, contents))}")
+    inner = lambda record: record.file.relative_to(root).as_posix()  # noqa: E731
+    return [replace(r, id=inner(r)) if shared[r.id] > 1 else r for r in read], names, said
+
+
+def _refuse_foreign(root: Path, files: Sequence[Path], contents: Mapping[Path, Any]) -> None:
+    """ValueError where labels of a tool lie there that is not read, so that nobody takes the images for unlabelled."""
+    found = {}
+    for file, content in contents.items():
+        keys = content.keys() if isinstance(content, dict) else content[0].keys() if _of_dicts(content) else ()
+        for tool, key in (
+            ("LabelMe", "shapes"),
+            ("VIA", "_via_img_metadata"),
+            ("CreateML or Label Studio", "annotations"),
+        ):
+            found |= {file: tool} if key in keys else {}
+    for file in files:
+        if file.suffix.lower() == ".xml" and xml_root(file).tag == "annotations":
+            found[file] = "CVAT"
+        if file.suffix.lower() == ".csv" and re.search(r"(?i)\b(x_?min|x1|bbox|left)\b", read_text(file)[:999]):
+            found[file] = "a CSV table"
+    for file, tool in found.items():
+        raise ValueError(f"{root} has labels of {tool} ({file}), which is not read; convert them to COCO, VOC or YOLO")
+
+
+def _of_dicts(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and isinstance(content[0], dict)
+
+
+def _with_the_rest(
+    root: Path, format: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool
+) -> tuple[list[Record], Counter]:
+    """The labelled images and, in the order of their files, those without an annotation; what was left out, by reason.
+
+    Masks, thumbnails and previews beside a set are no images without objects: an image belongs to the set if one of its
+    folder is labelled, or the folder is named images or after a split.
+    """
+    by_file = {record.file: record for record in labelled}
+    folders = {path.parent for path in by_file}
+    records, drops = [], Counter()
+    for path in images:
+        inner = path.parent.relative_to(root)
+        if path in by_file:
+            records.append(by_file[path])
+        elif path.parent not in folders and not (inner.parts[:1] == ("images",) or split_of(inner.parts)):
+            drops[f"left out in {inner.as_posix()}, where no image has a label"] += 1
+        elif unlabelled or format == "YOLO":
+            drops["no_label_file"] += 0 if unlabelled else 1
+            id = path.relative_to(root).as_posix() if format == "COCO" else key_of(path, root)
+            records.append(Record(id, path, None, None if unlabelled else (), source=path))
+        elif format == "COCO":
+            drops["not_in_json"] += 1
+        else:
+            raise ValueError(
+                f"image {path} has no annotation {key_of(path, root)}.xml, but others have one; an image without "
+                "objects needs an XML file without <object>"
+            )
+    order = {record.id: i for i, record in enumerate(labelled)}
+    return sorted(records, key=lambda r: order.get(r.id, len(order))) if format == "COCO" else records, drops
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def _sides(
+    root: Path, files: Sequence[Path], records: list[Record], said: Splits, seed: int, drops: Counter
+) -> tuple[list[Record], list[Record], str]:
+    """Train, test, and how that was decided; images of no list are left out and counted."""
+    splits, told_by = _image_sets(files, records)
+    if not told_by:
+        splits, told_by = _lists(root, files, [record.file for record in records])
+    if not told_by:
+        by_folder = {r.file: split_of(r.file.relative_to(root).parts[:-1]) for r in records}
+        splits = {path: said.get(path) or split for path, split in by_folder.items()}
+        if None in splits.values() and len(set(splits.values())) > 2:
+            stray = next(path for path, split in splits.items() if split is None)
+            raise ValueError(f"image {stray} lies in none of the folders train, val, test, but others do")
+        told_by = "told by the names of folders and files"
+    held = "test" if "test" in splits.values() else "val"
+    if held not in splits.values() or len(set(splits.values()) - {None}) < 2:
+        return *drawn_split(records, seed, root), f"drawn 80 : 20 with seed {seed}, as nothing tells one"
+    kept = [record for record in records if splits.get(record.file)]
+    drops["in_no_split"] += len(records) - len(kept)
+    return [r for r in kept if splits[r.file] != held], [r for r in kept if splits[r.file] == held], told_by
+
+
+def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Splits, str]:
+    sets = {f.stem: f for f in files if f.suffix == ".txt" and f.parts[-3:-1] == ("ImageSets", "Main")}
+    held = next((split for split in ("test", "val") if split in sets), None)
+    learn = [s for s in (("trainval",) if "trainval" in sets and held == "test" else ("train", "val")) if s in sets]
+    learn = [split for split in learn if split != held]
+    if held is None or not learn:
+        return {}, ""
+    by_id = {r.id.split("/")[-1]: r.file for r in records} | {r.id: r.file for r in records}
+    told: dict[str, list[Path]] = {s: [by_id[i] for i in split_lines(sets[s], by_id)] for s in (*learn, held)}
+    return _once(told, sets[held]), f"told by ImageSets/Main ({', '.join(learn)}; {held})"
+
+
+def _lists(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[Splits, str]:
+    """The split as data.yaml tells it (folders, or lists of files), or train.txt, val.txt and test.txt."""
+    by_name = _by_name(images)
+    for file, content in data_yamls(files).items():
+        bases = (file.parent / str(content.get("path") or ""), file.parent)
+        told: dict[str, list[Path]] = {}
+        for split, entry in content.items():
+            if split in ("train", "val", "valid", "test"):
+                entries = entry if isinstance(entry, list) else [entry]
+                paths = [p for one in entries for p in _entry(str(one), bases, root, images, by_name, file)]
+                told["val" if split == "valid" else split] = paths
+        held = told.get("test") or told.get("val")
+        if held and told.get("train") and set(held) != set(told["train"]):
+            return _once(told, file), f"told by {file.relative_to(root).as_posix()}"
+    lists = {s: root / f"{s}.txt" for s in ("train", "val", "test") if root / f"{s}.txt" in files}
+    told = {s: _entry(f.name, (root,), root, images, by_name, f) for s, f in lists.items()}
+    return (_once(told, root), f"told by {', '.join(f.name for f in lists.values())}") if len(told) > 1 else ({}, "")
+
+
+def _entry(
+    entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path], by_name: Mapping, file: Path
+) -> list[Path]:
+    """The images of an entry, a folder or a list of files, never outside `root`; [] if there is no such place."""
+    top = os.path.abspath(root)
+    for base in bases:
+        for text in (entry, re.sub(r"^(\.\./)+", "", entry)):  # some tools write ../train for the folder beside
+            place = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
+            if place != top and not place.startswith(top + os.sep):
+                continue
+            if os.path.isdir(place):
+                return [p for p in images if os.path.abspath(p).startswith(place + os.sep)]
+            if os.path.isfile(place):
+                lines = [line.strip() for line in read_text(Path(place)).splitlines() if line.strip()]
+                found = [_named(line, by_name, (), Path(place)) for line in lines]
+                if None in found:
+                    raise ValueError(f"{place} lists {lines[found.index(None)]!r}; the set has no such image")
+                return found
+    return []
+
+
+def _once(told: Mapping[str, Sequence[Path]], file: Path) -> Splits:
+    splits: Splits = {}
+    for split in ("trainval", "train", "val", "test"):
+        for path in told.get(split, ()):
+            if splits.get(path, split) != split and (splits[path], split) != ("val", "test"):
+                raise ValueError(f"{file} puts {path} into {splits[path]} and into {split}")
+            splits[path] = split
+    return splits
+
+
+def _by_name(images: Iterable[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in images:
+        found.setdefault(same_form(path.name), []).append(path)
+    return found
+
+
+def _named(name: str, by_name: Mapping[str, list[Path]], prefer: Sequence, file: Path) -> Path | None:
+    """The image whose path ends as `name` does, as far as that decides; ValueError if several do."""
+    parts = [p for p in same_form(name).replace("\\", "/").split("/") if p not in ("", ".", "..")]
+    found = by_name.get(parts[-1], []) if parts else []
+    ends = [lambda p, n=n: [same_form(q) for q in p.parts[-n:]] == parts[-n:] for n in range(2, len(parts) + 1)]
+    for rule in (*ends, *prefer):
+        found = [p for p in found if rule(p)] or found if len(found) > 1 else found
+    if len(found) > 1:
+        raise ValueError(f"{file}: image {name!r} could be {found[0]} or {found[1]}")
+    return found[0] if found else None

@@ -1,0 +1,284 @@
+"""The one in-memory type: a `Dataset` is images and labels side by side, kept apart so that scoring sees images only.
+
+Pixels are uint8 (N, 3, H, W), letterboxed once at load; boxes are float32 (N, K, 4) xyxy pixels of the letterboxed
+image, padded to the largest K; classes are 1..C, 0 = padding (background is class 0 in detectors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .boxes import flip_boxes
+from .pixels import ImageInfo, read_all
+
+Index = Sequence[int] | np.ndarray | Tensor
+
+
+def row_numbers(index: Index, count: int) -> np.ndarray:
+    """Row numbers 0..count-1 as int64 from a list, array, tensor or mask; anything else is an error."""
+    if isinstance(index, Tensor):
+        index = index.detach().cpu().numpy()
+    rows = np.asarray(index)
+    if rows.ndim != 1:
+        raise ValueError(f"row numbers must be one-dimensional, got shape {rows.shape}")
+    if rows.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if rows.dtype == bool:
+        if rows.size != count:
+            raise ValueError(f"a mask over {count} rows was expected, got one of length {rows.size}")
+        return np.flatnonzero(rows)
+    if rows.dtype.kind not in "iu":
+        raise ValueError(f"row numbers must be integers, got {rows.dtype}: {rows[:5].tolist()}")
+    if rows.min() < 0 or rows.max() >= count:
+        bad = rows[(rows < 0) | (rows >= count)][0]
+        raise ValueError(f"row {bad} does not exist: rows are 0..{count - 1}")
+    return rows.astype(np.int64)
+
+
+def _check_ids(ids: tuple[str, ...], sizes: Tensor, groups: tuple[str, ...] | None) -> None:
+    if len(set(ids)) != len(ids):
+        twice = next(i for i, n in Counter(ids).items() if n > 1)
+        raise ValueError(f"image id {twice!r} occurs more than once; ids must be unique")
+    if tuple(sizes.shape) != (len(ids), 2) or (groups is not None and len(groups) != len(ids)):
+        raise ValueError(f"{len(ids)} ids, sizes of shape {tuple(sizes.shape)} and groups {groups and len(groups)}")
+
+
+def _mirrored(batch: Tensor, flip: Tensor | None) -> Tensor:
+    if flip is None:
+        return batch
+    return torch.where(flip.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
+
+
+def _of(values: Sequence | None, rows: np.ndarray) -> tuple | None:
+    return None if values is None else tuple(values[i] for i in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images without labels. ids are unique; sizes (N, 2) int64 original height, width; groups: day, town, camera."""
+
+    ids: tuple[str, ...]
+    pixels: Tensor
+    sizes: Tensor
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_ids(self.ids, self.sizes, self.groups)
+        if self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4 or self.pixels.shape[:2] != (len(self.ids), 3):
+            raise ValueError(
+                f"pixels must be uint8 ({len(self.ids)}, 3, H, W), got {self.pixels.dtype} {tuple(self.pixels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the letterboxed images."""
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+    def to(self, device: str | torch.device) -> Images:
+        """The same images with their pixels on `device`; `batch` is then a slice there."""
+        return replace(self, pixels=self.pixels.to(device))
+
+    def take(self, index: Index) -> Images:
+        """The images of these rows (row numbers or a mask), in this order."""
+        rows = row_numbers(index, len(self))
+        pixels = self.pixels[torch.from_numpy(rows).to(self.pixels.device)]
+        return Images(_of(self.ids, rows), pixels, self.sizes[rows], _of(self.groups, rows))
+
+    def batch(self, index: Index, device: str | torch.device = "cpu", flip: Tensor | None = None) -> Tensor:
+        """Model inputs for these rows: uint8 (B, 3, H, W) on `device`, mirrored where `flip` (B,) bool is True."""
+        rows = torch.from_numpy(row_numbers(index, len(self))).to(self.pixels.device)
+        return _mirrored(self.pixels[rows].to(device), flip)
+
+    def batches(self, chunks: Sequence[Index], device: str | torch.device = "cpu") -> Iterator[Tensor]:
+        """`batch` for each chunk of row numbers in turn (a streaming set reads ahead)."""
+        for chunk in chunks:
+            yield self.batch(chunk, device)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """`Images` whose pixels stay in their files until asked for: the same rows give the same bytes."""
+
+    ids: tuple[str, ...]
+    files: tuple[ImageInfo, ...]
+    sizes: Tensor
+    image_size: tuple[int, int]
+    groups: tuple[str, ...] | None = None
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        _check_ids(self.ids, self.sizes, self.groups)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: str | torch.device) -> StreamedImages:
+        """Itself: pixels that are not in memory cannot live on a device; `batch` moves what it reads."""
+        return self
+
+    def take(self, index: Index) -> StreamedImages:
+        """The images of these rows (row numbers or a mask), in this order; nothing is read."""
+        rows = row_numbers(index, len(self))
+        kept = {name: _of(getattr(self, name), rows) for name in ("ids", "files", "groups")}
+        return replace(self, sizes=self.sizes[rows], **kept)
+
+    def batch(self, index: Index, device: str | torch.device = "cpu", flip: Tensor | None = None) -> Tensor:
+        """Model inputs for these rows: uint8 (B, 3, H, W) on `device`, mirrored where `flip` (B,) bool is True."""
+        files = [self.files[i] for i in row_numbers(index, len(self))]
+        return _mirrored(read_all(files, self.image_size, max(1, self.workers)).to(device), flip)
+
+    def batches(self, chunks: Sequence[Index], device: str | torch.device = "cpu") -> Iterator[Tensor]:
+        """`batch` for each chunk of row numbers in turn; two are read ahead."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[Future] = deque()
+            for chunk in chunks:
+                ahead.append(pool.submit(self.batch, chunk))
+                if len(ahead) > 2:
+                    yield ahead.popleft().result().to(device)
+            while ahead:
+                yield ahead.popleft().result().to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The objects of N images, padded to K rows each, apart from the images.
+
+    boxes (N, K, 4) float32 xyxy pixels of the letterboxed image; classes (N, K) int64, 1..C, 0 = padding; ignore (N, K)
+    bool: difficult, crowd or too small; crowd (N, K) bool. Padding rows are all zero and come last.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    ignore: Tensor
+    crowd: Tensor
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Labels:
+        return Labels(change(self.boxes), change(self.classes), change(self.ignore), change(self.crowd))
+
+    @property
+    def valid(self) -> Tensor:
+        """(N, K) bool: objects that count, so neither padding nor ignore."""
+        return (self.classes > 0) & ~self.ignore
+
+    def to(self, device: str | torch.device) -> Labels:
+        """The same labels on `device`."""
+        return self._with(lambda t: t.to(device))
+
+    def take(self, index: Index) -> Labels:
+        """The labels of these rows (row numbers or a mask), in this order; K stays."""
+        rows = torch.from_numpy(row_numbers(index, len(self))).to(self.boxes.device)
+        return self._with(lambda t: t[rows])
+
+    def count(self) -> Tensor:
+        """(N,) int64 objects per image that count (neither padding nor ignore)."""
+        return self.valid.sum(dim=1)
+
+    def flip(self, mask: Tensor, width: int) -> Labels:
+        """The labels after images where `mask` (N,) bool is True were mirrored; padding rows stay zero."""
+        mirror = mask.to(self.boxes.device)[:, None] & (self.classes > 0)  # (N, K)
+        return replace(self, boxes=torch.where(mirror[..., None], flip_boxes(self.boxes, width), self.boxes))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a set was read: its format, the files that named the classes, and how the split was decided."""
+
+    format: str = ""
+    classes_from: str = ""
+    split_from: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of one data set.
+
+    labels: None for images alone. drops: how many objects or images a reader changed or left out, by reason.
+    labelled: (N,) bool, which images somebody has labelled; None = all of them, if there are labels. An image that is
+    not labelled is no negative: nobody knows what is on it.
+    """
+
+    name: str
+    images: Images | StreamedImages
+    labels: Labels | None
+    class_names: tuple[str, ...]
+    drops: dict[str, int] = field(default_factory=dict)
+    labelled: Tensor | None = None
+    reading: Reading = Reading()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Index) -> Dataset:
+        """The rows (row numbers or a mask) of images and labels; `drops` still tells of the whole set."""
+        labels = None if self.labels is None else self.labels.take(index)
+        labelled = None if self.labelled is None else self.labelled[row_numbers(index, len(self))]
+        return replace(self, images=self.images.take(index), labels=labels, labelled=labelled)
+
+    def class_counts(self) -> Tensor:
+        """(N, C) int64 objects of each class in each image, ignored ones left out."""
+        if self.labels is None:
+            raise ValueError(f"data set {self.name!r} has no labels: it was read from images alone")
+        kept = self.labels.classes * self.labels.valid  # (N, K)
+        counts = torch.zeros(len(self), len(self.class_names) + 1, dtype=torch.int64, device=kept.device)
+        return counts.scatter_add_(1, kept, torch.ones_like(kept))[:, 1:]
+
+    def dominant_class(self) -> Tensor:
+        """(N,) int64 the most frequent class of each image, 1..C; the lower one on a tie, 0 without objects."""
+        counts = self.class_counts()
+        best = counts.max(dim=1)  # the first maximum, as the classes are compared in order
+        first = (counts == best.values[:, None]).int().argmax(dim=1) + 1
+        return torch.where(best.values > 0, first, torch.zeros_like(first))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of ids, original sizes, groups, class names, labels and pixels (streamed: name, size, time of files).
+
+        A run, a cached feature or an initial model belongs to the data set with this fingerprint.
+        """
+        images, labels = self.images, self.labels
+        digest = hashlib.sha256(repr((images.ids, images.groups, images.image_size, self.class_names)).encode())
+        tensors = [images.sizes, self.labelled]
+        if labels is not None:
+            tensors += [labels.boxes, labels.classes, labels.ignore, labels.crowd]
+        if isinstance(images, StreamedImages):
+            stats = [(file.path.name, (at := file.path.stat()).st_size, at.st_mtime_ns) for file in images.files]
+            digest.update(repr(stats).encode())
+        else:
+            tensors.append(images.pixels)
+        for tensor in tensors:
+            if tensor is not None:
+                digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One line: images, their size, boxes per class, what is ignored, dropped, not labelled, how it was split."""
+        height, width = self.images.image_size
+        line = f"{self.name}: {len(self):,} images {height}x{width}"
+        if self.labels is None:
+            line += ", no labels"
+        else:
+            per_class = self.class_counts().sum(dim=0).tolist()
+            listed = ", ".join(f"{name} {n:,}" for name, n in zip(self.class_names, per_class, strict=True))
+            line += f", {sum(per_class):,} boxes ({listed})"
+            ignored = int((self.labels.ignore & (self.labels.classes > 0)).sum())
+            known = torch.ones(len(self), dtype=torch.bool) if self.labelled is None else self.labelled
+            negatives = int((known & (self.labels.classes == 0).all(dim=1).cpu()).sum())
+            line += f", {ignored:,} ignored" if ignored else ""
+            line += f", {negatives:,} images without objects" if negatives else ""
+            line += f", {int((~known).sum()):,} images not labelled" if not known.all() else ""
+        if self.drops:
+            line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())
+        return line + (f"; split {self.reading.split_from}" if self.reading.split_from else "")
