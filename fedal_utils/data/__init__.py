@@ -1,7 +1,12 @@
-"""What is learned from: images, labels, readers and writers of the usual formats, partitions, augmentation.
+"""What is learned from: images and labels, the formats they come and go in, sets by name, partitions, augmentation.
 
-`classification` holds sets of whole-image classes; `partition` splits a set over clients; `augment` changes training
-batches; `views` holds the changed views of CALD; `boxes` is what torchvision lacks for boxes, and `Detections`.
+`types`: Images, Labels and the Dataset of both. `pixels` opens images, upright and letterboxed. `files` finds and
+reads files of strangers. `formats` holds what all formats share: Record, Object, and `assemble`, which makes a Dataset
+of records; `formats_voc`, `_coco`, `_yolo`, `_kitti` and `_tables` (CSV, Label Studio) read and write. `folders` finds
+out format and split of an own folder; `catalogue` holds the sets by name, and `load`; `inspect` tells what would be
+read; `download` fetches at pinned commits. `digits` draws DigitScenes, `classification` holds sets of whole-image
+classes. `partition` splits a set over clients; `augment` changes training batches; `views` holds the changed views of
+CALD; `boxes` is what torchvision lacks for boxes, and `Detections`.
 """
 
 from . import classification, partition
@@ -16,38 +21,18 @@ from .boxes import (
     pad_boxes,
     to_original,
 )
-from .views import VIEWS, Viewed, move_boxes
-
-__all__ = [
-    "VIEWS",
-    "AugmentDraws",
-    "Detections",
-    "Viewed",
-    "apply_augmentation",
-    "classification",
-    "clip_boxes",
-    "draw_augmentation",
-    "flip_boxes",
-    "join_detections",
-    "letterbox_boxes",
-    "letterbox_fit",
-    "move_boxes",
-    "pad_boxes",
-    "partition",
-    "random_crop",
-    "to_original",
-]
-# --- shim until the readers land
-from .readers import Dataset, Images, Labels, NAMES, SUFFIXES
+from .catalogue import NAMES, data_root, load
 from .classification import NAMES as CLASS_NAMES
 from .classification import load as load_classes
-import dataclasses as _d, hashlib as _h
-@_d.dataclass(frozen=True)
-class Digits:
-    scenes: tuple = (400, 200)
-    classes: int = 10
-def load(name, image_size, root=None, seed=0, limit=None, min_object=0, digits=Digits()):
-    from .readers import load as l
-    return l(name, image_size, root=root, limit=limit, min_object=min_object, scenes=digits.scenes, digit_classes=digits.classes)
-Dataset.fingerprint = lambda self: _h.sha256(repr(self.images.ids).encode()).hexdigest()
-__all__ += ["Dataset", "Images", "Labels", "NAMES"]
+from .digits import Digits, digit_scenes, digit_sources
+from .download import fetch
+from .files import find_files
+from .formats import How, Object, Record, assemble
+from .formats_coco import read_coco, write_coco
+from .formats_tables import read_label_studio, write_csv
+from .formats_voc import read_voc, write_voc
+from .formats_yolo import read_yolo, write_yolo
+from .inspect import contact_sheet, inspect_folder
+from .pixels import SUFFIXES, image_info, letterbox_image, read_upright
+from .types import Dataset, Images, Labels, Reading, StreamedImages, row_numbers
+from .views import VIEWS, Viewed, move_boxes

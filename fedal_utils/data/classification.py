@@ -33,7 +33,13 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from . import readers as data
+from .catalogue import checked_limit, data_root, within_limit
+from .digits import digit_sources
+from .files import find_files
+from .folders import drawn_split, split_of
+from .formats import MAX_BYTES
+from .pixels import SUFFIXES, in_order, letterbox_image, read_upright, size_pair
+from .types import Dataset, Images, Labels
 
 NAMES = ("digit-images", "cifar10", "cifar10-jpeg", "cifar100")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -59,19 +65,19 @@ def load(
     limit: tuple[int | None, int | None] | None = None,
     seed: int = 0,
     fetch: bool = True,
-) -> tuple[data.Dataset, data.Dataset]:
+) -> tuple[Dataset, Dataset]:
     """Train and test of a classification set.
 
     name: one of `NAMES`, or the path of a folder or .zip of class folders, here or in the data root.
     image_size: (height, width), or one side, that every image is letterboxed to.
-    root: the data root, see `data.data_root`.
+    root: the data root, see `data_root`.
     limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
     seed: also draws the split of the digits and of class folders that have none.
     fetch: download CIFAR's pickles if they are not there.
 
     ValueError for imperfect input, ConnectionError if a download fails; both name the file or folder.
     """
-    limit, size, root = data.checked_limit(limit), data._size_pair(image_size), data.data_root(root)
+    limit, size, root = checked_limit(limit), size_pair(image_size), data_root(root)
     if name == "digit-images":
         names, sides = _digit_images(seed)
     elif name in ("cifar10", "cifar100"):
@@ -90,7 +96,7 @@ def load(
         names, sides = _class_folders(place, seed)
         name = place.resolve().stem if place.is_file() else place.resolve().name
     train, test = (
-        _dataset(f"{name} {split}", side, names, size, data.within_limit(len(side.ids), most, seed, split))
+        _dataset(f"{name} {split}", side, names, size, within_limit(len(side.ids), most, seed, split))
         for split, side, most in zip(("train", "test"), sides, limit, strict=True)
     )
     return train, test
@@ -99,10 +105,10 @@ def load(
 def _dataset(name: str, side: _Side, class_names: tuple[str, ...], size: tuple[int, int], rows: np.ndarray):
     """Letterboxed pixels and labels of these rows, in this order."""
     needed = len(rows) * 3 * size[0] * size[1]
-    if needed > data.MAX_BYTES:
+    if needed > MAX_BYTES:
         raise ValueError(
             f"data set {name!r}: {len(rows):,} images of {size[0]} x {size[1]} need {needed:,} bytes of memory; "
-            f"allowed are {data.MAX_BYTES:,}; lower image_size or limit"
+            f"allowed are {MAX_BYTES:,}; lower image_size or limit"
         )
     pixels = np.empty((len(rows), 3, *size), dtype=np.uint8)
     sizes = np.empty((len(rows), 2), dtype=np.int64)
@@ -115,18 +121,18 @@ def _dataset(name: str, side: _Side, class_names: tuple[str, ...], size: tuple[i
 
     first = side.read(int(rows[0]))
     threads = 1 if first.height * first.width < SMALL else min(8, os.cpu_count() or 1)
-    deque(data._in_order(fill, range(0, len(rows), CHUNK), threads), maxlen=0)
+    deque(in_order(fill, range(0, len(rows), CHUNK), threads), maxlen=0)
     classes = torch.tensor([side.classes[row] for row in rows], dtype=torch.int64)[:, None]  # (N, 1)
     boxes = torch.tensor([0.0, 0.0, size[1], size[0]]).repeat(len(rows), 1, 1)  # (N, 1, 4)
     never = torch.zeros_like(classes, dtype=torch.bool)
-    images = data.Images(tuple(side.ids[row] for row in rows), torch.from_numpy(pixels), torch.from_numpy(sizes))
-    return data.Dataset(name, images, data.Labels(boxes, classes, never, never.clone()), class_names)
+    images = Images(tuple(side.ids[row] for row in rows), torch.from_numpy(pixels), torch.from_numpy(sizes))
+    return Dataset(name, images, Labels(boxes, classes, never, never.clone()), class_names)
 
 
 def _letterboxed(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (3, H, W): what `data.letterbox_image` gives, without its arithmetic where no margin is needed."""
+    """uint8 (3, H, W): what `letterbox_image` gives, without its arithmetic where no margin is needed."""
     if image.height * size[1] != image.width * size[0]:
-        return data.letterbox_image(image, size).numpy()
+        return letterbox_image(image, size).numpy()
     if (image.height, image.width) != size:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
@@ -142,7 +148,7 @@ def _digit_images(seed: int) -> tuple[tuple[str, ...], list[_Side]]:
         ids, classes = [f"digit/{row:04d}" for row in rows], [int(digits.target[row]) + 1 for row in rows]
         return _Side(ids, classes, lambda i: Image.fromarray(grey[rows[i]]).convert("RGB"))
 
-    return tuple(str(i) for i in range(10)), [side(np.sort(rows)) for rows in data.digit_sources(seed)]
+    return tuple(str(i) for i in range(10)), [side(np.sort(rows)) for rows in digit_sources(seed)]
 
 
 def _cifar(name: str, root: Path, fetch: bool) -> tuple[tuple[str, ...], list[_Side]]:
@@ -221,9 +227,9 @@ def _unpacked(archive: Path) -> Path:
 
 def _listed(folder: Path) -> list[tuple[tuple[str, ...], Path]]:
     """(folders and name from where the classes or splits begin, image file), sorted; outer folders are passed."""
-    files = data._files(folder, *data.SUFFIXES)
+    files = find_files(folder, *SUFFIXES)
     if not files:
-        raise ValueError(f"data set {str(folder)!r} is empty: no {', '.join(data.SUFFIXES)} file in it")
+        raise ValueError(f"data set {str(folder)!r} is empty: no {', '.join(SUFFIXES)} file in it")
     base = os.path.commonpath([file.parent for file in files])
     return sorted((file.relative_to(base).parts, file) for file in files)
 
@@ -233,7 +239,7 @@ def _side(entries: Sequence[tuple[str, str, Path]], class_names: Sequence[str]) 
     number = {name: i + 1 for i, name in enumerate(class_names)}
 
     def read(row: int) -> Image.Image:
-        return data._read_rgb(data._file(entries[row][2], None))
+        return read_upright(entries[row][2])
 
     return _Side([e[0] for e in entries], [number[e[1]] for e in entries], read)
 
@@ -241,7 +247,7 @@ def _side(entries: Sequence[tuple[str, str, Path]], class_names: Sequence[str]) 
 def _class_folders(place: Path, seed: int) -> tuple[tuple[str, ...], list[_Side]]:
     """Sides by their folders: test is `test`, or `val` without one; train is the rest. Without them, 80 : 20."""
     listed = _listed(_unpacked(place) if place.is_file() else place)
-    told = {top: data._split_of([top]) for top in sorted({parts[0] for parts, _ in listed})}
+    told = {top: split_of([top]) for top in sorted({parts[0] for parts, _ in listed})}
     has_splits = "train" in told.values() and bool({"val", "test"} & set(told.values()))
     entries: dict[str, list[tuple[str, str, Path]]] = {}
     for parts, path in listed:
@@ -257,7 +263,7 @@ def _class_folders(place: Path, seed: int) -> tuple[tuple[str, ...], list[_Side]
     if len(names) < 2:
         raise ValueError(f"{place} has {len(names)} class ({', '.join(names)}); allowed are two and more")
     if not has_splits:
-        return names, [_side(part, names) for part in data._parted(entries[""], seed, place)]
+        return names, [_side(part, names) for part in drawn_split(entries[""], seed, place)]
     held_out = "test" if "test" in told.values() else "val"
     train = [entry for folder, side in entries.items() if told[folder] != held_out for entry in side]
     test = [entry for folder, side in entries.items() if told[folder] == held_out for entry in side]

@@ -29,6 +29,8 @@ from .files import class_name, key_of, relative
 from .pixels import SUFFIXES, ImageInfo, image_info, in_order, read_all, size_pair, threads_for, turned_box
 from .types import Dataset, Images, Labels, Reading, StreamedImages
 
+MAX_BYTES = 8 << 30  # of a set's pixels; larger sets stream
+
 
 @dataclass(frozen=True)
 class Object:
@@ -65,7 +67,7 @@ class How:
     """How a set is read: may it be downloaded; above how many bytes it streams; threads; are unlabelled images kept."""
 
     fetch: bool = True
-    max_bytes: int = 8 << 30
+    max_bytes: int = MAX_BYTES
     workers: int | None = None
     unlabelled: bool = False
 

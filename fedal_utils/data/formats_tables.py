@@ -124,8 +124,8 @@ def _task_record(result: object, where: str) -> Record:
         objects.append(Object(name, (x, y, x + w, y + h)))
     if len(sizes) > 1 or len(choices) > 1 or (choices and objects):
         raise ValueError(
-            f"{where} has {len(choices)} choices, {len(objects)} rectangles and image sizes {sorted(sizes)}; allowed are "
-            "one choice, or rectangles, and one size"
+            f"{where} has {len(choices)} choices, {len(objects)} rectangles and image sizes {sorted(sizes)}; allowed "
+            "are one choice, or rectangles, and one size"
         )
     label = choices[0] if choices else None
     kept = None if choices else tuple(objects)

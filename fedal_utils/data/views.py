@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as transforms
 from ..seeding import rng_for
 from .augment import FILL
 from .boxes import Detections, clip_boxes, flip_boxes
-from .readers import Images, StreamedImages
+from .types import Images, StreamedImages
 
 VIEWS = ("flip", "cutout", "resize", "rotate")
 RESIZE, ANGLE = 0.8, 5.0  # part of the side; degrees, counter-clockwise

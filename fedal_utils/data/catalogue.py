@@ -1,0 +1,217 @@
+"""Data sets by name, folders of one's own by path, and the one function that loads either: `load`."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..seeding import rng_for
+from . import download
+from .digits import Digits, digit_scenes
+from .files import images_in
+from .folders import Found, kitti_found, own_folder
+from .formats import How, Record, assemble
+from .formats_coco import coco_records, read_json
+from .formats_kitti import KITTI_CLASSES, KITTI_TWO
+from .formats_voc import VOC_CLASSES, devkit_records, voc_record
+from .pixels import size_pair
+from .types import Dataset, Reading
+
+BCCD_CLASSES = ("RBC", "WBC", "Platelets")
+HIT_UAV_CLASSES = ("Person", "Car", "Bicycle", "OtherVehicle")
+# Which of the 4,952 images of VOC07's test half, sorted by id, are the test images of voc07-half, a bit each.
+_HALF_TEST = base64.b85decode(
+    "DG&mXC^jM>kN_h9z=W6~g8;aJh_L{}8Np-*fifTv!HfU|7;F&$3`sC14dG~j1tbB27&izNf<qugGr|xd@RCFsXqyZqhh<-Y;qM^;C<p)$8Vo"
+    "|w!O4UP0Xz%AEdX#NK%@o?0HzRDku3lK4)h3s3$p|f5P+s%1SrWHYz#Ajm_Rauq4*2V1|$G5;c|q40f1|95<o`^Y!HM3U<O6SpvD0J7eRpn7"
+    "%+$lA(+?*$^arjsR)C^PmO|=zyb>pB7%U4pb-ENM1aTvB!>VMhyVZqV2YEX6lj4pNCQNG0$?B}p=cz~0hU073<E6mfQL90!Pz{7^uZc2EC@s"
+    "hDg<(k2?l_QU_b*1K*In<#X|!}1PmGk!59pZ0V>BN9#jD@pbAhJhYBKuLPCmwEExcB&?5u~!X!`uAXY%DP@fQZ5`j#xrwXXV;v!Dq#1&%MXe"
+    "bm!2%H5D0x<=ck_iBo>#P)xfQTdk03ZYc1_NnnOaLaZ04#yx1wxX!F@O+|z#(BMf;eD=K@dRTs3;(5I0T7-Cc#8#3&PS1G87PiBn$vPWJFLA"
+    "5C(#i)GQDPK|^3r5I`^l4tRv(pwt5+g$4-}KmmY`00DrANC`qJ0vAFe1c<p=2naw#DgaI(K~WV}C^E#7CtOhw04E3m6bMKNLe%OK2O%J2OVE"
+    "S>kq=PTj5z?rgh5R>2m)3Z0iZExJb=+qG5{ucXaE&}%0%VBBnIq&$O=Lb0s`2oW(ZIKr7?geEPy_c21?bwP(V@uA_CF{C<q1)IEn?CS8*^C2"
+    "Uq|M9stC$ih)E(D5??"
+)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A set known by name: how it is read, the places below the data root it may lie in, and where it comes from."""
+
+    find: Callable[[Path], Found]
+    places: tuple[str, ...]
+    origin: str
+    download: str | None = None
+
+
+def _devkit(*parts: tuple[str, str], test: tuple[str, str]) -> Callable[[Path], Found]:
+    def find(place: Path) -> Found:
+        train = [r for year, split in parts for r in devkit_records(place / year, split, one_based=True)]
+        return Found(train, devkit_records(place / test[0], test[1], one_based=True), VOC_CLASSES)
+
+    return find
+
+
+def _voc07_half(place: Path) -> Found:
+    """VOC07's test half, split once more: the folder VOC07 has it scaled down and split, the devkit has it as it is."""
+    if (place / "ImageSets" / "Main" / "trainval.txt").is_file() and place.name == "VOC07":
+        train, test = (devkit_records(place, split, one_based=True) for split in ("trainval", "test"))
+    else:
+        every = sorted(devkit_records(place, "test", one_based=True), key=lambda r: r.id)
+        held = np.unpackbits(np.frombuffer(_HALF_TEST, np.uint8), bitorder="little")[: len(every)]
+        train, test = ([r for r, bit in zip(every, held, strict=True) if bit == side] for side in (0, 1))
+    return Found(train, test, VOC_CLASSES)
+
+
+def _bccd(place: Path) -> Found:
+    return Found(*(devkit_records(place, split, one_based=False) for split in ("trainval", "test")), BCCD_CLASSES)
+
+
+def _coco(place: Path) -> Found:
+    sides, names = [], None
+    for split in ("train2017", "val2017"):
+        file = place / "annotations" / f"instances_{split}.json"
+        records, names = coco_records(file, read_json(file), lambda name, split=split: place / split / name)
+        sides.append(records)
+    return Found(*sides, names)
+
+
+def _hit_uav(place: Path) -> Found:
+    """HIT-UAV, its days as groups: the published layout, or a copy in COCO's with `group` and DontCare as crowd.
+
+    Test is the last fifth of each day by frame number. DontCare is a region of every class, to be ignored.
+    """
+    if (place / "instances_train.json").is_file():
+        files = [place / f"instances_{split}.json" for split in ("train", "test")]
+        sides = [coco_records(f, read_json(f), lambda name: place / "images" / name)[0] for f in files]
+        return Found(*sides, HIT_UAV_CLASSES)
+    days: dict[str, list[Record]] = {}
+    pictures = images_in(place / "normal_xml" / "JPEGImages")
+    for split in ("train", "val", "test"):
+        file = place / "normal_json" / "annotations" / f"{split}.json"
+        for entry in read_json(file)["images"]:
+            id = Path(entry["filename"]).stem
+            if id not in pictures:
+                raise ValueError(f"annotation {file}: image {entry['filename']!r} is not in normal_xml/JPEGImages")
+            record = voc_record(id, pictures[id], place / "normal_xml" / "Annotations" / f"{id}.xml")
+            days.setdefault(entry["date_captured"], []).append(_with_regions(record, entry["date_captured"]))
+    train, test = [], []
+    for records in days.values():
+        records.sort(key=lambda record: int(record.id.split("_")[-1]))
+        count = round(0.8 * len(records))
+        train, test = train + records[:count], test + records[count:]
+    return Found(*(sorted(side, key=lambda record: record.id) for side in (train, test)), HIT_UAV_CLASSES)
+
+
+def _with_regions(record: Record, day: str) -> Record:
+    things = []
+    for thing in record.objects:
+        names = HIT_UAV_CLASSES if thing.name == "DontCare" else (thing.name,)
+        things += [replace(thing, name=name, crowd=thing.name == "DontCare") for name in names]
+    return replace(record, id=record.file.name, objects=tuple(things), group=day)
+
+
+_VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
+_KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php"
+_KITTI_PLACES = ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
+_BOTH = (("VOC2007", "trainval"), ("VOC2012", "trainval"))
+SOURCES = {
+    "bccd": _Source(_bccd, ("BCCD",), "https://github.com/Shenggan/BCCD_Dataset", "BCCD"),
+    "hit-uav": _Source(
+        _hit_uav, ("HIT-UAV",), "https://github.com/" + download.PINNED["HIT-UAV"].repository, "HIT-UAV"
+    ),
+    "voc07": _Source(_devkit(_BOTH[0], test=("VOC2007", "test")), ("VOCdevkit",), _VOC + "voc2007"),
+    "voc07-half": _Source(_voc07_half, ("VOC07", "VOCdevkit/VOC2007"), _VOC + "voc2007"),
+    "voc12": _Source(_devkit(("VOC2012", "train"), test=("VOC2012", "val")), ("VOCdevkit",), _VOC + "voc2012"),
+    "voc0712": _Source(_devkit(*_BOTH, test=("VOC2007", "test")), ("VOCdevkit",), _VOC),
+    "coco": _Source(_coco, ("coco",), "https://cocodataset.org/#download"),
+    "kitti": _Source(lambda place: kitti_found(place, KITTI_CLASSES), _KITTI_PLACES, _KITTI),
+    "kitti-2": _Source(lambda place: kitti_found(place, KITTI_TWO), _KITTI_PLACES, _KITTI),
+}
+NAMES = ("digits", *SOURCES)
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """The folder that holds the data sets: the argument, else $FEDAL_DATA, else `data`."""
+    return Path(root or os.environ.get("FEDAL_DATA") or "data").expanduser()
+
+
+def checked_limit(limit: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """At most so many train and test images; ValueError below 1."""
+    limit = limit or (None, None)
+    if len(limit) != 2 or any(most is not None and most < 1 for most in limit):
+        raise ValueError(f"limit must be two numbers of images >= 1 or None, got {limit}")
+    return limit
+
+
+def within_limit(count: int, most: int | None, seed: int, split: str) -> np.ndarray:
+    """Which of `count` images stay, in their order; nested: the 50 of a limit are among the 100 of another."""
+    if most is None or most >= count:
+        return np.arange(count)
+    return np.sort(rng_for(seed, "limit", split).permutation(count)[:most])
+
+
+def find(name: str, root: Path, seed: int = 0, how: How | None = None) -> tuple[Found, Path]:
+    """Both sides of a set before any pixel is read, and its folder: a known name, or a folder here or in `root`."""
+    how, source = how or How(), SOURCES.get(name)
+    if source is None:
+        folder = next((f for f in (Path(name).expanduser(), root / name) if f.is_dir()), None)
+        if folder is None:
+            raise ValueError(
+                f"data set {name!r} is not known and no folder of that name exists here or in {root}; "
+                f"allowed are {', '.join(NAMES)} or the path of a folder of images"
+            )
+        return own_folder(folder, seed, how.unlabelled), folder
+    place = next((root / place for place in source.places if (root / place).is_dir()), None)
+    if place is None and source.download and how.fetch:
+        place = download.fetch(source.download, root)
+    if place is None:
+        raise ValueError(
+            f"data set {name!r}: folder {root / source.places[0]} does not exist; get it from {source.origin} and put "
+            "it there, or point FEDAL_DATA to the folder that holds it"
+        )
+    found = source.find(place)
+    return replace(found, reading=found.reading if found.reading.format else Reading(name, "published", "")), place
+
+
+def load(
+    name: str,
+    image_size: int | Sequence[int],
+    root: str | Path | None = None,
+    seed: int = 0,
+    limit: tuple[int | None, int | None] | None = None,
+    min_object: float = 0,
+    digits: Digits | None = None,
+    how: How | None = None,
+) -> tuple[Dataset, Dataset]:
+    """Train and test of a data set by name (`NAMES`), or of a folder of the user's own.
+
+    image_size: (height, width), or one side, that every image is letterboxed to.
+    root: where data sets lie, see `data_root`.
+    seed: also draws the digits, and the 80 : 20 split of a folder that tells none; KITTI's split is fixed.
+    limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
+    min_object: objects whose shorter side, letterboxed, is below this many pixels become ignore.
+    digits: DigitScenes in train and test, and their classes.
+    how: downloading, streaming, threads, and what becomes of images without an annotation.
+    """
+    limit = checked_limit(limit)
+    if name == "digits":
+        digits, size = digits or Digits(), size_pair(image_size)
+        counts = [n if most is None else min(n, most) for n, most in zip(digits.scenes, limit, strict=True)]
+        side = tuple(round(side * min(size) / 64) for side in (14, 28))  # digits grow with the image
+        return digit_scenes(*counts, size, seed, digits.classes, min_object, digit_side=side)
+    found, place = find(name, data_root(root), seed, how)
+    shared = {r.id for r in found.train} & {r.id for r in found.test}
+    if shared:
+        raise ValueError(f"{place}: image id {min(shared)!r} is in train and in test")
+    sides, label = [], name if name in SOURCES else place.absolute().name
+    for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):
+        kept = [records[i] for i in within_limit(len(records), most, seed, split)]
+        drops = found.drops if split == "train" else None
+        sides.append(
+            assemble(f"{label} {split}", kept, image_size, found.class_names, min_object, how, drops, found.reading)
+        )
+    return sides[0], sides[1]

@@ -1,0 +1,42 @@
+"""What is read from a folder or a named set, told before anything is trained: `python -m fedal_utils inspect PATH`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .catalogue import data_root, find, load
+from .formats import How, settled
+from .pixels import image_info
+from .types import Dataset
+
+
+def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0, ids: int = 5) -> dict[str, Any]:
+    """What `load` reads, without pixels: a dict that JSON can hold.
+
+    Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
+    test images, boxes, per_class, not_labelled and the first ids. ValueError that names file and entry.
+    """
+    found, _ = find(name, data_root(root), seed, How(fetch=False))
+    report: dict[str, Any] = {"format": found.reading.format, "classes": list(found.class_names or ())}
+    report |= {"classes_from": found.reading.classes_from, "split_from": found.reading.split_from}
+    left_out, splits = Counter(found.drops), {}
+    for split, records in (("train", found.train), ("test", found.test)):
+        records = [settled(record, image_info(record.file)) for record in records]
+        for record in records:
+            left_out.update(record.drops)
+        per_class = Counter(thing.name for record in records for thing in record.objects or ())
+        splits[split] = {
+            "images": len(records),
+            "boxes": sum(per_class.values()),
+            "per_class": {name: per_class[name] for name in report["classes"]},
+            "not_labelled": sum(record.objects is None for record in records),
+            "ids": [record.id for record in records[:ids]],
+        }
+    return report | {"left_out": {reason: n for reason, n in left_out.items() if n}, "splits": splits}
+
+
+def contact_sheet(name: str, root: str | Path | None = None, seed: int = 0, count: int = 12) -> Dataset:
+    """Some training images of a set at 320 pixels, to be drawn with their boxes."""
+    return load(name, (240, 320), root, seed, limit=(count, 1), how=How(fetch=False))[0]
