@@ -45,8 +45,8 @@ lint: env  ## check the style of code and notebooks
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-data: env  ## download the small real data sets (BCCD, CARLA) into $FEDAL_DATA or data/
-	@$(PY) -m fedal_utils data bccd carla
+data: env  ## download the small real data sets (BCCD, HIT-UAV) into $FEDAL_DATA or data/
+	@$(PY) -m fedal_utils data bccd hit-uav
 
 doctor: env  ## what this machine has: versions, GPU, memory, data, profile
 	@$(PY) -m fedal_utils doctor

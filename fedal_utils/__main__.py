@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 import time
@@ -73,7 +74,9 @@ def doctor() -> None:
         print(f"memory {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB")
     place = data_folder()
     there = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
-    print(f"data in {place}: {', '.join(there) or 'none (DigitScenes needs none; `make data` fetches BCCD and CARLA)'}")
+    print(
+        f"data in {place}: {', '.join(there) or 'none (DigitScenes needs none; `make data` fetches BCCD and HIT-UAV)'}"
+    )
     print(f"notebooks: {', '.join(p.stem for p in notebooks.find())}")
     print(f"profile chosen without PROFILE=: {notebooks.default_profile()}")
 
@@ -82,9 +85,22 @@ def fetch(names: Sequence[str]) -> None:
     """Download data sets into $FEDAL_DATA, or `data/` of the checkout."""
     from .data import download
 
-    known = {name.lower(): name for name in download.PINNED}
+    known = {name.lower(): name for name in (*download.PINNED, download.KITTI)}
     for name in names:
         print(f"{name}: {download.fetch(known.get(name.lower(), name), data_folder())}")
+
+
+def inspect(given: argparse.Namespace) -> None:
+    """Print what would be read from a folder or a named set, and draw a contact sheet if one is asked for."""
+    from . import data
+
+    report = data.inspect_folder(given.path, data_folder(), given.seed)
+    print(json.dumps(report, indent=1, ensure_ascii=False) if given.json else data.report_lines(report))
+    if given.picture:
+        from .plots.curves import image_grid
+
+        sheet = data.contact_sheet(given.path, data_folder(), given.seed)
+        image_grid(sheet.images, sheet.labels, sheet.class_names, range(len(sheet))).savefig(given.picture)
 
 
 def label(given: argparse.Namespace) -> None:
@@ -188,6 +204,11 @@ def parser() -> argparse.ArgumentParser:
     add("doctor", "versions, GPU, memory, data found, profile chosen")
     command = add("data", "download data sets into $FEDAL_DATA or data/")
     command.add_argument("name", nargs="+")
+    command = add("inspect", "what is read from a folder or a named set: format, classes, split, what was left out")
+    command.add_argument("path", help="a folder, or the name of a data set")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--picture", metavar="PNG", help="draw some of its images with their boxes")
+    command.add_argument("--seed", type=int, default=0, help="of a split that has to be drawn")
     command = add("label", "label the images of a folder in the browser")
     command.add_argument("--data", required=True, metavar="DIR", help="folder of images")
     command.add_argument("--classes", nargs="+", help="class names; needed the first time")
@@ -260,6 +281,8 @@ def _obey(given: argparse.Namespace) -> int:
         doctor()
     elif given.command == "data":
         fetch(given.name)
+    elif given.command == "inspect":
+        inspect(given)
     elif given.command == "label":
         label(given)
     elif given.command == "clients":

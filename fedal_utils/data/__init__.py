@@ -32,7 +32,7 @@ from .formats_coco import read_coco, write_coco
 from .formats_tables import read_label_studio, write_csv
 from .formats_voc import read_voc, write_voc
 from .formats_yolo import read_yolo, write_yolo
-from .inspect import contact_sheet, inspect_folder
+from .inspect import contact_sheet, inspect_folder, report_lines
 from .pixels import SUFFIXES, image_info, letterbox_image, read_upright
 from .types import Dataset, Images, Labels, Reading, StreamedImages, row_numbers
 from .views import VIEWS, Viewed, move_boxes

@@ -142,8 +142,8 @@ def data_root(root: str | Path | None = None) -> Path:
 def checked_limit(limit: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
     """At most so many train and test images; ValueError below 1."""
     limit = limit or (None, None)
-    if len(limit) != 2 or any(most is not None and most < 1 for most in limit):
-        raise ValueError(f"limit must be two numbers of images >= 1 or None, got {limit}")
+    if any(most is not None and most < 1 for most in limit):
+        raise ValueError(f"limit must be at least 1 image or None, got {limit}")
     return limit
 
 
@@ -174,7 +174,9 @@ def find(name: str, root: Path, seed: int = 0, how: How | None = None) -> tuple[
             "it there, or point FEDAL_DATA to the folder that holds it"
         )
     found = source.find(place)
-    return replace(found, reading=found.reading if found.reading.format else Reading(name, "published", "")), place
+    return replace(
+        found, reading=found.reading if found.reading.format else Reading(name, "the published list", "as published")
+    ), place
 
 
 def load(

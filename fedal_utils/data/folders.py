@@ -145,8 +145,9 @@ def _coco(
     if len({record.file for record in read}) < len(read):
         twice = next(f for f, n in Counter(record.file for record in read).items() if n > 1)
         raise ValueError(f"image {twice} stands more than once in {', '.join(map(str, contents))}")
-    inner = lambda record: record.file.relative_to(root).as_posix()  # noqa: E731
-    return [replace(r, id=inner(r)) if shared[r.id] > 1 else r for r in read], names, said
+    if max(shared.values(), default=0) > 1:  # equal file names in two folders: ids carry the folder
+        read = [replace(record, id=record.file.relative_to(root).as_posix()) for record in read]
+    return read, names, said
 
 
 def _refuse_foreign(root: Path, files: Sequence[Path], contents: Mapping[Path, Any]) -> None:

@@ -16,7 +16,7 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0, ids
     """What `load` reads, without pixels: a dict that JSON can hold.
 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
-    test images, boxes, per_class, not_labelled and the first ids. ValueError that names file and entry.
+    test images, boxes, per_class, ignored (difficult, crowd), not_labelled and the first ids. Errors are `load`'s.
     """
     found, _ = find(name, data_root(root), seed, How(fetch=False))
     report: dict[str, Any] = {"format": found.reading.format, "classes": list(found.class_names or ())}
@@ -26,15 +26,29 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0, ids
         records = [settled(record, image_info(record.file)) for record in records]
         for record in records:
             left_out.update(record.drops)
-        per_class = Counter(thing.name for record in records for thing in record.objects or ())
+        things = [thing for record in records for thing in record.objects or ()]
+        per_class = Counter(thing.name for thing in things if not (thing.difficult or thing.crowd))
         splits[split] = {
             "images": len(records),
             "boxes": sum(per_class.values()),
             "per_class": {name: per_class[name] for name in report["classes"]},
+            "ignored": len(things) - sum(per_class.values()),
             "not_labelled": sum(record.objects is None for record in records),
             "ids": [record.id for record in records[:ids]],
         }
     return report | {"left_out": {reason: n for reason, n in left_out.items() if n}, "splits": splits}
+
+
+def report_lines(report: dict[str, Any]) -> str:
+    """The report of `inspect_folder` for a person."""
+    lines = [f"{name.replace('_', ' ')}: {report[name]}" for name in ("format", "classes_from", "split_from")]
+    for split, told in report["splits"].items():
+        listed = ", ".join(f"{name} {n:,}" for name, n in told["per_class"].items())
+        lines.append(
+            f"{split}: {told['images']:,} images, {told['boxes']:,} boxes ({listed}); {', '.join(told['ids'])}, ..."
+        )
+        lines += [f"  {key.replace('_', ' ')}: {told[key]:,}" for key in ("ignored", "not_labelled") if told[key]]
+    return "\n".join([*lines, *(f"{reason}: {n:,}" for reason, n in report["left_out"].items())])
 
 
 def contact_sheet(name: str, root: str | Path | None = None, seed: int = 0, count: int = 12) -> Dataset:

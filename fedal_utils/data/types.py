@@ -281,4 +281,5 @@ class Dataset:
             line += f", {int((~known).sum()):,} images not labelled" if not known.all() else ""
         if self.drops:
             line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())
-        return line + (f"; split {self.reading.split_from}" if self.reading.split_from else "")
+        drawn = self.reading.split_from.startswith("drawn")
+        return line + (f"; split {self.reading.split_from}" if drawn else "")

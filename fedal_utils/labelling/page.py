@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..data import readers as data
+from .. import data
 from ..seeding import rng_for
 
 if TYPE_CHECKING:
@@ -671,7 +671,7 @@ def find_images(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
-    found = {path.relative_to(folder).as_posix(): path for path in data._files(folder, *data.SUFFIXES)}
+    found = {path.relative_to(folder).as_posix(): path for path in data.find_files(folder, *data.SUFFIXES)}
     if not found:
         raise ValueError(f"folder {folder} holds no image: no {', '.join(data.SUFFIXES)} file in it")
     return found
@@ -690,13 +690,13 @@ def read_image(source: str | Path | np.ndarray, name: str = "") -> Image.Image:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"image {path} does not exist or is no file")
-    file = data._file(path, None)
+    file = data.image_info(path)
     height, width = file.size
     if height * width > MAX_PIXELS:
         raise ValueError(
             f"image {path} has {height} x {width} pixels (height x width); at most {MAX_PIXELS:,} are allowed"
         )
-    return data._read_rgb(file)
+    return data.read_upright(file)
 
 
 @dataclass(frozen=True)

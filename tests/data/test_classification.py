@@ -19,7 +19,7 @@ from torchvision import datasets
 from torchvision.datasets import cifar
 
 from fedal_utils.data import classification as class_sets
-from fedal_utils.data import readers as data
+from fedal_utils import data
 
 
 def encoded(id: str, size: tuple[int, int] = (40, 60), suffix: str = ".png") -> bytes:
@@ -100,7 +100,7 @@ def test_digit_images_are_scikit_learns_digits_split_as_the_scenes_are():
 def test_digit_images_are_enlarged_and_letterboxed():
     train, _ = class_sets.load("digit-images", (16, 24), limit=(20, 1))
     assert_one_whole_object_each(train)
-    assert (train.images.pixels[:, :, :, :4] == data.FILL).all() and (train.images.pixels[:, :, :, 20:] == 114).all()
+    assert (train.images.pixels[:, :, :, :4] == 114).all() and (train.images.pixels[:, :, :, 20:] == 114).all()
     small, _ = class_sets.load("digit-images", 8, limit=(20, 1))
     assert small.images.ids == train.images.ids
     for row, pixels_8 in enumerate(small.images.pixels):
@@ -461,7 +461,7 @@ def test_what_is_wrong_with_class_folders_is_named(place, files, message):
 
 def test_a_set_that_does_not_fit_says_what_to_lower(tmp_path, monkeypatch):
     at = str(written(tmp_path / "pets", BOTH))
-    monkeypatch.setattr(data, "MAX_BYTES", 3 * 3 * 8 * 8)
+    monkeypatch.setattr(class_sets, "MAX_BYTES", 3 * 3 * 8 * 8)
     assert len(class_sets.load(at, 8)[0]) == 3
     with pytest.raises(
         ValueError, match="'pets train': 3 images of 9 x 8 need 648 bytes .* allowed are 576; lower imag"
