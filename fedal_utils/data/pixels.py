@@ -22,7 +22,7 @@ from torch import Tensor
 from .boxes import letterbox_fit
 
 FILL = 114  # grey of the letterbox' margins
-MAX_PIXELS = 89_000_000  # of one image: a quarter of a gigabyte as RGB
+MAX_PIXELS = 80_000_000  # of one image: a quarter of a gigabyte as RGB
 LARGE = 16_000_000  # pixels; larger images are decoded one at a time
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
