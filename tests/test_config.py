@@ -223,7 +223,9 @@ def test_a_profile_changes_numbers_and_data_bring_their_detector():
 def test_notebooks_11_to_13_share_their_runs():
     """The communication notebook reads the runs of the other two: one digest at every profile and data set."""
     for profile, data in (("smoke", None), ("quick", "bccd"), ("quick", "carla"), ("paper", None), ("paper", "kitti")):
-        assert len({papers.load(n, profile, data).digest() for n in ("11_fedavg", "12_chain", "13_communication")}) == 1
+        assert (
+            len({papers.load(n, profile, data).digest() for n in ("11_fedavg", "12_chain", "13_communication")}) == 1
+        )
     every = papers.load("13_communication").methods
     assert set(papers.load("11_fedavg").methods) | set(papers.load("12_chain").methods) == set(every)
 
