@@ -18,11 +18,9 @@ import pytest
 import small_run
 import torch
 
-from fedal_utils import notebooks, papers, record, seeding, training
-from fedal_utils.data import VIEWS, Viewed
-from fedal_utils.data import readers as data
+from fedal_utils import data, notebooks, papers, record, seeding, training
+from fedal_utils.data import VIEWS, Dataset, Labels, Viewed
 from fedal_utils.data.boxes import Detections, flip_boxes
-from fedal_utils.data.readers import Dataset, Labels
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.federation import own_data

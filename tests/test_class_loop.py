@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils import config, papers, record
+from fedal_utils import config, data, papers, record
 from fedal_utils.data import partition
-from fedal_utils.data import readers as data
 from fedal_utils.federation import experiment as alfl
 
 SMALL = dict(

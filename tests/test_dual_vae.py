@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedal_utils import papers, record, training
-from fedal_utils.data import readers as data
+from fedal_utils import data, papers, record, training
+from fedal_utils.data import Labels
 from fedal_utils.data.boxes import Detections
-from fedal_utils.data.readers import Labels
 from fedal_utils.detectors import build_vae
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.sampling import dual_score as dual_vae

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import weighted_average
 
+from fedal_utils import data
 from fedal_utils.config import Config, TrainingConfig
-from fedal_utils.data import readers as data
 from fedal_utils.detectors import build, clone
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation.aggregate import (

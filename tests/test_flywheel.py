@@ -9,15 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fedal_utils.papers.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
 from sklearn.linear_model import LogisticRegression
 
 from fedal_utils import config, papers, record
-from fedal_utils.data import boxes, exchange
-from fedal_utils.data.readers import Dataset, Images, Labels
+from fedal_utils.data import Dataset, Images, Labels, boxes, exchange
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.labelling import page as labelling
 from fedal_utils.papers import flywheel
-from fedal_utils.papers.flywheel import LEAST, MIXES, STRATEGIES, Answers, Unanswered, Wheel
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import SET_ASIDE, Bill, Oracle, Pool
 from fedal_utils.seeding import rng_for, torch_rng_for

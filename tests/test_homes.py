@@ -18,9 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedal_utils import config, papers, record, seeding
-from fedal_utils.data import readers as data
-from fedal_utils.data.readers import Dataset, Images, Labels
+from fedal_utils import config, data, papers, record, seeding
+from fedal_utils.data import Dataset, Images, Labels
 from fedal_utils.federation import experiment as alfl
 from fedal_utils.flower import workspace as homes
 from fedal_utils.labelling import page as labelling

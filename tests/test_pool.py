@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fedal_utils import training
 from fedal_utils.config import Config
+from fedal_utils.data import Images, Labels
 from fedal_utils.data.boxes import Detections
-from fedal_utils.data.readers import Images, Labels
 from fedal_utils.detectors import build
 from fedal_utils.sampling import strategies as sampling
 from fedal_utils.sampling.pool import SET_ASIDE, Bill, Oracle, Pool, total

@@ -13,7 +13,7 @@ import small_run
 import torch
 
 from fedal_utils import config, papers, record, seeding, training
-from fedal_utils.data.readers import Labels
+from fedal_utils.data import Labels
 from fedal_utils.detectors import Detector
 from fedal_utils.federation import aggregate as federation
 from fedal_utils.federation import experiment as alfl

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from ..data import Detections, flip_boxes, join_detections
-from ..data.readers import Images, Labels
+from ..data import Detections, Images, Labels, flip_boxes, join_detections
 from .style import PALETTE, legend_below, style
 
 WIDE, LARGEST = 12.0, 4.4  # inches of a figure, and of an image in it

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainingConfig
-from ..data import random_crop
-from ..data.readers import Images
-from ..detectors import Classifier, State
-from ..detectors import balanced_cross_entropy, compensation_loss, compensation_weights
+from ..data import Images, random_crop
+from ..detectors import Classifier, State, balanced_cross_entropy, compensation_loss, compensation_weights
 from .inference import class_scores
 from .schedule import (
     LocalTask,

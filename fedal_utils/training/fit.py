@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainingConfig
-from ..data import apply_augmentation, draw_augmentation
-from ..data.readers import Images, Labels
+from ..data import Images, Labels, apply_augmentation, draw_augmentation
 from ..detectors import Detector
 from .inference import CachedImages
 from .schedule import (

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Detections, Viewed, join_detections
-from ..data.readers import Images, Labels, _rows
-from ..detectors import SSD, Detector
-from ..detectors import Classifier
+from ..data import Detections, Images, Labels, Viewed, join_detections, row_numbers
+from ..detectors import SSD, Classifier, Detector
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class CachedImages:
 
     def take(self, index) -> CachedImages:
         """The maps of these rows (row numbers or a mask), in this order."""
-        rows = torch.from_numpy(_rows(index, len(self)))
+        rows = torch.from_numpy(row_numbers(index, len(self)))
         return CachedImages(
             ids=tuple(self.ids[i] for i in rows.tolist()),
             features=tuple(f[rows] for f in self.features),
@@ -58,7 +56,7 @@ class CachedImages:
 
     def batch(self, index, device: str | torch.device = "cpu", flip: Tensor | None = None) -> tuple[Tensor, ...]:
         """The maps of these rows on `device`; those of the mirror image where `flip` (B,) bool is True."""
-        rows = torch.from_numpy(_rows(index, len(self)))
+        rows = torch.from_numpy(row_numbers(index, len(self)))
         out = []
         for level, plain in enumerate(self.features):
             chosen = plain[rows]

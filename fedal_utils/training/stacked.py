@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from ..config import TrainingConfig
-from ..data.readers import Images
-from ..detectors import Classifier, State, join, mark_valid, split, stacked
-from ..detectors import balanced_cross_entropy, compensation_loss, compensation_weights
+from ..data import Images
+from ..detectors import (
+    Classifier,
+    State,
+    balanced_cross_entropy,
+    compensation_loss,
+    compensation_weights,
+    join,
+    mark_valid,
+    split,
+    stacked,
+)
 from .classifier import ClassifierTask, Draws, LocalResult, check_tasks, draw, pixels_of, ready, sound
 from .schedule import STEPS, TrainingDiverged, learning_rate_factor, pull_back
 

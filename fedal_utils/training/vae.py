@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from ..data.readers import Images, _rows
+from ..data import Images, row_numbers
 from ..detectors import VAE, losses_of
 from .inference import CachedImages, chunks
 from .schedule import TrainingDiverged, check_weights, draw_batches
@@ -41,7 +41,7 @@ def fit_vae(
         comes, and their rows (B,) in `images`; it returns one number or one an image, weighted as it should count.
     """
     _check_pixels(images)
-    rows = _rows(rows, len(images))
+    rows = row_numbers(rows, len(images))
     if len(rows) == 0:
         raise ValueError(f"client {client} has no image to train its autoencoder on")
     device = torch.device(device)

@@ -17,8 +17,8 @@ from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.ops import box_iou
 
 from fedal_utils import config, metrics, seeding, training
+from fedal_utils.data import Images, Labels
 from fedal_utils.data.boxes import Detections, clip_boxes
-from fedal_utils.data.readers import Images, Labels
 from fedal_utils.detectors import base, build, decode_boxes, ssd
 
 

@@ -15,7 +15,7 @@ from test_speed import in_turn
 
 from fedal_utils import seeding, training
 from fedal_utils.config import Config, TrainingConfig
-from fedal_utils.data.readers import Images
+from fedal_utils.data import Images
 from fedal_utils.detectors import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

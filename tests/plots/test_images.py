@@ -7,8 +7,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from fedal_utils import plots
-from fedal_utils.data import Detections
-from fedal_utils.data.readers import Images, Labels
+from fedal_utils.data import Detections, Images, Labels
 from fedal_utils.plots.style import PALETTE
 
 NAMES = ("cat", "dog", "emu")

@@ -11,7 +11,7 @@ import torch
 
 from fedal_utils import seeding, training
 from fedal_utils.config import Config, TrainingConfig
-from fedal_utils.data.readers import Images
+from fedal_utils.data import Images
 from fedal_utils.detectors import CLASSIFIERS, build
 from fedal_utils.training import ClassifierTask, TrainingDiverged, stacked
 from fedal_utils.training.classifier import draw

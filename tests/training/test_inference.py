@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedal_utils import training
+from fedal_utils import data, training
 from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.data import Viewed
-from fedal_utils.data import readers as data
 from fedal_utils.detectors import build
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import LocalTask, embed, predict
