@@ -8,7 +8,7 @@ files: atomic writes, locks, checksums. environment: where a run ran, and its pr
 
 from .environment import banner, environment
 from .files import lock, project_root, write_atomic
-from .records import merge, missing, publish, queries, read_record, table, times
+from .records import collect, merge, missing, publish, queries, read_record, table, times
 from .run import Run, every_round, runs
 from .stored import shared, state
 from .verdicts import (

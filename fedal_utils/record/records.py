@@ -15,11 +15,12 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from .. import config as configs
 from .environment import machine_text
 from .files import ADVICE, encode, folder_name, project_root, read_json, typed, write_atomic
 from .stored import COLUMNS, Config, Stored, read_run, setting_folder
@@ -110,27 +111,43 @@ def record_path(config: Config, notebook: str, queries: bool = False) -> Path:
     return project_root() / "results" / "records" / f"{name}{'-queries' * queries}.csv.gz"
 
 
-def publish(configs: Config | Sequence[Config], notebook: str, root: str | Path | None = None) -> Path:
+def publish(settings: Config | Sequence[Config], notebook: str, root: str | Path | None = None) -> Path:
     """Put the finished runs of these settings into their record: those that are there are replaced, others stay.
 
-    configs: of one data set and profile; `setting` tells what differs from the first. The same runs give the same
-    bytes. ValueError if no run is finished.
+    settings: of one data set and profile; the column `setting` tells what differs from the first.
+    The same runs give the same bytes. ValueError if no run is finished.
     """
-    configs = list(configs) if isinstance(configs, Sequence) else [configs]
-    paths = {record_path(config, notebook) for config in configs}
+    settings = list(settings) if isinstance(settings, Sequence) else [settings]
+    paths = {record_path(config, notebook) for config in settings}
     if len(paths) != 1:
         raise ValueError(f"settings of several data sets or profiles make several records: {sorted(map(str, paths))}")
-    new = {}
-    for config in configs:
-        base, flat = configs[0].flat(), config.flat()
-        changes = {k: v for k, v in flat.items() if v != base.get(k) and k not in ("methods", "seeds")}
+    new, base = {}, settings[0].flat()
+    for config in settings:
+        changes = {k: v for k, v in config.flat().items() if v != base[k] and k not in ("methods", "seeds")}
         for folder in sorted(setting_folder(config, notebook, root).glob("*/seed*")):
             if (folder / "done.json").exists():
                 key = config.digest()[:8], folder.parent.name, int(folder.name.removeprefix("seed"))
                 new[key] = _texts(key, json.dumps(changes, sort_keys=True), folder)
     if not new:
         raise ValueError(f"no run of these settings of {notebook} is finished: nothing to publish")
-    return _write(paths.pop(), {**_runs(record_path(configs[0], notebook)), **new})
+    path = paths.pop()
+    return _write(path, {**_runs(path), **new})
+
+
+def collect(
+    notebook: str, preset: Callable[[str, str], Config] | None = None, root: str | Path | None = None
+) -> list[Path]:
+    """Publish all finished runs of a notebook; preset: profile, data set -> its main setting, a record's base."""
+    found: dict[tuple[str, str], dict[str, Config]] = {}
+    root = project_root() / "results" / "runs" if root is None else Path(root)
+    for path in sorted((root / folder_name(notebook, "notebook")).glob("*/*/seed*/done.json")):
+        config = configs.Config.of(**read_json(path.with_name("config.json"))["config"])
+        found.setdefault((config.profile, config.data.dataset), {})[config.digest()] = config
+    paths = []
+    for place, settings in found.items():
+        base = [preset(*place)] if preset else []
+        paths.append(publish([*base, *settings.values()], notebook, root))
+    return paths
 
 
 def merge(folder: str | Path) -> list[Path]:

@@ -69,6 +69,15 @@ def test_a_record_is_one_tidy_table_with_the_same_bytes_each_time(home):
     assert (pd.read_csv(queries)["digest"].value_counts() > 0).all()
 
 
+def test_all_finished_runs_of_a_notebook_are_collected(home):
+    (path,) = record.collect("tiny", lambda profile, data: CONFIG.replace(profile=profile, dataset=data))
+    kept = path.read_bytes()
+    path.unlink()
+    path.with_name("tiny-bccd-quick-queries.csv.gz").unlink()
+    assert record.publish([CONFIG, ARM], "tiny").read_bytes() == kept
+    assert record.collect("another") == []
+
+
 def test_runs_that_are_published_again_are_replaced_and_others_stay(home):
     record.publish(CONFIG, "tiny")
     shutil.rmtree(home / "results" / "runs")
@@ -142,3 +151,25 @@ def test_records_of_another_machine_are_merged_and_other_data_refused(home, tmp_
     record.publish(ARM, "tiny")
     with pytest.raises(ValueError, match="ran on other data"):
         record.merge(theirs)
+
+
+# --- what is committed ------------------------------------------------------------------------------------------------
+
+RECORDS = Path(__file__).resolve().parents[2] / "results" / "records"
+COMMITTED = sorted(path for path in RECORDS.glob("*.csv.gz") if "-queries" not in path.name)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name.removesuffix(".csv.gz"))
+def test_the_committed_tables_come_out_of_the_committed_records(path, root):
+    rows = record.read_record(path)  # with every check
+    published = root / "results" / "tables" / f"{path.name.removesuffix('.gz')}"
+    table = pd.read_csv(published) if published.exists() else pd.DataFrame()
+    if "method" not in table or not {"last", "last_low"} <= set(table) or {"arm", "metric"} & set(table):
+        return  # not a plain summary of the main setting
+    rows = rows[(rows["setting"] == "{}") & rows["method"].isin(table["method"])]
+    again = metrics.summary(rows, y="accuracy" if "accuracy" in rows else "ap50").set_index("method")
+    for column in again.columns.intersection(table.columns):
+        kept = table.set_index("method")[column]
+        pd.testing.assert_series_equal(
+            again[column].reindex(kept.index), kept, check_dtype=False, rtol=1e-9, atol=1e-12
+        )
