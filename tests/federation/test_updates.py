@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,28 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import weighted_average
 
-from fedal_utils import data
 from fedal_utils.config import Config, TrainingConfig
+from fedal_utils.data import Digits, Labels, load
 from fedal_utils.detectors import build, clone
 from fedal_utils.federation import aggregate as federation
-from fedal_utils.federation.aggregate import (
-    Update,
-    average,
-    batch_norm_keys,
-    pack,
-    sent_keys,
-    state_of,
-    train_client,
-    unpack,
-)
+from fedal_utils.federation.aggregate import average
+from fedal_utils.federation.client import Exchange, train_detector
+from fedal_utils.federation.messages import BATCH_NORM, Update, batch_norm_keys, pack, sent_keys, state_of, unpack
 from fedal_utils.seeding import rng_for, torch_rng_for
-from fedal_utils.training import TrainingDiverged, fit
+from fedal_utils.training import LocalTask, TrainingDiverged, fit
 
 RECIPE = TrainingConfig.of(batch=2, lr=1e-3)
 
 
-def update(client, state, images=1, boxes=1, wire="fp32"):
-    return Update(client, pack(state, wire), images, boxes, steps=1, loss=0.5)
+def update(client, state, images=1, boxes=1, dtype="fp32"):
+    return Update(client, pack(state, dtype), images, boxes, steps=1, loss=0.5)
 
 
 def vector(*values):
@@ -45,26 +39,19 @@ def new_model(norm="group", seed=0, **options):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return data.digit_scenes(6, 1, (64, 64), classes=3)[0]
+    return load("digits", (64, 64), digits=Digits((6, 1), 3))[0]
 
 
-def one_round(
-    scenes, model, client="A", rows=(0, 1, 2, 3), seed=0, iterations=2, scratch=None, policy="average", **options
-):
-    payload = pack(state_of(model, sent_keys(model, policy)))
-    part = scenes.take(list(rows))
-    return train_client(
-        scratch or clone(model),
-        payload,
-        part.images,
-        part.labels,
-        RECIPE,
-        torch_rng_for(seed, "train", client),
-        client,
-        iterations,
-        batch_norm=policy,
-        **options,
-    )
+def train(model, payload, part, rng, client="A", iterations=2, *, dtype="fp32", policy="average", buffers=None, **more):
+    """`train_detector` on these scenes; more: optimizer_state, position, send."""
+    task = LocalTask(rng, client, iterations, more.get("optimizer_state"), more.get("position"))
+    exchange = Exchange(policy, dtype, buffers, more.get("send", False))
+    return train_detector(model, payload, part.images, part.labels, RECIPE, task, exchange)
+
+
+def one_round(scenes, model, client="A", rows=(0, 1, 2, 3), seed=0, scratch=None, policy="average", **options):
+    payload, rng = pack(state_of(model, sent_keys(model, policy))), torch_rng_for(seed, "train", client)
+    return train(scratch or clone(model), payload, scenes.take(list(rows)), rng, client, policy=policy, **options)
 
 
 def same(a, b):
@@ -166,12 +153,12 @@ def test_a_view_is_packed_without_the_memory_behind_it():
 def test_half_precision_on_the_wire_really_rounds():
     a, b = 1 + 2**-12, 3 + 2**-13  # halves have 10 bits behind the point: 1 and 3 arrive
     full = average([update("A", vector(a)), update("B", vector(b))])
-    half = average([update("A", vector(a), wire="fp16"), update("B", vector(b), wire="fp16")])
+    half = average([update("A", vector(a), dtype="fp16"), update("B", vector(b), dtype="fp16")])
     assert half["w"].item() == 2.0 and full["w"].item() == pytest.approx(2 + 1.5 * 2**-13, abs=1e-7)
     assert half["w"].dtype == torch.float32
     with pytest.raises(ValueError, match=r"'w' is not finite in fp16 \(largest size 7e\+04\)"):
         pack(vector(7e4), "fp16")
-    with pytest.raises(ValueError, match=r"wire precision must be one of \('fp32', 'fp16'\), got 'int8'"):
+    with pytest.raises(ValueError, match=r"message precision must be one of \('fp32', 'fp16'\), got 'int8'"):
         pack(vector(1.0), "int8")
 
 
@@ -190,7 +177,7 @@ def test_counters_stay_at_home_and_statistics_travel_when_they_are_averaged():
     assert set(statistics) == {k for k in everything if "running_" in k or "num_batches" in k}
     group = new_model("group")
     assert batch_norm_keys(group) == set()
-    assert all(set(sent_keys(group, policy)) == set(group.state_dict()) for policy in federation.BATCH_NORM)
+    assert all(set(sent_keys(group, policy)) == set(group.state_dict()) for policy in BATCH_NORM)
     with pytest.raises(ValueError, match="BatchNorm policy must be one of .* got 'sync'"):
         sent_keys(model, "sync")
 
@@ -224,7 +211,7 @@ def test_one_client_equals_training_without_a_federation_bit_for_bit(scenes):
     merged = average([got])
     part = scenes.take([0, 1, 2, 3])
     alone = clone(model)
-    rows = list(fit(alone, part.images, part.labels, RECIPE, torch_rng_for(0, "train", "A"), iterations=2))
+    rows = list(fit(alone, part.images, part.labels, RECIPE, LocalTask(torch_rng_for(0, "train", "A"), "A", 2)))
     assert same(merged, dict(alone.state_dict()))
     assert got.steps == 2 and got.loss == rows[-1]["loss"]
     assert got.images == 4 and got.boxes == int((part.labels.classes > 0).sum()) and got.client == "A"
@@ -242,10 +229,10 @@ def test_scratch_space_may_hold_anything(scenes):
 def test_clients_that_share_scratch_space_do_not_see_each_other(scenes, policy):
     model = new_model("batch")
     scratch = clone(model)
-    one_round(scenes, model, "A", (0, 1, 2), scratch=scratch, policy=policy, home={})
+    one_round(scenes, model, "A", (0, 1, 2), scratch=scratch, policy=policy, buffers={})
     after, alone = {}, {}
-    second = one_round(scenes, model, "B", (3, 4, 5), scratch=scratch, policy=policy, home=after)
-    fresh = one_round(scenes, model, "B", (3, 4, 5), policy=policy, home=alone)
+    second = one_round(scenes, model, "B", (3, 4, 5), scratch=scratch, policy=policy, buffers=after)
+    fresh = one_round(scenes, model, "B", (3, 4, 5), policy=policy, buffers=alone)
     assert second.payload == fresh.payload and same(after, alone)
 
 
@@ -262,7 +249,7 @@ def test_batch_norm_average_merges_the_statistics(scenes):
 def test_batch_norm_local_keeps_each_clients_own_statistics(scenes):
     model = new_model("batch")
     homes = {"A": {}, "B": {}}
-    updates = [one_round(scenes, model, n, r, policy="local", home=homes[n]) for n, r in (("A", (0, 1)), ("B", (2, 3)))]
+    updates = [one_round(scenes, model, n, r, policy="local", buffers=homes[n]) for n, r in (("A", (0, 1)), ("B", (2, 3)))]
     statistics = batch_norm_keys(model)
     assert all(set(homes[n]) == statistics for n in homes)
     assert not statistics & set(average(updates))
@@ -271,14 +258,14 @@ def test_batch_norm_local_keeps_each_clients_own_statistics(scenes):
     mean = counter.replace("num_batches_tracked", "running_mean")
     assert int(homes["A"][counter]) == 2
     first = homes["A"][mean].clone()
-    one_round(scenes, model, "A", (0, 1), policy="local", home=homes["A"])
+    one_round(scenes, model, "A", (0, 1), policy="local", buffers=homes["A"])
     assert int(homes["A"][counter]) == 4  # it went on from its own
     # by hand: one step from the same statistics with the same batch moves them by 0.1 x (batch mean - old)
     home, start = {}, model.state_dict()[mean].clone()
-    one_round(scenes, model, "A", (0, 1), policy="local", home=home, iterations=1)
+    one_round(scenes, model, "A", (0, 1), policy="local", buffers=home, iterations=1)
     batch_mean = start + (home[mean] - start) / 0.1
     home_again = {k: v.clone() for k, v in home.items()}
-    one_round(scenes, model, "A", (0, 1), policy="local", home=home_again, iterations=1)
+    one_round(scenes, model, "A", (0, 1), policy="local", buffers=home_again, iterations=1)
     assert torch.allclose(home_again[mean], 0.9 * home[mean] + 0.1 * batch_mean, atol=1e-4)
     assert not torch.equal(first, start)
 
@@ -314,16 +301,16 @@ def test_batch_norm_frozen_changes_no_statistic_but_trains_the_weights(scenes):
 def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generator_only():
     names = [f"{i:02d}" for i in range(10)]
     for fraction, size in ((1.0, 10), (0.3, 3), (0.25, 2), (0.01, 1), (0.96, 10)):
-        chosen = federation.take_part(names, fraction, rng_for(0, "t"))
+        chosen = federation.sample_clients(names, fraction, rng_for(0, "t"))
         assert len(chosen) == size == len(set(chosen)) and chosen == sorted(chosen) and set(chosen) <= set(names)
-    assert federation.take_part(names, 0.3, rng_for(0, "t")) == federation.take_part(names[::-1], 0.3, rng_for(0, "t"))
-    drawn = [tuple(federation.take_part(names, 0.3, rng_for(seed, "t"))) for seed in range(300)]
+    assert federation.sample_clients(names, 0.3, rng_for(0, "t")) == federation.sample_clients(names[::-1], 0.3, rng_for(0, "t"))
+    drawn = [tuple(federation.sample_clients(names, 0.3, rng_for(seed, "t"))) for seed in range(300)]
     assert len(set(drawn)) > 60
     times = [sum(name in one for one in drawn) for name in names]  # 90 each on average, standard deviation 8
     assert 58 < min(times) and max(times) < 122
     for fraction in (0.0, 1.1, -1.0, float("nan")):
         with pytest.raises(ValueError, match=rf"fraction of clients must be in \(0, 1\], got {fraction}"):
-            federation.take_part(names, fraction, rng_for(0, "t"))
+            federation.sample_clients(names, fraction, rng_for(0, "t"))
 
 
 # ------------------------------------------------------------------------------------------------------ parts by class
@@ -386,94 +373,91 @@ def test_weighted_is_the_average_with_the_parts_that_were_given():
         federation.weighted(updates, [0.5, 0.25, 0.25])
 
 
-# ----------------------------------------------------------------------------------------------- optimisers that travel
+# ----------------------------------------------------------------------------------------------- optimizers that travel
 
 
-def with_memory(client, images, steps, *moment):
+def with_state(client, images, steps, *moment):
     memory = {"momentum_buffer:w": torch.tensor(moment), "steps": torch.tensor(steps)}
     return Update(client, pack(vector(0.0)), images, 1, 1, 0.5, pack(memory))
 
 
 def test_moments_that_travelled_are_averaged_and_the_most_steps_count():
-    merged = federation.average_memory([with_memory("A", 1, 6, 0.0, 4.0), with_memory("B", 3, 4, 4.0, 8.0)])
+    merged = federation.average_optimizer_states([with_state("A", 1, 6, 0.0, 4.0), with_state("B", 3, 4, 4.0, 8.0)])
     assert merged["momentum_buffer:w"].tolist() == [3, 7] and int(merged["steps"]) == 6
     assert merged["steps"].dtype == torch.int64 and set(merged) == {"momentum_buffer:w", "steps"}
-    alone = federation.average_memory([with_memory("A", 1, 6, 0.0, 4.0)])
+    alone = federation.average_optimizer_states([with_state("A", 1, 6, 0.0, 4.0)])
     assert alone["momentum_buffer:w"].tolist() == [0, 4] and int(alone["steps"]) == 6
 
 
-def test_where_one_lacks_its_optimiser_nobody_gets_one():
-    assert federation.average_memory([with_memory("A", 1, 6, 1.0), update("B", vector(0.0))]) == {}
-    assert federation.average_memory([update("B", vector(0.0))]) == {}
+def test_where_one_lacks_its_optimizer_nobody_gets_one():
+    assert federation.average_optimizer_states([with_state("A", 1, 6, 1.0), update("B", vector(0.0))]) == {}
+    assert federation.average_optimizer_states([update("B", vector(0.0))]) == {}
 
 
-def test_an_update_weighs_its_weights_and_its_luggage():
-    plain, loaded = update("A", vector(1.0)), with_memory("A", 1, 6, 1.0)
-    assert plain.bytes == len(plain.payload) and loaded.bytes == len(loaded.payload) + len(loaded.memory)
-    assert len(loaded.memory) > 0
+def test_an_update_weighs_its_weights_and_its_optimizer_state():
+    plain, loaded = update("A", vector(1.0)), with_state("A", 1, 6, 1.0)
+    assert plain.bytes == len(plain.payload) and loaded.bytes == len(loaded.payload) + len(loaded.optimizer_state)
+    assert len(loaded.optimizer_state) > 0
 
 
-def test_memory_goes_in_and_out_and_travels_only_when_told(scenes):
+def test_an_optimizer_state_goes_in_and_out_and_travels_only_when_told(scenes):
     model, kept = new_model(), {}
-    one = one_round(scenes, model, memory=kept, span=(0, 4))
-    assert one.memory == b"" and int(kept["steps"]) == 2
+    one = one_round(scenes, model, optimizer_state=kept, position=(0, 4))
+    assert one.optimizer_state == b"" and int(kept["steps"]) == 2
     again = {k: v.clone() for k, v in kept.items()}
-    two = one_round(scenes, model, memory=again, span=(2, 4), travels=True)
-    assert same(unpack(two.memory), again) and int(again["steps"]) == 4
+    two = one_round(scenes, model, optimizer_state=again, position=(2, 4), send=True)
+    assert same(unpack(two.optimizer_state), again) and int(again["steps"]) == 4
     assert not same(again, kept) and two.payload != one.payload
-    half = one_round(scenes, model, memory={}, span=(0, 4), travels=True, wire="fp16")
-    assert same(unpack(half.memory), kept), "second moments would vanish in half precision"
+    half = one_round(scenes, model, optimizer_state={}, position=(0, 4), send=True, dtype="fp16")
+    assert same(unpack(half.optimizer_state), kept), "second moments would vanish in half precision"
     assert len(half.payload) < 0.6 * len(one.payload)
 
 
-def broken_labels(part):
-    return data.Labels(part.labels.boxes * float("nan"), part.labels.classes, part.labels.ignore, part.labels.crowd)
+def broken(part):
+    labels = part.labels
+    return replace(part, labels=Labels(labels.boxes * float("nan"), labels.classes, labels.ignore, labels.crowd))
 
 
-def test_a_client_that_diverges_leaves_memory_statistics_and_scratch_as_they_were(scenes):
+def test_a_client_that_diverges_leaves_optimizer_state_statistics_and_scratch_as_they_were(scenes):
     model, part = new_model("batch"), scenes.take([0, 1])
     home, memory = {}, {}
     scratch = clone(model)
-    one_round(scenes, model, scratch=scratch, policy="local", home=home, memory=memory, span=(0, 9))
+    one_round(scenes, model, scratch=scratch, policy="local", buffers=home, optimizer_state=memory, position=(0, 9))
     before = [{k: v.clone() for k, v in own.items()} for own in (home, memory)]
     statistics = state_of(scratch, sorted(batch_norm_keys(scratch)))
     payload = pack(state_of(model, sent_keys(model, "local")))
     with pytest.raises(TrainingDiverged, match="client A: loss is nan"):
-        train_client(
+        train(
             scratch,
             payload,
-            part.images,
-            broken_labels(part),
-            RECIPE,
+            broken(part),
             torch_rng_for(0, "train"),
             "A",
             1,
-            batch_norm="local",
-            home=home,
-            memory=memory,
-            span=(2, 9),
+            policy="local",
+            buffers=home,
+            optimizer_state=memory,
+            position=(2, 9),
         )
     assert same(home, before[0]) and same(memory, before[1])
     assert same(state_of(scratch, sorted(batch_norm_keys(scratch))), statistics)
 
 
-def test_weights_that_do_not_fit_the_wire_leave_memory_as_it_was(scenes):
+def test_weights_that_do_not_fit_the_message_leave_the_optimizer_state_as_it_was(scenes):
     model, part, memory = new_model(), scenes.take([0, 1]), {}
     large = {k: v.clone() for k, v in state_of(model, sent_keys(model)).items()}
     large["neck.smooth.0.1.weight"][0] = 1e5  # finite in fp32, not in fp16
     with pytest.raises(TrainingDiverged, match="client A: .* is not finite in fp16"):
-        train_client(
+        train(
             model,
             pack(large),
-            part.images,
-            part.labels,
-            RECIPE,
+            part,
             torch_rng_for(0, "train"),
             "A",
             1,
-            wire="fp16",
-            memory=memory,
-            span=(0, 9),
+            dtype="fp16",
+            optimizer_state=memory,
+            position=(0, 9),
         )
     assert memory == {}
 
@@ -524,16 +508,15 @@ def test_what_goes_wrong_at_a_client_names_the_client(scenes):
     rng = torch_rng_for(0, "train")
     payload = pack(state_of(model, sent_keys(model)))
     with pytest.raises(ValueError, match=r"client A was sent entries that its model does not have: \['odd'\]"):
-        train_client(model, pack({"odd": torch.ones(1)}), part.images, part.labels, RECIPE, rng, "A", 1)
+        train(model, pack({"odd": torch.ones(1)}), part, rng, "A", 1)
     with pytest.raises(ValueError, match="client A made no step: iterations=0"):
-        train_client(model, payload, part.images, part.labels, RECIPE, rng, "A", 0)
-    broken = data.Labels(part.labels.boxes * float("nan"), part.labels.classes, part.labels.ignore, part.labels.crowd)
+        train(model, payload, part, rng, "A", 0)
     with pytest.raises(TrainingDiverged, match="client A: loss is nan"):
-        train_client(model, payload, part.images, broken, RECIPE, rng, "A", 1)
+        train(model, payload, broken(part), rng, "A", 1)
     large = {k: v.clone() for k, v in state_of(model, sent_keys(model)).items()}
     large["neck.smooth.0.1.weight"][0] = 1e5  # finite in fp32, not in fp16
     with pytest.raises(ValueError, match="client A: 'neck.smooth.0.1.weight' is not finite in fp16"):
-        train_client(model, pack(large), part.images, part.labels, RECIPE, rng, "A", 1, wire="fp16")
+        train(model, pack(large), part, rng, "A", 1, dtype="fp16")
 
 
 # ---------------------------------------------------------------------------------------------- what is left out of it
