@@ -39,7 +39,7 @@ from .files import find_files
 from .folders import drawn_split, split_of
 from .formats import MAX_BYTES
 from .pixels import SUFFIXES, in_order, letterbox_image, read_upright, size_pair
-from .types import Dataset, Images, Labels
+from .types import Dataset, Images, Labels, Reading
 
 NAMES = ("digit-images", "cifar10", "cifar10-jpeg", "cifar100")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -77,6 +77,7 @@ def load(
 
     ValueError for imperfect input, ConnectionError if a download fails; both name the file or folder.
     """
+    reading = Reading(name, "the published list", "as published")
     limit, size, root = checked_limit(limit), size_pair(image_size), data_root(root)
     if name == "digit-images":
         names, sides = _digit_images(seed)
@@ -93,16 +94,19 @@ def load(
                 f"classification set {name!r} is not known and no folder or .zip of that name exists here or in "
                 f"{root}; allowed are {', '.join(NAMES)} or the path of a folder or .zip of class folders"
             )
-        names, sides = _class_folders(place, seed)
+        names, sides, split_from = _class_folders(place, seed)
+        reading = Reading("class folders", "the folders' names", split_from)
         name = place.resolve().stem if place.is_file() else place.resolve().name
     train, test = (
-        _dataset(f"{name} {split}", side, names, size, within_limit(len(side.ids), most, seed, split))
+        _dataset(f"{name} {split}", side, names, reading, size, within_limit(len(side.ids), most, seed, split))
         for split, side, most in zip(("train", "test"), sides, limit, strict=True)
     )
     return train, test
 
 
-def _dataset(name: str, side: _Side, class_names: tuple[str, ...], size: tuple[int, int], rows: np.ndarray):
+def _dataset(
+    name: str, side: _Side, class_names: tuple[str, ...], reading: Reading, size: tuple[int, int], rows: np.ndarray
+) -> Dataset:
     """Letterboxed pixels and labels of these rows, in this order."""
     needed = len(rows) * 3 * size[0] * size[1]
     if needed > MAX_BYTES:
@@ -117,7 +121,7 @@ def _dataset(name: str, side: _Side, class_names: tuple[str, ...], size: tuple[i
         for i in range(start, min(start + CHUNK, len(rows))):
             image = side.read(int(rows[i]))
             sizes[i] = image.height, image.width
-            pixels[i] = _letterboxed(image, size)
+            pixels[i] = letterbox_image(image, size)
 
     first = side.read(int(rows[0]))
     threads = 1 if first.height * first.width < SMALL else min(8, os.cpu_count() or 1)
@@ -126,16 +130,7 @@ def _dataset(name: str, side: _Side, class_names: tuple[str, ...], size: tuple[i
     boxes = torch.tensor([0.0, 0.0, size[1], size[0]]).repeat(len(rows), 1, 1)  # (N, 1, 4)
     never = torch.zeros_like(classes, dtype=torch.bool)
     images = Images(tuple(side.ids[row] for row in rows), torch.from_numpy(pixels), torch.from_numpy(sizes))
-    return Dataset(name, images, Labels(boxes, classes, never, never.clone()), class_names)
-
-
-def _letterboxed(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (3, H, W): what `letterbox_image` gives, without its arithmetic where no margin is needed."""
-    if image.height * size[1] != image.width * size[0]:
-        return letterbox_image(image, size).numpy()
-    if (image.height, image.width) != size:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return Dataset(name, images, Labels(boxes, classes, never, never.clone()), class_names, reading=reading)
 
 
 def _digit_images(seed: int) -> tuple[tuple[str, ...], list[_Side]]:
@@ -244,7 +239,7 @@ def _side(entries: Sequence[tuple[str, str, Path]], class_names: Sequence[str]) 
     return _Side([e[0] for e in entries], [number[e[1]] for e in entries], read)
 
 
-def _class_folders(place: Path, seed: int) -> tuple[tuple[str, ...], list[_Side]]:
+def _class_folders(place: Path, seed: int) -> tuple[tuple[str, ...], list[_Side], str]:
     """Sides by their folders: test is `test`, or `val` without one; train is the rest. Without them, 80 : 20."""
     listed = _listed(_unpacked(place) if place.is_file() else place)
     told = {top: split_of([top]) for top in sorted({parts[0] for parts, _ in listed})}
@@ -263,8 +258,9 @@ def _class_folders(place: Path, seed: int) -> tuple[tuple[str, ...], list[_Side]
     if len(names) < 2:
         raise ValueError(f"{place} has {len(names)} class ({', '.join(names)}); allowed are two and more")
     if not has_splits:
-        return names, [_side(part, names) for part in drawn_split(entries[""], seed, place)]
+        parts = drawn_split(entries[""], seed, place)
+        return names, [_side(part, names) for part in parts], f"drawn 80 : 20 with seed {seed}, as nothing tells one"
     held_out = "test" if "test" in told.values() else "val"
     train = [entry for folder, side in entries.items() if told[folder] != held_out for entry in side]
     test = [entry for folder, side in entries.items() if told[folder] == held_out for entry in side]
-    return names, [_side(train, names), _side(test, names)]
+    return names, [_side(train, names), _side(test, names)], f"the folders {', '.join(entries)}"

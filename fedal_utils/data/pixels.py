@@ -141,6 +141,9 @@ def read_upright(source: str | Path | ImageInfo) -> Image.Image:
 
 def letterbox_image(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
     """An RGB image scaled (bilinear, antialiased) into a grey canvas of (height, width): uint8 (3, H, W)."""
+    if image.height * image_size[1] == image.width * image_size[0]:  # no margin: many small images are read like this
+        image = image if image.size == image_size[::-1] else image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
     inner, offset = letterbox_fit(torch.tensor([[image.height, image.width]]), image_size)
     (height, width), (top, left) = inner[0].tolist(), offset[0].tolist()
     if (image.height, image.width) != (height, width):

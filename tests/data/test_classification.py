@@ -275,7 +275,7 @@ def test_class_folders_in_train_and_test(place, tmp_path):
         for row, i in enumerate(part.images.ids):
             want = pixels(Picture(i, (40, 60), ())).transpose(2, 0, 1)
             assert np.array_equal(part.images.pixels[row].numpy(), want)
-    assert not train.drops and not test.drops
+    assert not train.drops and train.reading.split_from == "the folders test, train"
 
 
 def test_the_same_files_give_the_same_set_in_a_folder_and_in_a_zip(tmp_path):
@@ -295,6 +295,7 @@ def test_without_splits_one_in_five_is_for_testing(place):
     )
     assert all(i.split("/")[0] == name for part in (train, test) for i, name in told(part).items())
     assert class_sets.load(at, 24, seed=1)[1].images.ids != test.images.ids
+    assert "drawn 80 : 20" in train.describe()
 
 
 @pytest.mark.parametrize(
