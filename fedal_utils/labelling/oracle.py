@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..data.boxes import letterbox_boxes, letterbox_fit, to_original
 from ..data.readers import Dataset, Images, Labels
-from ..record import run as record
-from ..sampling.pool import Bill as Cost
+from .. import record
+from ..sampling import Cost
 from .annotators import Annotator, Simulated
 from .store import Question, Store, store_path
 
@@ -133,7 +133,7 @@ def oracle_of(
 
 
 def simulated(run: record.Run, train: Dataset, task: str = "boxes") -> Simulated:
-    """Somebody who knows the truth, errs as often as `config.flywheel.annotator_error`, and takes the query's seconds."""
+    """Somebody who knows the truth, errs as the config says, and takes the seconds of its query costs."""
     config, query = run.config, run.config.query
     seconds = query.seconds_per_image, query.seconds_per_box
     return Simulated(truth_of(train, task), config.flywheel.annotator_error, *seconds, run.seed)

@@ -129,7 +129,9 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 labels |= {"use_default_label": True, "show_remove_button": True, "box_min_size": 3, "boxes_alpha": 0.1}
                 picture = image_annotator(elem_id="picture", sources=[], **labels, **dict.fromkeys(off, False))
             else:
-                picture = gr.Image(elem_id="picture", show_label=False, interactive=False, height="80vh", buttons=[])
+                picture = gr.Image(
+                    elem_id="picture", show_label=False, interactive=False, height="75vh", buttons=[], scale=3
+                )
             with gr.Column(min_width=240):
                 choices = [(f"{KEYS[i : i + 1]}  {name}", name) for i, name in enumerate(classes)]
                 chosen = gr.Radio(choices, label="Class", elem_id="classes")
@@ -140,10 +142,10 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 note = gr.Textbox(label="Note", max_lines=3, elem_id="note")
                 gr.Markdown("`C` draw · `D` move · `E` class · `Del` remove", visible=drawing)
 
-        def screen(name: str, drawn: Any = None) -> list[Any]:
+        def screen(name: str, drawn: Any = None, *said: str) -> list[Any]:
             """What this person sees now: the question that they hold, or the next one. drawn: what they had drawn."""
             question, counts = store.next(name) if name.strip() else None, store.progress()
-            said = [f"{counts['labelled']:,} of {counts['all']:,} labelled, {counts['unknown']:,} unknown"]
+            said = [*said, f"{counts['labelled']:,} of {counts['all']:,} labelled, {counts['unknown']:,} unknown"]
             if question is None:
                 said += [] if counts["waiting"] else ["Nothing is left."]
                 return [name, 0, gr.update(visible=False), None, None, "", "\n".join(said)]
@@ -171,8 +173,7 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 try:
                     held = store.next(name)
                     if held is None or held.id != int(number):
-                        gr.Warning("That image is no longer with you, nothing was stored. This is yours now.")
-                        return screen(name)
+                        return screen(name, None, "That image is no longer with you, nothing was stored.")
                     image, size, label = held.image, held.size, choice
                     seen = {"note": remark or "", "suggestion_shown": suggestions and held.suggestion is not None}
                     if action == "label":
@@ -185,16 +186,14 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                     else:
                         getattr(store, action)(name, image, **seen)
                 except ValueError as error:
-                    raise gr.Error(str(error).replace(repr(image), "")) from None
+                    return [*[gr.skip()] * 6, str(error).replace(repr(image), "")]
                 return screen(name)
 
             return done
 
         def undo(name: str) -> list[Any]:
             found = store.undo(name)
-            if found is None:
-                gr.Warning("There is nothing to take back.")
-            return screen(name, found and found[1])
+            return screen(name, *((found[1],) if found else (None, "There is nothing to take back.")))
 
         shown = [kept, key, work, picture, chosen, note, told]
         common = {"preprocess": False, "queue": False, "show_progress": "hidden", "api_visibility": "private"}

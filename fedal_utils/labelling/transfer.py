@@ -1,4 +1,4 @@
-"""Labels out of a store and into one, as COCO JSON, YOLO txt, VOC XML or CSV (`python -m fedal_utils export`, `import`)."""
+"""Labels out of a store and into one, as COCO JSON, YOLO txt, VOC XML or CSV: commands `export` and `import`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def export(store: Store, form: str, out: str | Path) -> int:
 
 
 def load(path: str | Path, form: str, source: str | Path, who: str = "import") -> int:
-    """Put labels that were made elsewhere into the store at `path`, made if need be; returns how many say something new.
+    """Put labels that were made elsewhere into the store at `path`, made if need be; returns how many are new.
 
     A question that waits is answered; an image that nobody asked for joins as well; where there is another label
     already, this one counts from now on. Names may lack the ending that the store's have.
