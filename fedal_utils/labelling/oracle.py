@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.boxes import letterbox_boxes, letterbox_fit, to_original
-from ..data.readers import Dataset, Images, Labels
-from .. import record
+from .. import record, training
+from ..data import Dataset, Images, Labels, letterbox_boxes, letterbox_fit, to_original
+from ..federation import Client, Experiment, Query, Step
+from ..federation.query import strategy_at
 from ..sampling import Cost
 from .annotators import Annotator, Simulated
 from .store import Question, Store, store_path
@@ -28,8 +29,7 @@ class StoreOracle:
 
     images: the training set. classes: its class names.
     annotator: answers at once; None = a person at the page, and `annotate` raises `Unanswered` until all is answered.
-    strategy, model, suggestions: noted with each question; row -> what the model would say.
-    who: the annotator's name in the store.
+    strategy: noted with each question, until an experiment says another. who: the annotator's name in the store.
     """
 
     def __init__(
@@ -45,6 +45,15 @@ class StoreOracle:
         self.model, self.suggestions = "", {}
         self._number = {name: i + 1 for i, name in enumerate(classes)}
         self._given: dict[int, object] = {}
+
+    def about(self, experiment: Experiment, client: Client, step: Step, chosen: Query) -> None:
+        """Note why these images are queried and, of classes, what the model predicts."""
+        self.strategy = strategy_at(experiment, step.cycle).name
+        if self.store.task == "classes" and step.cycle:
+            rows, setup = client.pool.index[chosen.positions], experiment.setup
+            scores = training.class_scores(experiment.model, setup.train.images.take(rows), device=setup.device)
+            said = [setup.class_names[c] for c in scores.argmax(1).tolist()]
+            self.suggestions, self.model = dict(zip(rows.tolist(), said, strict=True)), f"cycle {step.cycle - 1}"
 
     def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
         """(n,) bool: which of these rows have a label now; of the others nobody could say."""
@@ -120,8 +129,6 @@ class StoreOracle:
         boxes = int((self.labels_of(index).classes > 0).sum())
         seconds = self._standing().groupby("image")["seconds"].sum()
         return Cost(len(index), boxes, float(sum(seconds.get(self.images.ids[int(row)], 0.0) for row in index)))
-
-    ask, bill, unsure = annotate, cost, undecided  # until `Pool` has the new names
 
 
 def oracle_of(

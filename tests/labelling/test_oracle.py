@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils.data import boxes
-from fedal_utils.data.readers import Dataset, Images, Labels
+from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes, pad_boxes
 from fedal_utils.labelling import Replay, Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
-from fedal_utils.sampling.pool import Bill as Cost
-from fedal_utils.sampling.pool import Pool
+from fedal_utils.sampling import Cost, Pool
 
 NAMES = ("ant", "bee", "cow", "dog")
 
@@ -37,9 +35,9 @@ def letterboxed() -> tuple[Dataset, list[list[list[float]]]]:
         [],
         [[33.3, 250.7, 333, 500], [1.5, 2.5, 300, 400]],
     ]
-    original = boxes.pad_boxes([torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in drawn])
-    classes = boxes.pad_boxes([torch.tensor(row, dtype=torch.int64) for row in ([1, 2, 3], [4], [], [2, 1])])
-    moved = boxes.letterbox_boxes(original, sizes, (64, 64)) * (classes > 0)[..., None]
+    original = pad_boxes([torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in drawn])
+    classes = pad_boxes([torch.tensor(row, dtype=torch.int64) for row in ([1, 2, 3], [4], [], [2, 1])])
+    moved = letterbox_boxes(original, sizes, (64, 64)) * (classes > 0)[..., None]
     ignore = torch.zeros_like(classes, dtype=torch.bool)
     ignore[0, 1] = True
     images = Images(tuple("abcd"), torch.zeros(4, 3, 64, 64, dtype=torch.uint8), sizes)
