@@ -232,7 +232,9 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (("export", "labels of a store as a file or folder"), ("import", "labels of files into a store")):
         command = add(name, text)
         command.add_argument("store", metavar="STORE", help="labels.sqlite of a labelled folder, or of a run")
-        command.add_argument("--format", required=True, help="coco (a JSON file), yolo or voc (a folder), csv (a file)")
+        command.add_argument(
+            "--format", required=True, help="coco (a JSON file), yolo or voc (a folder), csv (out) or label_studio (in)"
+        )
         command.add_argument("path", metavar="OUT" if name == "export" else "PATH")
     command.add_argument("--who", default="import", help="the name of whoever labelled")
     command = add("clients", "run the experiment with a server and real clients, processes of this machine (Flower)")

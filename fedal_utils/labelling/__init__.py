@@ -8,10 +8,9 @@
 from .annotators import Annotator, Replay, Simulated
 from .oracle import StoreOracle, Unanswered, oracle_of, pictures, simulated, truth_of
 from .store import HISTORY, NotHeld, Question, Store, checked_label, store_path
-from .transfer import FORMATS, export, items, load, truth_from
+from .transfer import export, load, records, truth_from
 
 __all__ = [
-    "FORMATS",
     "HISTORY",
     "Annotator",
     "NotHeld",
@@ -23,10 +22,10 @@ __all__ = [
     "Unanswered",
     "checked_label",
     "export",
-    "items",
     "load",
     "oracle_of",
     "pictures",
+    "records",
     "simulated",
     "store_path",
     "truth_from",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data import readers as data
+from .. import data
 from .guard import guards
 from .store import Store
 
@@ -63,7 +63,7 @@ def find_images(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
-    found = {path.relative_to(folder).as_posix(): path for path in data._files(folder, *data.SUFFIXES)}
+    found = {path.relative_to(folder).as_posix(): path for path in data.find_files(folder, *data.SUFFIXES)}
     if not found:
         raise ValueError(f"folder {folder} holds no image: no {', '.join(data.SUFFIXES)} file in it")
     return found
@@ -75,7 +75,7 @@ def framed(source: str | Path | np.ndarray, size: Sequence[int] | None = None) -
     source: a file, or uint8 (H, W, 3). size: of the original, where the source is another size.
     """
     array = isinstance(source, np.ndarray)
-    image = Image.fromarray(source) if array else data._read_rgb(data._file(Path(source), None))
+    image = Image.fromarray(source) if array else data.read_upright(source)
     factor = max(1.0, min(900 / image.width, 640 / image.height))
     shown = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
     return shown, tuple(size or image.size[::-1])

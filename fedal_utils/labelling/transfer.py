@@ -1,42 +1,46 @@
-"""Labels out of a store and into one, as COCO JSON, YOLO txt, VOC XML or CSV: commands `export` and `import`."""
+"""Labels out of a store and into one: COCO JSON, YOLO txt, VOC XML, CSV, Label Studio (commands `export`, `import`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from ..data import exchange
+from .. import data
+from ..data import Object, Record
 from .store import Question, Store
 
-FORMATS = ("coco", "yolo", "voc", "csv")
+WRITTEN = ("coco", "yolo", "voc", "csv")
+READ = ("coco", "yolo", "voc", "label_studio")
 
 
-def items(store: Store) -> list[exchange.Item]:
+def records(store: Store) -> list[Record]:
     """The last standing label of each image, in the order in which they were answered."""
     history, found = store.history(), {}
     for row in history[(history["action"] == "label") & ~history["undone"]].to_dict("records"):
-        label, size = row["label"], row["size"]
-        if store.task == "boxes":
-            label = [exchange.Box(one["class"], *one["box"]) for one in label]
-        found[row["image"]] = exchange.Item(row["image"], None, size and tuple(size), label)
+        size = None if row["size"] is None else tuple(row["size"])
+        boxes = row["label"] if store.task == "boxes" else None
+        objects = None if boxes is None else tuple(Object(one["class"], tuple(one["box"])) for one in boxes)
+        label = row["label"] if boxes is None else None
+        found[row["image"]] = Record(row["image"], size=size, objects=objects, label=label)
     return list(found.values())
 
 
-def truth_from(found: Iterable[exchange.Item]) -> dict[str, str | list[dict]]:
+def truth_from(found: Iterable[Record]) -> dict[str, str | list[dict]]:
     """Finished labels as what a `Simulated` knows: labels from elsewhere join the loop as an annotator."""
-    return {
-        item.image: item.label
-        if isinstance(item.label, str)
-        else [{"class": box.name, "box": [box.x1, box.y1, box.x2, box.y2]} for box in item.label]
-        for item in found
-    }
+    truth = {}
+    for one in found:
+        boxes = [{"class": thing.name, "box": list(thing.box)} for thing in one.objects or ()]
+        if one.label is not None or one.objects is not None:
+            truth[one.id] = boxes if one.label is None else one.label
+    return truth
 
 
 def export(store: Store, form: str, out: str | Path) -> int:
     """Write the labels to a file (coco, csv) or into a folder (yolo, voc); returns how many images."""
-    found = items(store)
-    classes = () if _known(form) == "csv" else (store.classes,)
-    getattr(exchange, f"write_{form}")(out, found, *classes)
+    if form not in WRITTEN:
+        raise ValueError(f"format must be one of {', '.join(WRITTEN)}, got {form!r}")
+    found, classes = records(store), () if form == "csv" else (store.classes,)
+    getattr(data, f"write_{form}")(out, found, *classes)
     return len(found)
 
 
@@ -46,8 +50,10 @@ def load(path: str | Path, form: str, source: str | Path, who: str = "import") -
     A question that waits is answered; an image that nobody asked for joins as well; where there is another label
     already, this one counts from now on. Names may lack the ending that the store's have.
     """
-    found = getattr(exchange, f"read_{_known(form)}")(source)
-    truth, sizes = truth_from(found), {item.image: item.size for item in found}
+    if form not in READ:
+        raise ValueError(f"format must be one of {', '.join(READ)}, got {form!r}")
+    found = getattr(data, f"read_{form}")(source)
+    truth, sizes = truth_from(found), {one.id: one.size for one in found}
     task = "classes" if all(isinstance(label, str) for label in truth.values()) else "boxes"
     named = truth.values() if task == "classes" else (one["class"] for label in truth.values() for one in label)
     with Store(path, sorted(set(named)) or None, task) as store:
@@ -64,9 +70,3 @@ def load(path: str | Path, form: str, source: str | Path, who: str = "import") -
             store.answer(who, image, label, sizes[name], seconds=0.0)
             new += 1
     return new
-
-
-def _known(form: str) -> str:
-    if form not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
-    return form

@@ -1,9 +1,12 @@
 """Labels go out of a store and come into another one; they join the loop as if somebody had answered at the page."""
 
+import json
+
 import pytest
+from PIL import Image
 
 from fedal_utils import __main__ as command
-from fedal_utils.labelling import FORMATS, Question, Simulated, Store, export, items, load, truth_from
+from fedal_utils.labelling import Question, Simulated, Store, export, load, records, truth_from
 
 CLASSES = ["cat", "dog"]
 DRAWN = {
@@ -20,12 +23,16 @@ def filled(path, labels, task="boxes"):
     return store
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_boxes_come_back_through_every_format(form, tmp_path):
-    out = tmp_path / ("labels.json" if form == "coco" else "labels.csv" if form == "csv" else "out")
+    out = tmp_path / ("labels.json" if form == "coco" else "out")
     with filled(tmp_path / "labels.sqlite", DRAWN) as store:
         store.undo("Ann"), store.answer("Ann", "c.jpg", DRAWN["c.jpg"])  # what was taken back is not written twice
         assert export(store, form, out) == 3
+    if form == "yolo":  # whose fractions are of the images beside them
+        for image in DRAWN:
+            (out / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (80, 60)).save(out / "images" / image)
     with Store(tmp_path / "new.sqlite", CLASSES, "boxes") as other:
         other.queue(Question(image, cycle=4) for image in ("c.jpg", "a/1.jpg", "z.jpg"))
     assert command.main(["import", str(tmp_path / "new.sqlite"), "--format", form, str(out), "--who", "Bob"]) == 0
@@ -41,18 +48,19 @@ def test_boxes_come_back_through_every_format(form, tmp_path):
     assert load(tmp_path / "new.sqlite", form, out) == 0  # the same again is nothing new
 
 
-def test_of_two_labels_the_one_that_was_imported_last_counts(tmp_path):
+def test_classes_of_whole_images_go_out_as_a_table_and_come_from_label_studio(tmp_path):
     with filled(tmp_path / "a.sqlite", {"x.jpg": "cat", "y.jpg": "dog"}, "classes") as store:
-        export(store, "csv", tmp_path / "a.csv")
-        with pytest.raises(ValueError, match="holds boxes; write it as CSV"):
+        assert export(store, "csv", tmp_path / "a.csv") == 2
+        with pytest.raises(ValueError, match="cannot be written as COCO JSON"):
             export(store, "coco", tmp_path / "a.json")
-    with filled(tmp_path / "b.sqlite", {"x.jpg": "dog", "y.jpg": "dog"}, "classes"):
-        pass
-    assert load(tmp_path / "b.sqlite", "csv", tmp_path / "a.csv") == 1
-    assert load(tmp_path / "made.sqlite", "csv", tmp_path / "a.csv") == 2
-    for name in ("b", "made"):
-        with Store(tmp_path / f"{name}.sqlite") as store:
-            assert store.labels() == {"x.jpg": "cat", "y.jpg": "dog"}
+    assert (tmp_path / "a.csv").read_text().splitlines()[1].startswith("x.jpg,cat,")
+    choice = {"type": "choices", "from_name": "c", "to_name": "i", "value": {"choices": ["dog"]}}
+    tasks = [{"id": 7, "data": {"image": "x.jpg"}, "annotations": [{"result": [choice]}]}]
+    (tmp_path / "studio.json").write_text(json.dumps(tasks))
+    for store, labels in (("a", {"x.jpg": "dog", "y.jpg": "dog"}), ("made", {"x.jpg": "dog"})):
+        assert load(tmp_path / f"{store}.sqlite", "label_studio", tmp_path / "studio.json") == 1
+        with Store(tmp_path / f"{store}.sqlite") as found:
+            assert found.labels() == labels  # of two labels the one that was imported last counts
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
@@ -71,4 +79,4 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
 
 def test_labels_from_elsewhere_join_the_loop_as_an_annotator(tmp_path):
     with filled(tmp_path / "labels.sqlite", DRAWN) as store:
-        assert truth_from(items(store)) == DRAWN
+        assert truth_from(records(store)) == DRAWN
