@@ -4,6 +4,7 @@ schedule    what one call is given: task, batches, learning rates, an optimizer 
 fit         a detector
 classifier  one client's classifier: the plain way, from draws made ahead
 stacked     M clients' classifiers as one widened model
+client_step, streams    many clients' classifiers on a GPU, each step a CUDA graph
 vae         an autoencoder
 inference   predictions, embeddings, class scores, losses; cached maps of a frozen backbone
 """
@@ -14,6 +15,7 @@ from .fit import fit
 from .inference import CachedImages, cache_features, class_scores, embed, image_losses, learned_losses, predict
 from .schedule import DETACHED_HEADS, STEPS, LocalTask, TrainingDiverged, draw_batches, learning_rate_factor
 from .stacked import clients_per_stack, fit_stacked
+from .streams import fit_graphs, fit_together
 from .vae import fit_vae, vae_losses
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
     "embed",
     "fit",
     "fit_classifier",
+    "fit_graphs",
     "fit_in_turn",
     "fit_stacked",
+    "fit_together",
     "fit_vae",
     "image_losses",
     "learned_losses",
@@ -40,5 +44,3 @@ __all__ = [
     "predict",
     "vae_losses",
 ]
-
-fit_together = fit_stacked

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import Dataset, Images
 from ..detectors import Embedder
-from .inference import CachedImages, chunks, _digest, _read, _write
+from .inference import CachedImages, _digest, _read, _write, chunks
 
 
 @torch.inference_mode()

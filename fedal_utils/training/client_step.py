@@ -1,0 +1,240 @@
+"""One step of one client's classifier with all that it needs on the device, so that it can be one CUDA graph.
+
+Pixels, the draws of many steps, class priors and learning rates lie on the device, and a counter says which step it is.
+Labelled and mixed images go through the network as one batch, of which each half has its own BatchNorm statistics;
+padding of short batches has weight 0. Convolutions run in bfloat16 where the GPU has it, weights and statistics stay in
+float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainingConfig
+from ..data import Images
+from ..detectors import Classifier, State, balanced_cross_entropy, compensation_loss, compensation_weights
+from .classifier import Draws
+
+SEGMENT = 64  # steps whose draws lie on the device
+
+
+class SplitNorm(nn.Module):
+    """A BatchNorm2d for batches of equal length one behind another, each with its own statistics.
+
+    weight (images,): 0 for padding, which moves no statistics. The batches move the running ones in their order.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, batches: int, valid: Tensor):
+        super().__init__()
+        self.batches, self.eps, self.momentum = batches, norm.eps, norm.momentum
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+        self.register_buffer("valid", valid, persistent=False)
+        # About which squares are summed, so that one pass loses nothing: `running_mean` as the last step left it. (That
+        # itself is written to in a step, and a compiled backward pass would read it afterwards.)
+        self.register_buffer("centre", norm.running_mean.clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        parts = x.float().unflatten(0, (self.batches, -1))  # (G, B, C, H, W)
+        centre = self.centre.view(1, 1, -1, 1, 1)
+        part = self.valid.view(self.batches, -1, 1, 1, 1)
+        count = part.sum(1, keepdim=True) * (x.shape[2] * x.shape[3])  # (G, 1, 1, 1, 1)
+        moved = (parts - centre) * part
+        mean = moved.sum((1, 3, 4), keepdim=True) / count  # (G, 1, C, 1, 1)
+        variance = ((moved * moved).sum((1, 3, 4), keepdim=True) / count - mean * mean).clamp(min=0)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            for batch in range(self.batches):
+                self.running_mean.lerp_((mean + centre)[batch].flatten(), self.momentum)
+                self.running_var.lerp_(unbiased[batch].flatten(), self.momentum)
+        scale = self.weight.view(1, 1, -1, 1, 1) * (variance + self.eps).rsqrt()
+        out = (parts - centre - mean) * scale + self.bias.view(1, 1, -1, 1, 1)
+        return out.flatten(0, 1).to(x.dtype)
+
+
+def _split_norms(module: nn.Module, batches: int, valid: Tensor) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, SplitNorm(child, batches, valid))
+        else:
+            _split_norms(child, batches, valid)
+
+
+def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Pieces of a flat tensor in the shapes of `like`, those of convolutions in channels_last order."""
+    out = []
+    for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True):
+        nhwc = t.dim() == 4
+        shape = [t.shape[i] for i in (0, 2, 3, 1)] if nhwc else t.shape
+        out.append(part.view(shape).permute(0, 3, 1, 2) if nhwc else part.view(shape))
+    return out
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one behind another, as `views` takes them apart."""
+    return torch.cat([(t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1) for t in tensors])
+
+
+class Shared:
+    """What all clients' steps share: pixels, teacher, recipe and the loss, all that is baked into a graph."""
+
+    def __init__(self, model: Classifier, images: Images, config: TrainingConfig, mixing: bool, released: bool, device):
+        self.model, self.config, self.mixing, self.device = copy.deepcopy(model).to(device), config, mixing, device
+        self.pixels = images.pixels.to(device)
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False).train(released)
+        for module in self.teacher.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0  # all clients ask it: it keeps its statistics
+        self.places = torch.arange(config.batch, device=device)
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+        self.losses = self.plain_losses
+
+    def _crops(self, rows: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+        """(B, 3, H, W) scaled pixels of these rows, mirrored, then cropped out of a black border, in one gather."""
+        height, width = self.pixels.shape[-2:]
+        y = shift[:, :1] + torch.arange(height, device=self.device) - self.config.augment.crop  # (B, H)
+        x = shift[:, 1:] + torch.arange(width, device=self.device) - self.config.augment.crop  # (B, W)
+        inside = ((y >= 0) & (y < height))[:, None, :, None] & ((x >= 0) & (x < width))[:, None, None, :]
+        x = torch.where(flip[:, None], width - 1 - x, x).clamp(0, width - 1)[:, None, None, :]
+        y = y.clamp(0, height - 1)[:, None, :, None]
+        channel = torch.arange(3, device=self.device)[:, None, None]
+        return self.model.scaled(self.pixels[rows[:, None, None, None], channel, y, x] * inside)
+
+    def plain_losses(self, net, counts, gamma, length, rows, target, flip, shift, *mixing) -> tuple[Tensor, Tensor]:
+        """Supervised loss and distillation of one step, as `fit_classifier` has them."""
+        config = self.config
+        x = self._crops(rows, flip, shift)
+        if mixing:
+            mixed_rows, mixed_flip, mixed_shift, beta, partner = mixing
+            u = self._crops(mixed_rows, mixed_flip, mixed_shift)
+            part = beta[:, None, None, None]
+            mixed = part * u + (1 - part) * u[partner]
+            x = torch.cat([x, mixed])
+        with self.autocast():
+            scores = net.scores(x)
+        valid = self.places < length
+        priors = counts if config.balanced_softmax else None
+        supervised = balanced_cross_entropy(scores[: config.batch], target, priors, valid)
+        if not mixing:
+            return supervised, torch.zeros_like(supervised)
+        with torch.no_grad(), self.autocast():
+            taught = self.teacher.scores(mixed).float()
+            guess = taught.argmax(1)
+            weight = beta * gamma[guess] + (1 - beta) * gamma[guess[partner]]
+        distillation = compensation_loss(scores[config.batch :], taught, weight)
+        return supervised, config.distillation_weight * distillation
+
+
+class ClientStep:
+    """Room for one client at a time: its network, its draws, and a graph of its step."""
+
+    def __init__(self, shared: Shared):
+        self.shared, config, device = shared, shared.config, shared.device
+        batch, batches = config.batch, 1 + shared.mixing
+        self.valid = torch.ones(batch * batches, device=device)
+        self.net = copy.deepcopy(shared.model).to(device).train()
+        _split_norms(self.net, batches, self.valid)
+        self.names = [name for name, _ in self.net.named_parameters()]
+        like = [p.detach() for p in self.net.parameters()]
+        self.weights = _flat(like)
+        self.momenta, self.sent = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.parameters = [nn.Parameter(view) for view in views(self.weights, like)]
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            module, _, last = name.rpartition(".")
+            setattr(self.net.get_submodule(module), last, parameter)
+        self.buffers = {k: v for k, v in self.net.named_buffers() if k.rpartition(".")[2].startswith("running")}
+        norms = [m for m in self.net.modules() if isinstance(m, SplitNorm)]
+        self.centres, self.means = [m.centre for m in norms], [m.running_mean for m in norms]
+        self.counts = torch.ones(len(shared.model.head.bias), dtype=torch.int64, device=device)
+        self.gamma = torch.zeros(len(self.counts), device=device)
+        self.sums = torch.zeros(2, device=device)
+        self.at, self.lr = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(SEGMENT, device=device)
+        kinds = {"length": (), "rows": (batch,), "target": (batch,), "flip": (batch,), "shift": (batch, 2)}
+        if shared.mixing:
+            kinds |= {"mixed": (batch,), "mixed_flip": (batch,), "mixed_shift": (batch, 2)}
+            kinds |= {"beta": (batch,), "partner": (batch,)}
+        types = {"flip": torch.bool, "mixed_flip": torch.bool, "beta": torch.float32}
+        room = {"device": device}
+        self.draws = Draws(
+            **{k: torch.zeros(SEGMENT, *s, dtype=types.get(k, torch.int64), **room) for k, s in kinds.items()}
+        )
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def on_stream(self):
+        """Inside, kernels go to this slot's stream."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def load(self, state: State, kept: State, counts: Tensor) -> None:
+        """A client's weights, optimizer state ({}: none) and class counts."""
+        momenta = [kept.get(f"momentum_buffer:{k}", torch.zeros_like(state[k])) for k in self.names]
+        self.weights.copy_(_flat([state[k] for k in self.names]))
+        self.sent.copy_(self.weights)
+        self.momenta.copy_(_flat(momenta))
+        for key, value in self.buffers.items():
+            value.copy_(state[key])
+        torch._foreach_copy_(self.centres, self.means)
+        self.counts.copy_(counts)
+        self.gamma.copy_(compensation_weights(counts))
+        self.sums.zero_()
+
+    def load_draws(self, part: Draws, lr: Tensor) -> None:
+        """The draws and learning rates of the next steps, at most `SEGMENT`."""
+        self.lr[: len(lr)].copy_(lr)
+        for name, value in vars(part).items():
+            if value is not None:
+                getattr(self.draws, name)[tuple(slice(size) for size in value.shape[:2])].copy_(value)
+        self.at.zero_()
+
+    def state(self) -> State:
+        """Copies of the weights and statistics, on the device."""
+        weights = dict(zip(self.names, views(self.weights.clone(), self.parameters), strict=True))
+        kept = weights | {k: v.clone() for k, v in self.buffers.items()}
+        return {k: kept[k] for k in self.net.state_dict() if k in kept}
+
+    def step(self) -> None:
+        """One step of SGD from the draws at the counter, which moves on."""
+        config, draws = self.shared.config, self.draws.at(self.at)
+        fields = {k: v[0] for k, v in vars(draws).items() if v is not None}
+        self.valid[: config.batch] = (self.shared.places < fields["length"]).float()
+        given = (self.counts, self.gamma, *fields.values())
+        supervised, distillation = self.shared.losses(self.net, *given)
+        grads = _flat(torch.autograd.grad(supervised + distillation, self.parameters))
+        with torch.no_grad():
+            if config.clip > 0:
+                grads.mul_((config.clip / (grads.norm() + 1e-6)).clamp(max=1.0))
+            if config.proximal > 0:
+                grads.add_(self.weights - self.sent, alpha=config.proximal)
+            grads.add_(self.weights, alpha=config.weight_decay)
+            self.momenta.mul_(config.momentum).add_(grads)
+            self.weights.sub_(self.momenta * self.lr[self.at])
+            torch._foreach_copy_(self.centres, self.means)
+            self.sums.add_(torch.stack([supervised.detach(), distillation.detach()]))
+            self.at.add_(1)
+
+    def capture(self) -> None:
+        """Make the graph; what the slot holds is spoilt."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with self.on_stream():
+            for _ in range(3):  # also compiles
+                self.step()
+            self.at.zero_()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.step()
+
+    def replay(self) -> None:
+        """The next step."""
+        self.step() if self.graph is None else self.graph.replay()
