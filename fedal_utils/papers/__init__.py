@@ -12,14 +12,12 @@ from typing import Any
 
 from .. import config as _config
 from ..config import Config
-from . import flywheel_sizes, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
+from . import flywheel, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
 
 __all__ = ["flywheel", "huale", "kafal", "load", "one_node", "real_clients", "sizes", "ssd_vae", "van_bommel"]
 
 _PRESETS = {
-    k: v
-    for paper in (van_bommel, huale, kafal, ssd_vae, flywheel_sizes, real_clients)
-    for k, v in paper.PRESETS.items()
+    k: v for paper in (van_bommel, huale, kafal, ssd_vae, flywheel, real_clients) for k, v in paper.PRESETS.items()
 }
 
 
