@@ -105,40 +105,47 @@ def inspect(given: argparse.Namespace) -> None:
 
 def label(given: argparse.Namespace) -> None:
     """Serve the labelling page for a folder of images until Ctrl+C; everything is in the store by then."""
-    from .labelling import page as labelling
+    from . import labelling
+    from .labelling import page
     from .seeding import rng_for
 
     try:
-        labelling.need_gradio()
+        page.need_gradio()
     except ImportError as error:
         raise ValueError(str(error)) from None
-    images = labelling.find_images(given.data)
-    path = Path(given.store or f"{Path(given.data).absolute()}.labels.db")
-    with labelling.Store(path, given.classes, given.task) as store:
-        ids = list(images)
-        order = rng_for(given.seed, "labelling order").permutation(len(ids))
+    images = page.find_images(given.data)
+    with labelling.Store(given.store or labelling.store_path(given.data), given.classes, given.task) as store:
+        order = rng_for(given.seed, "labelling order").permutation(len(images))
         if given.asked:  # a client's samples may be named without the suffix of their files
             images = {**{str(Path(name).with_suffix("")): path for name, path in images.items()}, **images}
         else:
-            store.queue(labelling.Question(ids[i], ids[i], strategy="random") for i in order)
-        page = labelling.launch(
-            store,
-            images,
-            show_suggestion=given.suggestions,
-            show_names=given.names,
-            host=given.host,
-            port=given.port,
-            share=given.share,
-            token=given.token,
-        )
-        print(f"labels go to {path}; Ctrl+C ends", flush=True)
+            ids = list(images)
+            store.queue(labelling.Question(ids[i], strategy="random") for i in order)
+        more = {"host": given.host, "allow": given.allow, "token": given.token, "server_port": given.port}
+        blocks = page.launch(store, images, given.suggestions, given.names, **more)
+        print(f"labelling page: {blocks.local_url}")
+        if blocks.token and not given.token:
+            print(f"token (any user name, this as the password): {blocks.token}")
+        print(f"labels go to {store.path}; Ctrl+C ends", flush=True)
         try:
             while True:
                 time.sleep(1)
         except KeyboardInterrupt:
-            page.close(verbose=False)
+            blocks.close(verbose=False)
             counts = store.progress()
-            print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {path}")
+            print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {store.path}")
+
+
+def transfer(given: argparse.Namespace) -> None:
+    """Labels out of a store, or into one."""
+    from . import labelling
+
+    if given.command == "import":
+        count = labelling.load(given.store, given.format, given.path, given.who)
+        print(f"{count:,} labels are new in {given.store}")
+    else:
+        with labelling.Store(given.store) as store:
+            print(f"{labelling.export(store, given.format, given.path):,} images: {given.path}")
 
 
 def clients(given: argparse.Namespace) -> None:
@@ -212,20 +219,24 @@ def parser() -> argparse.ArgumentParser:
     command = add("label", "label the images of a folder in the browser")
     command.add_argument("--data", required=True, metavar="DIR", help="folder of images")
     command.add_argument("--classes", nargs="+", help="class names; needed the first time")
-    command.add_argument("--task", default="classes", help="classes (one for each image; default) or boxes")
-    command.add_argument("--store", metavar="FILE", help="where the labels go; default: DIR.labels.db")
+    command.add_argument("--task", help="classes (one for each image; the default of a new store) or boxes")
+    command.add_argument("--store", metavar="FILE", help="where the labels go; default: DIR/labels.sqlite")
     command.add_argument("--seed", type=int, default=0, help="of the random order")
     command.add_argument("--suggestions", action="store_true", help="show what a model suggests, if the store has it")
     command.add_argument("--names", action="store_true", help="show file names, which often contain the class")
-    command.add_argument(
-        "--host", default="127.0.0.1", help="default: this machine alone; another one asks for a token"
-    )
+    command.add_argument("--host", default="127.0.0.1", help="default: this machine alone; else it asks for a token")
+    command.add_argument("--allow", nargs="*", default=[], metavar="NAME", help="host names that it may be called by")
     command.add_argument("--port", type=int, help="default: a free one from 7860 up")
-    command.add_argument(
-        "--share", action="store_true", help="a public link through Gradio's servers; asks for a token"
-    )
     command.add_argument("--token", help="the password of the page; default: a new one where one is needed")
     command.add_argument("--asked", action="store_true", help="only what the store asks already (a client's questions)")
+    for name, text in (("export", "labels of a store as a file or folder"), ("import", "labels of files into a store")):
+        command = add(name, text)
+        command.add_argument("store", metavar="STORE", help="labels.sqlite of a labelled folder, or of a run")
+        command.add_argument(
+            "--format", required=True, help="coco (a JSON file), yolo or voc (a folder), csv (out) or label_studio (in)"
+        )
+        command.add_argument("path", metavar="OUT" if name == "export" else "PATH")
+    command.add_argument("--who", default="import", help="the name of whoever labelled")
     command = add("clients", "run the experiment with a server and real clients, processes of this machine (Flower)")
     command.add_argument("--clients", type=int, default=0, help="how many; default: the profile's")
     command.add_argument("--profile", default="", help=f"{', '.join(PROFILES)}; default: what fits the machine")
@@ -285,6 +296,8 @@ def _obey(given: argparse.Namespace) -> int:
         inspect(given)
     elif given.command == "label":
         label(given)
+    elif given.command in ("export", "import"):
+        transfer(given)
     elif given.command == "clients":
         clients(given)
     return 0

@@ -40,6 +40,7 @@ class Classifier(nn.Module):
     def __init__(self, trunk: nn.Sequential, features: int, classes: int, scaled: Scaled):
         super().__init__()
         self.scaled, self.trunk, self.head = scaled, trunk, nn.Linear(features, classes)
+        self.classes = classes
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels uint8 (B, 3, H, W) -> class scores (B, C), softmax not yet taken."""

@@ -18,8 +18,11 @@ class LinearClassifier(nn.Module):
     weight (C, D), bias (C,), seen (C,) 1 for classes that it was trained on; float64. Before training D is 0.
     """
 
+    frozen = False
+
     def __init__(self, classes: int):
         super().__init__()
+        self.classes = classes
         shapes = {"weight": (classes, 0), "bias": (classes,), "seen": (classes,)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -35,9 +38,15 @@ class LinearClassifier(nn.Module):
 
     def activations(self, features: Tensor) -> Tensor:
         """(N, C) class scores as they are; 0 for unseen classes."""
-        return features.double() @ self.weight.T + self.bias if self.weight.shape[1] else features.new_zeros(
-            len(features), len(self.bias)
+        return (
+            features.double() @ self.weight.T + self.bias
+            if self.weight.shape[1]
+            else features.new_zeros(len(features), len(self.bias))
         )
+
+    def forward(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """(N, C) as `scores`."""
+        return self.scores(features)
 
     def scores(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         """(N, C) log-probabilities, `LEAST` at least."""

@@ -35,7 +35,7 @@ def _metrics(experiment: Experiment, model, clients: Sequence[Client]) -> dict[s
     if experiment.config.model.classifier:
         scores = training.class_scores(model, test.images, device=setup.device)
         held = setup.train.class_counts().numpy()
-        mixes = np.stack([held[client.pool.index].sum(axis=0) for client in clients]) if clients else None
+        mixes = np.stack([held[client.pool.index].sum(axis=0) for client in clients]) if len(clients) > 1 else None
         return metrics.accuracy(scores, test.labels.classes[:, 0].cpu() - 1, names, mixes)
     found = training.predict(model, test.images, device=setup.device)
     return metrics.evaluate(found, test.labels, names)

@@ -1,1 +1,33 @@
-"""A person answers: the store of answers, simulated annotators, the labelling page."""
+"""A person answers.
+
+`store`: the one file that holds the questions and the answers. `annotators`: somebody simulated, or a recorded session.
+`oracle`: the Oracle that answers an experiment from a store. `transfer`: labels as COCO, YOLO, VOC or CSV.
+`page`: the page in the browser (Gradio, which is imported when the page is built).
+"""
+
+from .annotators import Annotator, Replay, Simulated
+from .oracle import StoreOracle, Unanswered, oracle_of, pictures, simulated, truth_of
+from .store import HISTORY, NotHeld, Question, Store, checked_label, store_path
+from .transfer import export, load, records, truth_from
+
+__all__ = [
+    "HISTORY",
+    "Annotator",
+    "NotHeld",
+    "Question",
+    "Replay",
+    "Simulated",
+    "Store",
+    "StoreOracle",
+    "Unanswered",
+    "checked_label",
+    "export",
+    "load",
+    "oracle_of",
+    "pictures",
+    "records",
+    "simulated",
+    "store_path",
+    "truth_from",
+    "truth_of",
+]

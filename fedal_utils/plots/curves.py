@@ -24,7 +24,6 @@ from .style import (
     handles_of,
     keep_fractions,
     legend_below,
-    legend_beside,
     marks,
     mean_and_band,
     names_of,
@@ -58,7 +57,7 @@ def learning_curve(
     for an unknown column or method and for a table without server rows.
     """
     rows = _server_rows(table, x, y, points)
-    methods, alone, ax = _chosen(rows, methods), ax is None, ax or plt.subplots()[1]
+    methods, alone, ax = _chosen(rows, methods), ax is None, ax or plt.subplots(figsize=(7, 4))[1]
     for method, name in names_of(methods).items():
         mine, look = rows[rows["method"] == method], style_of(method)._replace(name=name)
         if (mine["x"] == 0).all():
@@ -70,7 +69,7 @@ def learning_curve(
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x in ("images", "boxes", "rounds")))
     keep_fractions(ax, y)
     if alone:
-        legend_beside(ax)
+        legend_below(ax.figure, handles_of(ax))
     drawn = rows[rows["method"].isin(methods)].groupby(["method", "cycle", "round"])["seed"]
     banded = "" if bands is None else f" (only of {' and '.join(style_of(m).name for m in bands)})"
     return ax.figure, f"{y_label(y)} on the test images; line: {mean_and_band(drawn)}{banded}."

@@ -68,7 +68,7 @@ def _panels(count: int, columns: int, aspect: float, titles: Sequence[str]) -> t
     wrapped = [textwrap.fill(title, int(13 * size)) for title in titles]
     room = 0.24 * max([0, *(1 + title.count("\n") for title in wrapped)])
     figure, axes = plt.subplots(
-        rows, columns, squeeze=False, figsize=(size * columns, (size * aspect + room) * rows + 0.4)
+        rows, columns, squeeze=False, figsize=(size * columns, (size * aspect + room) * rows + 0.1)
     )
     for ax in axes.flat:
         ax.set_axis_off()

@@ -184,22 +184,13 @@ def handles_of(*axes: Axes) -> dict[str, object]:
 
 
 def legend_below(figure: Figure, handles: dict[str, object]) -> None:
-    """One legend for all panels, in as many columns as fit."""
+    """One legend for all panels, in as many columns as fit; the figure grows to hold it."""
     if handles:
         wide = max(1.5, 0.7 + 0.07 * max(map(len, handles)))  # inches of a column
         rows = math.ceil(len(handles) / max(1, int(figure.get_figwidth() / wide)))
         place = {"loc": "outside lower center", "ncols": math.ceil(len(handles) / rows), "handlelength": 2.6}
         figure.legend(list(handles.values()), list(handles), **place)
-
-
-def legend_beside(ax: Axes) -> None:
-    """Inside where it is small, else to the right of the axes, for which the figure grows."""
-    names = ax.get_legend_handles_labels()[1]
-    if len(names) <= 5 and max(map(len, names), default=0) <= 20:
-        ax.legend()
-        return
-    legend = ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, handlelength=2.6)
-    ax.figure.set_figwidth(ax.figure.get_figwidth() + legend.get_window_extent().width / ax.figure.dpi)
+        figure.set_figheight(figure.get_figheight() + 0.22 * rows)
 
 
 def keep_fractions(ax: Axes, y: str) -> None:

@@ -17,7 +17,7 @@ SETTLES, MONARCH, VAN_BOMMEL = "Settles (2012), ch. 2", "Monarch (2021), ch. 3-5
 # active-vision's mixtures; of boxes, uncertainties are averaged over an image's boxes.
 BOX_MIX = {"avg": 0.4, "ratio_avg": 0.2, "entropy_avg": 0.2, "model_outlier": 0.1, "random": 0.1}
 MIX = {"confidence": 0.4, "ratio": 0.2, "entropy": 0.2, "model_outlier": 0.1, "random": 0.1}
-DIVERSE_MIX = {"confidence": 0.4, "cluster": 0.3, "representative": 0.2, "random": 0.1}
+DIVERSE_MIX = {"margin": 0.5, "cluster": 0.3, "model_outlier": 0.2}  # the book's advice
 
 
 @strategy("random", selects=True, source="the baseline that every strategy must beat")

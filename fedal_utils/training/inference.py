@@ -185,7 +185,7 @@ def embed(
 @torch.inference_mode()
 def class_scores(model: Classifier, images: Images, batch: int = 256, device: str | torch.device = "cpu") -> Tensor:
     """(N, C) class scores of all images, in order, on the CPU; no image gives (0, C)."""
-    return _each("forward", model, images, batch, device, torch.zeros(0, model.head.out_features))
+    return _each("forward", model, images, batch, device, torch.zeros(0, model.classes))
 
 
 @torch.inference_mode()

@@ -66,7 +66,7 @@ def test_learning_curve_draws_the_mean_of_the_last_rounds():
     np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [40, 80, 120])
     np.testing.assert_allclose(lines(ax)["SUM"].get_ydata(), 0.30 + 0.15 * np.arange(3) + 0.03 + 0.02)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("labelled images", "AP at IoU 0.5")
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["random", "SUM", "centralised"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["random", "SUM", "centralised"]
     assert len(ax.collections) == 3
     want = "AP at IoU 0.5 on the test images; line: mean over 3 seeds; band: 95 % t interval of the mean."
     assert caption == want

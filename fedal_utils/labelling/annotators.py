@@ -1,0 +1,98 @@
+"""Annotators for headless runs: somebody simulated with a known error rate, or a recorded session played again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import pandas as pd
+
+from ..seeding import rng_for
+from .store import Question, Store
+
+
+class Annotator(Protocol):
+    """Whoever goes through a store's questions; where there is none, a person at the page does."""
+
+    def answer_all(self, store: Store, who: str) -> int:
+        """Answer until nothing waits; returns how many."""
+        ...
+
+
+class Replay:
+    """Answers as a recorded session did: `Replay(store.history())`.
+
+    The last standing answer of each (image, cycle) counts, or else that of the image in any cycle; its seconds and note
+    are recorded again. ValueError for an image without one.
+    """
+
+    def __init__(self, history: pd.DataFrame):
+        self._said: dict[Any, Mapping[str, Any]] = {}
+        for row in history[history["action"].isin(["label", "unknown"]) & ~history["undone"]].to_dict("records"):
+            self._said[row["image"], int(row["cycle"])] = self._said[row["image"]] = row
+
+    def answer_all(self, store: Store, who: str) -> int:
+        def reply(question: Question) -> None:
+            said = self._said.get((question.image, question.cycle)) or self._said.get(question.image)
+            if said is None:
+                raise ValueError(f"the replayed history has no answer to image {question.image!r}")
+            told = {name: said[name] for name in ("seconds", "note", "suggestion_shown")}
+            if said["action"] == "unknown":
+                store.unknown(who, question.image, **told)
+            else:
+                store.answer(who, question.image, said["label"], **told)
+
+        return _answer_all(store, who, reply)
+
+
+class Simulated:
+    """Knows the truth and now and then names the wrong class.
+
+    truth: {image: class name, or list of {"class", "box"}}; ValueError for an image that it lacks.
+    error: probability in [0, 1] that the class of an image, or of each of its boxes, is replaced by another one of the
+        store's; drawn by image, so the order of the questions changes nothing.
+    seconds_per_image, seconds_per_box: made up; what is noted for a look at the image, and for the drawing of a box.
+    """
+
+    def __init__(
+        self,
+        truth: Mapping[str, Any],
+        error: float = 0.0,
+        seconds_per_image: float = 2.0,
+        seconds_per_box: float = 7.0,
+        seed: int = 0,
+    ):
+        if not 0 <= error <= 1:
+            raise ValueError(f"error is a probability in [0, 1], got {error!r}")
+        self.truth, self.error, self.seed = truth, error, seed
+        self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
+
+    def label(self, image: str, task: str, classes: Sequence[str]) -> Any:
+        """What is said about an image; the same each time."""
+        if image not in self.truth:
+            raise ValueError(f"the truth has no image {image!r}")
+        rng, truth = rng_for(self.seed, "annotator", image), self.truth[image]
+
+        def named(name: str) -> str:
+            slip, which = rng.random(), rng.random()  # two draws in any case: the next box' do not depend on it
+            others = [c for c in classes if c != name]
+            return others[int(which * len(others))] if slip < self.error and others else name
+
+        return named(truth) if task == "classes" else [{**one, "class": named(one["class"])} for one in truth]
+
+    def answer_all(self, store: Store, who: str) -> int:
+        def reply(question: Question) -> None:
+            label = self.label(question.image, store.task, store.classes)
+            boxes = len(label) if store.task == "boxes" else 0
+            spent = self.seconds_per_image + boxes * self.seconds_per_box
+            store.answer(who, question.image, label, seconds=spent)
+
+        return _answer_all(store, who, reply)
+
+
+def _answer_all(store: Store, who: str, reply: Callable[[Question], None]) -> int:
+    answered = 0
+    while (question := store.next(who)) is not None:
+        reply(question)
+        answered += 1
+    return answered

@@ -1,0 +1,396 @@
+"""The labelling page in a real browser: keys, boxes by mouse, reload, two people at once, a killed server, strangers.
+
+Skipped where gradio, playwright or chromium is missing, unless CI=true: then that is a failure. FEDAL_SHOTS: a folder
+for screenshots.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedal_utils import __main__ as command
+from fedal_utils.labelling import Store, page
+
+CLASSES = ["cat", "dog", "<b>x</b>"]
+TOKEN = "a token for the test"
+ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SIZE = (300, 400)  # height, width of the images
+WAIT = 60_000  # ms, for a busy machine
+
+
+class Server:
+    """`python -m fedal_utils label` in a process of its own, so that it can be killed."""
+
+    def __init__(self, root: Path, folder: Path, task: str, *more: str):
+        self.root, self.folder, self.path = root, folder, folder.parent / f"{task}.sqlite"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.arguments = ["--data", str(folder), "--classes", *CLASSES, "--task", task, "--store", str(self.path)]
+        self.arguments += ["--port", str(self.port), *more]
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.log = open(self.path.with_suffix(".log"), "w+")
+        words = [sys.executable, "-m", "fedal_utils", "label", *self.arguments]
+        pipes = {"stdout": self.log, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(words, env=environment, cwd=self.folder.parent, **pipes)
+
+    def wait(self) -> None:
+        while "labels go to" not in self.path.with_suffix(".log").read_text():
+            assert self.process.poll() is None, self.path.with_suffix(".log").read_text()
+            time.sleep(0.1)
+
+    def stop(self, sign: int) -> str:
+        self.process.send_signal(sign)
+        self.process.wait(60)
+        self.log.close()
+        return self.path.with_suffix(".log").read_text()
+
+
+def missing() -> str:
+    for name in ("gradio", "gradio_image_annotation", "playwright"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    return "" if shutil.which("chromium") else "no chromium in the path"
+
+
+@pytest.fixture(scope="module")
+def servers(root, tmp_path_factory):
+    """The class page and the box page, both up."""
+    if missing():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no browser test: {missing()}")
+    base = tmp_path_factory.mktemp("labelling")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = base / "pictures" / CLASSES[i % 2] / f"rex{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiles = rng.integers(40, 255, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(tiles).resize(SIZE[::-1], Image.Resampling.BICUBIC).save(path)
+    servers = {
+        "classes": Server(root, base / "pictures", "classes"),
+        "boxes": Server(root, base / "pictures", "boxes", "--token", TOKEN),
+    }
+    try:
+        for server in servers.values():
+            server.start()
+        for server in servers.values():
+            server.wait()
+        yield servers
+    finally:
+        for server in servers.values():
+            if server.process is not None and server.process.poll() is None:
+                server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser(servers):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Person:
+    """Someone at a browser window of their own, and what the store says about them."""
+
+    def __init__(self, browser, server: Server, who: str):
+        self.store, self.who, self.server = Store(server.path), who, server
+        self.context = browser.new_context(viewport={"width": 1280, "height": 860})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.outside, self.errors = [], []
+        local = (server.url, "data:", "blob:")
+        self.page.on("request", lambda r: None if r.url.startswith(local) else self.outside.append(r.url))
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.goto(server.url)
+
+    def begin(self) -> None:
+        self.page.wait_for_selector("#who")
+        self.hears("labelled")
+        self.page.fill("#who input, #who textarea", self.who)
+        self.page.press("#who input, #who textarea", "Enter")
+        self.seen()
+
+    def seen(self) -> str:
+        """Wait until the page shows an image, and return its picture's address."""
+        self.page.wait_for_selector("#work", state="visible")
+        self.page.evaluate("document.activeElement.blur()")
+        return self.picture()
+
+    def picture(self) -> str:
+        return self.page.get_attribute("#picture img", "src")
+
+    def press(self, *keys: str) -> None:
+        """Press keys; the last one is stored by the server and changes the image."""
+        before = len(self.store.history())
+        for key in keys:
+            self.page.keyboard.press(key)
+        for _ in range(WAIT // 50):
+            if len(self.store.history()) > before:
+                break
+            self.page.wait_for_timeout(50)
+        self.page.wait_for_timeout(700)  # until it is shown
+
+    def image(self) -> str:
+        return self.store.next(self.who).image
+
+    def told(self) -> str:
+        return self.page.input_value("#told textarea")
+
+    def hears(self, text: str) -> None:
+        self.page.wait_for_function("(t) => document.querySelector('#told textarea').value.includes(t)", arg=text)
+
+    def shot(self, name: str) -> None:
+        if os.environ.get("FEDAL_SHOTS"):
+            Path(os.environ["FEDAL_SHOTS"]).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(os.environ["FEDAL_SHOTS"]) / f"{name}.png")
+
+    def leave(self) -> None:
+        outside = [url for url in self.outside if "fonts.g" not in url]
+        assert not self.errors and not outside, (self.errors, outside)
+        self.store.close()
+        self.context.close()
+
+
+def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, browser):
+    ann = Person(browser, servers["classes"], "Ann <i>")
+    ann.begin()
+    said = {}
+    for i in range(6):
+        image = ann.image()
+        assert ann.page.locator("#classes input:checked").count() == 0
+        key, say = [("1", "cat"), ("2", "dog"), ("3", "<b>x</b>")][i % 3]
+        if i == 1:  # keys that are typed are text
+            ann.page.click("#note textarea, #note input")
+            ann.page.keyboard.type("us? 1")
+            assert ann.page.locator("#classes input:checked").count() == 0 and ann.image() == image
+            ann.page.locator("#note textarea, #note input").evaluate("e => e.blur()")
+        if i == 2:  # a wrong key first, and Enter too early
+            ann.page.keyboard.press("Enter")
+            ann.hears("Choose a class first")
+            ann.page.keyboard.press("1")
+            ann.shot("classes")
+        ann.press(key, "ArrowRight" if i % 2 else "Enter")
+        said[image] = say
+        assert ann.store.labels() == said
+        if i == 4:
+            ann.press("u")
+            assert ann.image() == image and image not in ann.store.labels()
+            ann.press("1", "Enter")
+            said[image] = "cat"
+    assert "6 of 24 labelled" in ann.told() and "random" in ann.told()
+    history = ann.store.history()
+    assert (history["who"] == "Ann <i>").all() and history["note"][1] == "us? 1" and history["note"][2] == ""
+    assert ((history["seconds"] > 0) & (history["seconds"] < 120))[history["action"] == "label"].all()
+    first = ann.image()
+    ann.press("s")
+    second = ann.image()
+    ann.press("?")
+    last = ann.store.history().tail(2)
+    assert list(last["image"]) == [first, second] and list(last["action"]) == ["skip", "unknown"]
+    assert "rex" not in ann.page.content() and "pictures" not in ann.page.content()
+    assert "<b>x</b>" in ann.page.locator("#classes label").nth(2).inner_text()
+    for place in (servers["classes"].path, servers["classes"].folder / first, Path("/etc/passwd")):
+        for url in (f"gradio_api/file={place}", f"gradio_api/file=../../../../..{place}", f"file={place}"):
+            assert ann.page.request.get(ann.server.url + url).status in (403, 404), url
+    for wrong in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        assert ann.page.request.get(ann.server.url + "config", headers=wrong).status in (400, 403)
+    ann.leave()
+
+
+def test_a_reload_keeps_the_place_and_two_people_never_see_the_same_image(servers, browser):
+    ben, cem = people = [Person(browser, servers["classes"], who) for who in ("Ben", "Cem")]
+    for person in people:
+        person.begin()
+    held = ben.image()
+    ben.page.keyboard.press("1")
+    ben.page.reload()
+    ben.seen()
+    assert ben.image() == held and ben.page.input_value("#who input, #who textarea") == "Ben"
+    assert ben.page.locator("#classes input:checked").count() == 0
+    for _ in range(3):
+        assert ben.image() != cem.image() and ben.seen() != cem.seen()
+        for person in people:
+            person.press("1", "Enter")
+    labels = ben.store.history().query("action == 'label' and who in ['Ben', 'Cem']")
+    assert len(labels) == 6 and not labels["image"].duplicated().any()
+    for person in people:
+        person.leave()
+
+
+def test_a_killed_server_has_lost_nothing_that_it_accepted(servers, browser):
+    server = servers["classes"]
+    dora = Person(browser, server, "Dora")
+    dora.begin()
+    for _ in range(2):
+        dora.press("2", "Enter")
+    accepted, held = dora.store.labels(), dora.image()
+    server.stop(signal.SIGKILL)
+    server.start()
+    server.wait()
+    assert dora.store.labels() == accepted
+    dora.page.reload()
+    dora.seen()
+    assert dora.image() == held
+    dora.press("1", "Enter")
+    assert dora.store.labels() == {**accepted, held: "cat"}
+    dora.leave()
+    said = server.stop(signal.SIGINT)
+    assert server.process.returncode == 0
+    assert f"{len(accepted) + 1} of 24 images are labelled, in {server.path}" in said and "Traceback" not in said
+
+
+def test_boxes_are_drawn_moved_named_and_removed_by_mouse(servers, browser):
+    fay = Person(browser, servers["boxes"], "Fay")
+    screen = fay.page
+    for url in ("config", "gradio_api/info"):
+        told = screen.request.get(fay.server.url + url)
+        assert told.status == 401 and "<b>x" not in told.text(), url
+    for token in ("wrong", TOKEN):  # it is asked for before anything is told
+        assert screen.locator("#told").count() == 0
+        screen.get_by_role("textbox").first.fill("Fay")
+        screen.locator("input[type=password]").fill(token)
+        screen.get_by_role("button").first.click()
+        if token == "wrong":
+            screen.wait_for_selector("text=Incorrect")
+    fay.picture = lambda: ""
+    fay.begin()
+
+    def drag(x1: float, y1: float, x2: float, y2: float) -> None:
+        """In pixels of the original image."""
+        canvas = screen.locator("#picture canvas").bounding_box()
+        scale = canvas["width"] / SIZE[1]  # screen pixels a pixel
+        at = [(canvas["x"] + x * scale, canvas["y"] + y * scale) for x, y in ((x1, y1), (x2, y2))]
+        screen.mouse.move(*at[0])
+        screen.mouse.down()
+        screen.mouse.move((at[0][0] + at[1][0]) / 2, (at[0][1] + at[1][1]) / 2)
+        screen.mouse.move(*at[1])
+        screen.mouse.up()
+        screen.wait_for_timeout(400)
+
+    def assert_stored(image: str, expected: list) -> None:
+        found = fay.store.labels()[image]
+        assert [one["class"] for one in found] == [name for name, _ in expected], found
+        for one, (_, box) in zip(found, expected, strict=True):
+            assert np.allclose(one["box"], box, atol=1.5), (found, expected)
+
+    screen.wait_for_selector("#picture canvas")
+    screen.wait_for_timeout(1000)  # the picture settles into its frame
+    image = fay.image()
+    screen.keyboard.press("1")
+    drag(40, 30, 140, 110)  # cat
+    screen.keyboard.press("2")
+    drag(200, 150, 300, 250)  # dog; the cat stays a cat
+    drag(330, 20, 390, 80)  # dog, and removed again
+    screen.keyboard.press("Delete")
+    screen.keyboard.press("d")
+    drag(250, 200, 280, 190)  # the dog moves by (30, -10)
+    fay.shot("boxes")
+    fay.press("Enter")
+    dog, cat = ("dog", [230, 140, 330, 240]), ("cat", [40, 30, 140, 110])
+    assert_stored(image, [dog, cat])
+
+    fay.press("u")  # the boxes come back with the image
+    assert fay.image() == image and fay.store.labels() == {}
+    screen.keyboard.press("d")
+    drag(60, 60, 60, 60)  # a click selects the cat
+    screen.keyboard.press("e")  # whose class is chosen anew
+    screen.locator("#model-box-edit input").first.fill("<b>x</b>")
+    screen.keyboard.press("Enter")
+    screen.locator("#model-box-edit button", has_text="OK").click() if screen.locator(
+        "#model-box-edit"
+    ).count() else None
+    fay.press("Enter")
+    assert_stored(image, [dog, ("<b>x</b>", cat[1])])
+
+    image = fay.image()
+    screen.keyboard.press("c")
+    drag(350, 250, 420, 320)  # over the edge, and no class yet
+    screen.keyboard.press("Enter")
+    fay.hears("A box has no class yet")
+    screen.keyboard.press("1")
+    screen.wait_for_timeout(400)
+    fay.press("Enter")
+    assert_stored(image, [("cat", [350, 250, 400, 300])])
+
+    image = fay.image()
+    fay.press("Enter")  # nothing on it
+    assert fay.store.labels()[image] == [] and "rex" not in screen.content()
+    fay.leave()
+
+
+# --- without a browser ------------------------------------------------------------------------------------------------
+
+
+def test_strangers_are_asked_for_a_token(tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    given: dict = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **wishes: given.update(auth=None) or given.update(wishes))
+    with Store(tmp_path / "labels.sqlite", CLASSES) as store:
+        assert page.launch(store, {}).token is None and given["auth"] is None and not given["share"]
+        for token in (None, TOKEN):
+            served = page.launch(store, {}, host="0.0.0.0", allow=["box.lan"], token=token)
+            assert len(served.token) >= 16 and (token is None or served.token == token)
+            assert given["auth"]("Ann", served.token) and not given["auth"]("Ann", served.token[:-1])
+            hosts = given["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
+            assert {"127.0.0.1", "box.lan", "0.0.0.0"} <= set(hosts) and "*" not in hosts
+        with pytest.raises(ValueError, match="token"):
+            page.launch(store, {}, token="short")
+
+
+def test_an_image_is_shown_upright_and_boxes_find_their_way_back(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 40 wide; turned by EXIF: 20 wide
+    Image.fromarray(np.zeros((20, 40, 3), dtype=np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
+    shown, size = page.framed(tmp_path / "turned.jpg")
+    assert size == (40, 20) and shown.size == (320, 640)
+    boxes, scale = [{"class": "dog", "box": [2, 4, 10, 20]}], 20 / 320
+    value = page._annotated(shown, boxes, CLASSES, scale)
+    assert [value["boxes"][0][side] for side in page.SIDES] == [32, 64, 160, 320]
+    sent = {
+        "boxes": [{**value["boxes"][0], **dict(zip(page.SIDES, (16, 32, 80, 160), strict=True)), "scaleFactor": 0.5}]
+    }
+    assert page._drawn(sent, scale) == boxes
+    for wrong in ({**sent, "orientation": 1}, {"boxes": [{**value["boxes"][0], "label": "?"}]}):
+        with pytest.raises(ValueError):
+            page._drawn(wrong, scale)
+    assert page.framed(np.zeros((15, 20, 3), dtype=np.uint8), (30, 40))[1] == (30, 40)  # the size that labels refer to
+    assert len(set(page.KEYS)) == len(page.KEYS) == 31 and not set(page.KEYS) & set("usecd?")
+
+
+def test_without_gradio_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["label", "--data", str(tmp_path), "--classes", "cat", "dog"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: the labelling page needs gradio: in the checkout, pip install -e '.[label]'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_walked_and_a_wrong_one_is_refused(tmp_path):
+    for name in ("b.PNG", "sub/a.jpg", ".hidden/c.jpg", "notes.txt", "labels.sqlite"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(page.find_images(tmp_path)) == ["b.PNG", "sub/a.jpg"]
+    with pytest.raises(ValueError, match="does not exist"):
+        page.find_images(tmp_path / "none")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        page.find_images(tmp_path / "bare")

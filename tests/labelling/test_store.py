@@ -1,0 +1,353 @@
+"""The labelling store loses nothing and gives no image twice, however many people and processes are at work."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedal_utils.labelling import HISTORY, NotHeld, Question, Store, checked_label, store_path
+
+CLASSES = ["cat", "dog", "<b>x</b>"]
+BOX = {"class": "cat", "box": [1.0, 2.0, 30.5, 40.0]}
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self):
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A store with questions a, b, c, ...; several may share a file."""
+    stores = []
+
+    def build(count=5, classes=CLASSES, task="classes", name="labels.sqlite", **more):
+        store = Store(tmp_path / name, classes, task, **more)
+        store.queue(Question(image, score=1 - i / 10) for i, image in enumerate("abcdefghij"[:count]))
+        stores.append(store)
+        return store
+
+    yield build
+    for store in stores:
+        store.close()
+
+
+def label(store: Store, who: str, said: str = "cat", **told) -> str:
+    """Answer the next question of this person; its image."""
+    image = store.next(who).image
+    store.answer(who, image, said, **told)
+    return image
+
+
+# --- asking and answering ---------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_stored_with_everything_that_is_known_about_it(make):
+    store = make(0, clock=Clock())
+    asked = Question("x/1.jpg", "margin", 0.25, "ssd-3", "dog", cycle=4, size=(30, 40))
+    assert store.queue([asked]) == 1
+    held = store.next("Ann")
+    assert held.id == 1 and list(held.size) == [30, 40] and held.suggestion == "dog" and held.score == 0.25
+    store.answer("Ann", "x/1.jpg", "cat", seconds=3.5, note="blurred", suggestion_shown=True)
+    frame = store.history()
+    assert list(frame.columns) == HISTORY.split() and len(frame) == 1
+    assert frame.iloc[0].to_dict() == {
+        "id": 2,  # the first action notes the task and its classes
+        "when": "2027-01-15T08:00:00.000+00:00",
+        "who": "Ann",
+        "image": "x/1.jpg",
+        "cycle": 4,
+        "action": "label",
+        "label": "cat",
+        "size": [30, 40],
+        "strategy": "margin",
+        "score": 0.25,
+        "model": "ssd-3",
+        "suggestion": "dog",
+        "suggestion_shown": True,
+        "seconds": 3.5,
+        "note": "blurred",
+        "undone": False,
+    }
+    assert store.labels() == {"x/1.jpg": "cat"} and store.next("Ann") is None
+    assert store.progress() == {"all": 1, "labelled": 1, "unknown": 0, "waiting": 0}
+
+
+def test_questions_come_in_the_order_they_were_queued_and_each_only_once(make):
+    store = make(3)
+    assert store.queue([Question("b"), Question("d"), Question("a")]) == 1  # d; the others are known
+    assert store.queue([Question("a", cycle=1)]) == 1  # another cycle is another question
+    assert store.cycles() == {"a": 1, "b": 0, "c": 0, "d": 0}
+    order = []
+    while (question := store.next("Ann")) is not None:
+        order.append((question.image, question.cycle))
+        store.answer("Ann", question.image, "cat" if question.cycle == 0 else "dog")
+    assert order == [("a", 0), ("b", 0), ("c", 0), ("d", 0), ("a", 1)]
+    assert store.labels() == {"a": "dog", "b": "cat", "c": "cat", "d": "cat"}  # the last one counts
+
+
+def test_a_person_gets_the_same_image_until_they_answer_and_others_do_not(make):
+    store = make(2)
+    assert [store.next("Ann").image for _ in range(3)] == ["a", "a", "a"]
+    assert store.next("Ben").image == "b" and store.next("Cem") is None and store.next("Cem", "a") is None
+    for who, image in (("Ben", "a"), ("Ann", "b"), ("Cem", "a"), ("Ann", "nothing")):
+        with pytest.raises(NotHeld, match="holds"):
+            store.answer(who, image, "cat")
+    store.answer("Ann", "a", "cat")
+    with pytest.raises(NotHeld):  # a double click
+        store.answer("Ann", "a", "dog")
+    assert store.labels() == {"a": "cat"} and store.next("Ann") is None
+
+
+def test_one_image_may_be_asked_for_and_what_was_held_goes_back(make):
+    store = make(3)
+    assert store.next("Ann").image == "a" and store.next("Ann", "c").image == "c" and store.next("Ann").image == "c"
+    assert store.next("Ben").image == "a" and store.next("Cem", "z") is None
+
+
+def test_a_lease_ends_but_is_good_until_somebody_else_has_the_image(make):
+    clock = Clock()
+    store = make(1, lease_minutes=30, clock=clock)
+    store.next("Ann")
+    clock.now += 29 * 60
+    assert store.next("Ben") is None
+    clock.now += 61
+    assert store.next("Ben").image == "a" and store.next("Ann") is None
+    with pytest.raises(NotHeld):
+        store.answer("Ann", "a", "cat")
+    clock.now += 31 * 60
+    store.answer("Ben", "a", "dog")  # late, but nobody took it
+    assert store.labels() == {"a": "dog"} and store.history()["seconds"].tolist() == [
+        31 * 60
+    ]  # since it was handed out
+
+
+def test_a_skipped_image_comes_again_at_the_end_and_an_unknown_one_never(make):
+    store = make(3)
+    store.next("Ann"), store.skip("Ann", "a")
+    store.next("Ann"), store.unknown("Ann", "b", seconds=2.0)
+    assert label(store, "Ann") == "c" and store.next("Ben").image == "a" and store.next("Ann") is None
+    assert store.labels() == {"c": "cat"}
+    assert store.progress() == {"all": 3, "labelled": 1, "unknown": 1, "waiting": 1}
+
+
+def test_undo_goes_back_step_by_step_and_gives_the_image_and_the_label_back(make):
+    store = make(4)
+    label(store, "Ann")
+    store.next("Ann"), store.unknown("Ann", "b")
+    store.next("Ann"), store.skip("Ann", "c")
+    store.next("Ann")  # d
+    assert [(q.image, said) for q, said in (store.undo("Ann") for _ in range(3))] == [
+        ("c", None),
+        ("b", None),
+        ("a", "cat"),
+    ]
+    assert store.undo("Ann") is None and store.labels() == {} and store.next("Ben").image == "b"
+    store.answer("Ann", "a", "dog")
+    frame = store.history()
+    assert frame["undone"].sum() == 3 and (frame["action"] == "undo").sum() == 3
+    assert store.undo("Ann")[0].image == "a" and store.labels() == {}
+
+
+def test_undo_is_ones_own_and_passes_over_a_skip_that_somebody_took_up(make):
+    store = make(2)
+    label(store, "Ann")
+    assert store.undo("Ben") is None and store.labels() == {"a": "cat"}
+    store.next("Ann"), store.skip("Ann", "b")
+    assert label(store, "Ben", "dog") == "b"
+    assert store.undo("Ann")[0].image == "a" and store.labels() == {"b": "dog"}
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", ["bird", "", None, 1, ["cat"], "CAT"])
+def test_an_unknown_class_is_refused_and_nothing_is_stored(make, said):
+    store = make(1)
+    store.next("Ann")
+    with pytest.raises(ValueError, match="image 'a'.*allowed are cat, dog"):
+        store.answer("Ann", "a", said)
+    assert len(store.history()) == 0 and store.next("Ann").image == "a"
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[0, 0, 10], "0123", [0, 0, NAN, 5], [0, 0, INF, 5], [5, 0, 5, 10], [0, 9, 10, 3], [0, 0, 0.5, 10], None]
+    + [[-20, 0, -5, 10], [-20, 0, 0.5, 10], [100, 0, 120, 10], [99.5, 0, 120, 10], [0, 0, "x", 5], [[0, 0, 9, 9]]],
+)
+def test_a_box_must_be_finite_upright_and_inside_by_a_pixel(make, box):
+    store = make(1, task="boxes")
+    store.next("Ann")
+    with pytest.raises(ValueError, match="image 'a'"):
+        store.answer("Ann", "a", [BOX, {"class": "cat", "box": box}], size=(50, 100))
+    assert len(store.history()) == 0
+
+
+def test_a_box_that_reaches_over_the_edge_is_cut_to_the_image(make):
+    store = make(2, task="boxes")
+    store.queue([Question("q", size=(50, 100))])
+    over = [{"class": "dog", "box": [-5, 10.5, np.float32(120), 70]}]
+    cut = [{"class": "dog", "box": [0, 10.5, 100, 50]}]
+    store.next("Ann"), store.answer("Ann", "a", over, size=(50, 100))
+    store.next("Ann"), store.answer("Ann", "b", [])
+    store.next("Ann"), store.answer("Ann", "q", over)  # the question knows the size
+    assert store.labels() == {"a": cut, "b": [], "q": cut}
+    for wrong in ([{"class": "cat"}], [{**BOX, "class": "bird"}], "cat", [1], None):
+        with pytest.raises(ValueError, match="image 'c'"):
+            checked_label(wrong, "boxes", CLASSES, "image 'c'")
+
+
+@pytest.mark.parametrize("seconds", [-1, NAN, INF, "3", True])
+def test_seconds_are_a_number_from_zero_up(make, seconds):
+    store = make(1)
+    store.next("Ann")
+    with pytest.raises(ValueError, match="seconds"):
+        store.answer("Ann", "a", "cat", seconds=seconds)
+    for who in ("", " ", "x" * 101, "a\nb", None):
+        with pytest.raises(ValueError, match="name"):
+            store.next(who)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_open_file_takes_new_classes_but_keeps_the_old_ones_and_the_task(make):
+    store = make(1)
+    assert make(0, ["owl", "cat"]).classes == ("cat", "dog", "<b>x</b>", "owl")
+    label(store, "Ann")
+    again = make(0, None, None)
+    assert again.labels() == {"a": "cat"} and again.task == "classes" and again.classes[-1] == "owl"
+    with pytest.raises(ValueError, match=r"labels\.sqlite .*holds the task 'classes', got 'boxes'"):
+        make(0, CLASSES, "boxes")
+
+
+def test_a_store_is_made_of_sensible_things(tmp_path):
+    wrong = [{"classes": []}, {"classes": ["a", "a"]}, {"classes": "cat"}, {"classes": None}, {"classes": ["a\tb"]}]
+    for one in (*wrong, {"task": "masks"}):
+        with pytest.raises(ValueError):
+            Store(tmp_path / "new.sqlite", **{"classes": CLASSES, **one})
+    assert not (tmp_path / "new.sqlite").exists() and store_path(tmp_path) == tmp_path / "labels.sqlite"
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(ValueError, match="it is empty"):
+        Store(tmp_path / "empty.sqlite")
+    with Store(tmp_path / "empty.sqlite", CLASSES) as store:
+        assert store.classes == tuple(CLASSES)
+
+
+def damage_text(path: Path) -> None:
+    path.write_text("image,label\na,cat\n")
+
+
+def damage_cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_page(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\x7f" * (len(content) - 4096)
+    path.write_bytes(content)
+
+
+def damage_other(path: Path) -> None:
+    path.unlink()
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE notes (text)")
+    db.close()
+
+
+@pytest.mark.parametrize("damage", [damage_text, damage_cut, damage_page, damage_other], ids=lambda d: d.__name__[7:])
+def test_a_damaged_file_is_named_and_left_as_it_is(make, damage):
+    store = make(5)
+    label(store, "Ann")
+    store.close()
+    damage(store.path)
+    before = store.path.read_bytes()
+    with pytest.raises(ValueError, match=r"labels\.sqlite cannot be used as a labelling store"):
+        Store(store.path, CLASSES)
+    assert store.path.read_bytes() == before
+
+
+# --- threads and processes --------------------------------------------------------------------------------------------
+
+
+def test_threads_that_race_never_get_the_same_image(make):
+    stores = [make(0, name="race.sqlite") for _ in range(2)]
+    images = [f"i{i}" for i in range(60)]
+    stores[0].queue(map(Question, images))
+    got, errors, gate = [], [], threading.Barrier(4)
+
+    def work(number: int) -> None:
+        try:
+            store, who = stores[number % 2], f"p{number}"
+            gate.wait()
+            while (question := store.next(who)) is not None:
+                got.append(question.image)
+                store.answer(who, question.image, "cat")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and sorted(got) == sorted(images) and len(stores[1].labels()) == 60
+
+
+WORKER = """
+import sys, time
+from fedal_utils.labelling import Question, Store
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(sys.argv[1], ["cat", "dog"])  # both make it at once
+print(store.queue(Question(f"i{i}") for i in range(150)), flush=True)
+while (question := store.next(sys.argv[2])) is not None:
+    store.answer(sys.argv[2], question.image, "cat")
+    print(question.image, flush=True)
+    time.sleep(0.004)  # a waiting writer looks again every few milliseconds: let it have its turn
+"""
+
+
+def test_processes_race_and_one_is_killed_and_nothing_acknowledged_is_lost(tmp_path, root):
+    path, environment = tmp_path / "new.sqlite", {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", WORKER, str(path)]
+    ann, ben = (subprocess.Popen([*words, who], cwd=tmp_path, env=environment, **pipes) for who in ("Ann", "Ben"))
+    try:
+        for process in (ann, ben):
+            assert process.stdout.readline() == "ready\n"
+        for process in (ann, ben):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        queued = ann.stdout.readline().strip()
+        killed = [ann.stdout.readline().strip() for _ in range(15)]
+        ann.send_signal(signal.SIGKILL)
+        killed += ann.communicate()[0].splitlines()  # what it said before it died
+        other, *rest = ben.communicate(timeout=60)[0].splitlines()
+    finally:
+        for process in (ann, ben):
+            process.kill()
+    assert ben.returncode == 0 and sorted([queued, other]) == ["0", "150"]
+    with Store(path) as store:
+        frame = store.history()
+        assert not frame["image"].duplicated().any()
+        stored = {who: list(rows["image"]) for who, rows in frame.groupby("who")}
+        # An answer may be on disk that the killed process had no time to tell; never the other way round.
+        assert stored["Ben"] == rest and stored["Ann"][: len(killed)] == killed
+        assert len(stored["Ann"]) <= len(killed) + 1
+        left = {f"i{i}" for i in range(150)} - set(frame["image"])
+        assert left <= {store.next("Ann").image if left else None}  # at most what was leased to the one that died
