@@ -1,0 +1,234 @@
+"""The runner is strict: it refuses early, names the failing cell, goes on with the others, and limits silence only."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from small_house import printed, write_notebook
+
+from fedal_utils import __main__ as command
+from fedal_utils import notebooks
+
+# --- one notebook -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_by_this_interpreter_from_the_root_with_the_parameters_given(house, monkeypatch):
+    monkeypatch.chdir(house / "notebooks")
+    output = notebooks.run("10", "quick", data="../x", seeds=[0, 1])
+    assert output == house / "results" / "notebooks" / "_work" / "10_good.ipynb"
+    assert json.loads(printed(output)) == ["quick", "../x", [0, 1], str(house), sys.executable, "lines"]
+    assert [p.name for p in output.parent.iterdir()] == ["10_good.ipynb"]
+    notes = nbformat.read(output, as_version=4).metadata.fedal
+    assert notes.parameters == {"profile": "quick", "data": "../x", "seeds": [0, 1]} and 0 <= notes.minutes < 1
+
+
+def test_a_failing_cell_is_told_reason_first_and_the_part_before_it_is_kept(house):
+    with pytest.raises(notebooks.NotebookFailed) as caught:
+        notebooks.run("11_bad")
+    first, *rest = str(caught.value).splitlines()
+    assert first == "11_bad, cell [4]: ZeroDivisionError: division by zero"
+    assert rest.index("    in") < rest.index("    ratio = before / 0") and "\x1b" not in "".join(rest)
+    partial = Path(rest[-1].removeprefix("What it had done: "))
+    assert partial.exists() and not (partial.parent / "11_bad.ipynb").exists()
+
+
+def test_silence_is_limited_not_time(house):
+    talks = "import time\nfor i in range(10):\n    print(i, flush=True)\n    time.sleep(1)"
+    write_notebook(house / "notebooks" / "12_slow.ipynb", talks)
+    write_notebook(house / "notebooks" / "13_silent.ipynb", "import time", "time.sleep(600)")
+    assert notebooks.run("12", silence=0.1).exists()
+    with pytest.raises(notebooks.NotebookFailed, match="13_silent, printed nothing for 0.05 minutes"):
+        notebooks.run("13", silence=0.05)
+
+
+def test_a_dead_kernel_is_told(house):
+    write_notebook(house / "notebooks" / "12_dead.ipynb", "import os; os._exit(9)")
+    with pytest.raises(notebooks.NotebookFailed, match="12_dead, its kernel died"):
+        notebooks.run("12")
+
+
+def test_a_kernel_does_not_outlive_its_runner(house):
+    note = house / "pid"
+    code = f"import os, pathlib, time; pathlib.Path({str(note)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    write_notebook(house / "notebooks" / "12_long.ipynb", code)
+    runner = multiprocessing.get_context("fork").Process(target=notebooks.run, args=("12", "smoke"))
+    runner.start()
+    until(lambda: note.exists() and note.read_text())
+    runner.kill()
+    until(lambda: gone(int(note.read_text())))
+    note.unlink()
+
+    def interrupt() -> None:
+        until(lambda: note.exists() and note.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        notebooks.reproduce("12", "smoke")
+    until(lambda: gone(int(note.read_text())))
+
+
+def until(true, seconds=300):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_reproduce_goes_on_after_a_failure_and_names_notebook_cell_and_error(house, capsys):
+    assert command.main(["reproduce", "--profile", "smoke", "--seeds", "3", "--jobs", "1"]) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "2 notebooks, profile smoke" and lines[3].endswith("1 of 2 notebooks")
+    assert sorted((line.split()[0], line.split()[-1]) for line in lines[1:3]) == [
+        ("10_good", "done"),
+        ("11_bad", "FAILED"),
+    ]
+    assert lines[4] == "FAILED: 11_bad, cell [4]: ZeroDivisionError: division by zero"
+    assert "ratio = before / 0" in err
+
+
+def test_a_notebook_that_reads_the_runs_of_others_starts_when_they_are_done(house, capsys):
+    """Two side by side: 05 would start at once, but it waits for 10_good; who is not asked for is not waited for."""
+    path = house / "notebooks" / "05_late.ipynb"
+    write_notebook(path, "import pathlib; assert pathlib.Path('results/good').exists()", fedal={"after": ["10_good"]})
+    assert notebooks.reproduce("05,10", "smoke", jobs=2) == []
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["10_good", "05_late"]
+    (house / "results" / "good").unlink()
+    assert notebooks.reproduce("05", "smoke", jobs=1) == ["05_late"]
+
+
+def test_a_notebook_whose_packages_are_missing_is_passed_over_unless_it_was_named(house, capsys):
+    write_notebook(house / "notebooks" / "12_more.ipynb", "1", fedal={"needs": {"no_such_package": "more"}})
+    assert notebooks.reproduce(None, "smoke", jobs=1) == ["11_bad"]
+    assert "passed over: 12_more needs an extra: pip install -e '.[more]'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="12_more needs an extra"):
+        notebooks.reproduce("12", "smoke")
+
+
+def test_reproduce_refuses_before_it_runs_anything(house, capsys):
+    write_notebook(house / "notebooks" / "00_start.ipynb", parameters='profile = "smoke"')
+    assert command.main(["reproduce", "--nb", "00", "--data", "bccd"]) == 2
+    assert "none of 00_start has a parameter 'data'" in capsys.readouterr().err
+    assert command.main(["reproduce", "--seeds", "0,0"]) == 2
+    assert "seeds must be a list of different integers" in capsys.readouterr().err
+    assert not (house / "results").exists()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_parameters_are_refused_and_the_known_ones_named(house):
+    path = house / "notebooks" / "10_good.ipynb"
+    with pytest.raises(ValueError, match="10_good has no parameter 'sede'; known: profile, data, seeds"):
+        notebooks.run("10_good", sede=3)
+    assert notebooks.checked(path, {"seeds": [1]}) == {"seeds": [1]}
+    write_notebook(path, parameters='profile = "smoke"\noverrides = {"cycles": 2, "clients": 3}')
+    assert notebooks.checked(path, {"cycles": 5}) == {"overrides": {"cycles": 5, "clients": 3}}
+    with pytest.raises(ValueError, match="no parameter 'cylces'; known: profile, overrides; settings: .*cycles"):
+        notebooks.checked(path, {"cylces": 5})
+    with pytest.raises(ValueError, match="10_good: cycles must be 1 or more, got 0"):
+        notebooks.checked(path, {"cycles": 0})
+
+
+@pytest.mark.parametrize("text", ["profile = default()", "import os", "a = b = 1", "a, b = 1, 2", "a: int", "a += 1"])
+def test_only_literals_are_parameters(tmp_path, text):
+    path = write_notebook(tmp_path / "a.ipynb", parameters=text)
+    with pytest.raises(ValueError, match="`name = literal` only, got"):
+        notebooks.parameters(path)
+
+
+def test_literals_are_read_without_running_anything(tmp_path):
+    text = '# a comment\nprofile: str = "smoke"  # size\nseeds = [0, 1]\noverrides = {"a": (1, -2.5)}\ndata = None'
+    path = write_notebook(tmp_path / "a.ipynb", parameters=text)
+    wanted = {"profile": "smoke", "seeds": [0, 1], "overrides": {"a": (1, -2.5)}, "data": None}
+    assert notebooks.parameters(path) == wanted
+    book = json.loads(path.read_text())
+    book["cells"][1]["metadata"] = {}
+    path.write_text(json.dumps(book))
+    with pytest.raises(ValueError, match="one code cell tagged 'parameters', it has 0"):
+        notebooks.parameters(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not a notebook"):
+        notebooks.parameters(path)
+
+
+def test_find_by_name_number_and_list(house):
+    names = lambda wish: [p.stem for p in notebooks.find(wish)]  # noqa: E731
+    assert names(None) == ["10_good", "11_bad"]
+    assert names("11_bad") == names("11") == names("11_bad.ipynb") == names("notebooks/11_bad.ipynb") == ["11_bad"]
+    assert names("11, 10,11") == ["11_bad", "10_good"]
+    with pytest.raises(ValueError, match="'1' is unknown; there are: 10_good, 11_bad"):
+        notebooks.find("1")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_reads_seeds_and_settings():
+    assert command.seeds("") is None and command.seeds("0") == (0,) and command.seeds("0,2, 1") == (0, 2, 1)
+    assert command.settings(["cycles=3", "data=bccd", "size=(4, 5)", "name='3'", "flag=True", "empty="]) == {
+        "cycles": 3,
+        "data": "bccd",
+        "size": (4, 5),
+        "name": "3",
+        "flag": True,
+        "empty": "",
+    }
+    for wrong in (["cycles"], ["=3"], ["a=1", "a=2"]):
+        with pytest.raises(ValueError):
+            command.settings(wrong)
+
+
+def test_folders_are_made_good_for_the_root(house, monkeypatch):
+    assert command.data_place("bccd") == "bccd" and command.data_place("") is None
+    assert command.data_place("my/folder") == "my/folder"
+    monkeypatch.chdir(house / "notebooks")
+    assert command.data_place("bccd") == "bccd" and command.data_place("/x") == "/x"
+    assert command.data_place("./x") == str(house / "notebooks" / "x")
+    assert command.data_place("~/x") == str(Path.home() / "x")
+
+
+def test_a_wrong_command_is_one_line_and_exit_code_two(house, capsys):
+    assert command.main(["run", "99_nothing"]) == 2
+    assert command.main(["run", "10", "--set", "name=x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+    for wrong in (["reproduce", "--profile", "huge"], ["reproduce", "--seeds", "x"]):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(wrong)
+        assert stopped.value.code == 2
+
+
+def test_every_command_has_a_sentence_and_known_options():
+    for name, (function, options) in command.COMMANDS.items():
+        assert function.__doc__ and set(options.split()) <= set(command.OPTIONS), name
+    assert set(command.OPTIONS) == {option for _, options in command.COMMANDS.values() for option in options.split()}
+
+
+def test_doctor_tells_versions_data_and_profile(capsys, tmp_path, monkeypatch):
+    (tmp_path / "BCCD").mkdir()
+    monkeypatch.setenv("FEDAL_DATA", str(tmp_path))
+    assert command.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("fedal ", "torch", "BCCD", "profile"))

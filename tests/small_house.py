@@ -1,0 +1,49 @@
+"""A small checkout to run notebooks in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+
+
+def write_notebook(
+    path: Path,
+    *cells: str,
+    parameters: str = 'profile = "smoke"\ndata = None\nseeds = None',
+    text: str = "# A title\n\nText.",
+    fedal: dict | None = None,
+) -> Path:
+    """A notebook of a title, a parameters cell and these code cells; fedal: of its metadata."""
+    book = nbformat.v4.new_notebook()
+    book.metadata.kernelspec = {"name": "nowhere", "display_name": "A kernel nobody has", "language": "python"}
+    book.metadata |= {"fedal": fedal} if fedal else {}
+    book.cells = [nbformat.v4.new_markdown_cell(text)]
+    book.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    book.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, path)
+    return path
+
+
+GOOD = """
+import json, os, sys
+from pathlib import Path
+Path("results/good").touch()
+print(json.dumps([profile, data, seeds, os.getcwd(), sys.executable, os.environ["FEDAL_PROGRESS"]]))
+"""
+
+
+def build(root: Path) -> Path:
+    """A checkout with a notebook that runs and one that fails."""
+    write_notebook(root / "notebooks" / "10_good.ipynb", GOOD)
+    write_notebook(root / "notebooks" / "11_bad.ipynb", "before = 1", "ratio = before / 0", "print('never')")
+    (root / "pyproject.toml").touch()
+    return root
+
+
+def printed(path: Path) -> str:
+    """What a notebook's cells printed."""
+    cells = json.loads(path.read_text())["cells"]
+    return "".join("".join(out["text"]) for cell in cells for out in cell.get("outputs", []) if "text" in out)
