@@ -43,7 +43,7 @@ class StoreOracle:
     ):
         self.store, self.images, self.annotator, self.strategy, self.who = store, images, annotator, strategy, who
         self.model, self.suggestions = "", {}
-        self._number = {name: i + 1 for i, name in enumerate(classes)}
+        self.class_names, self._number = tuple(classes), {name: i + 1 for i, name in enumerate(classes)}
         self._given: dict[int, object] = {}
 
     def about(self, experiment: Experiment, client: Client, step: Step, chosen: Query) -> None:

@@ -114,14 +114,14 @@ def ask_again(
     of their own: ValueError for one in which an image was queried first.
     """
     ids = [oracle.images.ids[int(row)] for row in rows]
-    history, before = oracle.store.history(), oracle.store.labels()
+    history, before = oracle.store.history(), _classes(oracle, rows)
     first = history[(history["cycle"] == cycle) & (history["strategy"] != ERRORS)]
     if first["image"].isin(ids).any():
         raise ValueError(f"some of these images were first queried in cycle {cycle}: ask again in a later one")
     StoreOracle(oracle.store, oracle.images, oracle.store.classes, annotator, ERRORS, who).annotate(rows, cycle)
     oracle.refresh()
-    after = oracle.store.labels()
-    return pd.DataFrame({"image": ids, "before": [before[i] for i in ids], "after": [after[i] for i in ids]})
+    named = [[oracle.class_names[c] for c in said.tolist()] for said in (before, _classes(oracle, rows))]
+    return pd.DataFrame({"image": ids, "before": named[0], "after": named[1]})
 
 
 def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int) -> pd.DataFrame:

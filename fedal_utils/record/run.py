@@ -234,6 +234,8 @@ class Run:
         """Empty the folder; what was in it moves to a folder of its own in there, config.json last, or goes."""
         aside = self.folder / f"before-{why}-{time.strftime('%Y%m%d-%H%M%S')}"
         files = [f for f in self.folder.iterdir() if f.is_file() and f.name not in (keep, ".lock")]
+        if why != "other-data":  # what others keep there stays, such as the labels that a person gave
+            files = [f for f in files if f.suffix in (".csv", ".json", ".pt")]
         for file in sorted(files, key=lambda f: f.name == "config.json"):
             if why:
                 aside.mkdir(exist_ok=True)
