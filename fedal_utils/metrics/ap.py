@@ -77,10 +77,10 @@ def accuracy(
     each = np.array([right[truth == c].mean() if (truth == c).any() else math.nan for c in range(len(class_names))])
     out = {"accuracy": float(right.mean())}
     if mixes is not None:
-        judged = np.isfinite(each)
-        mixes = np.asarray(mixes, dtype=float)[:, judged]
+        present = np.isfinite(each)
+        mixes = np.asarray(mixes, dtype=float)[:, present]
         weight = mixes.sum(axis=1, keepdims=True)
-        clients = (mixes @ each[judged])[weight[:, 0] > 0] / weight[weight[:, 0] > 0, 0]
+        clients = (mixes @ each[present])[weight[:, 0] > 0] / weight[weight[:, 0] > 0, 0]
         out |= {"accuracy_mean_client": float(clients.mean()), "accuracy_worst_client": float(clients.min())}
     return out | {f"accuracy/{name}": float(value) for name, value in zip(class_names, each, strict=True)}
 

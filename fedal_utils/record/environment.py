@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
+from .files import read_json, write_json
 
 
 @functools.cache
@@ -26,23 +27,18 @@ def _commit() -> dict[str, Any]:
     A plain copy of the tree names it in the environment variable FEDAL_COMMIT or in a file COMMIT beside the package.
     """
     folder = Path(__file__).resolve().parents[2]
-    named = os.environ.get("FEDAL_COMMIT") or (
-        (folder / "COMMIT").is_file() and (folder / "COMMIT").read_text().strip()
-    )
-    if named:
+    note = folder / "COMMIT"
+    if named := os.environ.get("FEDAL_COMMIT") or (note.read_text().strip() if note.is_file() else ""):
         return {"commit": named, "dirty": False}
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.check_output(["git", "-C", str(folder), *arguments], text=True, stderr=-3, timeout=10).strip()
 
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return {}
-        changes = git("status", "--porcelain", "-uno", "--", ".", ":!results")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.SubprocessError):
-        return {}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == folder:
+            changes = git("status", "--porcelain", "-uno", "--", ".", ":!results")
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    return {}
 
 
 @functools.cache
@@ -65,6 +61,17 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return {**versions, **_commit(), "machine": machine}
+
+
+def write_environment(path: Path, minutes: float, starts: int = 1) -> None:
+    """Write `environment` beside a run, with its minutes and starts so far, and under `earlier` what it was before."""
+    before, now = read_json(path), environment()
+    earlier, starts = before.pop("earlier", []), starts + before.pop("starts", 0)
+    before.pop("minutes", None)
+    earlier += [before] if before and before != now and before not in earlier else []
+    write_json(
+        path, {**now, "minutes": round(minutes, 3), "starts": starts, **({"earlier": earlier} if earlier else {})}
+    )
 
 
 def machine_text(facts: Mapping[str, Any]) -> str:
@@ -94,14 +101,11 @@ class Progress:
         self.how = os.environ.get("FEDAL_PROGRESS") or ("bar" if seen else "lines")
         if self.how not in ("bar", "lines", "none"):
             raise ValueError(f"FEDAL_PROGRESS={self.how!r}: use bar, lines or none")
-        self.name = name
-        off = self.how != "bar"
-        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=off)
-        self.done, self.rounds = committed, rounds
+        bar = self.how == "bar"
+        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=not bar)
 
     def step(self, place: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """A round is done: its place in words, its rows, its wall seconds."""
-        self.done += 1
         server = next((row for row in rows if row.get("client") == "server"), {})
         news = {
             k: f"{float(server[k]):.4g}" for k in ("images", "ap50", "accuracy", "loss") if server.get(k) is not None
@@ -109,9 +113,4 @@ class Progress:
         self.bar.set_postfix(news, refresh=False)
         self.bar.update()
         if self.how == "lines":
-            text = "  ".join(f"{k} {v}" for k, v in news.items())
-            print(f"{self.name}  {place}, {self.done} of {self.rounds}  {text}  {seconds:.1f} s", flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.close()
+            print(place, *(f"{k} {v}" for k, v in news.items()), f"{seconds:.1f} s", sep="  ", flush=True)

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from .. import seeding
-from .environment import Progress, environment
+from .environment import Progress, write_environment
 from .files import (
     encode,
     folder_name,
@@ -150,9 +150,11 @@ class Run:
             "times": with_rows(self._sheets["times"], [{"seconds": f"{seconds:.3f}"}], now, where)[[*COLUMNS["times"]]],
         }
         state = plain(dict(state or {}), f"{where}: state")
+        entries = {}
         for name, sheet in sheets.items():
-            write_atomic(self.folder / f"{name}.csv", encode(sheet))
-        entries = {n: {"rows": len(s), "columns": list(s), "sha256": sha256(s)} for n, s in sheets.items()}
+            content = encode(sheet)
+            write_atomic(self.folder / f"{name}.csv", content)
+            entries[name] = {"rows": len(sheet), "columns": list(sheet), "sha256": sha256(content)}
         ledger = json.dumps({"committed": self.committed + 1, "sheets": entries})
         last, before = (self.folder / name for name in STATES)
         if last.exists():
@@ -163,7 +165,8 @@ class Run:
         if self.finished:
             self._finish()
         if self._progress is not None:
-            self._progress.step(f"cycle {cycle + 1} round {number + 1}", rows, seconds)
+            place = f"{self}  cycle {cycle + 1} round {number + 1}, {self.committed} of {len(self.plan)}"
+            self._progress.step(place, rows, seconds)
 
     def __str__(self) -> str:
         return f"{self.notebook} {self.method} seed {self.seed}"
@@ -181,9 +184,8 @@ class Run:
         self._check_setting()
         stored = read_run(self.folder)
         for problem in stored.damaged if stored else ():
-            warnings.warn(
-                f"{self}: {problem}; going back to round {stored.committed} of {len(self.plan)}", stacklevel=3
-            )
+            back = f"going back to round {stored.committed} of {len(self.plan)}"
+            warnings.warn(f"{self}: {problem}; {back}", stacklevel=3)
         if stored and stored.sheets:
             self.resumed, self.committed, self._sheets = stored.state, stored.committed, stored.sheets
             for name, sheet in stored.sheets.items():  # cut what a kill left beyond the commit
@@ -191,11 +193,11 @@ class Run:
                     write_atomic(self.folder / f"{name}.csv", encode(sheet))
         else:  # killed before the first commit: start over
             self._set_aside("damaged" if stored else "", keep="config.json")
-        self._write_environment()
+        write_environment(self.folder / "env.json", self.minutes)
         if self.finished:  # killed between the last commit and its closing note
             self._finish()
             return False
-        self._progress = Progress(str(self), len(self.plan), self.committed) if progress else None
+        self._progress = Progress(f"{self}", len(self.plan), self.committed) if progress else None
         self._clock = time.monotonic()
         return True
 
@@ -206,9 +208,10 @@ class Run:
         return bool(read_run(self.folder))
 
     def _other_data(self) -> bool:
-        """True if the folder's run belongs to another fingerprint of the data than the one given."""
+        """True if what is in the folder belongs to another fingerprint of the data than the one given."""
         found = read_json(self.folder / "config.json")
-        return bool(self.fingerprint and found) and found.get("fingerprint") != self.fingerprint
+        there = found or any((self.folder / name).exists() for name in ("done.json", *STATES))
+        return bool(self.fingerprint and there) and found.get("fingerprint") != self.fingerprint
 
     def _check_setting(self) -> None:
         """Write config.json, or compare it; a run of other data is set aside, one of another setting is an error."""
@@ -243,27 +246,15 @@ class Run:
             else:
                 file.unlink()
 
-    def _write_environment(self, starts: int = 1) -> None:
-        path = self.folder / "env.json"
-        now = environment()
-        before = read_json(path)
-        earlier = before.pop("earlier", [])
-        starts += before.pop("starts", 0)
-        before.pop("minutes", None)
-        if before and before != now and before not in earlier:
-            earlier = [*earlier, before]
-        note = {"earlier": earlier} if earlier else {}
-        write_json(path, {**now, "minutes": round(self.minutes, 3), "starts": starts, **note})
-
     def _finish(self) -> None:
-        self._write_environment(starts=0)
+        write_environment(self.folder / "env.json", self.minutes, starts=0)
         digests = {f"{name}.csv": sha256(self._sheets[name]) for name in ("rounds", "queries")}
         write_json(self.folder / "done.json", {"rounds": self.committed, "sha256": digests})
         (self.folder / STATES[1]).unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._progress is not None:
-            self._progress.close()
+            self._progress.bar.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

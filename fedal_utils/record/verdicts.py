@@ -1,17 +1,7 @@
 """A paper's numbers beside ours, with a verdict by rule; tables and figures that are published.
 
-The rule (intervals: Student's t over paired seeds, 95 %):
-
-==================================  ==================================================================================
-order shown                         every neighbouring step of the paper's order has its interval on the paper's side
-order partly shown (k of n steps)   k of them have, and none on the other side
-contradicted                        a step is shown the other way; a formula gives another number
-inconclusive                        nothing is shown; `smallest_detectable` is the difference that could have been
-level matches, level differs        same data only: the paper's value is as ours, within the stated tolerance and an
-                                    interval narrower than twice of it; or it is shown to lie outside the tolerance
-formula checked                     our number, computed and not measured, is the paper's within its tolerance
-no published number, not run        there is nothing to compare with; nothing of ours is there
-==================================  ==================================================================================
+The rule stands in `order_verdict` and `level_verdict`, in a table of words in `results/README.md`, section Verdicts.
+Intervals are Student's t over paired seeds, 95 %.
 """
 
 from __future__ import annotations
@@ -82,6 +72,9 @@ def read_paper(paper: str | Path) -> pd.DataFrame:
 def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dict[str, Any]:
     """What our runs show of the paper's order: verdict, difference, low, high, smallest_detectable, seeds.
 
+    *order shown*: every neighbouring step of the paper's order has its interval on the paper's side; *partly shown*: k
+    of n have, none is shown the other way; *contradicted*: one is; *inconclusive*: none is shown either way.
+
     theirs: the paper's value of each setting; ours: our value of each setting and seed. The numbers are of the first
     setting of the paper's order minus the last; `smallest_detectable` is half the widest interval of a step, `seeds`
     the number of pairs of the step that has the fewest. Settings that the paper gives equal values make no step.
@@ -111,7 +104,11 @@ def _paired(a: Seeds, b: Seeds) -> dict[str, float]:
 
 
 def level_verdict(theirs: float, ours: Seeds, tolerance: float) -> dict[str, Any]:
-    """Is our value the paper's, on the same data? As `order_verdict`; numbers are ours minus theirs."""
+    """Is our value the paper's, on the same data? As `order_verdict`; numbers are ours minus theirs.
+
+    *level matches*: our mean lies within the tolerance, and the interval is narrower than twice of it; *level differs*:
+    the whole interval lies beyond the tolerance; else *inconclusive*.
+    """
     test = paired_test(list(ours.values()), [theirs] * len(ours))
     half = (test["high"] - test["low"]) / 2
     if half < tolerance and abs(test["difference"]) <= tolerance:
