@@ -18,7 +18,7 @@ PY = "$(VENV)/bin/python"
 KEY = $$(sed -n '/^requires-python/,/^\[project.urls/p' pyproject.toml | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test clients bench lint data clean clean-runs doctor key
+.PHONY: help env reproduce test torture clients bench lint data clean clean-runs doctor key
 
 help:  ## this text
 	@echo "fedal: federated active learning for object detection. Needs Python >= 3.10 and make; all else is fetched."
@@ -37,6 +37,9 @@ test: env  ## run the tests (ARGS= for pytest)
 
 clients: env  ## the experiment with N real client processes on this machine (N= PROFILE= DATA= ARGS=)
 	@$(PY) -m fedal_utils clients --clients "$(or $(N),0)" --profile "$(PROFILE)" --data "$(DATA)" $(ARGS)
+
+torture: env  ## kill a run at every instant and resume it, byte for byte (minutes)
+	@FEDAL_KILL_EVERY=1 $(PY) -m pytest tests/record/test_run.py -k instant $(ARGS)
 
 bench: env  ## measure the hot paths against the libraries
 	@$(PY) -m pytest tests/bench -q -s $(ARGS)

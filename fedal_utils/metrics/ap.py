@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from ..data import Labels
-from ..data.boxes import Detections
+from ..data import Detections, Labels
 
 OUT_OF_RANGE = 1e12  # px2; beyond COCO's largest area (1e10), so that pycocotools itself sets the object aside
 

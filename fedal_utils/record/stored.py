@@ -135,6 +135,8 @@ def shared(
     content = stored()
     if content is None:
         with lock(path.with_name(f".{path.stem}.lock"), wait=-1):
+            for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                leftover.unlink()
             content = stored()
             if content is None:
                 save_state(path, {"fingerprint": fingerprint, "content": plain(make(), where)})

@@ -11,8 +11,7 @@ import torch
 from oracles import coco_ap, voc_ap
 
 from fedal_utils import metrics
-from fedal_utils.data import Labels
-from fedal_utils.data.boxes import Detections
+from fedal_utils.data import Detections, Labels
 from fedal_utils.metrics import ap
 
 N_CASES = 300
