@@ -5,6 +5,8 @@ NB     ?=
 SEEDS  ?=
 DATA   ?=
 PROFILE ?=
+# Notebooks that `make reproduce` runs side by side; empty = two where all of them train on one thread.
+JOBS   ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" (smaller, no CUDA).
 PIP_ARGS ?=
 # Clients of `make clients`, e.g. N=4.
@@ -29,11 +31,12 @@ help:  ## this text
 	@echo "  PYTHON=python3.12  VENV=/where/the/environment/lives  FEDAL_DATA=/where/the/data/lives"
 	@echo "  Without PROFILE: smoke on a machine without a GPU, quick with one."
 
-reproduce: env  ## run every notebook, rebuild every table and figure (PROFILE= NB= SEEDS= DATA=)
-	@$(PY) -m fedal_utils reproduce --nb "$(NB)" --profile "$(PROFILE)" --seeds "$(SEEDS)" --data "$(DATA)"
+reproduce: env  ## run every notebook, rebuild every table and figure (PROFILE= NB= SEEDS= DATA= JOBS=)
+	@$(PY) -m fedal_utils reproduce --nb "$(NB)" --profile "$(PROFILE)" --seeds "$(SEEDS)" --data "$(DATA)" \
+	    $(if $(JOBS),--jobs $(JOBS))
 
-test: env  ## run the tests (ARGS= for pytest)
-	@$(PY) -m pytest $(ARGS)
+test: env  ## run the tests on all cores (ARGS= for pytest)
+	@$(PY) -m pytest -n auto $(ARGS)
 
 clients: env  ## the experiment with N real client processes on this machine (N= PROFILE= DATA= ARGS=)
 	@$(PY) -m fedal_utils clients --clients "$(or $(N),0)" --profile "$(PROFILE)" --data "$(DATA)" $(ARGS)
