@@ -75,12 +75,6 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in _TURNS else 1
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image with its EXIF orientation applied."""
-    turn = _TURNS.get(orientation_of(image))
-    return image if turn is None else image.transpose(turn)
-
-
 def turned_box(box: Sequence[float], orientation: int, size: tuple[int, int]) -> tuple[float, ...]:
     """An xyxy box of the stored image in the upright one, whose (height, width) is `size`."""
     height, width = size
@@ -119,6 +113,8 @@ def image_info(path: str | Path) -> ImageInfo:
     with _opened(Path(path)) as image:
         orientation = orientation_of(image)
         size = (image.height, image.width)
+        if image.format == "TIFF":  # whose size Pillow may have turned already
+            size = (image.tag_v2[257], image.tag_v2[256])
     return ImageInfo(Path(path), size[::-1] if orientation >= 5 else size, orientation)
 
 
@@ -131,9 +127,10 @@ def read_upright(source: str | Path | ImageInfo) -> Image.Image:
         try:
             image.load()
             rgb = image.convert("RGB")
+            if info.orientation > 1 and image.format != "TIFF":  # which Pillow turns as it loads
+                rgb = rgb.transpose(_TURNS[info.orientation])
         except Exception as error:
             raise ValueError(f"image {info.path} is truncated or corrupt: {error}") from None
-    rgb = rgb.transpose(_TURNS[info.orientation]) if info.orientation > 1 else rgb
     if (rgb.height, rgb.width) != info.size:
         raise ValueError(f"image {info.path} is {rgb.height} x {rgb.width} now, it was {info.size} when it was listed")
     return rgb
