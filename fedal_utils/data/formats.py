@@ -114,7 +114,7 @@ def _inside(record: Record, thing: Object, size: tuple[int, int], drops: Counter
     """The object's box in pixels inside its image, None if it has no area."""
     height, width = size
     sides = (width, height) * 2 if record.fractions else (1, 1, 1, 1)
-    box = x1, y1, x2, y2 = tuple(float(v * side) for v, side in zip(thing.box, sides, strict=True))
+    box = x1, y1, x2, y2 = tuple(float(round(v * side, 20)) for v, side in zip(thing.box, sides, strict=True))
     where = (
         f"{record.source}: image {record.id!r}, class {thing.name!r}, box {[round(v, 3) for v in box]} (xyxy pixels)"
     )
@@ -142,9 +142,10 @@ def unique(records: Sequence[Record]) -> list[Record]:
     """The records; ValueError if two have one id."""
     seen: dict[str, Record] = {}
     for record in records:
-        if seen.setdefault(record.id, record) is not record:
+        if record.id in seen:
             first = seen[record.id].source
             raise ValueError(f"{record.source}: image id {record.id!r} occurs more than once, first in {first}")
+        seen[record.id] = record
     return list(records)
 
 

@@ -136,7 +136,7 @@ def coco_records(
                 source=file,
             )
         )
-    return records, tuple(categories.values())
+    return unique(records), tuple(categories.values())
 
 
 def read_coco(path: str | Path, images: str | Path | None = None) -> list[Record]:
@@ -144,11 +144,11 @@ def read_coco(path: str | Path, images: str | Path | None = None) -> list[Record
     file = Path(path)
     root = file.parent if images is None else Path(images)
     records, _ = coco_records(file, read_json(file), lambda name: root / name)
-    return unique([with_image(record) for record in records])
+    return [with_image(record) for record in records]
 
 
 def _width(start: float, end: float) -> float:
-    """The float w with start + w == end, or the nearest to it (one exists but for ties that round to even)."""
+    """The float w with start + w == end; where there is none (ties round to even), end moves by its last bit."""
     w = end - start
     return next((v for v in (w, math.nextafter(w, 0), math.nextafter(w, math.inf)) if start + v == end), w)
 

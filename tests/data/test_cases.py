@@ -1,4 +1,4 @@
-"""What real people hand to tools like this one: a kind of trouble each, from `cases.json` and, when there, shared/cases."""
+"""What real people hand to tools like this one: a kind of trouble each, from cases.json and ../shared/cases."""
 
 import io
 import json

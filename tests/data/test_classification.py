@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import cifar
 
-from fedal_utils.data import classification as class_sets
 from fedal_utils import data
+from fedal_utils.data import classification as class_sets
 
 
 def encoded(id: str, size: tuple[int, int] = (40, 60), suffix: str = ".png") -> bytes:

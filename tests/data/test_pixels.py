@@ -53,7 +53,11 @@ def test_boxes_written_here_fit_when_read_back_in_every_orientation(tmp_path, ki
             data.Record(f"{stem}.jpg" if kind == "coco" else stem, where.with_name(f"{stem}.jpg"), info.size, (thing,))
             for stem, thing in (("p", data.Object("cat", BOX)), ("q", data.Object("cat", BOX)))
         ]
-        write = {"voc": data.write_voc, "yolo": data.write_yolo, "coco": lambda r, *a: data.write_coco(r / "c.json", *a)}
+        write = {
+            "voc": data.write_voc,
+            "yolo": data.write_yolo,
+            "coco": lambda r, *a: data.write_coco(r / "c.json", *a),
+        }
         write[kind](root, records, ["cat"])
         for side in data.load(str(root), size):
             assert side.labels.boxes[0, 0].tolist() == list(BOX) and side.images.sizes.tolist() == [list(size)]

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedal_utils.data import Detections, views
-from fedal_utils.data import Images
+from fedal_utils.data import Detections, Images, views
 from fedal_utils.seeding import rng_for
 
 SIZE = (64, 96)

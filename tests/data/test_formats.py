@@ -1,0 +1,583 @@
+"""Every format on a miniature of its layout, out and in again to the last bit, and every bad input by name."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import miniatures
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from miniatures import KITTI, THREE, Picture, coco, coco_content, kitti, kitti_line, voc, xml, yolo
+
+from fedal_utils import data
+from fedal_utils.data import Object, Record, formats_kitti
+from fedal_utils.data.boxes import to_original
+
+SIZE = (48, 64)
+LONG = (37, 124)  # the shape of KITTI's images, a tenth of the size
+
+
+def objects(dataset: data.Dataset, row: int) -> list[tuple[str, tuple[float, ...], bool, bool]]:
+    """(class, box, ignore, crowd) of one image, boxes back in original pixels."""
+    labels = dataset.labels
+    back = to_original(labels.boxes, dataset.images.sizes, dataset.images.image_size)
+    return [
+        (dataset.class_names[c - 1], tuple(round(v, 3) for v in back[row, k].tolist()), bool(i), bool(w))
+        for k, (c, i, w) in enumerate(zip(labels.classes[row], labels.ignore[row], labels.crowd[row], strict=True))
+        if c > 0
+    ]
+
+
+def assert_reads(dataset: data.Dataset, pictures=THREE) -> None:
+    """The boxes of the pictures, each where its picture is bright."""
+    by_id = {picture.id: picture for picture in pictures}
+    for row, full in enumerate(dataset.images.ids):
+        picture = by_id[Path(full).stem]
+        want = [(name, pytest.approx(box, abs=1e-3), False, False) for name, box in picture.objects]
+        assert objects(dataset, row) == want
+        assert tuple(dataset.images.sizes[row].tolist()) == picture.size
+        for k in range(len(picture.objects)):
+            x1, y1, x2, y2 = dataset.labels.boxes[row, k].round().long().tolist()
+            assert dataset.images.pixels[row, :, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].float().mean() > 150
+
+
+def read(kind: str, root: Path, pictures=THREE, image_size=SIZE, **options) -> data.Dataset:
+    """The pictures written in a format and read back as a Dataset."""
+    if kind == "coco":
+        coco(root, pictures)
+        records = data.read_coco(root / "annotations" / "instances.json", root / "images")
+    else:
+        {"voc": voc, "yolo": yolo}[kind](root, pictures)
+        records = {"voc": data.read_voc, "yolo": data.read_yolo}[kind](root)
+    return data.assemble("set", records, image_size, **options)
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "yolo"])
+def test_a_format_is_read_as_written(tmp_path, kind):
+    dataset = read(kind, tmp_path)
+    assert {Path(i).stem for i in dataset.images.ids} == set("abc") and dataset.class_names == ("cat", "dog")
+    assert dataset.images.pixels.shape == (3, 3, *SIZE) and dataset.drops == {}
+    assert_reads(dataset)
+
+
+def test_voc_that_counts_from_one_gives_the_same_boxes(tmp_path):
+    root = voc(tmp_path, one_based=True)
+    assert_reads(data.assemble("s", data.read_voc(root, one_based=True), SIZE))
+    assert objects(data.assemble("s", data.read_voc(root), SIZE), 0)[0][1] == (11, 6, 30, 25)
+
+
+def test_difficult_crowd_and_too_small_objects_are_ignored_and_counted(tmp_path):
+    root = voc(tmp_path, difficult=[1])
+    dataset = data.assemble("s", data.read_voc(root), (40, 60), ("dog", "mouse", "cat"), min_object=21)
+    # a: cat 20 x 20 is too small, dog is difficult (and counted once); b at scale 2/3: 21.3 x 28 will do;
+    # c at scale 0.8: 20 x 40 is too small
+    assert [o[2] for row in range(3) for o in objects(dataset, row)] == [True, True, False, True]
+    assert dataset.drops == {"difficult": 1, "too_small": 2} and dataset.labels.count().tolist() == [0, 1, 0]
+    assert dataset.labels.classes[0].tolist() == [3, 1]  # the classes given set the order
+    content = coco_content()
+    content["annotations"][1]["iscrowd"] = 1
+    file = coco(tmp_path / "coco") / "annotations" / "instances.json"
+    file.write_text(json.dumps(content))
+    dataset = data.assemble("s", data.read_coco(file, file.parents[1] / "images"), SIZE)
+    assert [o[2:] for o in objects(dataset, 0)] == [(False, False), (True, True)] and dataset.drops == {"crowd": 1}
+
+
+def test_kitti_cuts_corners_and_drops_what_it_was_not_asked_for(tmp_path):
+    records = formats_kitti.kitti_records(kitti(tmp_path), ("Car", "Pedestrian"))
+    dataset = data.assemble("s", records, LONG, ("Car", "Pedestrian"))
+    assert objects(dataset, 0) == [("Car", pytest.approx((10, 5, 30, 25), abs=1e-3), False, False)]
+    assert dataset.labels.count().tolist() == [1, 2, 0, 0, 0, 0, 1, 0, 2, 0, 1, 1]
+    assert dataset.drops == {"dont_care": 2, "other_class": 8} and "6 images without objects" in dataset.describe()
+    whole = [
+        Picture(p.id, p.size, tuple((n, tuple(map(int, b))) for n, b in p.objects if n != "DontCare")) for p in KITTI
+    ]
+    assert_reads(data.assemble("s", formats_kitti.kitti_records(tmp_path), LONG, formats_kitti.KITTI_CLASSES), whole)
+
+
+def test_kitti_agrees_with_torchvisions_reader(tmp_path):
+    from torchvision.datasets import Kitti
+
+    theirs = Kitti(str(kitti(tmp_path / "Kitti" / "raw").parents[1]))
+    ours = {record.id: record for record in formats_kitti.kitti_records(tmp_path / "Kitti" / "raw")}
+    assert len(theirs) == len(ours) == 12
+    for n, file in enumerate(theirs.images):
+        want = [(t["type"], tuple(map(int, t["bbox"]))) for t in theirs[n][1] if t["type"] != "DontCare"]
+        assert [(thing.name, thing.box) for thing in ours[Path(file).stem].objects] == want
+
+
+def test_coco_agrees_with_pycocotools_index(tmp_path):
+    from pycocotools.coco import COCO
+
+    file = coco(tmp_path) / "annotations" / "instances.json"
+    theirs = COCO(str(file))
+    names = {c["id"]: c["name"] for c in theirs.loadCats(theirs.getCatIds())}
+    for record, image in zip(
+        data.read_coco(file, tmp_path / "images"), theirs.loadImgs(theirs.getImgIds()), strict=True
+    ):
+        found = theirs.loadAnns(theirs.getAnnIds(image["id"]))
+        want = [(names[a["category_id"]], (x, y, x + w, y + h)) for a in found for x, y, w, h in [a["bbox"]]]
+        assert record.id == image["file_name"] and [(t.name, t.box) for t in record.objects] == want
+
+
+def test_roboflows_unused_root_category_is_no_class(tmp_path):
+    content = coco_content()
+    content["categories"] = [{"id": 0, "name": "animals", "supercategory": "none"}] + [
+        c | {"supercategory": "animals"} for c in content["categories"]
+    ]
+    file = coco(tmp_path) / "annotations" / "instances.json"
+    file.write_text(json.dumps(content))
+    assert data.load(str(tmp_path), SIZE)[0].class_names == ("cat", "dog")
+
+
+# --------------------------------------------------------------------------------------------------------- round trips
+
+CLASSES = ["cat", "dog"]
+RECORDS = [
+    Record("a.png", None, (40, 60), (Object("cat", (10.0, 5.0, 30.25, 25.0)), Object("dog", (40.0, 10.0, 60.0, 40.0)))),
+    Record("b.png", None, (60, 40), ()),
+    Record("far/off/c.v2.png", None, (50, 50), (Object("cat", (0.0, 0.0, 0.1, 50.0)),)),
+]
+text = st.text(
+    st.one_of(
+        st.sampled_from(list(" ,;:'\"<>&|#%=+-_@![]{}()0123abcXYZ\u00e9\u00df\u4e2d\u00a0\ufeff\U0001f600")),
+        st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp", "Cn")),
+    ),
+    min_size=1,
+    max_size=12,
+)
+odd = st.sampled_from(
+    ["<b>", "a,b", 'say "hi"', "null", "1", "010", "yes", "- x", "a: b", "=1+1", "#", "~", "two  gaps"]
+)
+names = st.one_of(odd, text.filter(lambda t: t == t.strip() and "\\" not in t))
+part = text.filter(lambda t: not t.startswith(".") and not set(t) & set("/\\:") and len(t.encode()) < 100)
+
+
+@st.composite
+def labelled(draw, flags: bool):
+    """Records whose boxes end on thousandths of a pixel or at odd floats, and their classes."""
+    classes = draw(st.lists(names, min_size=1, max_size=4, unique=True))
+    ids = st.lists(part, min_size=1, max_size=3).map("/".join)
+    places = draw(st.lists(ids, min_size=1, max_size=4, unique_by=lambda i: data.files.key_of(Path(i), Path()).lower()))
+    records = []
+    for place in places:
+        height, width = draw(st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
+
+        def sides(side: int):
+            at = st.one_of(st.sampled_from([0.0, float(side), side / 3, side / 7]), st.floats(1e-3, side))
+            return draw(st.tuples(at, at).map(sorted).filter(lambda p: p[1] - p[0] > 1e-6 * side))
+
+        things = []
+        for _ in range(draw(st.integers(0, 3))):
+            (x1, x2), (y1, y2) = sides(width), sides(height)
+            flag = [flags and draw(st.booleans()) for _ in range(2)]
+            things.append(Object(draw(st.sampled_from(classes)), (x1, y1, x2, y2), *flag))
+        records.append(Record(f"{place}.{draw(st.sampled_from(['png', 'JPG']))}", None, (height, width), tuple(things)))
+    return records, classes
+
+
+QUIET = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+
+
+@QUIET
+@given(case=labelled(flags=True))
+def test_coco_comes_back_exactly(case, tmp_path_factory):
+    records, classes = case
+    found = data.read_coco(data.write_coco(tmp_path_factory.mktemp("trip") / "a.json", records, classes))
+    for one, other in zip(found, records, strict=True):  # x1 + width may miss x2 by its last bit, where floats tie
+        assert one == replace(other, objects=one.objects)
+        for a, b in zip(one.objects, other.objects, strict=True):
+            assert a == replace(b, box=a.box) and a.box[:2] == b.box[:2]
+            assert all(
+                x in (y, math.nextafter(y, 0), math.nextafter(y, 1e9)) for x, y in zip(a.box, b.box, strict=True)
+            )
+
+
+@QUIET
+@given(case=labelled(flags=False), difficult=st.booleans())
+def test_voc_comes_back_exactly(case, difficult, tmp_path_factory):
+    records, classes = case
+    if difficult:
+        hard = [tuple(Object(t.name, t.box, True) for t in record.objects) for record in records]
+        records = [Record(r.id, None, r.size, things) for r, things in zip(records, hard, strict=True)]
+    found = data.read_voc(data.write_voc(tmp_path_factory.mktemp("trip") / "v", records, classes))
+    assert sorted(found, key=lambda r: r.id) == sorted(records, key=lambda r: r.id)
+
+
+@QUIET
+@given(case=labelled(flags=False))
+def test_yolo_comes_back_exactly_beside_images_of_the_same_size(case, tmp_path_factory):
+    from fedal_utils.data.formats import settled
+    from fedal_utils.data.formats_yolo import yolo_objects
+    from fedal_utils.data.pixels import ImageInfo
+
+    records, classes = case
+    folder = data.write_yolo(tmp_path_factory.mktemp("trip") / "y", records, classes)
+    assert data.formats_yolo.yolo_names(data.find_files(folder))[0] == dict(enumerate(classes))
+    for record in records:
+        things = yolo_objects(folder / "labels" / Path(record.id).with_suffix(".txt"), dict(enumerate(classes)))
+        raw = Record(record.id, None, None, things, fractions=True)
+        assert settled(raw, ImageInfo(Path(record.id), record.size)).objects == record.objects
+
+
+@QUIET
+@given(case=labelled(flags=True))
+def test_csv_comes_back_exactly(case, tmp_path_factory):
+    records, _ = case
+    file = data.write_csv(
+        tmp_path_factory.mktemp("trip") / "a.csv", [*records, Record("whole image.png", label="a cat")]
+    )
+    with file.open(newline="", encoding="utf-8") as source:
+        rows = list(csv.DictReader(source))
+    assert [row["class"] for row in rows if row["image"] == "whole image.png"] == ["a cat"]
+    for record in records:
+        mine = [row for row in rows if row["image"] == record.id]
+        assert {(int(row["height"]), int(row["width"])) for row in mine} == {record.size}
+        assert [
+            Object(
+                row["class"],
+                tuple(float(row[c]) for c in ("x1", "y1", "x2", "y2")),
+                row["difficult"] == "1",
+                row["crowd"] == "1",
+            )
+            for row in mine
+            if row["class"]
+        ] == list(record.objects)
+
+
+def test_files_that_others_read_and_nothing_else_are_left(tmp_path):
+    data.write_voc(tmp_path, RECORDS, CLASSES), data.write_yolo(tmp_path, RECORDS, CLASSES)
+    data.write_coco(tmp_path / "instances.json", RECORDS, CLASSES)
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    stems = ("a", "b", "far/off/c.v2")
+    assert found == {"data.yaml", "instances.json"} | {
+        f"{folder}/{stem}{suffix}" for stem in stems for folder, suffix in (("Annotations", ".xml"), ("labels", ".txt"))
+    }
+    assert yaml.safe_load((tmp_path / "data.yaml").read_text())["names"] == CLASSES
+    assert (tmp_path / "labels" / "b.txt").read_text() == ""
+
+
+def test_ids_that_are_no_file_names_come_back(tmp_path):
+    """A set read from VOC has ids without a suffix: the file name in COCO has one, the id comes back without."""
+    file = miniatures.image(THREE[0], tmp_path)
+    records = [Record("a", file, (40, 60), (Object("cat", (1.0, 2.0, 3.0, 4.0)),), group="monday")]
+    path = data.write_coco(tmp_path / "a.json", records, CLASSES)
+    assert json.loads(path.read_text())["images"][0]["file_name"] == "a.png" and data.read_coco(path) == records
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ([], "list of records is empty"),
+        ([RECORDS[0], RECORDS[0]], "'a.png' occurs more than once"),
+        ([Record("../a.png", None, (9, 9), ())], r"'\.\./a\.png' is no path below"),
+        ([Record("a.png", None, None, ())], "needed are an id with '/', objects and a size"),
+        ([Record("a.png", None, (9, 9), None)], "needed are an id"),
+        ([Record("a.png", None, (9, 9), (Object("fox", (1, 1, 2, 2)),))], "class 'fox'; allowed are"),
+        ([Record("a.png", None, (9, 9), (Object("cat", (1, 1, 10, 2)),))], r"needed is 0 <= x1 < x2 <= 9"),
+        ([Record("a.png", None, (9, 9), (Object("cat", (1, float("nan"), 2, 2)),))], "needed is 0 <= x1"),
+        ([Record("a.png", None, (9, 9), (Object("cat", (1, 1, 2, 2), crowd=True),))], "difficult or crowd"),
+        ([Record("a.png", None, (9, 9), ()), Record("a.jpg", None, (9, 9), ())], "would share its annotation"),
+    ],
+)
+def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path, wrong, reason):
+    for write in (data.write_voc, data.write_yolo):
+        with pytest.raises(ValueError, match=reason):
+            write(tmp_path / "out", wrong, CLASSES)
+    assert not list(tmp_path.rglob("*.txt")) and not list(tmp_path.rglob("*.xml"))
+    for classes in ([], ["cat", "cat"], ["cat "], ["a\nb"]):
+        with pytest.raises(ValueError, match="class"):
+            data.write_coco(tmp_path / "a.json", RECORDS, classes)
+    data.write_voc(tmp_path / "twice", RECORDS, CLASSES)
+    with pytest.raises(ValueError, match="Annotations is there already"):
+        data.write_voc(tmp_path / "twice", RECORDS, CLASSES)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+WRONG_BOXES = {
+    "outside": ((70, 5, 90, 25), "outside", "70"),
+    "nan": ((float("nan"), 5, 30, 25), "not finite|line 1", "nan"),
+    "inverted": ((30, 5, 10, 25), "inverted", "30"),
+    "infinite": ((10, 5, float("inf"), 25), "finite|line 1", "(?i)inf"),
+}
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "yolo"])
+@pytest.mark.parametrize(("box", "reason", "value"), WRONG_BOXES.values(), ids=WRONG_BOXES)
+def test_an_impossible_box_is_an_error_that_names_file_and_value(tmp_path, kind, box, reason, value):
+    name = {"voc": r"a-bad\.xml", "coco": r"instances\.json", "yolo": r"a-bad\.txt"}[kind]
+    with pytest.raises(ValueError, match=f"{name}.*({reason})"):
+        read(kind, tmp_path, [Picture("a-bad", (40, 60), (("cat", box),)), THREE[1]])
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "yolo"])
+def test_a_box_without_area_is_dropped_and_one_partly_outside_is_clipped(tmp_path, kind):
+    flat = read(kind, tmp_path / "flat", [Picture("a", (40, 60), (("cat", (10, 5, 10, 25)),)), THREE[1]])
+    assert flat.drops == {"zero_area": 1} and flat.labels.count().tolist() == [0, 1]
+    over = read(kind, tmp_path / "over", [Picture("a", (40, 60), (("cat", (50, -6, 66, 12)),)), THREE[1]])
+    assert objects(over, 0) == [("cat", (50, 0, 60, 12), False, False)] and over.drops == {"clipped": 1}
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "yolo"])
+def test_an_unknown_class_and_an_image_of_another_size_are_named(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"'dog'; allowed are \['cat', 'bird'\]"):
+        read(kind, tmp_path / "set", class_names=["cat", "bird"])
+    if kind != "yolo":
+        (file,) = (tmp_path / "set").rglob("a.png")
+        miniatures.image(Picture("a", (40, 61)), file.parent)
+        with pytest.raises(ValueError, match=r"a\.png is 40 x 61 .* says 40 x 60"):
+            data.load(str(tmp_path / "set"), SIZE)
+
+
+def test_no_object_anywhere_asks_for_class_names(tmp_path):
+    with pytest.raises(ValueError, match="give class_names"):
+        read("voc", tmp_path / "a", [Picture("a", objects=())])
+    assert read("voc", tmp_path / "b", [Picture("a", objects=())], class_names=["cat"]).labels.count().tolist() == [0]
+
+
+GOOD_XML = "<annotation><size><width>60</width><height>40</height></size>{}</annotation>"
+BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (GOOD_XML[:60], "truncated, not XML"),
+        ("", "truncated, not XML"),
+        ("<annotation></annotation>", "has 0 <size>"),
+        (GOOD_XML.replace("60", "wide"), r"<width> \['wide'\]"),
+        (GOOD_XML.replace("60", "nan"), r"<size> \[40.0, nan\]"),
+        (GOOD_XML.replace("60", "1e300"), r"<size> \[40.0, 1e\+300\]"),
+        ("<kml><size/></kml>", "<kml>"),
+        (GOOD_XML.format("<object><name>cat</name></object>"), r"object 0 \(cat\) has 0 <bndbox>"),
+        (GOOD_XML.format(f"<object><name>cat</name>{BOX}{BOX}</object>"), r"object 0 \(cat\) has 2 <bndbox>"),
+        (GOOD_XML.format(f"<object><name>cat</name>{BOX.replace('>1<', '>left<')}</object>"), r"<xmin> \['left'\]"),
+        (GOOD_XML.format(f"<object>{BOX}</object>"), "object 0: class ''"),
+        (GOOD_XML.format(f"<object><name>cat</name><difficult>no</difficult>{BOX}</object>"), "<difficult> 'no'"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]>" + GOOD_XML, "defines entities"),
+        ("<a>" * 100_000, "truncated, not XML"),
+    ],
+)
+def test_broken_xml_is_named(tmp_path, content, reason):
+    (voc(tmp_path) / "Annotations" / "b.xml").write_text(content)
+    with pytest.raises(ValueError, match=rf"b\.xml.*{reason}"):
+        data.load(str(tmp_path), SIZE)
+
+
+def test_a_size_of_zero_in_xml_is_taken_from_the_image(tmp_path):
+    file = xml(THREE[0], voc(tmp_path) / "Annotations" / "a.xml")
+    file.write_text(file.read_text().replace("<width>60", "<width>0").replace("<height>40", "<height>0"))
+    assert_reads(data.assemble("s", data.read_voc(tmp_path), SIZE))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["0 0.5 0.5 0.1", "cat 0.5 0.5 0.1 0.1", "0 0.5 0.5 0.1 0.1 0.9", "0 a b c d", "1_0 .5 .5 .1 .1", "0 1e99 0 0 0"],
+)
+def test_a_broken_line_of_yolo_is_named(tmp_path, line):
+    (yolo(tmp_path) / "labels" / "c.txt").write_text(f"0 0.5 0.5 0.2 0.2\n{line}\n")
+    with pytest.raises(ValueError, match=rf"c\.txt: line 2 is '{line}'"):
+        data.read_yolo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("names: cat dog", "names is 'cat dog'; a list"),
+        ("names:", "names is ''; a list"),
+        ("names: [[cat], dog]", r"class \['cat'\] is no name"),
+        ("names: {0: cat, 0: dog}", "the key '0' stands twice"),
+        ("names: {01: cat, 2: dog}", "names has the key '01'"),
+        ("names: {x: cat, y: dog}", "names has the key 'x'"),
+        ("names: [cat, ' ']", "class ' ' is no name"),
+        ("names: [cat, dog]\nnc: 3", "nc is '3', but there are 2 names"),
+        ("a: &a [x]\nb: [*a, *a]\nnames: [cat, dog]", "an alias stands in line 2"),
+        ("names: [cat, dog", "is not YAML"),
+        ("names: " + "[" * 3000, "is not YAML"),
+        ("train: images", "has no names"),
+    ],
+)
+def test_class_names_that_cannot_be_meant_are_named(tmp_path, content, reason):
+    (yolo(tmp_path) / "data.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"data.yaml.*{reason}"):
+        data.load(str(tmp_path), SIZE)
+
+
+def test_class_names_are_taken_as_written(tmp_path):
+    (yolo(tmp_path) / "data.yaml").write_text("names: {1: off, 0: 010}\nnc: 2")
+    assert data.load(str(tmp_path), SIZE)[0].class_names == ("010", "off")
+
+
+def broken(key: str, number: int, **changes) -> dict:
+    content = coco_content()
+    content[key][number].update(changes)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (broken("images", 1, id=1), "the image id 1 stands more than once"),
+        (broken("images", 1, id="b"), "mixes numbers and texts"),
+        (broken("images", 1, file_name="a.png"), "image id 'a.png' occurs more than once"),
+        (broken("images", 1, file_name="../b.png"), r"'\.\./b\.png' is no path below"),
+        (broken("images", 1, file_name="/etc/passwd"), "'/etc/passwd' is no path below"),
+        (broken("images", 1, file_name=None), "None is no path below"),
+        (broken("images", 1, width=float("inf")), "width 'inf'"),
+        (broken("images", 0, group="X"), r"image 2 \('b.png'\) has no field 'group'"),
+        (broken("annotations", 0, image_id=77), "image id 77"),
+        (broken("annotations", 0, image_id=[1]), r"image id \[1\]"),
+        (broken("annotations", 0, category_id=5), r"category_id 5; allowed are \[10, 20\]"),
+        (broken("annotations", 0, bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]"),
+        (broken("annotations", 0, bbox=None), "bbox None"),
+        (broken("annotations", 0, bbox=[True, 2, 3, 4]), "bbox"),
+        (broken("categories", 1, name="cat"), "category name more than once"),
+        (broken("categories", 1, supercategory=["x"], name=["x"]), "class"),
+        ({"images": [], "annotations": []}, "no list 'categories'"),
+        (coco_content() | {"annotations": {"0": {}}}, "no list 'annotations'"),
+    ],
+)
+def test_broken_coco_is_named(tmp_path, content, reason):
+    file = coco(tmp_path) / "annotations" / "instances.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"instances\.json.*{reason}"):
+        data.read_coco(file, tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"images": [', "truncated or not JSON"),
+        ('{"images": [], "images": [{}]}', "the key 'images' stands twice"),
+        ("[" * 100_000, "truncated or not JSON"),
+        ('{"images": [], "annotations": 1' + "0" * 5000 + "}", "truncated or not JSON"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path, content, reason):
+    file = coco(tmp_path) / "annotations" / "instances.json"
+    file.write_text(content)
+    for reader in (lambda: data.read_coco(file), lambda: data.load(str(tmp_path), SIZE)):
+        with pytest.raises(ValueError, match=rf"instances\.json is {reason}|instances\.json .*{reason}"):
+            reader()
+
+
+GOOD = kitti_line("Car", (1, 2, 30, 20))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (" ".join(GOOD.split()[:14]), r"line 3 has 14 fields: 'Car .*allowed are 15"),
+        (GOOD + " 0.9 7", "line 3 has 17 fields"),
+        (GOOD.replace("Car", "Bus"), r"line 3 has the type 'Bus'; allowed are Car, Cyclist, .* Van, DontCare"),
+        (GOOD.replace("30.00", "wide"), "line 3 has .*'wide'.*allowed are finite numbers"),
+        (GOOD.replace("30.00", "nan"), "line 3 has .*'nan'"),
+        (kitti_line("Car", (30, 2, 10, 20)), r"'000003', class 'Car', box \[30\.0, 2\.0, .* is inverted"),
+        (kitti_line("Car", (130, 2, 140, 20)), r"class 'Car', box \[130\.0, .* lies outside its image"),
+    ],
+)
+def test_a_broken_line_of_kitti_is_named(tmp_path, line, reason):
+    file = kitti(tmp_path) / "training" / "label_2" / "000003.txt"
+    file.write_text(f"{GOOD} 0.9\n\n{line}\n")  # a score at the end does no harm
+    with pytest.raises(ValueError, match=rf"000003\.txt.*{reason}"):
+        data.load(str(tmp_path), LONG)
+
+
+# -------------------------------------------------------------------------------------------------------- Label Studio
+
+
+def region(kind, value, **more):
+    sizes = {} if kind == "choices" else {"original_width": 200, "original_height": 100, "image_rotation": 0}
+    return {"type": kind, "from_name": "f", "to_name": "image", "value": value} | sizes | more
+
+
+def rectangle(name, x, y, width, height, rotation=0, **more):
+    value = {"x": x, "y": y, "width": width, "height": height, "rotation": rotation, "rectanglelabels": [name]}
+    return region("rectanglelabels", value, **more)
+
+
+def choice(name):
+    return region("choices", {"choices": [name]})
+
+
+def task(number, *results, image=None, cancelled=()):
+    annotations = [{"id": i, "was_cancelled": i in cancelled, "result": result} for i, result in enumerate(results)]
+    return {"id": number, "data": {"image": image or f"{number}.png"}, "annotations": annotations}
+
+
+def studio(folder, *tasks):
+    (folder / "export.json").write_text(json.dumps(tasks))
+    return data.read_label_studio(folder / "export.json")
+
+
+def test_rectangles_and_choices_of_label_studio_by_hand(tmp_path):
+    # 200 x 100 pixels: 10 % and 25 % of the width are 20 and 50; 20 % and 60 % of the height 20 and 60
+    first = [rectangle("cat", 10, 20, 25, 60), rectangle("dog", -0.001, 0, 100.01, 100.0000001)]
+    assert studio(tmp_path, task(1, first), task(2, [])) == [
+        Record("1.png", None, (100, 200), (Object("cat", (20, 20, 70, 80)), Object("dog", (0, 0, 200, 100)))),
+        Record("2.png", None, None, ()),
+    ]
+    miniatures.image(Picture("2", (40, 60)), tmp_path)  # now its size is known
+    assert studio(tmp_path, task(2, []))[0] == Record("2.png", tmp_path / "2.png", (40, 60), ())
+    results = [[choice("cat")], [choice("dog")], [choice("fox")]]
+    found = studio(
+        tmp_path, task(1, *results, cancelled=[2]), task(3, *results), task(4), task(5, *results, cancelled=[0, 1, 2])
+    )
+    assert [(record.id, record.label) for record in found] == [("1.png", "dog"), ("3.png", "fox")]
+
+
+@pytest.mark.parametrize(
+    ("told", "image"),
+    [
+        ("/data/upload/3/0f3a1b2c-my%20cat.png", "my cat.png"),
+        ("/data/upload/3/holiday-cat.png", "holiday-cat.png"),
+        ("/data/local-files/?d=pool/far/a%20b.png", "pool/far/a b.png"),
+        ("s3://bucket/pool/a.png", "a.png"),
+        ("https://host/pool/a.png?token=1", "a.png"),
+        ("/tasks/12/resolve/?fileuri=czM6Ly9iL3Bvb2wvYS5wbmc=", "a.png"),
+        ("far/a.png", "far/a.png"),
+    ],
+)
+def test_ids_of_images_of_label_studio(told, image, tmp_path):
+    one = task(1, [choice("cat")], image=told)
+    assert studio(tmp_path, one)[0].id == image
+    one["data"] = {"picture": told}
+    assert studio(tmp_path, one)[0].id == image
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([task(7, [region("polygonlabels", {"polygonlabels": ["cat"]})])], "has a region of type 'polygonlabels'"),
+        ([task(7, [{"type": "relation"}])], "has a region of type 'relation'"),
+        ([task(7, [5])], "has a region of type None"),
+        ([task(7, {"a": 1})], "has the result"),
+        ([task(7, [rectangle("cat", 1, 1, 9, 9, rotation=3)])], "has a rotated rectangle of 'cat'"),
+        ([task(7, [rectangle("cat", 1, 1, 9, 9, image_rotation=90)])], "has a rotated rectangle of 'cat'"),
+        ([task(7, [rectangle("cat", 1, "1", 9, 9)])], "has a rectangle with x, y"),
+        ([task(7, [rectangle("cat", 101, 1, 9, 9)])], ".* lies outside"),
+        ([task(7, [rectangle("cat", 1, 1, -9, 9)])], ".* is inverted"),
+        ([task(7, [rectangle("cat", 1, 1, 9, 9, original_width=None)])], "has a side of the image of 'None'"),
+        (
+            [task(7, [rectangle("cat", 1, 1, 9, 9), rectangle("cat", 1, 1, 9, 9, original_width=201)])],
+            r"has 0 choices, 2 rectangles and image sizes \[\(100, 200\), \(100, 201\)\]",
+        ),
+        ([task(7, [region("choices", {"choices": ["a", "b"]})])], r"has choices \['a', 'b'\]; exactly one"),
+        ([task(7, [choice("a"), choice("b")])], "has 2 choices, 0 rectangles"),
+        ([task(7, [choice("a"), rectangle("cat", 1, 1, 9, 9)])], "has 1 choices, 1 rectangles"),
+        ([task(7, []), task(8, [choice("a")])], "has no choice, but other tasks have one"),
+        ([task(7, [choice("a")], image="../a.png")], r": '\.\./a.png' is no path"),
+        ([task(8, [choice("a")], image="7.png"), task(7, [choice("a")])], ".*'7.png' occurs more than once"),
+        ([{"id": 7, "image": "a.png", "choice": "cat"}], "has no list of annotations"),
+        ([{"id": 7, "data": {"a": "x", "b": "y"}, "annotations": [{"result": []}]}], "has no address"),
+    ],
+)
+def test_what_label_studio_may_tell_but_a_box_cannot_names_the_task(tasks, message, tmp_path):
+    with pytest.raises(ValueError, match=f"export.json: task 7 ?{message}"):
+        studio(tmp_path, *tasks)
+    with pytest.raises(ValueError, match="no list of tasks with ids"):
+        studio(tmp_path, {"dataset": {}})
