@@ -30,7 +30,7 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-Splits = dict[Path, str]  # image -> train, val or test
+Told = dict[str, list[Path]]  # train, val, test -> images
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     keys = {key_of(path, root) for path in images}
     contents = {f: read_json(f) for f in files if f.suffix.lower() == ".json"}
     coco = {f: c for f, c in contents.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys()}
-    said: Splits = {}
+    said: dict[Path, str] = {}
     if any(f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations") for f in files):
         format, records, names, told = "Pascal VOC", _voc(root, files, images), None, []
     elif coco:
@@ -119,7 +119,7 @@ def _voc(root: Path, files: Sequence[Path], images: Sequence[Path]) -> list[Reco
 
 def _coco(
     root: Path, images: Sequence[Path], contents: Mapping[Path, Any]
-) -> tuple[list[Record], tuple[str, ...] | None, Splits]:
+) -> tuple[list[Record], tuple[str, ...] | None, dict[Path, str]]:
     if any(f.name.startswith("instances") for f in contents):  # beside captions and key points of the same images
         contents = {f: c for f, c in contents.items() if f.name.startswith("instances")}
     by_name, names, said, read = _by_name(images), None, {}, []
@@ -133,6 +133,7 @@ def _coco(
         prefer = (
             lambda p, beside=beside: beside in p.parents,
             lambda p, split=split: split_of(p.relative_to(root).parts) == split,
+            lambda p: p.relative_to(root).parts[0].lower() == "images",  # not masks or previews of the same names
         )
         find = lambda name, file=file, prefer=prefer: _named(name, by_name, prefer, file) or file.parent / name  # noqa: E731
         records, told = coco_records(file, content, find)
@@ -177,61 +178,61 @@ def _of_dicts(content: Any) -> bool:
 def _with_the_rest(
     root: Path, format: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool
 ) -> tuple[list[Record], Counter]:
-    """The labelled images and, in the order of their files, those without an annotation; what was left out, by reason.
+    """The labelled images and those without an annotation that belong to the set; what was left out, by reason.
 
     Masks, thumbnails and previews beside a set are no images without objects: an image belongs to the set if one of its
     folder is labelled, or the folder is named images or after a split.
     """
-    by_file = {record.file: record for record in labelled}
-    folders = {path.parent for path in by_file}
-    records, drops = [], Counter()
-    for path in images:
-        inner = path.parent.relative_to(root)
-        if path in by_file:
-            records.append(by_file[path])
-        elif path.parent not in folders and not (inner.parts[:1] == ("images",) or split_of(inner.parts)):
-            drops[f"left out in {inner.as_posix()}, where no image has a label"] += 1
-        elif unlabelled or format == "YOLO":
-            drops["no_label_file"] += 0 if unlabelled else 1
-            id = path.relative_to(root).as_posix() if format == "COCO" else key_of(path, root)
-            records.append(Record(id, path, None, None if unlabelled else (), source=path))
-        elif format == "COCO":
-            drops["not_in_json"] += 1
-        else:
+    known = {record.file for record in labelled}
+    folders, records, drops = {path.parent for path in known}, list(labelled), Counter()
+    for path in (path for path in images if path not in known):
+        inner = path.relative_to(root)
+        if path.parent not in folders and inner.parts[0] != "images" and not split_of(inner.parts[:-1]):
+            drops[f"left out in {inner.parent.as_posix()}, where no image has a label"] += 1
+        elif unlabelled:
+            records.append(Record(inner.as_posix() if format == "COCO" else key_of(path, root), path, source=path))
+        elif format == "Pascal VOC":
             raise ValueError(
-                f"image {path} has no annotation {key_of(path, root)}.xml, but others have one; an image without "
-                "objects needs an XML file without <object>"
+                f"image {path} has no annotation {path.stem}.xml, but others have one; an image without objects needs "
+                "an XML file without <object>"
             )
-    order = {record.id: i for i, record in enumerate(labelled)}
-    return sorted(records, key=lambda r: order.get(r.id, len(order))) if format == "COCO" else records, drops
+        else:
+            drops["not_in_json" if format == "COCO" else "no_label_file"] += 1
+            records += [Record(key_of(path, root), path, None, (), source=path)] if format == "YOLO" else []
+    if format != "COCO":  # whose order is that of the ids in the file
+        order = {path: i for i, path in enumerate(images)}
+        records.sort(key=lambda record: order[record.file])
+    return records, drops
 
 
 # ------------------------------------------------------------------------------------------------------------ splits
 
 
 def _sides(
-    root: Path, files: Sequence[Path], records: list[Record], said: Splits, seed: int, drops: Counter
+    root: Path, files: Sequence[Path], records: list[Record], said: Mapping[Path, str], seed: int, drops: Counter
 ) -> tuple[list[Record], list[Record], str]:
-    """Train, test, and how that was decided; images of no list are left out and counted."""
-    splits, told_by = _image_sets(files, records)
-    if not told_by:
-        splits, told_by = _lists(root, files, [record.file for record in records])
-    if not told_by:
-        by_folder = {r.file: split_of(r.file.relative_to(root).parts[:-1]) for r in records}
-        splits = {path: said.get(path) or split for path, split in by_folder.items()}
-        if None in splits.values() and len(set(splits.values())) > 2:
-            stray = next(path for path, split in splits.items() if split is None)
-            raise ValueError(f"image {stray} lies in none of the folders train, val, test, but others do")
-        told_by = "told by the names of folders and files"
-    held = "test" if "test" in splits.values() else "val"
-    if held not in splits.values() or len(set(splits.values()) - {None}) < 2:
+    """Train, test, and how that was decided; images that no list names are left out and counted."""
+    told, by = _image_sets(files, records)
+    told, by = (told, by) if told else _lists(root, files, [record.file for record in records])
+    if not told:
+        splits = [said.get(r.file) or split_of(r.file.relative_to(root).parts[:-1]) for r in records]
+        told = {split: [r.file for r, s in zip(records, splits, strict=True) if s == split] for split in set(splits)}
+        by = "told by the names of folders and files"
+        if None in told and len(told) > 2:
+            raise ValueError(f"image {told[None][0]} lies in none of the folders train, val, test, but others do")
+    held = "test" if told.get("test") else "val"
+    learn = {path for split in ("trainval", "train", "val") if split != held for path in told.get(split, ())}
+    test = set(told.get(held, ()))
+    if not test or not learn - test:
         return *drawn_split(records, seed, root), f"drawn 80 : 20 with seed {seed}, as nothing tells one"
-    kept = [record for record in records if splits.get(record.file)]
-    drops["in_no_split"] += len(records) - len(kept)
-    return [r for r in kept if splits[r.file] != held], [r for r in kept if splits[r.file] == held], told_by
+    if both := test & {*told.get("train", ()), *told.get("trainval", ())}:
+        raise ValueError(f"{root}: image {min(both)} is in train and in {held} ({by})")
+    train, test = ([r for r in records if r.file in side] for side in (learn - test, test))
+    drops["in_no_split"] += len(records) - len(train) - len(test)
+    return train, test, by
 
 
-def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Splits, str]:
+def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Told, str]:
     sets = {f.stem: f for f in files if f.suffix == ".txt" and f.parts[-3:-1] == ("ImageSets", "Main")}
     held = next((split for split in ("test", "val") if split in sets), None)
     learn = [s for s in (("trainval",) if "trainval" in sets and held == "test" else ("train", "val")) if s in sets]
@@ -239,58 +240,41 @@ def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Split
     if held is None or not learn:
         return {}, ""
     by_id = {r.id.split("/")[-1]: r.file for r in records} | {r.id: r.file for r in records}
-    told: dict[str, list[Path]] = {s: [by_id[i] for i in split_lines(sets[s], by_id)] for s in (*learn, held)}
-    return _once(told, sets[held]), f"told by ImageSets/Main ({', '.join(learn)}; {held})"
+    told = {split: [by_id[i] for i in split_lines(sets[split], by_id)] for split in (*learn, held)}
+    return told, f"told by ImageSets/Main ({', '.join(learn)}; {held})"
 
 
-def _lists(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[Splits, str]:
+def _lists(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[Told, str]:
     """The split as data.yaml tells it (folders, or lists of files), or train.txt, val.txt and test.txt."""
     by_name = _by_name(images)
     for file, content in data_yamls(files).items():
-        bases = (file.parent / str(content.get("path") or ""), file.parent)
-        told: dict[str, list[Path]] = {}
-        for split, entry in content.items():
-            if split in ("train", "val", "valid", "test"):
-                entries = entry if isinstance(entry, list) else [entry]
-                paths = [p for one in entries for p in _entry(str(one), bases, root, images, by_name, file)]
-                told["val" if split == "valid" else split] = paths
-        held = told.get("test") or told.get("val")
-        if held and told.get("train") and set(held) != set(told["train"]):
-            return _once(told, file), f"told by {file.relative_to(root).as_posix()}"
-    lists = {s: root / f"{s}.txt" for s in ("train", "val", "test") if root / f"{s}.txt" in files}
-    told = {s: _entry(f.name, (root,), root, images, by_name, f) for s, f in lists.items()}
-    return (_once(told, root), f"told by {', '.join(f.name for f in lists.values())}") if len(told) > 1 else ({}, "")
+        bases, told = (file.parent / str(content.get("path") or ""), file.parent), {}
+        for split in {"train", "val", "valid", "test"} & content.keys():
+            entries = content[split] if isinstance(content[split], list) else [content[split]]
+            paths = [path for entry in entries for path in _entry(str(entry), bases, root, images, by_name)]
+            told["val" if split == "valid" else split] = paths
+        if (held := told.get("test") or told.get("val")) and told.get("train") and set(held) != set(told["train"]):
+            return told, f"told by {file.relative_to(root).as_posix()}"
+    lists = [split for split in ("train", "val", "test") if root / f"{split}.txt" in files]
+    told = {split: _entry(f"{split}.txt", (root,), root, images, by_name) for split in lists}
+    return (told, f"told by {', '.join(f'{split}.txt' for split in lists)}") if len(told) > 1 else ({}, "")
 
 
-def _entry(
-    entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path], by_name: Mapping, file: Path
-) -> list[Path]:
+def _entry(entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path], by_name: Mapping) -> list[Path]:
     """The images of an entry, a folder or a list of files, never outside `root`; [] if there is no such place."""
     top = os.path.abspath(root)
     for base in bases:
         for text in (entry, re.sub(r"^(\.\./)+", "", entry)):  # some tools write ../train for the folder beside
             place = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
-            if place != top and not place.startswith(top + os.sep):
-                continue
-            if os.path.isdir(place):
-                return [p for p in images if os.path.abspath(p).startswith(place + os.sep)]
-            if os.path.isfile(place):
+            if place.startswith(top + os.sep) and os.path.isdir(place):
+                return [path for path in images if os.path.abspath(path).startswith(place + os.sep)]
+            if place.startswith(top + os.sep) and os.path.isfile(place):
                 lines = [line.strip() for line in read_text(Path(place)).splitlines() if line.strip()]
                 found = [_named(line, by_name, (), Path(place)) for line in lines]
                 if None in found:
                     raise ValueError(f"{place} lists {lines[found.index(None)]!r}; the set has no such image")
                 return found
     return []
-
-
-def _once(told: Mapping[str, Sequence[Path]], file: Path) -> Splits:
-    splits: Splits = {}
-    for split in ("trainval", "train", "val", "test"):
-        for path in told.get(split, ()):
-            if splits.get(path, split) != split and (splits[path], split) != ("val", "test"):
-                raise ValueError(f"{file} puts {path} into {splits[path]} and into {split}")
-            splits[path] = split
-    return splits
 
 
 def _by_name(images: Iterable[Path]) -> dict[str, list[Path]]:

@@ -19,7 +19,7 @@ from .files import by_key, class_name, find_files, key_of, read_text, write_text
 from .formats import Object, Record, beside, to_write, with_image
 from .pixels import SUFFIXES
 
-_TEXTS = {"classes", "train", "val", "valid", "test", "trainval", "readme", "license", "requirements"}  # no labels
+_LABEL_LINE = re.compile(r"^\s*[0-9]+(\s+[-+.0-9eE]+){4,}\s*$", re.MULTILINE)
 MOST_CLASSES = 10_000
 
 
@@ -129,7 +129,7 @@ def yolo_records(
     images = by_key((f for f in files if f.suffix.lower() in SUFFIXES), root)
     labels = {key_of(f, root): f for f in files if f.suffix.lower() == ".txt"}
     for key, file in labels.items():
-        if key not in images and key.split("/")[-1].lower().split(".")[0] not in _TEXTS:
+        if key not in images and _LABEL_LINE.search(read_text(file)):
             raise ValueError(f"{file} belongs to no image: there is no {key} with one of {', '.join(SUFFIXES)}")
     records = []
     for key, image in images.items():

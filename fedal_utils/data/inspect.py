@@ -12,13 +12,15 @@ from .pixels import image_info
 from .types import Dataset
 
 
-def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0, ids: int = 5) -> dict[str, Any]:
+def inspect_folder(
+    name: str, root: str | Path | None = None, seed: int = 0, ids: int = 5, unlabelled: bool = False
+) -> dict[str, Any]:
     """What `load` reads, without pixels: a dict that JSON can hold.
 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
     test images, boxes, per_class, ignored (difficult, crowd), not_labelled and the first ids. Errors are `load`'s.
     """
-    found, _ = find(name, data_root(root), seed, How(fetch=False))
+    found, _ = find(name, data_root(root), seed, How(fetch=False, unlabelled=unlabelled))
     report: dict[str, Any] = {"format": found.reading.format, "classes": list(found.class_names or ())}
     report |= {"classes_from": found.reading.classes_from, "split_from": found.reading.split_from}
     left_out, splits = Counter(found.drops), {}
