@@ -72,6 +72,7 @@ PRESETS = {
         "11": _SIDE_BY_SIDE,
         "12": _IN_A_ROW,
         "13": (*_SIDE_BY_SIDE, *_IN_A_ROW),
+        "14": ("random", "centralised"),
     }.items()
 }
 OTHERS = Preset(_SIDE_BY_SIDE, FULL, FULL_BY_DATA)  # of a notebook that has no sizes of its own

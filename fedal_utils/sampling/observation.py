@@ -99,7 +99,7 @@ class Scene:
 class PoolObservation(Observation):
     """An observation of these positions of a client's pool by a model; see each name for its shape."""
 
-    def __init__(self, config: Config, scene: Scene, pool: Pool, positions: np.ndarray, model: Any, models: Models):
+    def __init__(self, config: Config, scene: Scene, pool: Pool, positions: np.ndarray, model: Any, models: Any = None):
         super().__init__(config, len(positions))
         self.scene, self.pool, self.model, self.models = scene, pool, model, models
         self.rows = pool.index[positions]
