@@ -22,9 +22,9 @@ _YOLO: Sizes = {
 _SMALL: dict[str, Sizes] = {
     "digits": {
         **_YOLO,
-        **dict(image_size=(96, 96), digit_classes=3, scenes=(400, 100), held_out_images=30),
-        **dict(initial_model_images=40, initial_model_iterations=160, rounds=2, extra_rounds=2, iterations=6),
-        **dict(first_pass_rounds=5, initial_labels=8, query_size=8, cycles=4, evaluate_every=2, side_seeds=1),
+        **dict(image_size=(64, 64), digit_classes=3, scenes=(220, 40), held_out_images=20, seeds=(0,)),
+        **dict(initial_model_images=40, initial_model_iterations=120, rounds=1, extra_rounds=2, iterations=5),
+        **dict(first_pass_rounds=3, initial_labels=8, query_size=8, cycles=3, side_seeds=1),
     },
     "bccd": {
         **_YOLO,
