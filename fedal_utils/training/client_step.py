@@ -19,6 +19,7 @@ from ..config import TrainingConfig
 from ..data import Images
 from ..detectors import Classifier, State, balanced_cross_entropy, compensation_loss, compensation_weights
 from .classifier import Draws
+from .inference import half_precision
 
 SEGMENT = 64  # steps whose draws lie on the device
 
@@ -96,8 +97,7 @@ class Shared:
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0  # all clients ask it: it keeps its statistics
         self.places = torch.arange(config.batch, device=device)
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+        self.autocast = half_precision(device)
         self.losses = self.plain_losses
 
     def _crops(self, rows: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
@@ -121,14 +121,14 @@ class Shared:
             part = beta[:, None, None, None]
             mixed = part * u + (1 - part) * u[partner]
             x = torch.cat([x, mixed])
-        with self.autocast():
+        with self.autocast:
             scores = net.scores(x)
         valid = self.places < length
         priors = counts if config.balanced_softmax else None
         supervised = balanced_cross_entropy(scores[: config.batch], target, priors, valid)
         if not mixing:
             return supervised, torch.zeros_like(supervised)
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast:
             taught = self.teacher.scores(mixed).float()
             guess = taught.argmax(1)
             weight = beta * gamma[guess] + (1 - beta) * gamma[guess[partner]]

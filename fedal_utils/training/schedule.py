@@ -175,6 +175,21 @@ def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
     return list(parts.values())
 
 
+@torch.no_grad()
+def update_average(averaged: dict[str, Tensor], now: dict[str, Tensor], weight: float | Tensor) -> None:
+    """Move the moving average of a state by `weight` of the way to what it is now; counters are copied."""
+    floats = [k for k, v in averaged.items() if v.is_floating_point()]
+    average, way = [averaged[k] for k in floats], [now[k] for k in floats]
+    if isinstance(weight, Tensor):
+        way = torch._foreach_mul(torch._foreach_sub(way, average), weight)
+        torch._foreach_add_(average, way)
+    else:
+        torch._foreach_lerp_(average, way, weight)
+    for key, value in averaged.items():
+        if not value.is_floating_point():
+            value.copy_(now[key])
+
+
 def check_weights(model: nn.Module, client: str) -> None:
     """TrainingDiverged if a weight is not finite."""
     for name, value in model.state_dict().items():

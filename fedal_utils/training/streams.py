@@ -106,7 +106,7 @@ class _Pool:
     def _accuracy(self, slot: ClientStep, task: ClassifierTask) -> Iterator[None]:
         """The part of the labelled images on which the network in eval mode is right; others work meanwhile."""
         slot.net.eval()
-        with slot.on_stream(), torch.no_grad(), self.shared.autocast():
+        with slot.on_stream(), torch.no_grad(), self.shared.autocast:
             rows = torch.from_numpy(task.rows).to(self.shared.device)
             guess = torch.cat([slot.net(self.shared.pixels[part]).argmax(1) for part in rows.split(512)])
             right = (guess == task.classes.to(self.shared.device)).float().mean()

@@ -1,0 +1,50 @@
+"""A detector's step with its own optimizer against torch's; on a CPU the same operations without a graph."""
+
+import sys
+
+import pytest
+import torch
+
+from fedal_utils import data, training
+from fedal_utils.config import Config, TrainingConfig
+from fedal_utils.data import Digits
+from fedal_utils.detectors import build
+from fedal_utils.seeding import torch_rng_for
+from fedal_utils.training import LocalTask, graphs
+
+RECIPES = {
+    "adamw": dict(lr=2e-3, clip=1.0, ema=0.9, proximal=0.1, warmup=2),
+    "sgd": dict(lr=5e-3, optimizer="sgd", momentum=0.9, warmup=3, warmup_momentum=0.5, warmup_bias_lr=0.05, clip=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.load("digits", (64, 64), digits=Digits((6, 1), 3))[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("detector", ["ssd", "yolo"])
+def test_the_steps_of_a_graph_are_those_of_torchs_optimizers(scenes, monkeypatch, detector, recipe):
+    """Two calls with an optimizer that lives on, gradients of two batches a step, a short last batch."""
+    config = TrainingConfig.of(batch=4, accumulate_to=8, epochs=2, colour=0.2, **RECIPES[recipe])
+    shape = dict(width_multiple=0.125, depth_multiple=0.1) if detector == "yolo" else dict(norm="batch")
+    whole = Config.of(detector=detector, fpn_channels=16, image_size=(64, 64), **shape)
+    runs = []
+    graphs._STEPS.clear()
+    for graphed in (False, True):
+        monkeypatch.setattr(sys.modules["fedal_utils.training.fit"], "can_be_graphed", lambda *_, graphed=graphed: graphed)
+        model, state, losses = build(whole, 3, torch_rng_for(0, "weights")), {}, []
+        for call in range(2):
+            task = LocalTask(torch_rng_for(call, "fit"), optimizer_state=state, schedule_position=(4 * call, 8))
+            rows = list(training.fit(model, scenes.images, scenes.labels, config, task))
+            losses += [row["loss"] for row in rows]
+        runs.append((model.state_dict(), state, losses))
+    assert len(graphs._STEPS) == 1  # the second call took the first one's
+    (wanted, kept, losses), (got, state, same) = runs
+    assert same == pytest.approx(losses, rel=1e-4)
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    assert state.keys() == kept.keys()
+    for key, value in kept.items():
+        torch.testing.assert_close(state[key], value, rtol=2e-2, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
