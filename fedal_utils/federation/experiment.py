@@ -110,9 +110,9 @@ class Experiment:
 
     def _repeat_queries(self, client: Client, cycle: int) -> None:
         run, method = self.run, self.method.labels_of
-        if record.missing(run.config, run.notebook, [method], [run.seed], run.root):
+        if record.missing(run.config, run.notebook, [method], [run.seed], run.root, run.fingerprint):
             raise ValueError(f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)")
-        rows = record.queries(run.config, run.notebook, root=run.root, methods=[method], seeds=[run.seed])
+        rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
         client.pool.replay(rows[rows["cycle"] == cycle].to_dict("records"))
 
     def local_only_state(self, client: Client, cycle: int) -> State:

@@ -77,12 +77,17 @@ times = functools.partial(table, what="times")
 
 
 def missing(
-    config: Config, notebook: str, methods: Sequence[str], seeds: Sequence[int], root: str | Path | None = None
+    config: Config,
+    notebook: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    root: str | Path | None = None,
+    fingerprint: str = "",
 ) -> list[tuple[str, int]]:
-    """(method, seed) of the runs of this setting that are neither finished here nor in a record."""
+    """(method, seed) of the runs of this setting that are neither finished here nor in a record; as `table`."""
     found = _found(config, notebook, root)
-    wanted = [(method, int(seed)) for method in methods for seed in seeds]
-    return [key for key in wanted if key not in found or not found[key].done]
+    done = {key for key, run in found.items() if run.done and (not fingerprint or run.fingerprint in ("", fingerprint))}
+    return [(method, int(seed)) for method in methods for seed in seeds if (method, int(seed)) not in done]
 
 
 def _found(config: Config, notebook: str, root: str | Path | None) -> dict[tuple[str, int], Stored]:
