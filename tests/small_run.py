@@ -1,4 +1,4 @@
-"""The loops of notebooks 11 and 12 on a few scenes: seconds, not minutes; test_alfl.py kills it in other processes."""
+"""The loop of all notebooks on a few scenes: seconds, not minutes; test_experiment.py kills it in other processes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from pathlib import Path
 
 import torch
 
-from fedal_utils import config, papers, record
-from fedal_utils.federation import experiment as alfl
+from fedal_utils import config, federation, papers
+from fedal_utils.federation import Experiment, Setup
+from fedal_utils.record import files
 
 SMALL = dict(
-    scenes=(60, 8),
-    initial_model_images=10,
-    initial_model_iterations=6,
-    clients=2,
-    initial_labels=3,
-    query_size=2,
-    cycles=2,
-    rounds=2,
-    iterations=2,
-    batch=4,
-    methods=("sum", "centralised"),
-    seeds=(0,),
+    **dict(scenes=(60, 8), digit_classes=3, initial_model_images=6, initial_model_iterations=6, held_out_images=6),
+    **dict(clients=2, initial_labels=2, query_size=2, cycles=2, rounds=2, extra_rounds=1, iterations=2, batch=4),
+    **dict(first_pass_rounds=2, visit_fraction=0.5, fpn_channels=16, zoom=(1.0, 1.0), shift=0.0, colour=0.0),
+    **dict(score_above=0.05, round_lr_decay=0.2, methods=("sum", "centralised"), seeds=(0,)),
 )
 
 
@@ -31,54 +24,56 @@ def settings(**changes) -> config.Config:
     return papers.load("00_start_here", "smoke", **{**SMALL, **changes})
 
 
-def loop(
-    root: Path, study: alfl.Study | None = None, order: int = 1, enough: int | None = None, **changes
-) -> alfl.Study:
-    """Run all methods as notebooks 11 and 12 do. Returns the study, to be used again.
-
-    order: -1 turns the clients' order round in every round of all clients. enough: break off after so many commits.
-    """
+def prepared(**changes) -> Setup:
     torch.set_num_threads(1)
-    study = study or alfl.prepare(settings(**changes), device="cpu")
-    commits = 0
-    for run in record.runs(study.config, "small", root=root, plan=alfl.plan, progress=False):
-        chained = alfl.scheme_of(run.method)[0] in alfl.CHAINS
-        clients, model = alfl.start(run, study)
-        for cycle, round in run.rounds():
-            if commits == enough:
-                raise BrokenOff
-            turn = alfl.whose_turn(run, clients, cycle, round)
-            for client in turn.clients[::order] if turn.asks else ():
-                alfl.ask(run, study, model, client, cycle)
-            updates = alfl.train(run, study, model, clients if chained else clients[::order], cycle, round)
-            if alfl.apart(run, cycle):
-                alfl.keep(clients, updates)
-            else:
-                alfl.merge(run, model, clients, updates)
-            if turn.merge:
-                alfl.merge_by_class(run, study, model, clients)
-            alfl.commit(run, study, model, clients, updates, cycle, round)
-            commits += 1
-    return study
+    return federation.prepare(settings(**changes), device="cpu")
 
 
 class BrokenOff(Exception):
-    """The loop ended after as many commits as it was told."""
+    """The loop ended after as many logged rounds as it was told."""
+
+
+def one(experiment: Experiment, enough: int | None = None) -> int:
+    """The rounds of one run; returns how many it logged."""
+    logged = 0
+    for step in experiment.steps():
+        if logged == enough:
+            raise BrokenOff
+        for client in step.querying:
+            experiment.query(step, client)
+        updates = experiment.train(step)
+        experiment.aggregate(step, updates)
+        experiment.log(step, updates)
+        logged += 1
+    return logged
+
+
+def loop(root: Path, setup: Setup | None = None, enough: int | None = None, turned: bool = False, **changes) -> Setup:
+    """Run all methods. Returns the setup, to be used again. enough: break off a run after so many rounds.
+
+    turned: the clients stand in the other order (not for chains, whose order is the scheme's).
+    """
+    setup = setup or prepared(**changes)
+    for run in federation.runs(setup, "small", root=root, progress=False):
+        experiment = federation.start(run, setup)
+        if turned:
+            experiment.clients.reverse()
+        one(experiment, enough)
+    return setup
 
 
 def killed_at(root: Path, writes: int) -> None:
     """Run the loop and kill this process just before its n-th atomic write, or just after where n is odd."""
-    passed, original = 0, record.write_atomic
+    passed, original = 0, files.os.replace
 
-    def doomed(path, content):
+    def doomed(source, target):
         nonlocal passed
         passed += 1
         if passed == writes and writes % 2 == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        out = original(path, content)
+        original(source, target)
         if passed == writes:
             os.kill(os.getpid(), signal.SIGKILL)
-        return out
 
-    record.write_atomic = doomed
+    files.os.replace = doomed
     loop(root)

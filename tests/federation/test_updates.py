@@ -249,7 +249,9 @@ def test_batch_norm_average_merges_the_statistics(scenes):
 def test_batch_norm_local_keeps_each_clients_own_statistics(scenes):
     model = new_model("batch")
     homes = {"A": {}, "B": {}}
-    updates = [one_round(scenes, model, n, r, policy="local", buffers=homes[n]) for n, r in (("A", (0, 1)), ("B", (2, 3)))]
+    updates = [
+        one_round(scenes, model, n, r, policy="local", buffers=homes[n]) for n, r in (("A", (0, 1)), ("B", (2, 3)))
+    ]
     statistics = batch_norm_keys(model)
     assert all(set(homes[n]) == statistics for n in homes)
     assert not statistics & set(average(updates))
@@ -303,7 +305,9 @@ def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generato
     for fraction, size in ((1.0, 10), (0.3, 3), (0.25, 2), (0.01, 1), (0.96, 10)):
         chosen = federation.sample_clients(names, fraction, rng_for(0, "t"))
         assert len(chosen) == size == len(set(chosen)) and chosen == sorted(chosen) and set(chosen) <= set(names)
-    assert federation.sample_clients(names, 0.3, rng_for(0, "t")) == federation.sample_clients(names[::-1], 0.3, rng_for(0, "t"))
+    assert federation.sample_clients(names, 0.3, rng_for(0, "t")) == federation.sample_clients(
+        names[::-1], 0.3, rng_for(0, "t")
+    )
     drawn = [tuple(federation.sample_clients(names, 0.3, rng_for(seed, "t"))) for seed in range(300)]
     assert len(set(drawn)) > 60
     times = [sum(name in one for one in drawn) for name in names]  # 90 each on average, standard deviation 8
