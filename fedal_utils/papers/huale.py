@@ -126,14 +126,5 @@ def published_split(paper: pd.DataFrame) -> pd.DataFrame:
         wide = part.pivot(index="x", columns="setting", values="value").sort_index()
         for other in ("Random", "CALD"):
             gap = (wide["HUALE"] - wide[other]).to_numpy()
-            rows.append(
-                {
-                    "item": item,
-                    "minus": other,
-                    "all": gap.mean(),
-                    "later": gap[1:].mean(),
-                    "first": gap[0],
-                    "last": gap[-1],
-                }
-            )
-    return pd.DataFrame(rows)
+            rows.append((item, other, gap.mean(), gap[1:].mean(), gap[0], gap[-1]))
+    return pd.DataFrame(rows, columns=["item", "minus", "all", "later", "first", "last"])

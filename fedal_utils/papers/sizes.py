@@ -57,6 +57,8 @@ BY_DATA: dict[str, Sizes] = {
         **dict(image_size=(192, 256), initial_model_images=5, initial_model_iterations=60),
         **dict(initial_labels=3, query_size=6),
     },
+    # Days are clients; the smallest has 100 images.
+    "hit-uav": {**PHOTOGRAPHS, **dict(image_size=(256, 320), partition="natural", clients=9)},
     "kitti-2": {
         **PHOTOGRAPHS,
         **dict(image_size=(192, 640), min_object=4.0, initial_model_images=30, initial_model_iterations=150),

@@ -28,6 +28,8 @@ def test_a_profile_changes_numbers_and_data_bring_their_detector():
         ("cifar10", "resnet8"),
         ("cifar10", "resnet8"),
     ]
+    days = papers.load("11_fedavg", "quick", "hit-uav")
+    assert (days.federation.partition, days.federation.clients) == ("natural", 9) and days.labels_needed() <= 100
     assert papers.load("11_fedavg", "paper").labels_needed() == 220  # released code: 22 cycles of 10
     missing = papers.load("11_fedavg", "paper", "kitti").federation
     assert (missing.partition, missing.missing_classes) == ("missing", papers.van_bommel.KITTI_MISSING)
