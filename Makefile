@@ -27,7 +27,7 @@ help:  ## this text
 	@echo
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /@/' | awk -F@ '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo
-	@echo "  PROFILE=smoke|quick|paper  NB=11_fedavg (or 11, or a list 10,11)  SEEDS=0,1,2  DATA=bccd (or a folder)"
+	@echo "  PROFILE=smoke|quick|paper  NB=11_fedavg (or 11, or a list 10,11)  SEEDS=0,1,2  DATA=bccd (or a folder)  JOBS=1"
 	@echo "  PYTHON=python3.12  VENV=/where/the/environment/lives  FEDAL_DATA=/where/the/data/lives"
 	@echo "  Without PROFILE: smoke on a machine without a GPU, quick with one."
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..sampling.ksas import specialised_divergence
+from ..sampling import ksas
 from .sizes import Preset, Sizes
 
 _ALL: Sizes = {
@@ -75,7 +75,7 @@ def disagreement_map(
     predicted, classes = global_logits.argmax(1), global_logits.shape[1]
     out = []
     for prior in (np.ones(classes), counts):
-        score = specialised_divergence(client_logits, global_logits, prior).cpu()
+        score = ksas.specialised_divergence(client_logits, global_logits, prior).cpu()
         total = torch.zeros(classes, dtype=torch.float64).index_add_(0, predicted.cpu(), score)
         out.append((total / total.sum().clamp(min=1e-300)).numpy())
     return out[0], out[1]
