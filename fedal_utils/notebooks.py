@@ -101,8 +101,7 @@ def checked(path: Path, wishes: dict[str, Any]) -> dict[str, Any]:
     settings = Config.paths() if "overrides" in known else {}
     if unknown := [name for name in others if name not in settings]:
         more = f"; settings: {', '.join(sorted(settings))}" if settings else ""
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"{path.stem} has no parameter {names}; known: {', '.join(known) or 'none'}{more}")
+        raise ValueError(f"{path.stem} has no parameter {unknown[0]!r}; known: {', '.join(known) or 'none'}{more}")
     if others:
         values["overrides"] = {**known["overrides"], **values.get("overrides", {}), **others}
     _config(path, values)
@@ -153,14 +152,16 @@ def run(
     values, home = checked(path, wishes), path.parents[1]
     output = home / "results" / "notebooks" / "_work" / path.name
     partial = output.with_suffix(".partial.ipynb")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     minutes = SILENCE[wishes.get("profile", "smoke")] if silence is None else silence
+    if not minutes >= 0:
+        raise ValueError(f"silence is 0 (without limit) or more minutes, got {silence}")
     start, kernels, reasons = time.time(), [], []
     try:
         with _watch(kernels, reasons, partial, minutes, stop or threading.Event()):
             papermill.execute_notebook(
                 *(str(place).replace("{", "{{").replace("}", "}}") for place in (path, partial)),  # it fills in braces
-                parameters=values,
+                parameters=json.loads(json.dumps(values)),  # tuples as lists: papermill would write them as texts
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
@@ -186,8 +187,7 @@ def _kernel(threads: int, kernels: list[Any]) -> type:
     from jupyter_client.kernelspec import KernelSpec
 
     variables = {"FEDAL_PROGRESS": os.environ.get("FEDAL_PROGRESS", "lines")}  # one line per round
-    if threads:
-        variables["OMP_NUM_THREADS"] = str(threads)  # notebooks run side by side
+    variables |= {"OMP_NUM_THREADS": str(threads)} if threads else {}  # notebooks run side by side
     command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     command += ["--HistoryManager.enabled=False", "--IPKernelApp.log_level=40"]  # no history file; errors only
 
@@ -284,8 +284,9 @@ def reproduce(
         pool.shutdown(cancel_futures=True)
     minutes = (time.monotonic() - start) / 60
     print(f"{'all':<{width}}  {minutes:5.1f} min  {len(given) - len(failed)} of {len(given)} notebooks")
-    print(*(f"FAILED: {problem}" for problem in failed.values()), sep="\n", end="\n" * bool(failed))
-    print("In results/: figures/, tables/, notebooks/_work/ (with their outputs)", flush=True)
+    print(
+        *(f"FAILED: {problem}" for problem in failed.values()), "In results/: figures/, tables/, notebooks/", sep="\n"
+    )
     return sorted(failed)
 
 

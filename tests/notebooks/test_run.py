@@ -31,6 +31,15 @@ def test_runs_by_this_interpreter_from_the_root_with_the_parameters_given(house,
     assert notes.parameters == {"profile": "quick", "data": "../x", "seeds": [0, 1]} and 0 <= notes.minutes < 1
 
 
+def test_seeds_and_tuples_arrive_as_lists(house, capsys):
+    path = house / "notebooks" / "10_good.ipynb"
+    write_notebook(path, "print(seeds, overrides)", parameters='profile = "smoke"\nseeds = None\noverrides = {}')
+    words = ["run", "10", "--profile", "smoke", "--seeds", "0,1", "--set", "zoom=(1, 2)", "--set", "limit=(3, 4)"]
+    assert command.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "[0, 1] {'zoom': [1, 2], 'limit': [3, 4]}"
+    assert command.main(["run", "10", "--silence", "-1"]) == 2
+
+
 def test_a_failing_cell_is_told_reason_first_and_the_part_before_it_is_kept(house):
     with pytest.raises(notebooks.NotebookFailed) as caught:
         notebooks.run("11_bad")
