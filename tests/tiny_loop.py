@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def rows_of(run: record.Run, cycle: int, number: int, weights: torch.Tensor, lab
     return [*clients, server]
 
 
-def loop(root: Path, config: Config = CONFIG, pause: float = 0.0, stop_after: int = 0) -> None:
+def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
     """State: weights, a float64 moment and the generator's own state; every number depends on all before it."""
     for run in record.runs(config, "tiny", root=root, progress=False):
         start = record.shared(
@@ -63,7 +62,6 @@ def loop(root: Path, config: Config = CONFIG, pause: float = 0.0, stop_after: in
             step = torch.randn(3, generator=draws) * run.config.training.lr + run.rng("noise", cycle, number).normal()
             weights = weights + step
             moment = 0.9 * moment + weights.double() / 3
-            time.sleep(pause)
             if stop_after and run.committed == stop_after:
                 raise ZeroDivisionError("broken off")
             state = {
@@ -112,5 +110,20 @@ def killed_at(root: Path, instant: int) -> None:
     (root / "all instants passed").touch()
 
 
-if __name__ == "__main__":
-    loop(Path(sys.argv[1]), pause=float(sys.argv[2]))
+def hold(path: Path) -> None:
+    """Take a lock, say so in a file beside it, and keep it for a minute."""
+    held = record.lock(path)
+    path.with_name("held").touch()
+    time.sleep(60)
+    held.release()
+
+
+def share(root: Path, number: int) -> None:
+    """Ask for a shared state of random numbers; write down what came, and that it was made."""
+
+    def make() -> torch.Tensor:
+        time.sleep(0.2)
+        (root / f"made by {number}").touch()
+        return torch.rand(2, generator=torch.Generator().manual_seed(number))
+
+    (root / f"got by {number}").write_text(str(record.shared(CONFIG, "tiny", 0, "start", make, root).tolist()))

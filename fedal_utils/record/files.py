@@ -100,7 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
     """Exclusive use of the file's folder by this process, until released; it vanishes with the process.
 
-    wait: seconds, LOCK_WAIT unless given, -1 for ever. A process that has the lock already gets it once more.
+    wait: seconds, LOCK_WAIT unless given, -1 for ever. A process that has the lock already gets it once more. Keep what
+    it returns: a lock that nothing refers to is released.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path.absolute(), is_singleton=True, thread_local=False)

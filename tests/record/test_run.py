@@ -9,8 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -111,19 +109,6 @@ def test_killed_again_and_again_makes_progress_and_gives_the_same_bytes(unbroken
     assert max(json.loads(path.read_text())["starts"] for path in tmp_path.rglob("env.json")) > 1
 
 
-def test_killed_by_the_clock_in_a_process_of_its_own(unbroken, tmp_path):
-    command = [sys.executable, tiny_loop.__file__, str(tmp_path), "0.2"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("state.pt")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not list(tmp_path.rglob("done.json"))
-    tiny_loop.loop(tmp_path)
-    assert results(tmp_path) == results(unbroken)
-
-
 def test_resumes_from_the_last_commit_only(tmp_path):
     run, runs = first_run(tmp_path)
     run.commit(0, 0, [], [{"client": 3, "id": "007", "score": math.nan}], {"w": torch.ones(2)})
@@ -192,15 +177,14 @@ def test_a_damaged_shared_state_is_made_anew(tmp_path):
     assert len(made) == 3
 
 
-def test_two_processes_share_a_state_that_is_made_once(tmp_path):
-    code = "import sys, tiny_loop, torch; from pathlib import Path; from fedal_utils import record\n"
-    code += "make = lambda: (open(sys.argv[1] + '/made', 'a').write('x'), torch.rand(2))[1]\n"
-    code += "print(record.shared(tiny_loop.CONFIG, 'tiny', 0, 'start', make, Path(sys.argv[1])).tolist())"
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE) for _ in range(2)]
-    said = {process.communicate()[0] for process in both}
-    assert len(said) == 1 and b"[" in said.pop() and (tmp_path / "made").read_text() == "x"
+def test_two_processes_share_a_state_that_is_made_once(tmp_path, server):
+    both = [server.Process(target=tiny_loop.share, args=(tmp_path, number)) for number in (1, 2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len({path.read_text() for path in tmp_path.glob("got by *")}) == 1
+    assert len(list(tmp_path.glob("got by *"))) == 2 and len(list(tmp_path.glob("made by *"))) == 1
 
 
 # --- the data set changed ---------------------------------------------------------------------------------------------
@@ -240,18 +224,17 @@ QUERY = ("client", "id", "score")
 # --- who may write ----------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_cannot_share_a_folder_and_a_dead_owner_does_not_block(tmp_path, monkeypatch):
+def test_two_processes_cannot_share_a_folder_and_a_dead_owner_does_not_block(tmp_path, monkeypatch, server):
     monkeypatch.setattr(files, "LOCK_WAIT", 0.0)
-    hold = "import sys, time; from pathlib import Path; from fedal_utils import record\n"
-    hold += "held = record.lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     path = record.Run(CONFIG, "tiny", "sum", 0, tmp_path).folder / ".lock"
-    command = [sys.executable, "-c", hold, str(path)]
-    owner = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert owner.stdout.readline() == b"held\n"
+    owner = server.Process(target=tiny_loop.hold, args=(path,))
+    owner.start()
+    while owner.is_alive() and not path.with_name("held").exists():
+        time.sleep(0.01)
     with pytest.raises(RuntimeError, match="is in use by another process"):
         first_run(tmp_path)
     owner.kill()
-    owner.wait()
+    owner.join()
     run, runs = first_run(tmp_path)
     commit(run)
     runs.close()
