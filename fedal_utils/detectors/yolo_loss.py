@@ -70,7 +70,8 @@ def claim_cells(boxes: Tensor, classes: Tensor, ignore: Tensor, cells: Cells) ->
     A box claims an anchor if neither side differs by `MATCH_RATIO` or more; of that anchor's level it claims the cell
     its centre lies in, and the neighbour beyond the nearer border in x and the one in y, if there is one.
     Several boxes may claim one output. Example, centre (3.2, 5.9) in cells: claims (3, 5), (2, 5) and (3, 6).
-    A border exactly as far as the other draws no neighbour: its cell could not reach the centre.
+    A border exactly as far as the other draws no neighbour: its cell could not reach the centre. Nor does one exactly a
+    cell from the image's left or upper border, (1.0, 5.9): strictly greater, as in the released code.
     """
     anchors, levels, *_ = cells
     size, stride, first = levels[:, :2], levels[:, 2:3], levels[:, 3:]
@@ -86,7 +87,8 @@ def claim_cells(boxes: Tensor, classes: Tensor, ignore: Tensor, cells: Cells) ->
     beyond = place - cell - 0.5
     step = (beyond > 0).long() - (beyond < 0).long()  # towards the nearer border
     there = cell + step
-    inside = (step != 0) & (there >= 0) & (there < size)  # (B, K, L, 2)
+    first_border = (step < 0) & (place <= 1)  # one cell from it or less; exactly one draws none either
+    inside = (step != 0) & ~first_border & (there < size)  # (B, K, L, 2)
 
     x, y = cell.unbind(-1)
     columns = torch.stack([x, there[..., 0], x], dim=-1)  # (B, K, L, 3)
