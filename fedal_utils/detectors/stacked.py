@@ -81,8 +81,6 @@ def _widened(module: nn.Module, count: int) -> nn.Module:
             )
         elif isinstance(child, nn.BatchNorm2d):
             wide = GroupedBatchNorm(count * child.num_features, child.eps, child.momentum)
-        elif isinstance(child, nn.GroupNorm):
-            wide = nn.GroupNorm(count * child.num_groups, count * child.num_channels, child.eps)
         elif isinstance(child, nn.Linear):
             wide = GroupedLinear(count, child.in_features, child.out_features)
         elif any(True for _ in child.parameters(recurse=False)):
