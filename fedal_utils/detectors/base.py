@@ -20,9 +20,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
 
 from ..data import Detections
+
+
+def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU (B, N, M) of boxes (B, N, 4) with others, (M, 4) or (B, M, 4)."""
+    return torch.vmap(box_iou, in_dims=(0, 0 if others.dim() == 3 else None))(boxes, others)
 
 
 def with_a_column(boxes: Tensor, classes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -19,10 +20,11 @@ from ..config import ModelConfig
 from ..data import clip_boxes
 from ..seeding import borrowed_global_rng
 from .backbones import Lite0, ResNet50FPN, SmallConv, TopDown
-from .base import Detector, Inputs, RawDetections, decode_boxes
+from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, with_a_column
 from .losses import crowding
+from .proposals import match, pool, propose, sample, take
 from .roi_heads import LocalisedRoIHeads
-from .ssd import octave_sizes
+from .ssd import octave_sizes, place_anchors
 
 
 class FasterRCNN(Detector):
@@ -48,6 +50,7 @@ class FasterRCNN(Detector):
             sizes = octave_sizes(config.anchor_side, len(body.strides), per_level=1)
             levels = len(body.strides)
         self.backbone, self.neck = body, neck
+        self.limits = (2000, 2000) if full else (200, 50)  # proposals while training: of a map, of an image
         self.rpn = RegionProposalNetwork(
             AnchorGenerator(sizes, (ratios,) * len(sizes)),
             RPNHead(width, len(ratios)),
@@ -55,11 +58,13 @@ class FasterRCNN(Detector):
             bg_iou_thresh=0.3,
             batch_size_per_image=256 if full else 32,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000 if full else 200, "testing": 1000 if full else 200},
-            post_nms_top_n={"training": 2000 if full else 50, "testing": 1000 if full else 100},
+            pre_nms_top_n={"training": self.limits[0], "testing": 1000 if full else 200},
+            post_nms_top_n={"training": self.limits[1], "testing": 1000 if full else 100},
             nms_thresh=0.7,
         )
         side, hidden = (7, 1024) if full else (5, 128)
+        anchors, _ = place_anchors(self.rpn.anchor_generator, image_size, self.backbone.strides)
+        self.register_buffer("anchors", anchors, persistent=False)
         self.roi = LocalisedRoIHeads(
             MultiScaleRoIAlign([str(level) for level in range(levels)], side, sampling_ratio=2 if full else 1),
             TwoMLPHead(width * side**2, hidden),
@@ -89,15 +94,30 @@ class FasterRCNN(Detector):
     def loss(
         self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """{"objectness", "proposal_regression"} and what `LocalisedRoIHeads.loss` gives; generator: of the samples."""
+        """{"objectness", "proposal_regression"} and what `LocalisedRoIHeads.losses_of` gives.
+
+        generator: of the samples; on a GPU best one of that device, see `proposals.sample`.
+        """
+        boxes, classes, ignore = with_a_column(boxes, classes, ignore)
         images, maps = self.pyramid(inputs)
-        targets = []
-        for box, name, real in zip(boxes, classes, (classes > 0) & ~ignore, strict=True):
-            targets.append({"boxes": box[real], "labels": name[real], "density": crowding(box[real])})
+        classes = classes * ~ignore  # 0 = padding
         # Outside of autocast: torchvision casts anchors and boxes to the maps' type, and bfloat16 cannot tell x = 401
         # from x = 400.
-        full = torch.autocast(images.tensors.device.type, enabled=False)
-        with borrowed_global_rng(generator), full:
+        with torch.autocast(boxes.device.type, enabled=False):
+            if boxes.device.type == "cpu":
+                return self.loss_by_image(images, maps, boxes, classes, generator)
+            return self.loss_at_once(maps, boxes, classes, generator)
+
+    def loss_by_image(
+        self, images: ImageList, maps: dict[str, Tensor], boxes: Tensor, classes: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`loss` by torchvision's own parts; classes (B, K), 0 = padding."""
+        density = crowding(boxes, classes > 0)
+        targets = [
+            {"boxes": box[name > 0], "labels": name[name > 0], "density": share[name > 0]}
+            for box, name, share in zip(boxes, classes, density, strict=True)
+        ]
+        with borrowed_global_rng(generator):
             proposals, rpn_losses = self.rpn(images, maps, targets)
             roi_losses = self.roi.loss(maps, proposals, images.image_sizes, targets)
         return {
@@ -105,6 +125,51 @@ class FasterRCNN(Detector):
             "proposal_regression": rpn_losses["loss_rpn_box_reg"],
             **roi_losses,
         }
+
+    def loss_at_once(
+        self, maps: dict[str, Tensor], boxes: Tensor, classes: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The same for the whole batch with fixed shapes, so that nothing waits for the device; samples differ."""
+        real = classes > 0
+        objectness, deltas = self.rpn.head(list(maps.values()))
+        objectness = [o.permute(0, 2, 3, 1).flatten(1) for o in objectness]  # (B, n) each
+        deltas = [d.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for d in deltas]  # (B, n, 4) each
+        logits, delta = torch.cat(objectness, dim=1), torch.cat(deltas, dim=1)
+        with torch.no_grad():
+            matched = match(boxes, real, self.anchors, 0.3, 0.7, rescue=True)  # (B, A)
+            positive, negative = sample(matched >= 0, matched == -1, self.rpn.fg_bg_sampler, generator)
+            goal = encode_boxes(take(boxes, matched), self.anchors, (1.0, 1.0))
+            goal = torch.where(positive[..., None], goal, delta)
+            anchors = self.anchors.split([o.shape[1] for o in objectness])
+            found, valid = propose(objectness, deltas, anchors, self.image_size, self.limits, self.rpn.nms_thresh)
+            rois, labels, at, counted = self._sampled(found, valid, boxes, classes, generator)
+            density = crowding(boxes, real).gather(1, at.clamp(min=0))
+        sampled = positive | negative
+        wrong = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none") * sampled
+        apart = F.smooth_l1_loss(delta, goal, beta=1 / 9, reduction="sum")
+        count = sampled.sum().clamp(min=1)
+        pooler = self.roi.box_roi_pool
+        pooled = pool([maps[name] for name in pooler.featmap_names], rois, self.backbone.strides, pooler)
+        every = (t.flatten(0, 1) for t in (rois, labels, take(boxes, at), density, counted))
+        rest = self.roi.losses_of(self.roi.box_head(pooled), *every)
+        return {"objectness": wrong.sum() / count, "proposal_regression": apart / count, **rest}
+
+    def _sampled(
+        self, found: Tensor, valid: Tensor, boxes: Tensor, classes: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """RoIs (B, S, 4) of the second stage, their classes, their boxes' index and which count (B, S) each."""
+        found, valid = torch.cat([found, boxes], dim=1), torch.cat([valid, classes > 0], dim=1)
+        matched = match(boxes, classes > 0, found, 0.5, 0.5)
+        sampler = self.roi.fg_bg_sampler
+        positive, negative = sample((matched >= 0) & valid, (matched == -1) & valid, sampler, generator)
+        chosen = positive | negative
+        # the sampled ones first, in their order
+        index = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : sampler.batch_size_per_image]
+        at, counted = matched.gather(1, index), chosen.gather(1, index)
+        labels = classes.gather(1, at.clamp(min=0)) * positive.gather(1, index)
+        rois = take(found, index)
+        pixel = torch.cat([torch.zeros_like(rois[..., :2]), torch.ones_like(rois[..., 2:])], dim=-1)
+        return torch.where(counted[..., None], rois, pixel), labels, at, counted  # what is no RoI has an area, too
 
     def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
         """Proposals of each image, and of all of them the box head's features (R, hidden) and pyramid levels (R,)."""

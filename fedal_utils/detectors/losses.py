@@ -1,4 +1,4 @@
-"""Losses that PyTorch and torchvision lack: two EIoUs, a likelihood per side, crowding weights, classes, ranking.
+"""Losses that torch or torchvision lack: CIoU and two EIoUs, likelihood per side, crowding weights, classes, ranking.
 
 Of boxes: row i of `boxes` is compared with row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results
 are (N,) of the same dtype, without reduction, and empty for N = 0. A box may have zero area: a ratio whose denominator
@@ -16,7 +16,39 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_area
+
+from .base import pairwise_iou
+
+
+def complete_iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
+    """Complete IoU loss (...,) in [0, 3); Zheng et al. 2019 (1911.08287) eq. 8 to 11, of boxes (..., 4) with an area.
+
+    torchvision's to the bit, which asks the device which boxes overlap.
+    """
+
+    def overlap() -> Tensor:
+        (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
+        left, top, right, bottom = torch.max(x1, x3), torch.max(y1, y3), torch.min(x2, x4), torch.min(y2, y4)
+        both = torch.where((bottom > top) & (right > left), (right - left) * (bottom - top), 0.0)
+        return both / ((x2 - x1) * (y2 - y1) + (x4 - x3) * (y4 - y3) - both + eps)
+
+    def distance() -> Tensor:
+        (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
+        width, height = torch.max(x2, x4) - torch.min(x1, x3), torch.max(y2, y4) - torch.min(y1, y3)
+        between = ((x2 + x1) / 2 - (x3 + x4) / 2) ** 2 + ((y2 + y1) / 2 - (y3 + y4) / 2) ** 2
+        return between / (width**2 + height**2 + eps)
+
+    def aspect() -> Tensor:
+        (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
+        return 4 / math.pi**2 * (torch.atan((x4 - x3) / (y4 - y3)) - torch.atan((x2 - x1) / (y2 - y1))) ** 2
+
+    iou = overlap()
+    loss = 1 - iou + distance()
+    shape = aspect()
+    with torch.no_grad():
+        alpha = shape / (1 - iou + shape + eps)
+    return loss + alpha * shape
 
 
 def efficient_iou_loss(boxes: Tensor, targets: Tensor, focal: float = 0.0) -> Tensor:
@@ -81,25 +113,27 @@ def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, siz
     return _iou(boxes, targets).detach() * losses.sum(1)
 
 
-def crowding(boxes: Tensor) -> Tensor:
-    """For each of the K boxes of one image (K, 4) the share (K,) in [0, 1] of the others that overlap it.
+def crowding(boxes: Tensor, real: Tensor) -> Tensor:
+    """For each of the boxes (B, K, 4) of an image the share (B, K) in [0, 1] of its other real ones that overlap it.
 
-    Overlap means IoU > 0: touching is none, nor is a box without area. One box alone has 0. No gradient.
+    real: (B, K), False for padding. Overlap means IoU > 0: touching is none, nor is a box without area. One box alone
+    has 0. No gradient.
     """
-    count = boxes.shape[0]
-    others = ~torch.eye(count, dtype=torch.bool, device=boxes.device)
-    overlaps = (box_iou(boxes, boxes) > 0) & others  # (K, K); 0 / 0 is NaN, and not > 0
-    return overlaps.sum(1).to(boxes.dtype) / max(count - 1, 1)
+    others = ~torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device) & real[:, None]
+    overlaps = (pairwise_iou(boxes, boxes) > 0) & others  # (B, K, K); 0 / 0 is NaN, and not > 0
+    return overlaps.sum(-1).to(boxes.dtype) / (real.sum(1, keepdim=True) - 1).clamp(min=1)
 
 
-def emphasis_weights(density: Tensor, strength: float) -> Tensor:
+def emphasis_weights(density: Tensor, strength: float, counted: Tensor | None = None) -> Tensor:
     """Weights (N,) with mean 1 of N foreground RoIs, larger where it is crowded: 1 + strength * density over its mean.
 
-    density: (N,) in [0, 1], for example `crowding` of the matched box; strength >= 0, 0 gives ones. A reconstruction
-    of HUALE's Emphasis loss, whose formula is not public.
+    density: (N,) in [0, 1], for example `crowding` of the matched box; strength >= 0, 0 gives ones; counted: (N,) 1 for
+    RoIs that are foreground, else 0. A reconstruction of HUALE's Emphasis loss, whose formula is not public.
     """
     weights = 1 + strength * density
-    return weights / weights.mean()  # N = 0: empty over NaN is empty
+    if counted is None:
+        return weights / weights.mean()  # N = 0: empty over NaN is empty
+    return weights / ((weights * counted).sum() / counted.sum().clamp(min=1)).clamp(min=1)
 
 
 def balanced_cross_entropy(

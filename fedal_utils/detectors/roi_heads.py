@@ -56,7 +56,13 @@ class LocalisedRoIHeads(RoIHeads):
         return self.losses_of(features, torch.cat(proposals), torch.cat(labels), goals, density)
 
     def losses_of(
-        self, features: Tensor, proposals: Tensor, labels: Tensor, goals: Tensor, density: Tensor
+        self,
+        features: Tensor,
+        proposals: Tensor,
+        labels: Tensor,
+        goals: Tensor,
+        density: Tensor,
+        valid: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of R RoIs.
 
@@ -65,34 +71,44 @@ class LocalisedRoIHeads(RoIHeads):
         labels: (R,) classes, 0 = background
         goals: (R, 4) matched boxes; of the background's rows nothing is read
         density: (R,) how crowded it is where the matched box stands
+        valid: (R,) False for padding, and then no shape depends on values; None: all are RoIs, and the background's
+            rows are left out where only the foreground's count
         """
-        config, count = self.config, max(1, len(labels))
+        config, foreground = self.config, labels > 0
         logits, regression = self.box_predictor(features)
-        row = (labels > 0).nonzero()[:, 0]
-        own = regression.view(len(labels), logits.shape[1], 4)[row, labels[row]]  # (F, 4) deltas of the RoI's class
-        goal, place = goals[row], proposals[row]
-        boxes = decode_boxes(own, place)  # (F, 4) xyxy pixels
         each = F.cross_entropy(logits, labels, reduction="none")  # (R,)
+        if valid is None:
+            row, counted, count = foreground.nonzero()[:, 0], None, max(1, len(labels))
+        else:
+            row, counted, count = slice(None), foreground.to(each.dtype), valid.sum().clamp(min=1)
+            each = each * valid
+        own = regression.view(len(labels), logits.shape[1], 4)[row]
+        own = own.gather(1, labels[row].view(-1, 1, 1).expand(-1, 1, 4))[:, 0]  # (F, 4) deltas of the RoI's class
+        place, goal = proposals[row], goals[row]
+        boxes = decode_boxes(own, place)  # (F, 4) xyxy pixels
+        if valid is not None:  # a RoI without a box is its own goal: no 0 / 0 spoils the gradient
+            goal = torch.where(foreground[:, None], goal, boxes.detach())
         emphasis = torch.ones_like(each)
         if config.emphasis:
-            emphasis = emphasis.index_put((row,), losses.emphasis_weights(density[row], config.emphasis))
+            weights = losses.emphasis_weights(density[row], config.emphasis, counted)
+            emphasis = emphasis.index_put((row,), weights) if counted is None else weights.where(foreground, 1.0)
+        share = emphasis[row] if counted is None else emphasis * counted
 
         def mean(values: Tensor) -> Tensor:
             """(F,) over all RoIs, as torchvision does: an RoI weighs the same in any batch."""
-            return (values * emphasis[row]).sum() / count
+            return (values * share).sum() / count
 
-        if self.plain:  # the same sums as torchvision's, to the bit
+        if self.plain and valid is None:  # the same sums as torchvision's, to the bit
             wrong = F.smooth_l1_loss(own, encode_boxes(goal, place), beta=1 / 9, reduction="sum") / count
             parts = {"classification": F.cross_entropy(logits, labels), "regression": wrong}
-        elif config.box_loss == "smooth_l1":
-            wrong = F.smooth_l1_loss(own, encode_boxes(goal, place), beta=1 / 9, reduction="none").sum(1)
-            parts = {"classification": (each * emphasis).mean(), "regression": mean(wrong)}
         else:
-            if config.box_loss == "efficient_iou":
-                wrong = losses.efficient_iou_loss(boxes, goal, config.box_focal)
+            if config.box_loss == "smooth_l1":
+                wrong = F.smooth_l1_loss(own, encode_boxes(goal, place), beta=1 / 9, reduction="none").sum(1)
+            elif config.box_loss == "efficient_iou":
+                wrong = config.box_weight * losses.efficient_iou_loss(boxes, goal, config.box_focal)
             else:
-                wrong = losses.extended_iou_loss(boxes, goal)
-            parts = {"classification": (each * emphasis).mean(), "regression": mean(config.box_weight * wrong)}
+                wrong = config.box_weight * losses.extended_iou_loss(boxes, goal)
+            parts = {"classification": (each * emphasis).sum() / count, "regression": mean(wrong)}
         if self.side_head is not None:
             sizes = (place[:, 2:] - place[:, :2]).clamp(min=1e-3)
             likelihood = losses.side_likelihood_loss(boxes, goal, self.deviations(features[row]), sizes)
@@ -103,8 +119,8 @@ class LocalisedRoIHeads(RoIHeads):
             wrong = F.binary_cross_entropy_with_logits(found, overlap, reduction="none")
             parts["iou"] = config.auxiliary_weight * mean(wrong)
         if self.evidence_head is not None:
-            error = (self.predicted_loss(features.detach()) - each.detach()) * (labels > 0)
-            parts["box_loss_head"] = 5 * (error**2).sum() / (labels > 0).sum().clamp(min=1)
+            error = (self.predicted_loss(features.detach()) - each.detach()) * foreground
+            parts["box_loss_head"] = 5 * (error**2).sum() / foreground.sum().clamp(min=1)
         return parts
 
     def deviations(self, features: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSDHead
-from torchvision.ops import box_iou
 
 from ..config import ModelConfig
 from ..data import clip_boxes
 from .backbones import VGG16, Lite0, SmallConv, TopDown
-from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, with_a_column
+from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, pairwise_iou, with_a_column
 from .losses import ranking_loss
 
+SSD300_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]  # of the default boxes of each map, and their scales
+SSD300_SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
 NEGATIVES = 3.0  # hard negatives per positive anchor, sec. 2.2
 
 
@@ -34,7 +35,7 @@ def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tenso
     neither positive nor negative.
     """
     real, unwanted = (classes > 0) & ~ignore, (classes > 0) & ignore
-    iou = box_iou(boxes.flatten(0, 1), anchors).unflatten(0, classes.shape)  # (B, K, A)
+    iou = pairwise_iou(boxes, anchors)  # (B, K, A)
     on_ignored = iou.masked_fill(~unwanted[..., None], -1.0).amax(dim=1)  # (B, A)
     usable = iou.masked_fill(~real[..., None], -1.0)
     best, index = usable.max(dim=1)  # (B, A)
@@ -133,31 +134,36 @@ class SSD(Detector):
         super().__init__(image_size, classes)
         if config.backbone == "vgg16":
             body, neck = VGG16(config.pretrained), None
-            channels, (anchors, cell) = body.channels, ssd300_anchors()
-            head = SSDHead(list(channels), cell, classes + 1)
+            channels, generator = (
+                body.channels,
+                DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=body.strides),
+            )
+            head = SSDHead(list(channels), generator.num_anchors_per_location(), classes + 1)
+            anchors, levels = place_anchors(generator, image_size, body.strides)
             self.least_negatives = 0
         else:
             body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
             sizes = octave_sizes(config.anchor_side, len(body.strides))
-            anchors = grid_anchors(image_size, body.strides, sizes, config.anchor_ratios)
-            cell = [len(config.anchor_ratios) * len(s) for s in sizes]
+            generator = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
             channels = [config.fpn_channels] * len(body.strides)
-            head = SSDHead(channels, cell, classes + 1)
+            head = SSDHead(channels, generator.num_anchors_per_location(), classes + 1)
             # Few positives among many anchors: start from "background", so that no step is spent on finding it.
             for layer in head.classification_head.module_list:
                 with torch.no_grad():
                     layer.bias.view(-1, classes + 1)[:, 0] = 3.0
             neck = TopDown(body.channels, config.fpn_channels, config.norm)
+            anchors, levels = place_anchors(generator, image_size, body.strides)
+            anchors = anchors + torch.tensor(body.strides)[levels][:, None] / 2  # to the middle of their cells
             self.least_negatives = 8
         self.backbone, self.neck, self.head = body, neck, head
-        self.per_location = tuple(cell)
         self.evidence_head = self.loss_head = None
         if config.box_loss_head:
-            pairs = zip(channels, cell, strict=True)
+            pairs = zip(channels, generator.num_anchors_per_location(), strict=True)
             self.evidence_head = nn.ModuleList(nn.Conv2d(inputs, count, 1) for inputs, count in pairs)
         if config.image_loss_head:
             self.loss_head = LossHead(channels)
         self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("levels", levels, persistent=False)  # (A,) which map each anchor belongs to
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Class logits (B, A, C + 1) and box deltas (B, A, 4)."""
@@ -175,12 +181,6 @@ class SSD(Detector):
         """What the box loss head takes each anchor's classification loss to be (B, A), >= 0."""
         each = [head(m.detach()) for head, m in zip(self.evidence_head, maps, strict=True)]  # (B, per cell, h, w)
         return F.softplus(torch.cat([e.permute(0, 2, 3, 1).flatten(1) for e in each], dim=1).float())
-
-    def _levels(self, maps: list[Tensor]) -> Tensor:
-        """Which map each anchor belongs to (B, A)."""
-        counts = [m.shape[-2] * m.shape[-1] * cell for m, cell in zip(maps, self.per_location, strict=True)]
-        levels = torch.arange(len(maps)).repeat_interleave(torch.tensor(counts)).to(maps[0].device)
-        return levels.expand(maps[0].shape[0], -1)
 
     def _anchor_losses(self, maps: list[Tensor], boxes: Tensor, classes: Tensor, ignore: Tensor) -> AnchorLosses:
         logits, deltas = self._from(maps)
@@ -226,36 +226,18 @@ class SSD(Detector):
         maps = self._maps(inputs)
         logits, deltas = self._from(maps)
         boxes = clip_boxes(decode_boxes(deltas.float(), self.anchors), self.image_size)
-        extra = {"level": self._levels(maps)}
+        extra = {"level": self.levels.expand(len(logits), -1)}
         if self.evidence_head is not None:
             extra["predicted_loss"] = self._predicted_loss(maps)
         return RawDetections(boxes, logits.float().softmax(-1), extra=extra)
 
 
-def ssd300_anchors() -> tuple[Tensor, list[int]]:
-    """The published default boxes (8732, 4) of a 300 x 300 image, and how many a cell of each map has."""
-    boxes = DefaultBoxGenerator(
-        [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
-        scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
-        steps=[8, 16, 32, 64, 100, 300],
-    )
-    maps = [torch.zeros(1, 1, side, side) for side in (38, 19, 10, 5, 3, 1)]
-    anchors = boxes(ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)]), maps)[0]
-    return anchors, boxes.num_anchors_per_location()
-
-
-def grid_anchors(
-    image_size: tuple[int, int],
-    strides: tuple[int, ...],
-    sizes: tuple[tuple[float, ...], ...],
-    ratios: tuple[float, ...],
-) -> Tensor:
-    """torchvision's anchors for each map, moved to the middle of their cells: (A, 4) xyxy pixels."""
-    generator = AnchorGenerator(sizes, (ratios,) * len(sizes))
+def place_anchors(generator: nn.Module, image_size: tuple[int, int], strides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """torchvision's anchors of an image of (height, width): (A, 4) xyxy pixels, and the map of each (A,)."""
     maps = [torch.zeros(1, 1, math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
     anchors = generator(ImageList(torch.zeros(1).expand(1, 3, *image_size), [image_size]), maps)[0]
-    counts = [m.shape[-2] * m.shape[-1] * len(size) * len(ratios) for m, size in zip(maps, sizes, strict=True)]
-    return anchors + torch.tensor(strides).repeat_interleave(torch.tensor(counts))[:, None] / 2
+    counts = [m.numel() * cell for m, cell in zip(maps, generator.num_anchors_per_location(), strict=True)]
+    return anchors, torch.arange(len(strides)).repeat_interleave(torch.tensor(counts))
 
 
 def octave_sizes(smallest: float, levels: int, per_level: int = 2) -> tuple[tuple[float, ...], ...]:

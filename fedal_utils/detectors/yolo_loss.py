@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss
 
 from .base import with_a_column
+from .losses import complete_iou_loss
 
 STRIDES = (8, 16, 32)
 MATCH_RATIO = 4.0  # a box and an anchor whose sides differ by this factor or more have nothing to do with each other
@@ -138,7 +138,7 @@ def yolo_loss(
     target = boxes.float().repeat_interleave(per_box, dim=1)  # (B, R, 4)
     found = decode(own, cells.grid[index])
     # Where nothing is claimed the box is its own target: the 0 / 0 of a padding row would spoil the gradient.
-    ciou_loss = complete_box_iou_loss(found, torch.where(claims[..., None], target, found.detach()))  # (B, R)
+    ciou_loss = complete_iou_loss(found, torch.where(claims[..., None], target, found.detach()))  # (B, R)
     box = level_means(ciou_loss)
 
     classification = raw.new_zeros(())
