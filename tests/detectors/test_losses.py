@@ -1,0 +1,718 @@
+"""Both EIoUs by hand and against exact fractions, their laws and gradients; likelihood per side; crowding weights.
+
+Then the losses of classes: balanced softmax and KAFAL's distillation, by hand, against loops, with their gradients; and
+the ranking of images by their loss.
+"""
+
+import math
+from fractions import Fraction
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from detector_cases import NoWaiting
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck
+from torchvision.ops import box_iou, distance_box_iou_loss
+
+from fedal_utils.detectors import losses
+from fedal_utils.seeding import torch_rng_for
+
+fewer = settings(max_examples=50)  # of up to eight rows each
+TARGET = (0, 0, 4, 4)
+
+# name: box against TARGET, Extended IoU, Efficient IoU loss. Area of TARGET 16, its centre (2, 2).
+# Efficient: 1 - IoU + rho2 / (cw2 + ch2) + (w - 4)2 / cw2 + (h - 4)2 / ch2. All enclosing boxes begin at (0, 0).
+BY_HAND = {
+    # 2 x 1 inside: intersection 2, union 16. Enclosing 4 x 4; centre (2, 1.5): rho2 1/4 of 32; sides 4/16 + 9/16
+    "nested": ((1, 1, 3, 2), 1 / 8, 7 / 8 + 1 / 128 + 4 / 16 + 9 / 16),
+    # 4 x 6: intersection 2 x 3 = 6, union 16 + 24 - 6 = 34. Enclosing 6 x 7; centre (4, 4): rho2 8 of 85; 0 + 4/49
+    "crossing": ((2, 1, 6, 7), 6 / 34, 28 / 34 + 8 / 85 + 4 / 49),
+    # 2 x 3, common edge x = 4: (4 - 4)(4 + 1) = 0. Enclosing 6 x 4; centre (5, 2.5): rho2 37/4 of 52; 4/36 + 1/16
+    "touching": ((4, 1, 6, 4), 0, 1 + 37 / 208 + 4 / 36 + 1 / 16),
+    # 2 x 3, gap 2 in x: (4 - 6)(4 + 1) = -10, U 16 + 6 + 10. Enclosing 8 x 4; centre (7, 2.5): 101/4 of 80; 4/64 + 1/16
+    "x disjoint": ((6, 1, 8, 4), -10 / 32, 1 + 101 / 320 + 4 / 64 + 1 / 16),
+    # 2 x 5, gap 1 in y: (3 + 1)(4 - 5) = -4, U 16 + 10 + 4. Enclosing 4 x 10; centre (2, 7.5): 121/4 of 116; 4/16 + .01
+    "y disjoint": ((1, 5, 3, 10), -4 / 30, 1 + 121 / 464 + 4 / 16 + 1 / 100),
+    # 2 x 3: 2 (4 x 4 - 5 x 6) = -28, U 16 + 6 + 28. Enclosing 7 x 9; centre (6, 7.5): 185/4 of 130; 4/49 + 1/81
+    "both disjoint": ((5, 6, 7, 9), -28 / 50, 1 + 185 / 520 + 4 / 49 + 1 / 81),
+}
+SMOOTH = [name for name in BY_HAND if name != "touching"]  # a kink of both formulas
+DISJOINT = [name for name in BY_HAND if name.endswith("disjoint")]
+CLOSE = (0.5, 0.25, 40.125, 40.5)  # against 10 x TARGET: 1 - IoU is 0.034, in the quadratic part of the smoothed loss
+
+BOX_LOSSES = {
+    "efficient": losses.efficient_iou_loss,
+    "focal": lambda boxes, targets: losses.efficient_iou_loss(boxes, targets, focal=0.5),
+    "extended": losses.extended_iou_loss,
+    "sides": lambda boxes, targets: losses.side_likelihood_loss(boxes, targets, *unit_sides(boxes)),
+}
+
+
+def rows(*boxes, dtype=torch.float64):
+    return torch.tensor(boxes, dtype=dtype).reshape(-1, 4)
+
+
+def leaf(*boxes, dtype=torch.float64):
+    return rows(*boxes, dtype=dtype).requires_grad_()
+
+
+def unit_sides(boxes):
+    """Deviations (N, 4) and sizes (N, 2) for the likelihood where they do not matter."""
+    return torch.full_like(boxes, 0.5), torch.full_like(boxes[:, :2], 4)
+
+
+def distance(boxes, targets):
+    return (boxes[:, :2] + boxes[:, 2:] - targets[:, :2] - targets[:, 2:]).norm(dim=1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------- worked by hand
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_both_eious_notes_5_1_by_hand(name, dtype):
+    box, extended, efficient = BY_HAND[name]
+    boxes, targets = rows(box, dtype=dtype), rows(TARGET, dtype=dtype)
+    tight = 4 * torch.finfo(dtype).eps
+    assert losses.extended_iou(boxes, targets).item() == pytest.approx(extended, rel=tight, abs=tight)
+    assert losses.efficient_iou_loss(boxes, targets).item() == pytest.approx(efficient, rel=tight)
+    # z = 1 - EIoU >= .8: with s = .1 the loss is z - .05, with s = 2 it is z^2 / 4
+    z = 1 - extended
+    assert losses.extended_iou_loss(boxes, targets).item() == pytest.approx(z - 0.05, rel=tight)
+    assert losses.extended_iou_loss(boxes, targets, smooth=2.0).item() == pytest.approx(z * z / 4, rel=tight)
+
+
+def test_the_smoothed_loss_changes_its_form_at_s():
+    # 10 x 10 and its left 9.5, 9, 8 columns: z = .05, .1, .2; s = .1: .05^2 / .2, .1 - .05, .2 - .05
+    boxes = rows((0, 0, 9.5, 10), (0, 0, 9, 10), (0, 0, 8, 10))
+    found = losses.extended_iou_loss(boxes, rows((0, 0, 10, 10)).expand(3, 4))
+    assert found.tolist() == pytest.approx([0.0125, 0.05, 0.15], rel=1e-12)
+
+
+def test_focal_efficient_iou_by_hand_and_its_weight_is_detached():
+    for name, (box, extended, efficient) in BY_HAND.items():
+        weight = math.sqrt(max(extended, 0))  # IoU ** 0.5; the nested one has 1/8, the crossing one 6/34
+        boxes = leaf(box)
+        focal = losses.efficient_iou_loss(boxes, rows(TARGET), focal=0.5)
+        assert focal.item() == pytest.approx(weight * efficient, rel=1e-12, abs=0), name
+        wanted = weight * grad(losses.efficient_iou_loss(boxes, rows(TARGET)).sum(), boxes)[0]
+        found = grad(focal.sum(), boxes)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0, msg=name)
+        assert bool(found.any()) == (extended > 0), name  # not even overlapping: nothing to learn, and no NaN
+
+
+def test_extended_iou_depends_on_the_side_of_the_origin_unless_boxes_overlap():
+    # "x disjoint" upside down: ay = 0, ey = 3, (4 - 6)(3 + 0) = -6, U = 16 + 6 + 6; the other way up it is -10 / 32
+    assert losses.extended_iou(rows((6, 0, 8, 3)), rows(TARGET)).item() == pytest.approx(-6 / 28, rel=1e-12)
+    # "both disjoint" mirrored in x, moved to the origin: TARGET (3, 0, 7, 4), box (0, 6, 2, 9): a = 3, 6, e = 2, 4
+    assert losses.extended_iou(rows((0, 6, 2, 9)), rows((3, 0, 7, 4))).item() == pytest.approx(-20 / 42, rel=1e-12)
+    # "crossing" upside down: as before
+    assert losses.extended_iou(rows((2, -3, 6, 3)), rows(TARGET)).item() == pytest.approx(6 / 34, rel=1e-12)
+
+
+def test_side_likelihood_notes_5_2_by_hand():
+    # IoU 7 * 8 / 80 = .7. Errors: -1/10, 0, 0, 2/20. left .01 / .02 = 1/2, bottom .01 / .08 = 1/8; ln(.1 * 1 * .5 * .2)
+    boxes, targets, sizes = rows((1, 0, 8, 8)), rows((0, 0, 8, 10)), torch.tensor([[10.0, 20.0]]).double()
+    deviations = rows((0.1, 1.0, 0.5, 0.2))
+    found = losses.side_likelihood_loss(boxes, targets, deviations, sizes)
+    assert found.item() == pytest.approx(0.7 * (0.625 + math.log(0.01)), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_deviations_are_not_floored(dtype):
+    # errors 1e-4 * 4 / 4 on the left only, s = 1e-4 (PyTorch's own floor is 1e-3): 1/2 + 4 ln 1e-4, times IoU
+    boxes, targets, small = rows(TARGET, dtype=dtype), rows(TARGET, dtype=dtype), rows([1e-4] * 4, dtype=dtype)
+    sizes = torch.full((1, 2), 4, dtype=dtype)
+    assert losses.side_likelihood_loss(boxes, targets, small, sizes).item() == pytest.approx(4 * math.log(1e-4))
+    shifted = rows((4e-4, 0, 4, 4), dtype=dtype)
+    found = losses.side_likelihood_loss(shifted, targets, small, sizes)
+    assert found.item() == pytest.approx((1 - 1e-4) * (0.5 + 4 * math.log(1e-4)), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- oracles
+
+
+def ratio(part, whole):
+    return Fraction(part, whole) if whole else Fraction(0)
+
+
+def exact_efficient(a, b):
+    """Efficient IoU loss of two integer boxes as a fraction; 0 / 0 is 0."""
+    w, h, w2, h2 = a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]
+    both = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    cw, ch = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
+    rho2 = Fraction((a[0] + a[2] - b[0] - b[2]) ** 2 + (a[1] + a[3] - b[1] - b[3]) ** 2, 4)
+    iou = ratio(both, w * h + w2 * h2 - both)
+    return 1 - iou + ratio(rho2, cw**2 + ch**2) + ratio((w - w2) ** 2, cw**2) + ratio((h - h2) ** 2, ch**2)
+
+
+def exact_extended(a, b):
+    """Extended IoU of two integer boxes as a fraction, by the one formula of the notes, 5.1; 0 / 0 is 0."""
+    ox, oy = min(a[0], b[0]), min(a[1], b[1])
+    ax, ay = max(a[0], b[0]) - ox, max(a[1], b[1]) - oy
+    ex, ey = min(a[2], b[2]) - ox, min(a[3], b[3]) - oy
+    both = ex * ey + min(ax, ex) * min(ay, ey) - ax * max(ay, ey) - max(ax, ex) * ay
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return ratio(both, union)
+
+
+def exact_smoothed(a, b, s=Fraction(1, 10)):
+    z = 1 - exact_extended(a, b)
+    return z * z / (2 * s) if z < s else z - s / 2
+
+
+def slow_sides(a, b, deviations, size):
+    terms = 0.0
+    for k in range(4):
+        error = (b[k] - a[k]) / size[k % 2]
+        terms += error**2 / (2 * deviations[k] ** 2) + math.log(deviations[k])
+    return oracles.iou(a, b) * terms
+
+
+def boxes_of(sides):
+    corner = st.integers(-30, 30)
+    return st.tuples(corner, corner, sides, sides).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+
+
+def pairs_of(sides):
+    return st.lists(st.tuples(boxes_of(sides), boxes_of(sides)), min_size=1, max_size=8)
+
+
+pairs = pairs_of(st.integers(1, 40))
+pairs_with_empty_boxes = pairs_of(st.integers(0, 5))
+
+
+@fewer
+@given(st.one_of(pairs, pairs_with_empty_boxes))
+def test_both_eious_equal_exact_fractions(some):
+    for dtype, tight in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        boxes, targets = rows(*(a for a, _ in some), dtype=dtype), rows(*(b for _, b in some), dtype=dtype)
+        for found, exact in (
+            (losses.efficient_iou_loss(boxes, targets), exact_efficient),
+            (losses.extended_iou(boxes, targets), exact_extended),
+            (losses.extended_iou_loss(boxes, targets), exact_smoothed),
+        ):
+            assert found.dtype == dtype and found.shape == (len(some),)
+            assert found.tolist() == pytest.approx([float(exact(a, b)) for a, b in some], abs=tight)
+
+
+@fewer
+@given(pairs, st.lists(st.floats(0.01, 2), min_size=4, max_size=4), st.tuples(st.floats(1, 50), st.floats(1, 50)))
+def test_side_likelihood_equals_a_loop(some, deviations, size):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    s, sizes = rows(deviations).expand_as(boxes), torch.tensor([size], dtype=torch.float64).expand(len(some), 2)
+    wanted = [slow_sides(a, b, deviations, size) for a, b in some]
+    assert losses.side_likelihood_loss(boxes, targets, s, sizes).tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------- laws
+
+
+@fewer
+@given(pairs)
+def test_equal_boxes_have_loss_zero_to_the_last_bit(some):
+    for dtype in (torch.float32, torch.float64):
+        boxes = rows(*(a for a, _ in some), dtype=dtype) / 7  # not representable: rounded as real boxes are
+        for name in ("efficient", "focal", "extended"):
+            assert not BOX_LOSSES[name](boxes, boxes.clone()).any(), name
+        assert (losses.extended_iou(boxes, boxes.clone()) == 1).all()
+        still = boxes.requires_grad_()
+        assert not grad(losses.extended_iou_loss(still, boxes.detach().clone()).sum(), still)[0].any()
+
+
+@fewer
+@given(st.one_of(pairs, pairs_with_empty_boxes))
+def test_both_eious_are_symmetric_to_the_last_bit(some):
+    boxes, targets = rows(*(a for a, _ in some)) / 7, rows(*(b for _, b in some)) / 7
+    for f in (losses.extended_iou, losses.extended_iou_loss, BOX_LOSSES["efficient"], BOX_LOSSES["focal"]):
+        assert torch.equal(f(boxes, targets), f(targets, boxes))
+
+
+@fewer
+@given(pairs, st.integers(-500, 500), st.integers(-500, 500), st.floats(0.05, 20))
+def test_a_common_shift_and_scale_change_nothing(some, dx, dy, scale):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    deviations, sizes = unit_sides(boxes)
+    shift = torch.tensor([dx, dy, dx, dy]).double()
+    moved = [(t + shift) * scale for t in (boxes, targets)]
+    for f in (losses.extended_iou, losses.extended_iou_loss, BOX_LOSSES["efficient"], BOX_LOSSES["focal"]):
+        torch.testing.assert_close(f(*moved), f(boxes, targets), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        losses.side_likelihood_loss(*moved, deviations, sizes * scale),
+        losses.side_likelihood_loss(boxes, targets, deviations, sizes),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+@fewer
+@given(st.one_of(pairs, pairs_with_empty_boxes))
+def test_ranges(some):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    extended, efficient = losses.extended_iou(boxes, targets), losses.efficient_iou_loss(boxes, targets)
+    area = ((boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)) > 0
+    assert ((extended > -1) | ~area).all() and (extended >= -1).all() and (extended <= 1).all()
+    assert (efficient >= 0).all() and (efficient <= 3.25).all()
+
+
+def test_the_ranges_are_used_up():
+    # unit boxes d apart on the diagonal: I = 2 (1 - d^2), U = 2 - I = 2 d^2, so 1 / d^2 - 1; -0.9999 for d = 100
+    assert losses.extended_iou(rows((100, 100, 101, 101)), rows((0, 0, 1, 1))).item() == pytest.approx(1e-4 - 1)
+    # a point in the corner of a box: 1 - 0 + (4 + 4) / 32 + 1 + 1
+    assert losses.efficient_iou_loss(rows((4, 4, 4, 4)), rows(TARGET)).item() == 3.25
+
+
+@fewer
+@given(pairs)
+def test_extended_iou_is_torchvisions_iou_where_boxes_overlap_and_below_zero_where_they_are_apart(some):
+    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
+    extended, iou = losses.extended_iou(boxes, targets), box_iou(boxes, targets).diagonal()
+    overlap = iou > 0
+    torch.testing.assert_close(extended[overlap], iou[overlap], rtol=1e-12, atol=0)
+    apart = (torch.maximum(boxes[:, :2], targets[:, :2]) > torch.minimum(boxes[:, 2:], targets[:, 2:])).any(1)
+    assert (extended[apart] < 0).all() and (extended[~apart] >= 0).all()
+
+
+@fewer
+@given(pairs)
+def test_efficient_iou_is_torchvisions_distance_iou_where_sides_are_equal(some):
+    boxes = rows(*(a for a, _ in some))
+    corners = rows(*(b for _, b in some))[:, :2]
+    targets = torch.cat([corners, corners + boxes[:, 2:] - boxes[:, :2]], dim=1)
+    wanted = distance_box_iou_loss(boxes, targets, eps=0.0)  # their eps would stand in both denominators
+    torch.testing.assert_close(losses.efficient_iou_loss(boxes, targets), wanted, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("name", [*SMOOTH, "close"])
+def test_gradients_of_both_eious_are_right(name):
+    targets = leaf(TARGET) if name != "close" else leaf([10 * x for x in TARGET])
+    boxes = leaf(CLOSE if name == "close" else BY_HAND[name][0])
+    assert gradcheck(losses.efficient_iou_loss, (boxes, targets))
+    assert gradcheck(losses.extended_iou, (boxes, targets))
+    assert gradcheck(losses.extended_iou_loss, (boxes, targets))
+    assert (losses.extended_iou_loss(boxes, targets).item() < 0.05) == (name == "close")  # both parts are seen
+
+
+@pytest.mark.parametrize("name", ["nested", "crossing", "close"])
+def test_gradients_of_the_weighted_losses_are_those_with_a_constant_weight(name):
+    targets = rows(TARGET) if name != "close" else rows([10 * x for x in TARGET])
+    boxes = leaf(CLOSE if name == "close" else BY_HAND[name][0])
+    deviations, sizes = leaf((0.3, 0.7, 1.1, 0.2)), torch.tensor([[5.0, 7.0]]).double()
+
+    def iou(b):
+        return losses.extended_iou(b, targets).detach()  # the IoU where boxes overlap
+
+    # Divided by the detached weight: what is left has no weight in its values, and must have none in its gradients.
+    def without_weight(b, s):
+        return losses.side_likelihood_loss(b, targets, s, sizes) / iou(b)
+
+    assert gradcheck(without_weight, (boxes, deviations))
+    assert gradcheck(lambda b: losses.efficient_iou_loss(b, targets, focal=0.5) / iou(b).sqrt(), (boxes,))
+    # and with it, by hand: the constant IoU times -error / (size s^2), and times (s^2 - error^2) / s^3
+    errors = (targets - boxes).detach() / sizes.repeat(1, 2)
+    s = deviations.detach()
+    wanted = (-errors / (sizes.repeat(1, 2) * s**2), (s**2 - errors**2) / s**3)
+    found = grad(losses.side_likelihood_loss(boxes, targets, deviations, sizes).sum(), (boxes, deviations))
+    for slope, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(slope, iou(boxes) * plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_likelihood_is_best_where_the_deviation_is_the_error():
+    # d / ds of e^2 / (2 s^2) + ln s = (s^2 - e^2) / s^3. e = 1/8 on every side; s = e / 2, e, 2 e: -48, 0, 3, times
+    # the IoU: two 8 x 8 boxes, one moved by 1 in x and in y, 49 / 79
+    boxes, sizes = rows((1, 1, 9, 9)).expand(3, 4), torch.full((3, 2), 8.0).double()
+    s = torch.tensor([[1 / 16], [1 / 8], [1 / 4]]).double().repeat(1, 4).requires_grad_()
+    found = losses.side_likelihood_loss(boxes, boxes + 1, s, sizes)
+    slope = grad(found.sum(), s)[0]
+    wanted = torch.tensor([[-48.0], [0], [3]]).double().expand(3, 4) * 49 / 79
+    torch.testing.assert_close(slope, wanted, rtol=1e-12, atol=1e-12)
+    assert found[1] < found[0] and found[1] < found[2]
+
+
+@pytest.mark.parametrize("name", [*DISJOINT, "touching"])
+@pytest.mark.parametrize("loss", ["efficient", "extended"])
+def test_boxes_that_do_not_overlap_are_pulled_together(loss, name):
+    for box, target in ((BY_HAND[name][0], TARGET), (TARGET, BY_HAND[name][0])):  # from either side
+        shift = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+        away = [distance(rows(box), rows(target)).item()]
+        for _ in range(4):
+            moved = rows(box) + shift.repeat(1, 2)
+            slope = grad(BOX_LOSSES[loss](moved, rows(target)).sum(), shift)[0]
+            shift = (shift - 0.25 * slope / slope.norm()).detach().requires_grad_()
+            away.append(distance(rows(box) + shift.repeat(1, 2), rows(target)).item())
+        assert all(later < earlier for earlier, later in zip(away, away[1:], strict=False)), away
+        assert away[0] - away[-1] > 0.5  # of 4 steps of 1/4
+
+
+@pytest.mark.parametrize("loss", ["efficient", "extended"])
+def test_descent_from_disjoint_boxes_reaches_the_target(loss):
+    starts = [BY_HAND[name][0] for name in (*DISJOINT, "touching")] + [(-5, -6, -2, -1), (-7, -2, -3, 9)]
+    boxes, targets = leaf(*starts), rows(*[TARGET] * len(starts))
+    for rate in (0.3, 0.1, 0.03, 0.01):
+        steps = torch.optim.Adam([boxes], lr=rate)
+        for _ in range(60):
+            steps.zero_grad()
+            BOX_LOSSES[loss](boxes, targets).sum().backward()
+            steps.step()
+    assert (boxes.detach() - targets).abs().max() < 0.05  # of sides of 4; they began 4 and more away
+
+
+def test_descent_on_the_likelihood_reaches_the_target_from_an_overlap_and_moves_nothing_without_one():
+    boxes, targets = leaf((2, 1, 6, 7), (6, 1, 8, 4)), rows(TARGET, TARGET)
+    deviations, sizes = unit_sides(boxes.detach())
+    for _ in range(200):
+        slope = grad(losses.side_likelihood_loss(boxes, targets, deviations, sizes).sum(), boxes)[0]
+        boxes = (boxes - slope).detach().requires_grad_()
+    assert boxes[0].tolist() == pytest.approx(TARGET, abs=1e-6)
+    assert boxes[1].tolist() == [6, 1, 8, 4]
+
+
+# --------------------------------------------------------------------------------------------------- degenerate boxes
+
+POINT, LINE, WALL = (1, 2, 1, 2), (0, 2, 4, 2), (2, 0, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("box", "target", "extended", "efficient"),
+    [
+        (POINT, POINT, 0, 1),  # nothing over nothing is 0
+        (LINE, LINE, 0, 1),
+        (LINE, WALL, 0, 3),  # a cross: enclosing 4 x 4, one centre, sides 1 + 1
+        (POINT, LINE, 0, 1 + 1 / 16 + 1),  # on it: enclosing 4 x 0, centre 1 off
+        (POINT, (4, 6, 4, 6), -1, 2),  # apart: 1 + the whole diagonal
+        (POINT, (1, 6, 1, 6), 0, 2),  # apart, one above the other: I = (0 + 0)(0 - 4)
+        (POINT, TARGET, 0, 1 + 1 / 32 + 2),
+        (TARGET, POINT, 0, 1 + 1 / 32 + 2),
+        ((8, 0, 8, 4), TARGET, -(4 * 4) / (16 + 16), 1 + 36 / 80 + 16 / 64),  # the wall x = 8: I = (4 - 8)(4 + 0)
+        ((1e-30, 0, 2e-30, 1e-30), (0, 0, 0, 0), 0, 1),  # too small to be told from nothing in float32
+    ],
+)
+def test_boxes_without_area_are_defined_and_never_nan(box, target, extended, efficient, dtype):
+    boxes, targets = leaf(box, dtype=dtype), leaf(target, dtype=dtype)
+    if box[0] != 1e-30 or dtype == torch.float32:
+        assert losses.extended_iou(boxes, targets).item() == pytest.approx(extended, abs=1e-6)
+        assert losses.efficient_iou_loss(boxes, targets).item() == pytest.approx(efficient, abs=1e-6)
+    for name, loss in BOX_LOSSES.items():
+        found = loss(boxes, targets)
+        assert torch.isfinite(found).all(), name
+        assert all(torch.isfinite(slope).all() for slope in grad(found.sum(), (boxes, targets))), name
+    assert losses.side_likelihood_loss(boxes, targets, *unit_sides(boxes)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_boxes_give_empty_results_of_the_same_dtype_and_a_gradient(dtype):
+    boxes, targets = leaf(dtype=dtype), rows(dtype=dtype)
+    for name, loss in BOX_LOSSES.items():
+        found = loss(boxes, targets)
+        assert found.shape == (0,) and found.dtype == dtype, name
+        assert grad(found.sum(), boxes)[0].shape == (0, 4), name
+    found = losses.emphasis_weights(torch.zeros(0, dtype=dtype), 1.0)
+    assert found.shape == (0,) and found.dtype == dtype
+
+
+# ------------------------------------------------------------------------------------------------------------ crowding
+
+
+def crowding(*boxes):
+    """Of one image, beside one that is all padding."""
+    found = losses.crowding(torch.stack([rows(*boxes)] * 2), torch.tensor([[True], [False]]).expand(2, len(boxes)))
+    assert not found[1].any()
+    return found[0].tolist()
+
+
+def test_crowding_notes_5_3_by_hand():
+    # b overlaps a and c; a and c only touch (edge x = 4); d stands alone: 1/3, 2/3, 1/3, 0 of three others
+    a, b, c, d = (0, 0, 4, 4), (2, 2, 6, 6), (4, 0, 8, 4), (20, 20, 30, 30)
+    assert crowding(a, b, c, d) == pytest.approx([1 / 3, 2 / 3, 1 / 3, 0])
+    assert crowding(a) == [0]
+    assert crowding(a, a) == [1, 1]  # two objects in one place
+    assert crowding(a, POINT, POINT) == [0, 0, 0]  # 0 over 16, 0 over 0
+    # padding is nobody's neighbour and counts for no other
+    found = losses.crowding(rows(a, b, c, d)[None], torch.tensor([[True, True, False, True]]))
+    assert found[0, [0, 1, 3]].tolist() == pytest.approx([1 / 2, 1 / 2, 0])
+
+
+@fewer
+@given(st.lists(st.one_of(boxes_of(st.integers(1, 40)), boxes_of(st.integers(0, 3))), min_size=1, max_size=15))
+def test_crowding_equals_a_loop(some):
+    for i, found in enumerate(crowding(*some)):
+        hits = sum(oracles.iou(some[i], other) > 0 for j, other in enumerate(some) if j != i)
+        assert found == pytest.approx(hits / max(len(some) - 1, 1), abs=1e-12)
+
+
+def test_emphasis_notes_5_3_by_hand():
+    # 1 + (0, 1/2, 1) = 1, 1.5, 2, mean 1.5; with 1/2: 1, 1.25, 1.5, mean 1.25
+    density = torch.tensor([0, 0.5, 1.0]).double()
+    assert losses.emphasis_weights(density, 1).tolist() == pytest.approx([2 / 3, 1, 4 / 3])
+    assert losses.emphasis_weights(density, 0.5).tolist() == pytest.approx([0.8, 1, 1.2])
+    assert losses.emphasis_weights(density, 0).tolist() == [1, 1, 1]
+
+
+@fewer
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30), st.floats(0, 10))
+def test_emphasis_has_mean_one_and_keeps_the_order(values, strength):
+    weights = losses.emphasis_weights(torch.tensor(values, dtype=torch.float64), strength)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-12) and (weights > 0).all()
+    ordered = weights[torch.tensor(values).argsort(stable=True)]
+    assert (ordered.diff() >= 0).all()
+    counted = torch.arange(2 * len(values)) % 2  # every other row is padding: the others keep their weights
+    spread = torch.tensor(values, dtype=torch.float64).repeat_interleave(2)
+    masked = losses.emphasis_weights(spread, strength, counted)
+    torch.testing.assert_close(masked[1::2], weights, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- balanced softmax, by hand
+
+THREE = torch.tensor([[math.log(2), math.log(3), math.log(5)], [0, 0, 0]], dtype=torch.float64)  # exp: 2, 3, 5; 1, 1, 1
+
+
+def random_batch(*lead, images=5, classes=4):
+    """logits (..., B, C) that need a gradient, labels (..., B), counts (..., C) > 0."""
+    rng = torch_rng_for(0, "batch", len(lead), images, classes)
+    logits = 3 * torch.randn(*lead, images, classes, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, classes, (*lead, images), generator=rng)
+    counts = torch.randint(1, 30, (*lead, classes), generator=rng)
+    return logits.requires_grad_(), labels, counts
+
+
+def slow_balanced(logits, labels, counts, valid):
+    """Balanced softmax word by word: -log(n_y exp f_y / sum_k n_k exp f_k), mean over the images that count."""
+    each = []
+    for row, label, real in zip(logits.tolist(), labels.tolist(), valid.tolist(), strict=True):
+        if real:
+            parts = [n * math.exp(f) for f, n in zip(row, counts.tolist(), strict=True)]
+            each.append(-math.log(parts[label] / sum(parts)))
+    return sum(each) / max(1, len(each))
+
+
+def test_balanced_softmax_by_hand():
+    # n = 4, 2, 0. Image 0, label 0: 4 * 2 / (4 * 2 + 2 * 3) = 4 / 7; image 1, label 1: 2 / (4 + 2) = 1 / 3
+    labels, counts = torch.tensor([0, 1]), torch.tensor([4, 2, 0])
+    found = losses.balanced_cross_entropy(THREE, labels, counts)
+    assert found.shape == () and found.item() == pytest.approx((math.log(7 / 4) + math.log(3)) / 2, rel=1e-12)
+    # plain: 2 / 10 and 1 / 3; and the first image alone
+    assert losses.balanced_cross_entropy(THREE, labels, None).item() == pytest.approx(math.log(15) / 2, rel=1e-12)
+    only = losses.balanced_cross_entropy(THREE, labels, counts, torch.tensor([True, False]))
+    assert only.item() == pytest.approx(math.log(7 / 4), rel=1e-12)
+
+
+def test_the_gradient_of_a_class_without_labels_is_exactly_zero_and_the_others_are_by_hand():
+    # (P - onehot) / B with P = (8, 6) / 14 for image 0 and (4, 2) / 6 for image 1
+    logits = THREE.clone().requires_grad_()
+    slope = grad(losses.balanced_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([4.0, 2.0, 0.0])), logits)[0]
+    assert (slope[:, 2] == 0).all()
+    wanted = torch.tensor([[4 / 7 - 1, 3 / 7], [2 / 3, 1 / 3 - 1]], dtype=torch.float64) / 2
+    torch.testing.assert_close(slope[:, :2], wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_class_alone_has_nothing_to_learn_and_no_nan(dtype):
+    logits = torch.tensor([[80.0, -90.0, 1e4]], dtype=dtype, requires_grad=True)  # the absent ones would win by far
+    loss = losses.balanced_cross_entropy(logits, torch.tensor([1]), torch.tensor([0, 7, 0]))
+    assert loss.item() == 0 and not grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_equal_counts_are_pytorchs_cross_entropy_in_value_and_gradient(lead):
+    logits, labels, counts = random_batch(*lead)
+    for n in (None, torch.full_like(counts, 12), torch.full(counts.shape, 0.25)):
+        found = losses.balanced_cross_entropy(logits, labels, n)
+        wanted = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape).mean(-1)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        slopes = [grad(value.sum(), logits, retain_graph=True)[0] for value in (found, wanted)]
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)
+
+
+def test_many_clients_at_once_are_many_single_calls_and_equal_a_loop():
+    logits, labels, counts = random_batch(4, images=6, classes=5)
+    counts[1, 2] = counts[3, 0] = 0
+    labels[1][labels[1] == 2] = 3
+    labels[3][labels[3] == 0] = 4
+    valid = torch.rand(4, 6, generator=torch_rng_for(0, "valid")) < 0.7
+    valid[2] = False  # a client without an image in this batch
+    found = losses.balanced_cross_entropy(logits, labels, counts, valid)
+    singles = [losses.balanced_cross_entropy(*one) for one in zip(logits, labels, counts, valid, strict=True)]
+    torch.testing.assert_close(found, torch.stack(singles), rtol=1e-12, atol=0)
+    wanted = [slow_balanced(*one) for one in zip(logits.detach(), labels, counts, valid, strict=True)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-9) and found[2] == 0
+    slope = grad(found.sum(), logits)[0]
+    assert torch.isfinite(slope).all() and not slope[~valid].any()
+    assert not slope[1, :, 2].any() and not slope[3, :, 0].any() and slope[1, :, 3].any()
+    assert gradcheck(lambda x: losses.balanced_cross_entropy(x, labels, counts, valid), (logits,))
+
+
+def test_what_stands_in_padding_does_not_matter():
+    logits, labels, counts = random_batch(2)
+    counts[0, 0] = 0
+    labels[0][labels[0] == 0] = 1
+    valid = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    want = losses.balanced_cross_entropy(logits[0, :3], labels[0, :3], counts[0])
+    for rubbish, label in ((math.nan, -1), (math.inf, 99), (0.0, 0)):
+        padded = logits.detach().clone()
+        padded[0, 3:], labels[0, 3:] = rubbish, label
+        padded.requires_grad_()
+        found = losses.balanced_cross_entropy(padded, labels, counts, valid)
+        torch.testing.assert_close(found[0], want, rtol=1e-12, atol=0)
+        slope = grad(found.sum(), padded)[0]
+        assert torch.isfinite(slope).all() and not slope[0, 3:].any()
+    nobody = torch.zeros_like(valid)  # and no labels at all: the seat of a client that does not train
+    loss = losses.balanced_cross_entropy(padded, labels, torch.zeros_like(counts), nobody)
+    assert not loss.any() and not grad(loss.sum(), padded)[0].any()
+
+
+@given(st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any), st.floats(0.01, 100))
+def test_counts_in_another_unit_give_the_same_loss(counts, unit):
+    labels = torch.tensor([counts.index(max(counts))] * 2)
+    found, scaled = (
+        losses.balanced_cross_entropy(THREE, labels, torch.tensor(counts, dtype=torch.float64) * u) for u in (1, unit)
+    )
+    assert found.item() == pytest.approx(scaled.item(), rel=1e-9, abs=1e-12)
+
+
+def test_half_precision_logits_are_summed_in_single_precision():
+    logits, labels, counts = random_batch()
+    half = losses.balanced_cross_entropy(logits.detach().bfloat16(), labels, counts)
+    whole = losses.balanced_cross_entropy(logits.detach().bfloat16().float(), labels, counts)
+    assert half.dtype == torch.float32 and half == whole
+
+
+# ------------------------------------------------------------------------------------------------ KAFAL's distillation
+
+
+def test_compensation_weights_by_hand():
+    # 1 / 1, 1 / 2, 1 / 4: of 7 / 4 in all; the class without labels gets nothing
+    found = losses.compensation_weights(torch.tensor([1, 2, 0, 4], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
+    # the added 1e-6 is seen where counts are as small: 1 / 2e-6 and 1 / 4e-6
+    small = losses.compensation_weights(torch.tensor([1e-6, 3e-6], dtype=torch.float64))
+    assert small.tolist() == pytest.approx([2 / 3, 1 / 3], rel=1e-9)
+    whole = losses.compensation_weights(torch.tensor([[1, 2, 0, 4], [0, 0, 0, 0], [0, 9, 0, 0]]))
+    assert whole.dtype == torch.float32 and whole.shape == (3, 4)
+    assert whole[0].tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
+    assert whole[1:].tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=8).filter(any))
+def test_compensation_weights_sum_to_one_and_fall_with_the_count(counts):
+    found = losses.compensation_weights(torch.tensor(counts).double()).tolist()
+    assert sum(found) == pytest.approx(1, rel=1e-12)
+    for n, w in zip(counts, found, strict=True):
+        assert (w > 0) == (n > 0)
+        assert all(w > w2 for n2, w2 in zip(counts, found, strict=True) if 0 < n < n2)
+
+
+def test_compensation_loss_by_hand():
+    # teacher q = (1/2, 1/4, 1/4), student p = (1/4, 1/4, 1/2): 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2, over C = 3.
+    # Weights .6, .2; the second image agrees: 0. Mean of two images: .6 / 4 ln 2 / 3 / 2
+    student = torch.tensor([[1.0, 1, 2], [1, 2, 3]], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([[2.0, 1, 1], [1, 2, 3]], dtype=torch.float64).log().requires_grad_()
+    found = losses.compensation_loss(student, teacher, torch.tensor([0.6, 0.2]))
+    assert found.shape == () and found.item() == pytest.approx(0.6 * math.log(2) / 4 / 3 / 2, rel=1e-7)
+    found.backward()
+    assert teacher.grad is None
+    # w (p - q) / (C B)
+    wanted = torch.tensor([[-0.25, 0, 0.25], [0, 0, 0]], dtype=torch.float64) * 0.6 / 6
+    torch.testing.assert_close(student.grad, wanted, rtol=1e-6, atol=1e-15)
+
+
+def slow_compensation(student, teacher, weights):
+    total = 0.0
+    for f, g, w in zip(student.tolist(), teacher.tolist(), weights.tolist(), strict=True):
+        p, q = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (f, g))
+        total += w * sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True)) / len(f)
+    return total / len(weights)
+
+
+def test_distilling_many_clients_at_once_is_many_single_calls_and_equals_a_loop():
+    student, _, _ = random_batch(3, images=6, classes=5)
+    teacher = random_batch(3, images=6, classes=5)[0].detach().flip(1)
+    weights = torch.rand(3, 6, generator=torch_rng_for(0, "weights"), dtype=torch.float64)
+    found = losses.compensation_loss(student, teacher, weights)
+    singles = [losses.compensation_loss(*one) for one in zip(student, teacher, weights, strict=True)]
+    torch.testing.assert_close(found, torch.stack(singles), rtol=1e-12, atol=0)
+    wanted = [slow_compensation(*one) for one in zip(student.detach(), teacher, weights, strict=True)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-9) and (found > 0).all()
+    assert gradcheck(lambda x: losses.compensation_loss(x, teacher, weights), (student,))
+    assert losses.compensation_loss(student, student, weights).tolist() == [0, 0, 0]
+
+
+def test_a_certain_teacher_gives_no_nan():
+    student = torch.tensor([[0.0, 2000.0]], requires_grad=True)  # q log q with q = 0, and log p far below
+    loss = losses.compensation_loss(student, torch.tensor([[2000.0, 0.0]]), torch.ones(1))
+    assert loss.item() == pytest.approx(1000) and torch.isfinite(grad(loss, student)[0]).all()
+
+
+# ------------------------------------------------------------------------------------------ images ranked by their loss
+
+
+def test_ranking_loss_1905_03677_eq_2_by_hand():
+    # Images 1 and 2 have equal losses: no pair. (0, 1): l0 < l1, max(0, (0 - 1.5) + 1) = 0. (0, 2): (0 - .4) + 1 = .6
+    predicted = torch.tensor([0.0, 1.5, 0.4], dtype=torch.float64, requires_grad=True)
+    loss = torch.tensor([2.0, 5.0, 5.0], dtype=torch.float64, requires_grad=True)
+    found = losses.ranking_loss(predicted, loss)
+    assert found.shape == () and found.item() == pytest.approx(0.6 / 2, rel=1e-12)  # over two pairs, not three
+    found.backward()
+    assert predicted.grad.tolist() == [0.5, 0.0, -0.5] and loss.grad is None  # a step lowers p0 and raises p2
+    # margin 2: (0, 1) .5, (0, 2) 1.6
+    assert losses.ranking_loss(predicted, loss, margin=2.0).item() == pytest.approx((0.5 + 1.6) / 2, rel=1e-12)
+    # the wrong way round: 1.5 + 1 and .4 + 1
+    assert losses.ranking_loss(-predicted, loss).item() == pytest.approx((2.5 + 1.4) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_ranking_loss_equals_torchs_margin_loss_over_all_pairs(case):
+    rng = torch_rng_for(case, "ranking")
+    predicted = torch.randn(7, generator=rng, dtype=torch.float64, requires_grad=True)
+    loss = torch.randint(0, 5, (7,), generator=rng)  # of seven in 0..4, some are equal
+    pairs = [(i, j) for i in range(7) for j in range(i + 1, 7) if loss[i] != loss[j]]
+    assert 0 < len(pairs) < 21
+    first, second = (predicted[list(side)] for side in zip(*pairs, strict=True))
+    sign = torch.tensor([1.0 if loss[i] > loss[j] else -1.0 for i, j in pairs])
+    wanted = F.margin_ranking_loss(first, second, sign, margin=0.7)
+    found = losses.ranking_loss(predicted, loss, margin=0.7)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(grad(x, predicted, retain_graph=True)[0] for x in (found, wanted)))
+    assert gradcheck(lambda p: losses.ranking_loss(p, loss, margin=0.7), (predicted,))
+
+
+def test_ranking_loss_reads_the_order_of_images_and_not_their_place_or_unit():
+    rng = torch_rng_for(0, "ranking")
+    predicted, loss = torch.randn(2, 9, generator=rng, dtype=torch.float64)
+    found, order = losses.ranking_loss(predicted, loss), torch.randperm(9, generator=rng)
+    for p, true in ((predicted[order], loss[order]), (predicted + 3, loss), (predicted, 5 * loss.exp())):
+        torch.testing.assert_close(losses.ranking_loss(p, true), found, rtol=1e-12, atol=0)
+    assert losses.ranking_loss(100 * loss, loss) < found and losses.ranking_loss(1e6 * loss, loss) == 0
+
+
+@pytest.mark.parametrize("loss", [[], [3.0], [3.0, 3.0, 3.0]])
+def test_ranking_loss_without_a_pair_is_zero_with_a_gradient_of_zero(loss):
+    predicted = torch.arange(float(len(loss))).requires_grad_()
+    found = losses.ranking_loss(predicted, torch.tensor(loss))
+    assert found == 0 and found.dtype == torch.float32
+    found.backward()
+    assert predicted.grad is not None and not predicted.grad.any()
+
+
+def test_what_is_not_a_number_stays_none_and_no_device_is_waited_for():
+    fine, broken = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, math.nan, 4.0])
+    assert losses.ranking_loss(broken, fine).isnan()
+    # the pair that is left is (0, 2): (4 - 1) is more than the margin of 1, and less than one of 5, by 2
+    assert losses.ranking_loss(fine, broken) == 0 and losses.ranking_loss(fine, broken, margin=5.0) == 2
+    bad, good = rows((0, 0, math.nan, 4)), rows(TARGET)
+    assert all(loss(bad, good).isnan() for loss in BOX_LOSSES.values())
+    unseen = losses.balanced_cross_entropy(THREE, torch.tensor([0, 2]), torch.tensor([4, 2, 0]))
+    assert unseen == math.inf
+    logits, labels, counts = (t.detach() for t in random_batch(2))
+    with NoWaiting():
+        losses.balanced_cross_entropy(logits, labels, counts, torch.ones_like(labels, dtype=torch.bool))
+        losses.compensation_loss(logits, logits, torch.ones(2, 5))
+        losses.ranking_loss(fine, fine)
+        for loss in BOX_LOSSES.values():
+            loss(good, good)

@@ -1,0 +1,375 @@
+"""SSD held to torchvision on equal inputs: targets, losses with gradients, the whole model; its two extra heads."""
+
+import pytest
+import torch
+from detector_cases import as_list, learn, pixels, random_boxes, random_targets, same_detections, small
+from oracles import matched_boxes
+from torch import nn
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD as TorchSSD
+from torchvision.ops import box_iou
+
+from fedal_utils.data import clip_boxes
+from fedal_utils.detectors.ssd import anchor_losses, match_anchors, octave_sizes
+from fedal_utils.seeding import torch_rng_for
+
+REFERENCE = TorchSSD(nn.Identity(), DefaultBoxGenerator([[2]]), (64, 64), 4, head=nn.Identity())  # its matcher and loss
+
+
+def torch_matched(boxes, classes, anchors):
+    out = []
+    for target in as_list(boxes, classes):
+        if len(target["boxes"]) == 0:  # as torchvision's SSD.forward does
+            out.append(torch.full((len(anchors),), -1))
+        else:
+            out.append(REFERENCE.proposal_matcher(box_iou(target["boxes"], anchors)))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ targets
+
+
+@pytest.mark.parametrize("case", range(30))
+def test_matching_equals_torchvisions_ssd_matcher(case):  # 30 x 4 images
+    rng = torch_rng_for(case, "match")
+    anchors, (boxes, classes, ignore) = random_boxes(rng, 150), random_targets(rng, 4)
+    matched = match_anchors(boxes, classes, ignore, anchors)
+    assert torch.equal(matched, torch.stack(torch_matched(boxes, classes, anchors)))
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_matching_with_ignored_boxes_equals_the_oracle(case):
+    rng = torch_rng_for(case, "ignored")
+    anchors = random_boxes(rng, 60, side=32.0)
+    boxes, classes, ignore = random_targets(rng, 4, side=32.0, some_ignored=True)
+    matched = match_anchors(boxes, classes, ignore, anchors, threshold=0.4)
+    for i in range(4):
+        real, ignored = (classes[i] > 0) & ~ignore[i], (classes[i] > 0) & ignore[i]
+        want = matched_boxes(boxes[i].tolist(), real.tolist(), ignored.tolist(), anchors.tolist(), threshold=0.4)
+        assert matched[i].tolist() == want
+
+
+def test_matching_by_hand():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
+
+    def match(boxes, classes, ignore):
+        return match_anchors(torch.tensor([boxes]), torch.tensor([classes]), torch.tensor([ignore]), anchors)[
+            0
+        ].tolist()
+
+    # of two boxes that share their best anchor (IoU 1 and .16) the later one owns it, as in torchvision
+    twins = [[0.0, 0, 10, 10], [0, 0, 4, 4]]
+    assert match(twins, [1, 2], [False] * 2) == match(twins[::-1], [1, 2], [False] * 2) == [1, -1, -1, -1]
+    # anchor 0 lies on a real box; 1 on an ignored one (IoU 1): not used; 2 on an ignored one by 0.4 only: background
+    boxes = [[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 44, 10], [0, 0, 0, 0]]
+    assert match(boxes, [1, 1, 1, 0], [False, True, True, False]) == [0, -2, -1, -1]
+    # the same box both real and ignored: the real one keeps its anchors
+    assert match([[0.0, 0, 10, 10]] * 2, [1, 1], [True, False]) == [1, -1, -1, -1]
+    # an ignored box owns no anchor, however bad its best one is
+    assert match([[80.0, 0, 90, 10]], [1], [True]) == [-1] * 4
+    assert match([[80.0, 0, 90, 10]], [1], [False]) == [0, -1, -1, -1]
+
+
+def test_padding_in_the_middle_and_at_the_end_never_matters():
+    rng = torch_rng_for(1, "padding")
+    anchors, rows = random_boxes(rng, 90), random_targets(rng, 3)
+    matched = match_anchors(*rows, anchors)
+    spread = torch.tensor([6, 0, 1, 6, 2, 3, 4, 5])  # old row of each new one, 6 = padding
+    again = match_anchors(*(torch.cat([t, torch.zeros_like(t[:, :1])], dim=1)[:, spread] for t in rows), anchors)
+    assert torch.equal(torch.where(again >= 0, spread[again], again), matched)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+def loss_case(case, images=5, anchors=300):
+    """Logits, deltas, boxes, classes, matched, anchors: image 0 has no object, the last only an ignored one."""
+    rng = torch_rng_for(case, "each")
+    places = random_boxes(rng, anchors)
+    boxes, classes, ignore = random_targets(rng, images, columns=3, some_ignored=True)
+    classes[0], classes[1], classes[2], classes[-1] = 0, torch.tensor([2, 0, 0]), torch.tensor([3, 1, 2]), 0
+    boxes[1:3], boxes[-1, 0] = random_boxes(rng, 2, 3), places[7]
+    ignore[1:3], classes[-1, 0], ignore[-1, 0] = False, 1, True
+    matched = match_anchors(boxes, classes, ignore, places)
+    logits = torch.randn(images, anchors, 4, generator=rng, requires_grad=True)
+    deltas = torch.randn(images, anchors, 4, generator=rng, requires_grad=True)
+    return logits, deltas, boxes, classes, matched, places
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_the_loss_equals_torchvisions_in_value_and_gradient_of_the_batch_and_of_each_image(case):
+    rng = torch_rng_for(case, "loss")
+    anchors, (boxes, classes, ignore) = random_boxes(rng, 400), random_targets(rng, 3)
+    logits = torch.randn(3, 400, 4, generator=rng, requires_grad=True)
+    deltas = torch.randn(3, 400, 4, generator=rng, requires_grad=True)
+    matched = match_anchors(boxes, classes, ignore, anchors)
+    each = anchor_losses(logits, deltas, boxes, classes, matched, anchors)
+
+    def theirs(rows):
+        outputs = {"bbox_regression": deltas[rows], "cls_logits": logits[rows]}
+        targets, own = as_list(boxes[rows], classes[rows]), torch_matched(boxes[rows], classes[rows], anchors)
+        found = REFERENCE.compute_loss(targets, outputs, [anchors] * len(targets), own)
+        return {"classification": found["classification"], "regression": found["bbox_regression"]}
+
+    ours, wanted = each.of_batch(), theirs(slice(None))
+    slopes = [torch.autograd.grad(sum(p.values()), (logits, deltas), retain_graph=True) for p in (ours, wanted)]
+    for a, b in zip(*slopes, strict=True):
+        assert b.abs().max() > 0 and torch.allclose(a, b, atol=1e-6)
+    for name, value in wanted.items():
+        assert ours[name].item() == pytest.approx(value.item(), rel=1e-5)
+        alone = [theirs(slice(i, i + 1))[name].item() for i in range(3)]
+        assert each.per_image()[name].tolist() == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_loss_1512_02325_eq_1_by_hand():
+    # Four anchors, one positive: its class loss, and the three hardest of the negatives; all logits equal except one
+    # negative that is sure of background and therefore the easiest. N = 1.
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10], [80, 0, 90, 10]])
+    boxes, classes = torch.tensor([[[0.0, 0, 10, 10]]]), torch.tensor([[1]])
+    logits, deltas = torch.zeros(1, 5, 2), torch.full((1, 5, 4), 9.0)  # negatives' deltas do not count
+    logits[0, 3, 0] = 5.0
+    deltas[0, 0] = torch.tensor([0.5, 2.0, 0, 0])  # the target is 0: smooth L1 0.125 + 1.5
+
+    def loss(*matched):
+        return anchor_losses(logits, deltas, boxes, classes, torch.tensor([matched]), anchors).of_batch()
+
+    assert loss(0, -1, -1, -1, -1)["regression"].item() == pytest.approx(1.625)
+    # 1 positive + 3 hard negatives, ln 2 each
+    assert loss(0, -1, -1, -1, -1)["classification"].item() == pytest.approx(4 * 0.693147, rel=1e-5)
+    # an anchor that is not used teaches nothing: two hard ones are left, and the sure one takes the third place
+    sure = torch.log1p(torch.exp(torch.tensor(-5.0))).item()
+    assert loss(0, -2, -1, -1, -1)["classification"].item() == pytest.approx(3 * 0.693147 + sure, rel=1e-5)
+
+
+def test_least_negatives_let_an_empty_image_teach_the_background():
+    anchors = random_boxes(torch_rng_for(0, "a"), 20)
+    none = torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 20), -1)
+    logits, deltas = torch.zeros(1, 20, 3), torch.zeros(1, 20, 4)
+    assert anchor_losses(logits, deltas, *none, anchors).of_batch()["classification"].item() == 0
+    some = anchor_losses(logits, deltas, *none, anchors, least_negatives=8).of_batch()
+    assert some["classification"].item() == pytest.approx(8 * 1.098612, rel=1e-5)  # 8 x ln 3, over max(1, 0 positives)
+    assert some["regression"].item() == 0
+
+
+@pytest.mark.parametrize("least", [0, 8])
+@pytest.mark.parametrize("case", range(4))
+def test_the_loss_of_each_image_is_the_batch_loss_of_that_image_alone(case, least):
+    *rows, anchors = loss_case(case)
+    logits, deltas, *_, matched = rows
+    positives = (matched >= 0).sum(1)
+    assert positives[0] == positives[-1] == 0 < positives[1] and (matched[-1] == -2).any()
+    whole = anchor_losses(*rows, anchors, least)
+    each, summed = whole.per_image(), whole.per_image(summed=True)
+    alone = [anchor_losses(*(t[i : i + 1] for t in rows), anchors, least).of_batch() for i in range(5)]
+    weights = torch.arange(1.0, 6.0)  # or a gradient of the wrong image would not be seen
+    for name in ("classification", "regression"):
+        wanted = torch.stack([one[name] for one in alone])
+        torch.testing.assert_close(each[name], wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(summed[name], each[name] * positives.clamp(min=1), rtol=1e-6, atol=0)
+        found, right = (
+            torch.autograd.grad((x * weights).sum(), (logits, deltas), retain_graph=True, allow_unused=True)
+            for x in (each[name], wanted)
+        )
+        for ours, theirs in zip(found, right, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole model
+
+
+def test_ssd300_vgg16_equals_torchvisions_with_the_same_weights():
+    ours = small(backbone="vgg16", classes=2, image_size=(300, 300))
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=3, detections_per_img=100)
+    state = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+    for key, value in ours.state_dict().items():
+        # or the scores of an untrained VGG are all one, and tie
+        state[key] = value * (0.05 if key.startswith("head.classification_head") else 1)
+    ours.load_state_dict(state)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), state.values(), strict=True)))
+    x = pixels(1, 300, 300)
+    boxes = torch.tensor([[[20.0, 30, 120, 160], [150, 140, 290, 280], [0, 0, 0, 0]]])
+    classes, ignore = torch.tensor([[1, 2, 0]]), torch.zeros(1, 3, dtype=torch.bool)
+    with torch.no_grad():
+        loss = ours.train().loss(x, boxes, classes, ignore)
+        wanted = theirs.train()(list(x / 255), as_list(boxes, classes))
+    assert loss["classification"].item() == pytest.approx(wanted["classification"].item(), rel=1e-3)
+    assert loss["regression"].item() == pytest.approx(wanted["bbox_regression"].item(), rel=1e-3)
+    with torch.no_grad():
+        images, _ = theirs.transform(list(x / 255))
+        maps = list(theirs.backbone(images.tensors).values())
+        anchors = theirs.anchor_generator(images, maps)[0]
+        # 400 candidates of all classes here, of each class there: a threshold that 60 pairs pass makes them the same
+        best = ours.eval()(x)[0].softmax(-1)[..., 1:].flatten().sort(descending=True).values
+        theirs.score_thresh = float(best[59:61].mean())
+        found, wanted = ours.predict(x, score_above=theirs.score_thresh), theirs.eval()(list(x / 255))
+    assert torch.equal(ours.anchors, anchors) and len(anchors) == 8732
+    assert [m.shape[-1] for m in maps] == [38, 19, 10, 5, 3, 1]  # 1512.02325: 4 or 6 boxes a cell
+    assert ours.levels.bincount().tolist() == [4 * 38**2, 6 * 19**2, 6 * 10**2, 6 * 5**2, 4 * 3**2, 4]
+    assert 5 < len(wanted[0]["boxes"]) <= 60
+    same_detections(found, wanted, atol=1e-2)
+
+
+def test_anchors_sit_in_the_middle_of_their_cells_and_follow_the_head():
+    model = small(image_size=(64, 96), anchor_side=8.0, anchor_ratios=(1.0,)).eval()
+    anchors, first = model.anchors, 8 * 12 * 2
+    assert anchors.shape == (8 * 12 * 2 + 4 * 6 * 2 + 2 * 3 * 2, 4)
+    centres, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    assert centres[:4].tolist() == [[4, 4], [4, 4], [12, 4], [12, 4]]  # cell after cell, two anchors each
+    assert centres[first].tolist() == [8, 8] and centres[-1].tolist() == [80, 48]
+    assert sides[:2].tolist() == [[8, 8], [12, 12]] and sides[first].tolist() == [16, 16]  # 8 sqrt 2, to whole pixels
+    assert octave_sizes(16, 2) == ((16, pytest.approx(22.627417)), (32, pytest.approx(45.254834)))
+    logits, deltas = model(pixels(1, 64, 96))
+    assert logits.shape[1] == deltas.shape[1] == len(anchors)
+
+
+def test_a_small_ssd_learns_eight_images_by_heart():
+    x, (boxes, classes, _), losses, model = learn(small(), 60)
+    found = model.predict(x, score_above=0.5)
+    overlap = torch.stack([box_iou(b[:1], f[:1])[0, 0] for b, f in zip(boxes, found.boxes, strict=True)])
+    assert torch.equal(found.labels[:, 0], classes[:, 0]) and overlap.min() > 0.5
+    assert losses[-1]["classification"] < 0.3 * losses[0]["classification"]
+
+
+# ------------------------------------------------------------------------------------------------------- its two heads
+
+
+def few_targets():
+    """Targets of four images with 0, 1, 3 objects and with an ignored box beside a real one."""
+    boxes, classes, ignore = torch.zeros(4, 3, 4), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3).bool()
+    boxes[1, 0], classes[1, 0] = torch.tensor([4.0, 6, 30, 40]), 2
+    boxes[2] = torch.tensor([[2.0, 3, 20, 25], [30, 28, 62, 60], [40, 2, 58, 18]])
+    classes[2] = torch.tensor([1, 3, 2])
+    boxes[3, :2], classes[3, :2] = torch.tensor([[8.0, 8, 40, 40], [30, 30, 62, 62]]), 1
+    ignore[3, 1] = True
+    return boxes, classes, ignore
+
+
+@pytest.mark.parametrize(
+    ("option", "head", "part", "still"),
+    [
+        ("box_loss_head", "evidence_head", "box_loss_head", set()),
+        # a common shift of all predictions changes no order
+        ("image_loss_head", "loss_head", "ranking", {"loss_head.joint.bias"}),
+    ],
+)
+def test_a_head_changes_nothing_else_of_an_ssd_and_trains_itself_alone(option, head, part, still):
+    plain, model, x = small(), small(**{option: True}), pixels(4)
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
+    assert {k.split(".")[0] for k in state.keys() - plain.state_dict().keys()} == {head}
+    wanted, parts = plain.loss(x, *few_targets()), model.loss(x, *few_targets())
+    assert parts.keys() == {*wanted, part} and all(torch.equal(parts[k], wanted[k]) for k in wanted)
+    parts[part].backward(retain_graph=True)
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved <= {k for k in state if k.startswith(head)} - still and len(moved) >= 2
+    model.zero_grad()
+    sum(parts[k] for k in wanted).backward()
+    assert all((p.grad is None) == name.startswith(head) for name, p in model.named_parameters())
+    empty = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3).bool()
+    assert model.loss(x[:2], *empty)[part] >= 0
+
+
+class Numbered(nn.Module):
+    """In the place of a box loss head of one map: the number of each anchor, counted as the class head counts."""
+
+    def __init__(self, first, cell):
+        super().__init__()
+        self.first, self.cell = first, cell
+
+    def forward(self, m):
+        height, width = m.shape[-2:]
+        number = self.first + torch.arange(height * width * self.cell).view(height, width, self.cell)
+        return number.permute(2, 0, 1).expand(len(m), -1, -1, -1).float()
+
+
+@pytest.mark.parametrize("ratios", [(1.0,), (0.7, 1.4)])
+def test_an_ssd_knows_the_map_and_the_predicted_loss_of_each_anchor(ratios):
+    model = small(image_size=(64, 96), anchor_side=8.0, anchor_ratios=ratios, box_loss_head=True).eval()
+    cell = 2 * len(ratios)
+    counts = [cell * (64 // stride) * (96 // stride) for stride in (8, 16, 32)]
+    firsts = [100, 100 + counts[0], 100 + counts[0] + counts[1]]  # softplus(x) = x to the last bit from 100 on
+    model.evidence_head = nn.ModuleList(Numbered(first, cell) for first in firsts)
+    for layer in model.head.regression_head.module_list:  # boxes are anchors
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    found = model.predict(pixels(2, 64, 96), score_above=0.0, nms_iou=0.99, top=10_000, candidates=10_000)
+    number = found.extra["predicted_loss"][found.valid].long() - 100
+    assert len(number.unique()) > 0.8 * sum(counts)
+    assert torch.allclose(found.boxes[found.valid], clip_boxes(model.anchors[number], (64, 96)), atol=1e-4)
+    wanted = torch.bucketize(number, torch.tensor(counts).cumsum(0), right=True)
+    assert torch.equal(found.extra["level"][found.valid], wanted) and set(wanted.tolist()) == {0, 1, 2}
+
+
+def test_the_box_loss_head_learns_five_times_the_mean_squared_error_of_positive_anchors_by_a_loop():
+    model, x = small(box_loss_head=True), pixels(3)
+    boxes, classes, ignore = random_targets(torch_rng_for(2, "targets"), 3, some_ignored=True)
+    boxes[0, :3], classes[0, :3], ignore[0, :3] = model.anchors[[40, 270, -2]], torch.tensor([1, 2, 3]), False
+    with torch.no_grad():
+        part = model.loss(x, boxes, classes, ignore)["box_loss_head"].item()
+        logits, predicted = model(x)[0], model.eval().raw_detections(x).extra["predicted_loss"]
+    errors = []
+    for i, row in enumerate(match_anchors(boxes, classes, ignore, model.anchors).tolist()):
+        for a, at in enumerate(row):
+            if at >= 0:
+                loss = -logits[i, a].log_softmax(0)[classes[i, at]].item()
+                errors.append((predicted[i, a].item() - loss) ** 2)
+    assert len(errors) > 10 and part == pytest.approx(5 * sum(errors) / len(errors), rel=1e-4)
+
+
+def test_the_ranking_is_that_of_predictions_by_a_loop_against_each_images_own_loss():
+    model, x, targets = small(image_loss_head=True), pixels(4), few_targets()
+    with torch.no_grad():
+        found = model.loss(x, *targets)["ranking"].item()
+        maps = model.neck(model.backbone(x))
+        predicted = []
+        for image in range(4):
+            means = [m[image].mean((1, 2)) for m in maps]
+            layers = zip(model.loss_head.each, means, strict=True)
+            hidden = torch.cat([layer(mean).clamp(min=0) for layer, mean in layers])
+            predicted.append(model.loss_head.joint(hidden).item())
+        apart = [
+            {k: v.item() for k, v in model.loss(x[i : i + 1], *(t[i : i + 1] for t in targets)).items()}
+            for i in range(4)
+        ]
+        each, summed = model.image_losses(x, *targets), model.image_losses(x, *targets, summed=True)
+    assert hidden.shape == (3 * 32,) and not model.predicted_loss(x).requires_grad
+    assert model.predicted_loss(x).tolist() == pytest.approx(predicted, rel=1e-4, abs=1e-5)
+    positives = (match_anchors(*targets, model.anchors) >= 0).sum(1).tolist()
+    assert positives[0] == 0 < min(positives[1:])
+    for i, one in enumerate(apart):
+        assert one["ranking"] == 0  # an image alone
+        for name, value in each.items():
+            assert value[i].item() == pytest.approx(one[name], rel=1e-5)
+            assert summed[name][i].item() == pytest.approx(one[name] * max(1, positives[i]), rel=1e-5)
+    alone = [one["classification"] + one["regression"] for one in apart]
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    terms = [max(0, 1 - (1 if alone[i] > alone[j] else -1) * (predicted[i] - predicted[j])) for i, j in pairs]
+    assert found == pytest.approx(sum(terms) / 6, rel=1e-4) and len(set(terms)) == 6
+    with pytest.raises(ValueError, match="no head that learns an image's loss: set image_loss_head=True"):
+        small().predicted_loss(x)
+
+
+@pytest.mark.parametrize("backbone", ["small", "lite0"])
+def test_the_gradient_of_an_image_loss_reaches_float_pixels(backbone):
+    if backbone == "lite0":
+        pytest.importorskip("timm")
+    frozen = backbone == "lite0"
+    model, targets, x = small(backbone=backbone, pretrained=frozen, frozen=frozen).eval(), few_targets(), pixels(4)
+    plain, point = model.image_losses(x, *targets), x.float().requires_grad_()
+    found = model.image_losses(point, *targets)
+    assert all(torch.allclose(found[name], plain[name], rtol=1e-5) for name in plain)
+    slope = torch.autograd.grad(found["classification"].sum() + found["regression"].sum(), point)[0]
+    assert torch.isfinite(slope).all() and slope.flatten(1).any(1).all()
+    # the loss falls against it, by as much as it says: from 1e-3 of a grey value on the mean pixel to the other side
+    step = 1e-3 * slope / slope.abs().mean((1, 2, 3), keepdim=True)
+    with torch.no_grad():
+        up, down = (sum(model.image_losses(x + side * step, *targets).values()) for side in (1, -1))
+    assert torch.allclose(up - down, 2 * (slope * step).sum((1, 2, 3)), rtol=0.1)
+    only = torch.autograd.grad(model.image_losses(point, *targets)["classification"][2], point)[0].flatten(1).any(1)
+    assert only.tolist() == [False, False, True, False]
+    assert all(p.grad is None for p in model.backbone.parameters())
+    maps = model.features(x)
+    assert all(m.requires_grad == (not model.frozen) for m in maps)  # uint8 pixels: a frozen backbone keeps no graph

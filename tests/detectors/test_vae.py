@@ -1,0 +1,187 @@
+"""Autoencoders: the divergence by sampling, the published shape by hand, what a forward pass gives."""
+
+import math
+
+import pytest
+import torch
+from detector_cases import pixels
+from torch import nn
+
+from fedal_utils.config import Config
+from fedal_utils.detectors import build_vae, kl, kl_as_released, losses_of
+from fedal_utils.seeding import torch_rng_for
+
+SIZE = (16, 16)
+
+
+def built(size=SIZE, latent=4, seed=0, **options):
+    return build_vae(Config.of(vae_size=size, latent=latent, **options), torch_rng_for(seed, "weights"))
+
+
+def losses(model, x):
+    return losses_of(model, x, *model(x))
+
+
+# --------------------------------------------------------------------------------------------------------- divergence
+
+
+def gaussians(count=4, latent=3):
+    rng = torch_rng_for(0, "gaussians")
+    draw = torch.randn(2, count, latent, generator=rng, dtype=torch.float64)
+    return draw[0], draw[1] / 2
+
+
+def test_the_divergence_is_that_of_torch():
+    mean, log_std = gaussians()
+    want = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, log_std.exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(kl(mean, log_std), want.sum(1))
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_samples():
+    mean, log_std = gaussians(2)
+    count = 200_000
+    noise = torch.randn(count, *mean.shape, generator=torch_rng_for(0, "noise"), dtype=torch.float64)
+    z = mean + log_std.exp() * noise
+    ratio = (z.square() / 2 - noise.square() / 2 - log_std).sum(2)  # log q - log p, (count, B); log sqrt(2 pi) cancels
+    error = ratio.std(0) / math.sqrt(count)
+    got = kl(mean, log_std)
+    assert (error < 0.01 * got).all()  # so four of them let no other formula pass
+    assert ((ratio.mean(0) - got).abs() < 4 * error).all()
+    assert ((ratio.mean(0) - kl_as_released(mean, log_std)).abs() > 40 * error).all()
+
+
+def test_the_divergence_is_smallest_at_one_and_the_published_penalty_at_one_over_root_two():
+    def at(penalty, mean, s):
+        mean = torch.tensor([[mean] * 5], dtype=torch.float64, requires_grad=True)
+        log_std = torch.tensor([[math.log(s)] * 5], dtype=torch.float64, requires_grad=True)
+        value = penalty(mean, log_std)
+        value.sum().backward()
+        return value.item(), mean.grad[0, 0].item(), log_std.grad[0, 0].item()
+
+    root = 1 / math.sqrt(2)
+    assert at(kl, 0.0, 1.0) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+    assert at(kl, 0.0, root)[2] == pytest.approx(0.5 - 1)  # s^2 - 1
+    assert at(kl_as_released, 0.0, root) == pytest.approx((5 * math.log(2) / 2, 0.0, 0.0), abs=1e-12)
+    assert at(kl_as_released, 0.0, 1.0)[2] == pytest.approx(1.0)  # 2 s^2 - 1
+    for penalty, best in ((kl, 1.0), (kl_as_released, root)):
+        least = at(penalty, 0.0, best)[0]
+        for mean, s in ((0.0, best * 1.1), (0.0, best / 1.1), (0.1, best), (-0.1, best)):
+            assert at(penalty, mean, s)[0] > least + 0.01
+    assert at(kl, 0.7, 1.3)[1] == pytest.approx(0.7)
+    assert at(kl_as_released, 0.7, 1.3)[1] == pytest.approx(1.4)  # twice, as nothing is halved
+
+
+def sides(layers, x):
+    """Height after each convolution."""
+    found = []
+    for layer in layers:
+        x = layer(x)
+        assert x.dim() < 4 or x.shape[-1] == x.shape[-2]
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            found.append(x.shape[-1])
+    return found, x
+
+
+def test_the_published_autoencoder_has_the_published_shape():
+    with torch.device("meta"):
+        model = built((300, 300), 1_024, vae_architecture="published")
+        x = torch.empty(2, 3, 300, 300)
+        found, features = sides(model.encoder, x)
+        assert found == [148, 72, 34, 15] and features.shape == (2, 16_384)
+        found, image = sides(model.decoder, torch.empty(2, 1_024))
+        assert found == [35, 73, 149, 300] and image.shape == x.shape
+        assert [tuple(t.shape) for t in model(x)] == [(2, 3, 300, 300), (2, 1_024), (2, 1_024)]
+    assert [m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)] == [0.2] * 10
+    assert isinstance(model.decoder[4], nn.Unflatten) and model.decoder[4].unflattened_size == (64, 16, 16)
+    norms = [m.num_features for part in (model.encoder, model.decoder) for m in part if isinstance(m, nn.BatchNorm2d)]
+    assert norms == [16, 32, 32, 16, 8]
+
+
+def test_the_published_autoencoder_has_341_million_parameters():
+    with torch.device("meta"):
+        model = built((300, 300), 1_024, vae_architecture="published")
+    down = (3 * 8 * 25 + 8) + (8 * 16 * 25 + 16 + 32) + (16 * 32 * 25 + 32 + 64) + (32 * 64 * 25 + 64)
+    largest = 15 * 15 * 64 * 16_384
+    heads = 2 * (16_384 * 1_024 + 1_024)
+    linear = (1_024 * 4_096 + 4_096) + (4_096 * 16_384 + 16_384)
+    up = (64 * 32 * 25 + 32 + 64) + (32 * 16 * 25 + 16 + 32) + (16 * 8 * 25 + 8 + 16) + (8 * 3 * 16 + 3)
+    assert largest == 235_929_600  # "236 M of them in one encoder matrix"
+    assert down + largest + 16_384 + heads + linear + up == 340_961_883
+    assert sum(p.numel() for p in model.parameters()) == 340_961_883
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 40), (64, 32)])
+def test_the_small_autoencoder_mirrors_its_size(size):
+    model = built(size, 5)
+    image, mean, log_std = model(torch.rand(2, 3, *size))
+    assert image.shape == (2, 3, *size) and mean.shape == log_std.shape == (2, 5)
+    assert ((image > 0) & (image < 1)).all()
+
+
+def test_pixels_are_scaled_and_resized_without_aliasing():
+    model = built()
+    images = pixels(3, *SIZE)
+    assert torch.equal(model.prepare(images), images.float() / 255)
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., 1::4] = stripes[..., 2::4] = 255  # two of four columns: what lies half way between is all bright
+    small = model.prepare(stripes)
+    assert small.shape == (1, 3, *SIZE) and ((small > 0.4) & (small < 0.6)).all()
+    flat = model.prepare(torch.full((2, 3, 10, 37), 51.0))
+    torch.testing.assert_close(flat, torch.full((2, 3, *SIZE), 0.2))
+    assert torch.equal(model.prepare(stripes.double()), small)
+
+
+def test_latents_are_the_mean_or_drawn_around_it():
+    model = built()
+    model.decoder = nn.Identity()
+    x = model.prepare(pixels(5, *SIZE))
+    mean, log_std = model.encode(x)
+    assert torch.equal(model(x)[0], mean)
+    noise = torch.randn(5, 4, generator=torch_rng_for(3, "noise"))
+    drawn_z, again, spread = model(x, torch_rng_for(3, "noise"))
+    torch.testing.assert_close(drawn_z, mean + log_std.exp() * noise)
+    assert torch.equal(again, mean) and torch.equal(spread, log_std)
+
+
+def test_a_reconstruction_has_the_size_of_its_image_and_lets_gradients_through():
+    model = built()
+    x = pixels(2, 40, 24).float().requires_grad_()
+    got = model.reconstruct(x)
+    assert got.shape == (2, 3, 40, 24) and 0 < got.min() and got.max() < 255
+    want = model.decode(model.encode(model.prepare(x))[0])
+    torch.testing.assert_close(got.mean((2, 3)) / 255, want.mean((2, 3)), rtol=0.02, atol=0)  # resizing keeps the mean
+    got.sum().backward()
+    assert x.grad.abs().sum((1, 2, 3)).min() > 0
+    assert not torch.equal(model.reconstruct(x, torch_rng_for(0, "noise")), got)
+    flat = model.restore(torch.full((1, 3, *SIZE), 0.4), (50, 20))
+    torch.testing.assert_close(flat, torch.full((1, 3, 50, 20), 102.0))
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_reconstruction_by_hand():
+    model = built()
+    nn.init.zeros_(model.decoder[-2].weight)
+    nn.init.zeros_(model.decoder[-2].bias)  # sigmoid(0): grey everywhere
+    x = torch.full((4, 3, *SIZE), 0.5)
+    x[0], x[1] = 0.0, 1.0
+    x[2, 1, 3, 4], x[2, 2, 7, 7] = 1.0, 0.3
+    got = losses(model, x)
+    torch.testing.assert_close(got["reconstruction"], torch.tensor([192.0, 192.0, 0.25 + 0.04, 0.0]))  # 768 / 4
+    mean, log_std = model.encode(x)
+    torch.testing.assert_close(got["kl"], kl(mean, log_std))
+    model.as_released = True
+    torch.testing.assert_close(losses(model, x)["kl"], kl_as_released(mean, log_std))
+
+
+def test_an_images_losses_do_not_depend_on_its_batch_mates():
+    model = built()
+    x = model.prepare(pixels(5, *SIZE))
+    together = losses(model.train(), x)
+    for key, values in together.items():
+        alone = torch.cat([losses(model, x[i : i + 1])[key] for i in range(5)])
+        torch.testing.assert_close(values, alone, rtol=1e-5, atol=1e-6)
+        assert values.std() > 1e-3 * values.mean()  # they differ from image to image

@@ -1,0 +1,338 @@
+"""YOLO: published parameter counts, architecture, post-processing, views, freezing."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from detector_cases import learn, pixels, small, targets
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import box_iou
+
+from fedal_utils.config import Config
+from fedal_utils.data import flip_boxes
+from fedal_utils.detectors import VIEWS, build
+from fedal_utils.detectors.yolo import CSP, PyramidPooling
+from fedal_utils.detectors.yolo_loss import decode
+from fedal_utils.seeding import torch_rng_for
+
+COCO_ANCHORS = [
+    [(10, 13), (16, 30), (33, 23)],
+    [(30, 61), (62, 45), (59, 119)],
+    [(116, 90), (156, 198), (373, 326)],
+]
+
+
+def tiny(classes=3, size=(64, 96), seed=0, **options):
+    return small("yolo", classes, seed, **{"norm": "batch", "image_size": size, **options})
+
+
+def lively(classes=3, size=(64, 96), **options):
+    """An untrained model in eval mode whose outputs differ from place to place and pass a threshold."""
+    model = tiny(classes, size, norm="group", **options).eval()
+    rng = torch_rng_for(1, "head")
+    with torch.no_grad():
+        for layer in model.head:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) * 0.8)
+            layer.bias.copy_(torch.randn(layer.bias.shape, generator=rng) * 0.5)
+    return model
+
+
+SOME = [
+    [((4, 4, 20, 30), 1, False), ((40, 10, 90, 60), 3, False), ((60, 2, 66, 9), 2, False)],
+    [((10, 20, 30, 44), 2, False), ((0, 0, 0, 0), 0, False), ((50, 8, 80, 40), 1, True)],
+]
+
+
+def noise(count, size=(64, 96), seed=0):
+    return pixels(count, *size, seed)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# ------------------------------------------------------------------------------------------------------- architecture
+
+
+@pytest.mark.parametrize(
+    "classes, trained, folded", [(2, 7_066_239, 7_056_607), (8, 7_082_421, 7_072_789), (80, 7_276_605, 7_266_973)]
+)
+def test_the_published_size_has_the_published_number_of_parameters(classes, trained, folded):
+    model = build(Config.of(detector="yolo", norm="batch", frozen=True), classes, torch_rng_for(0, "weights"))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == trained == 7_066_239 + 2_697 * (classes - 2)  # 3 anchors x (128 + 256 + 512 inputs + bias)
+    # a BatchNorm's scale and shift become one bias of its convolution
+    assert count - sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)) == folded
+    assert model.backbone.channels == (128, 256, 512) and len(model.backbone.stages) == 10
+    state = model.state_dict()
+    sent = sum(state[k].numel() for k in model.exchanged())
+    if classes == 2:  # van Bommel 2021 counts 5.7 MB of 14.017 MB (half precision)
+        assert sent * 2 / 1e6 == pytest.approx(5.7, abs=0.2)
+        assert sum(v.numel() for v in state.values()) * 2 / 1e6 == pytest.approx(14.017, abs=0.2)
+
+
+def test_width_and_depth_scale_channels_and_repeats():
+    model = tiny(
+        width_multiple=0.2, depth_multiple=0.7
+    )  # 12.8 -> 16, 25.6 -> 32, 51.2 -> 56, 102.4 -> 104, 204.8 -> 208
+    assert model.backbone.channels == (56, 104, 208)
+    assert [len(model.backbone.stages[i].blocks) for i in (2, 4, 6, 9)] == [2, 6, 6, 2]
+    assert len(model.neck.out3.blocks) == 2
+    norms = [m for m in tiny(width_multiple=0.2, norm="group").modules() if isinstance(m, nn.GroupNorm)]
+    assert {(m.num_channels, m.num_groups) for m in norms} >= {(56, 7), (28, 7)}  # half of 56 is no multiple of 8
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        assert (norm.eps, norm.momentum) == (1e-3, 0.03)
+
+
+def test_maps_and_outputs_have_the_strides_they_say():
+    model = tiny()
+    maps = model.features(noise(2))
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 8, 12), (2, 64, 4, 6), (2, 128, 2, 3)]
+    assert model(noise(2)).shape == (2, 3 * (96 + 24 + 6), 8)
+    assert torch.equal(model.eval()(maps := noise(1)), model(maps))
+
+
+def test_pyramid_pooling_takes_maxima_over_5_9_and_13_cells():
+    block = PyramidPooling(16, "group")
+    x = torch.randn(1, 16, 20, 17, generator=torch_rng_for(0, "x"))
+    first = block.enter(x)
+    pools = [F.max_pool2d(first, k, stride=1, padding=k // 2) for k in (5, 9, 13)]
+    assert torch.equal(block(x), block.leave(torch.cat([first, *pools], dim=1)))
+
+
+def test_pixels_are_scaled_to_one():
+    stem = tiny().backbone.stages[0].eval()
+    x = noise(1)
+    # rows and columns 2 by 2: channel 4 c + 2 dy + dx
+    blocks = torch.stack([x[:, c, dy::2, dx::2] for c, dy, dx in product(range(3), (0, 1), (0, 1))], dim=1)
+    assert torch.allclose(stem(x), stem.conv(blocks.float() / 255), atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_shortcut_is_in_the_backbone_only(norm):
+    model = tiny(norm=norm)
+    inside = [block.shortcut for m in model.backbone.modules() if isinstance(m, CSP) for block in m.blocks]
+    assert inside == [True] * 7 + [False]  # 1 + 3 + 3 with, the last CSP without
+    assert not any(block.shortcut for m in model.neck.modules() if isinstance(m, CSP) for block in m.blocks)
+    block = model.backbone.stages[2].blocks[0].eval()
+    x = torch.randn(1, 8, 4, 4, generator=torch_rng_for(0, "x"))
+    with torch.no_grad():
+        for p in block.wide.parameters():
+            p.zero_()
+    assert torch.equal(block(x), x)  # SiLU(0) = 0
+
+
+@pytest.mark.parametrize("scale, cells", [(1.0, (6400, 1600, 400)), (0.25, (400, 100, 25)), (0.05, (16, 8, 8))])
+@pytest.mark.parametrize("classes, odds", [(1, 0.6 / 1e-5), (4, 0.6 / 3.00001)])
+def test_biases_start_at_eight_objects_in_an_image_of_640_px_or_of_as_much_as_the_anchors_are_scaled(
+    scale, cells, classes, odds
+):
+    for layer, number in zip(tiny(classes, anchor_side=10 * scale).head, cells, strict=True):
+        bias = layer.bias.view(3, -1)
+        assert torch.allclose(bias[:, 4].exp(), torch.full((3,), 8 / number), rtol=1e-4)
+        assert torch.allclose(bias[:, 5:].exp(), torch.full((3, classes), odds), rtol=1e-3)
+
+
+def test_the_same_generator_gives_the_same_weights():
+    a, b, c = (tiny(seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["head.0.weight"], c["head.0.weight"])
+
+
+def test_outputs_are_in_the_order_of_the_grid():
+    model = lively()
+    x = noise(1)
+    raw = model(x)[0]
+    grid = model.cells.grid
+    maps = [layer(m)[0] for layer, m in zip(model.head, model.neck(model.features(x)), strict=True)]
+    for level, a, y, xx in ((0, 2, 7, 3), (1, 0, 1, 5), (2, 1, 0, 2)):
+        stride = (8, 16, 32)[level]
+        w, h = (side / 4 for side in COCO_ANCHORS[level][a])
+        here = (grid == torch.tensor([(xx - 0.5) * stride, (y - 0.5) * stride, stride, w, h])).all(1).nonzero()
+        assert here.shape == (1, 1)
+        assert torch.allclose(raw[here[0, 0]], maps[level].view(3, 8, *maps[level].shape[1:])[a, :, y, xx], atol=1e-5)
+
+
+def test_the_gradient_reaches_every_output_of_every_anchor():
+    model = tiny().train()
+    rows = [[((2, 2, 6, 8), 1, False), ((20, 10, 40, 34), 2, False), ((10, 2, 90, 60), 3, False)]] * 2
+    parts = model.loss(noise(2), *targets(rows))
+    assert set(parts) == {"box", "objectness", "classification"}
+    sum(parts.values()).backward()
+    for layer in model.head:  # 3 x (4 + 1 + 3)
+        assert bool((layer.bias.grad.view(3, 8)[:, 4] != 0).all()) and int((layer.bias.grad != 0).sum()) > 3
+
+
+def test_a_few_images_are_learned_by_heart():
+    model = tiny(size=(64, 64), norm="group", anchor_side=5.0, loss_weights=(0.05, 1.0, 20.0))  # few classes, few steps
+    x, (boxes, classes, _), losses, model = learn(model, 60, 5e-3, images=4)
+    assert losses[-1]["box"] < 0.7 * losses[0]["box"]
+    assert losses[-1]["classification"] < 0.3 * losses[0]["classification"]
+    best = model.predict(x, score_above=0.05, class_agnostic=True)
+    overlap = torch.stack([box_iou(b[:1], f[:1])[0, 0] for b, f in zip(boxes, best.boxes, strict=True)])
+    assert torch.equal(best.labels[:, 0], classes[:, 0]) and overlap.min() > 0.5
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+def same_detections(a, b, atol=1e-3):
+    assert torch.equal(a.labels, b.labels)
+    for name in ("boxes", "scores", "probs"):
+        assert torch.allclose(getattr(a, name), getattr(b, name), atol=atol), name
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_confidence_is_objectness_times_class_and_probs_sum_to_one(classes):
+    model, x = lively(classes), noise(1)
+    found = model.predict(x, score_above=0.2, nms_iou=1.0, top=5000, candidates=5000)
+    raw = model(x)[0].detach().double().numpy()
+    boxes = decode(model(x)[0], model.grid).detach()
+    objectness, p = sigmoid(raw[:, 4]), sigmoid(raw[:, 5:]) if classes > 1 else np.ones((378, 1))
+    boxes = np.clip(boxes.double().numpy(), 0, [96, 64, 96, 64])
+    real = (boxes[:, 2:] - boxes[:, :2] > 1e-2).all(1)  # what is left of it in the image
+    want = sorted(
+        (
+            (o * q[c], c + 1, row)
+            for row, (o, q) in enumerate(zip(objectness, p, strict=True))
+            for c in range(classes)
+            if o * q[c] > 0.2 and real[row]
+        ),
+        reverse=True,
+    )
+    assert int(found.valid.sum()) == len(want) > 20
+    for t, (score, label, row) in enumerate(want):
+        assert found.scores[0, t].item() == pytest.approx(score, abs=1e-6) and found.labels[0, t] == label
+        shares = [1 - objectness[row], *(objectness[row] * p[row] / p[row].sum())]
+        assert found.probs[0, t].tolist() == pytest.approx(shares, abs=1e-6)
+        assert found.boxes[0, t].tolist() == pytest.approx(boxes[row].tolist(), abs=1e-3)
+    assert torch.allclose(found.probs.sum(-1), torch.ones(1, len(want)), atol=1e-6)
+
+
+def test_probs_sum_to_one_where_every_class_is_very_unlikely():
+    model = lively()
+    with torch.no_grad():
+        for layer in model.head:
+            layer.weight.zero_()
+            layer.bias.view(3, 8)[:, 4:] = torch.tensor([1.0, -200, -201, -202])  # float32 sigmoids are zero
+    found = model.predict(noise(1), score_above=-1.0)
+    assert found.valid.any() and torch.allclose(found.probs.sum(-1), found.valid.float(), atol=1e-6)
+    assert found.probs[0, 0, 1:].tolist() == pytest.approx(
+        (0.7310586 * np.array([0.66524, 0.24473, 0.09003])), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_nms_within_classes_or_across_them(agnostic):
+    found = lively().predict(noise(1), score_above=0.2, nms_iou=0.4, top=300, class_agnostic=agnostic)
+    n = int(found.valid.sum())
+    overlap = box_iou(found.boxes[0, :n], found.boxes[0, :n]).fill_diagonal_(0)
+    equal = found.labels[0, :n, None] == found.labels[0, :n]
+    assert n > 5 and overlap[equal].max() <= 0.4
+    assert (overlap.max() <= 0.4) == agnostic
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+def test_the_mirrored_view_of_a_mirrored_image_gives_mirrored_boxes():
+    model, x = lively(), noise(2)
+    plain = model.predict(x, score_above=0.3, top=30)
+    mirrored = model.predict(x.flip(-1), score_above=0.3, top=30, views=((1.0, True),))
+    assert plain.valid.all() and torch.equal(plain.labels, mirrored.labels)
+    assert torch.allclose(flip_boxes(mirrored.boxes, 96), plain.boxes, atol=1e-3)
+    assert torch.allclose(plain.probs, mirrored.probs, atol=1e-5)
+    other = model.predict(x, score_above=0.3, top=30, views=((1.0, True),))
+    assert not torch.allclose(other.scores[:, 0], plain.scores[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scale, inner, canvas", [(0.5, (64, 80), (64, 96)), (0.83, (106, 133), (128, 160)), (1.3, (166, 208), (192, 224))]
+)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_boxes_of_a_scaled_view_are_in_the_frame_of_the_full_image(scale, inner, canvas, mirrored):
+    model = lively(size=(128, 160))
+    with torch.no_grad():
+        for layer in model.head:  # every output: its anchor in the middle of its cell
+            layer.weight.zero_()
+            layer.bias.zero_()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    x = torch.full((1, 3, 128, 160), 20, dtype=torch.uint8)
+    x[:, :, 32:64, 40:80] = 220  # a bright block around (60, 48)
+    boxes, raw, level = model._view(x, scale, mirrored)
+    assert boxes.shape == (1, 3 * sum(canvas[0] * canvas[1] // s**2 for s in (8, 16, 32)), 4)
+    view = seen[0].float()
+    assert tuple(view.shape[-2:]) == canvas
+    assert bool((view[..., inner[0] :, :] == 114).all()) and bool((view[..., inner[1] :] == 114).all())
+    bright = view[0, 0, : inner[0], : inner[1]] > 120
+    rows, columns = (bright.nonzero().float() + 0.5).mean(0).tolist()
+    assert rows * 128 / inner[0] == pytest.approx(48, abs=0.6)
+    assert columns * 160 / inner[1] == pytest.approx(100 if mirrored else 60, abs=0.6)
+    # row 2, column 3 of stride 8, second anchor: 16 x 30 at a quarter
+    cx, cy, w, h = 3.5 * 8 * 160 / inner[1], 2.5 * 8 * 128 / inner[0], 4 * 160 / inner[1], 7.5 * 128 / inner[0]
+    cx = 160 - cx if mirrored else cx
+    place = (2 * (canvas[1] // 8) + 3) * 3 + 1
+    assert boxes[0, place].tolist() == pytest.approx([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], abs=1e-3)
+    assert boxes[..., [0, 2]].max() <= 160 and boxes[..., [1, 3]].max() <= 128 and boxes.min() >= 0
+
+
+def test_views_are_joined_before_one_nms():
+    model, x = lively(), noise(2)
+    options = {"score_above": 0.3, "top": 50, "candidates": 100_000}
+    once = model.predict(x, **options)
+    same_detections(model.predict(x, views=((1.0, False), (1.0, False)), **options), once)
+    joined = model.predict(x, views=VIEWS, nms_iou=1.0, score_above=0.3, top=10_000, candidates=100_000)
+    single = [model.predict(x, views=(v,), nms_iou=1.0, score_above=0.3, top=10_000, candidates=100_000) for v in VIEWS]
+    assert torch.equal(joined.valid.sum(1), sum(s.valid.sum(1) for s in single))
+    assert all(s.valid.any() for s in single)
+    best = torch.stack([s.scores[:, 0] for s in single]).amax(0)
+    assert torch.allclose(joined.scores[:, 0], best)
+
+
+@pytest.mark.parametrize("views", [((1.0, False),), ((0.5, True),), VIEWS])
+def test_a_detection_knows_which_map_it_came_from(views):
+    """Every output is its anchor in the middle of its cell: a box's sides say which map and which view it is from."""
+    model, size = lively(size=(128, 160)), (128, 160)
+    with torch.no_grad():
+        for layer in model.head:
+            layer.weight.zero_()
+            layer.bias.zero_()
+    x = noise(2, size)
+    found = model.predict(x, score_above=0.1, nms_iou=1.0, top=100_000, candidates=100_000, views=views)
+    assert found.extra["level"].shape == found.labels.shape and found.extra["level"].dtype == torch.int64
+    inner = [(round(128 * scale), round(160 * scale)) for scale, _ in views]
+    sizes = {  # (width, height) of each anchor in each view -> its map
+        (w / 4 * 160 / width, h / 4 * 128 / height): level
+        for height, width in inner
+        for level, anchors in enumerate(COCO_ANCHORS)
+        for w, h in anchors
+    }
+    boxes, levels = found.boxes[found.valid], found.extra["level"][found.valid]
+    whole = (boxes > 0).all(1) & (boxes[:, 2] < 160) & (boxes[:, 3] < 128)  # not cut at the edge
+    sides = boxes[whole, 2:] - boxes[whole, :2]
+    table = torch.tensor(list(sizes))
+    near = (sides[:, None] - table).abs().amax(2)  # (boxes, anchors)
+    assert near.amin(1).max() < 1e-3 and (near < 0.05).sum(1).max() == 1
+    assert torch.equal(torch.tensor(list(sizes.values()))[near.argmin(1)], levels[whole])
+    assert levels[whole].bincount(minlength=3).min() > 3 and len(near.argmin(1).unique()) > 6 * len(views)
+    cells = [math.ceil(h / 32) * math.ceil(w / 32) for h, w in inner]  # of the coarsest map
+    assert (levels == 2).sum() <= 3 * 2 * 3 * sum(cells) and (levels == 1).sum() <= 4 * 3 * 2 * 3 * sum(cells)
+
+
+def test_a_frozen_backbones_maps_may_be_cached_but_not_seen_in_other_views():
+    model, x = lively(frozen=True), noise(2)
+    maps = model.features(x)
+    options = {"score_above": 0.3, "top": 20}
+    same_detections(model.predict(maps, **options), model.predict(x, **options))
+    for views in (((1.0, True),), VIEWS):
+        with pytest.raises(ValueError, match="need pixels, but these inputs are cached"):
+            model.predict(maps, views=views)
+    with pytest.raises(ValueError, match="this detector's backbone is trained"):
+        lively().predict(maps)
+    model.train()
+    cached, plain = (sum(model.loss(i, *targets(SOME)).values()).item() for i in (maps, x))
+    assert cached == pytest.approx(plain, rel=1e-5)
