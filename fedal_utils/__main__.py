@@ -42,7 +42,7 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "notebook": dict(help="11_fedavg, or 11"),
-    "names": dict(nargs="+"),
+    "names": dict(nargs="*", help="default: all that there are"),
     "--nb": dict(default="", help="11_fedavg, or 11, or several with commas between"),
     "--profile": dict(
         choices=("", *PROFILES), default="", metavar="SIZE", help="smoke, quick or paper; default: what fits"
@@ -126,7 +126,7 @@ def run(given: argparse.Namespace) -> None:
 @command("names")
 def publish_(given: argparse.Namespace) -> None:
     """Copy the last executed notebooks, outputs in, to results/notebooks."""
-    for name in given.names:
+    for name in given.names or [path.stem for path in notebooks.find() if publish.executed(path).exists()]:
         print(publish.publish(name))
 
 
@@ -157,7 +157,7 @@ def data(given: argparse.Namespace) -> None:
     from .data import download
 
     known = {name.lower(): name for name in (*download.PINNED, download.KITTI)}
-    for name in given.names:
+    for name in given.names or known:
         print(f"{name}: {download.fetch(known.get(name.lower(), name), data_folder())}")
 
 

@@ -17,6 +17,11 @@ BRANCH = "main"
 MAX_PUBLISHED = 1_000_000  # bytes
 
 
+def executed(path: Path) -> Path:
+    """Where the last executed copy of a notebook lies, if it has been run."""
+    return path.parents[1] / "results" / "notebooks" / "_work" / path.name
+
+
 def publish(name: str, root: str | Path | None = None) -> Path:
     """Copy the last executed copy of a notebook to `results/notebooks/`, without traces of the machine it ran on.
 
@@ -24,9 +29,9 @@ def publish(name: str, root: str | Path | None = None) -> Path:
     """
     (path,) = notebooks.find(name, root)
     folder = path.parents[1] / "results" / "notebooks"
-    if not (folder / "_work" / path.name).exists():
+    if not executed(path).exists():
         raise ValueError(f"{path.stem} has not been run: python -m fedal_utils run {path.stem}")
-    content = _without_traces(notebooks.read(folder / "_work" / path.name), path.parents[1])
+    content = _without_traces(notebooks.read(executed(path)), path.parents[1])
     for cell in content["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = _relinked("".join(cell["source"]), path.parent, folder).splitlines(keepends=True)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ import nbformat
 import pytest
 
 import fedal_utils
+from fedal_utils import __main__ as command
 from fedal_utils import config, notebooks, papers, publish
 
 if sys.version_info >= (3, 11):
@@ -186,6 +188,13 @@ def test_the_formatter_formats_everything():
     assert not [path for path in places if path.is_file() and mark in path.read_text()]
 
 
+@not_yet
+def test_the_style_is_ruffs():
+    for words in (["check", "-q"], ["format", "--check", "-q"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 # --- notebooks --------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +359,23 @@ def test_make_alone_explains_every_target():
     assert {"env", "reproduce", "test", "bench", "lint", "clean", "data"} <= set(targets)
     for target in targets:
         assert re.search(rf"^  make {target} +\S", shown.stdout, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_every_command_of_the_readme_exists(page):
+    """Targets and variables of make, commands and options of the command line; links lead to files."""
+    text, makefile = (ROOT / page).read_text(), (ROOT / "Makefile").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))
+    for line in blocks.splitlines():
+        words = shlex.split(line.split(" #")[0]) if line.startswith(("make", "python -m fedal_utils ")) else []
+        if words[:1] == ["make"]:
+            for word in words[1:]:
+                name, variable, _ = word.partition("=")
+                assert re.search(rf"^{name} *\?=" if variable else rf"^{name}:", makefile, re.MULTILINE), line
+        elif len(words) > 3:
+            command.parser().parse_args(words[3:])
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
 def test_make_refuses_an_old_or_missing_python_in_words(tmp_path):
