@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def _found(config: Config, notebook: str, root: str | Path | None) -> dict[tuple
 def record_path(config: Config, notebook: str, queries: bool = False) -> Path:
     """The record that a setting's runs are published in."""
     settings = config.flat()
-    data = folder_name(Path(str(settings["dataset"])).name, "data set")
+    data = re.sub(r"[^\w.+=-]+", "-", Path(str(settings["dataset"])).name)  # a folder of the user's own has any name
     name = f"{folder_name(notebook, 'notebook')}-{data}-{settings['profile']}"
     return project_root() / "results" / "records" / f"{name}{'-queries' * queries}.csv.gz"
 

@@ -49,7 +49,7 @@ class About:
 
 def about(config: Config, notebook: str, scale: str) -> About:
     """Of the runs of a setting."""
-    return About(notebook, str(config.flat()["dataset"]), scale, config.profile)
+    return About(notebook, Path(str(config.flat()["dataset"])).name, scale, config.profile)
 
 
 def read_paper(paper: str | Path) -> pd.DataFrame:

@@ -76,6 +76,7 @@ def test_all_finished_runs_of_a_notebook_are_collected(home):
     path.with_name("tiny-bccd-quick-queries.csv.gz").unlink()
     assert record.publish([CONFIG, ARM], "tiny").read_bytes() == kept
     assert record.collect("another") == []
+    assert record.table(CONFIG.replace(dataset="/here/my photos (2)"), "tiny").empty  # a folder of the user's own
 
 
 def test_runs_that_are_published_again_are_replaced_and_others_stay(home):
