@@ -6,8 +6,6 @@ A picture's pixels depend on its id alone; its objects are drawn as bright recta
 from __future__ import annotations
 
 import json
-import tempfile
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +72,7 @@ def voc(
     one_based: bool = False,
     difficult: Sequence[int] = (),
 ) -> Path:
-    """JPEGImages, Annotations and, with `splits`, ImageSets/Main, as BCCD, NEU-DET and VOCdevkit/VOC20xx have it."""
+    """JPEGImages, Annotations and, with `splits`, ImageSets/Main, as BCCD and VOCdevkit/VOC20xx have it."""
     for picture in pictures:
         image(picture, root / "JPEGImages", suffix)
         xml(picture, root / "Annotations" / f"{picture.id}.xml", one_based, difficult)
@@ -90,16 +88,6 @@ def voc_flat(root: Path, pictures: Sequence[Picture] = THREE) -> Path:
     for picture in pictures:
         image(picture, root, ".jpg")
         xml(picture, root / f"{picture.id}.xml")
-    return root
-
-
-def carla(root: Path, train: Sequence[str], test: Sequence[str], suffix: str = ".png") -> Path:
-    """CARLA as published: images/{train,test}, labels/{train,test}; names like Town01_000100."""
-    for split, ids in (("train", train), ("test", test)):
-        for i in ids:
-            picture = Picture(i, (38, 64), (("vehicle", (8, 6, 40, 30)), ("traffic_light", (50, 2, 53, 8))))
-            image(picture, root / "images" / split, suffix)
-            xml(picture, root / "labels" / split / f"{i}.xml")
     return root
 
 
@@ -191,21 +179,6 @@ def kitti(root: Path, pictures: Sequence[Picture] = KITTI, suffix: str = ".png")
         file = root / "training" / "label_2" / f"{picture.id}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(kitti_line(*thing) + "\n" for thing in picture.objects))
-    return root
-
-
-def kitti_zips(root: Path, pictures: Sequence[Picture] = KITTI, testing: int = 1) -> Path:
-    """The two zips as KITTI serves them: training/..., beside testing images that nobody here reads."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = kitti(Path(folder), pictures)
-        root.mkdir(parents=True, exist_ok=True)
-        for part in ("image_2", "label_2"):
-            with zipfile.ZipFile(root / f"data_object_{part}.zip", "w") as packed:
-                packed.writestr(f"training/{part}/", b"")
-                for file in sorted((plain / "training" / part).iterdir()):
-                    packed.write(file, f"training/{part}/{file.name}")
-                for i in range(testing if part == "image_2" else 0):
-                    packed.writestr(f"testing/{part}/{i:06d}.png", b"not read")
     return root
 
 

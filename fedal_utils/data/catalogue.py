@@ -55,14 +55,19 @@ def _devkit(*parts: tuple[str, str], test: tuple[str, str]) -> Callable[[Path], 
     return find
 
 
+def held_of_half() -> np.ndarray:
+    """(4952,) 1 for the test images of voc07-half among the ids of VOC07's test half, sorted."""
+    return np.unpackbits(np.frombuffer(_HALF_TEST, np.uint8), bitorder="little")[:4952]
+
+
 def _voc07_half(place: Path) -> Found:
     """VOC07's test half, split once more: the folder VOC07 has it scaled down and split, the devkit has it as it is."""
     if (place / "ImageSets" / "Main" / "trainval.txt").is_file() and place.name == "VOC07":
         train, test = (devkit_records(place, split, one_based=True) for split in ("trainval", "test"))
     else:
         every = sorted(devkit_records(place, "test", one_based=True), key=lambda r: r.id)
-        held = np.unpackbits(np.frombuffer(_HALF_TEST, np.uint8), bitorder="little")[: len(every)]
-        train, test = ([r for r, bit in zip(every, held, strict=True) if bit == side] for side in (0, 1))
+        bits = held_of_half()[: len(every)]
+        train, test = ([r for r, bit in zip(every, bits, strict=True) if bit == side] for side in (0, 1))
     return Found(train, test, VOC_CLASSES)
 
 
@@ -100,7 +105,7 @@ def _hit_uav(place: Path) -> Found:
             days.setdefault(entry["date_captured"], []).append(_with_regions(record, entry["date_captured"]))
     train, test = [], []
     for records in days.values():
-        records.sort(key=lambda record: int(record.id.split("_")[-1]))
+        records.sort(key=lambda record: int(record.file.stem.split("_")[-1]))
         count = round(0.8 * len(records))
         train, test = train + records[:count], test + records[count:]
     return Found(*(sorted(side, key=lambda record: record.id) for side in (train, test)), HIT_UAV_CLASSES)

@@ -1,0 +1,239 @@
+"""Sets by name, on miniatures of their layouts and on the real files where they are."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from miniatures import KITTI, THREE, Picture, coco_content, image, kitti, voc
+
+from fedal_utils import data
+from fedal_utils.data import catalogue, download
+from fedal_utils.data.formats_kitti import KITTI_CLASSES, KITTI_TWO, kitti_split
+
+REAL = Path(os.environ.get("FEDAL_DATA", "-"))
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SIZE, LONG = (48, 64), (37, 124)
+OFFLINE = data.How(fetch=False)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("place", ["kitti", "Kitti/raw"])
+def test_kitti_in_both_class_sets(tmp_path, suffix, place):
+    kitti(tmp_path / place, suffix=suffix)
+    for name, names, drops in (
+        ("kitti", KITTI_CLASSES, {"dont_care": 2}),
+        ("kitti-2", KITTI_TWO, {"dont_care": 2, "other_class": 8}),
+    ):
+        train, test = data.load(name, LONG, root=tmp_path)
+        assert train.name == f"{name} train" and train.class_names == test.class_names == names
+        assert (len(train), len(test)) == (9, 3)  # int(0.3 * 12)
+        assert {i for side in (train, test) for i in side.images.ids} == {picture.id for picture in KITTI}
+        assert {k: train.drops.get(k, 0) + test.drops.get(k, 0) for k in drops} == drops
+        held = {data.load(n, LONG, root=tmp_path, seed=s)[1].images.ids for n in ("kitti", "kitti-2") for s in (0, 7)}
+        assert held == {test.images.ids}  # whatever the classes and the seed
+    assert KITTI_CLASSES == ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
+
+
+def test_kittis_split_has_the_papers_sizes_and_depends_on_the_sorted_ids_alone():
+    ids = [f"{i:06d}" for i in range(7481)]
+    train, validation = kitti_split(ids)
+    assert (len(train), len(validation)) == (5237, 2244)  # van Bommel (2021)
+    assert sorted(train + validation) == ids and train == sorted(train) and validation == sorted(validation)
+    assert kitti_split(reversed(ids)) == (train, validation)
+    assert sum(int(i) < 3740 for i in validation) / 2244 == pytest.approx(0.5, abs=0.04)  # standard deviation 0.009
+    assert [len(part) for part in kitti_split("ab")] == [1, 1]
+    with pytest.raises(ValueError, match=r"1 image\(s\) cannot be split"):
+        kitti_split("a")
+
+
+def test_what_is_missing_or_broken_in_kitti_is_named(tmp_path):
+    root = kitti(tmp_path / "kitti") / "training"
+    for part, name, reason in (
+        ("label_2", "000003.txt", r"label_2.000003\.txt does not exist; an image without objects"),
+        ("image_2", "000007.png", r"image .*image_2.000007\.png does not exist"),
+    ):
+        (root / part / name).rename(tmp_path / name)
+        with pytest.raises(ValueError, match=reason):
+            data.load("kitti", LONG, root=tmp_path)
+        (tmp_path / name).rename(root / part / name)
+    image(KITTI[7], root / "image_2", ".jpg")
+    with pytest.raises(ValueError, match=r"000007\.png and .*000007\.jpg share the id '000007'"):
+        data.load("kitti", LONG, root=tmp_path)
+    (root / "image_2" / "000007.jpg").unlink()
+    (root / "label_2" / "000003.txt").write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(ValueError, match=r"000003\.txt is not text"):
+        data.load("kitti", LONG, root=tmp_path)
+    (root / "label_2").rename(tmp_path / "labels")
+    with pytest.raises(ValueError, match=r"training.label_2 does not exist; it should hold one txt file an image"):
+        data.load("kitti", LONG, root=tmp_path)
+
+
+def year(root: Path, name: str, ids, splits: dict) -> None:
+    pictures = [Picture(i, objects=(("dog", (10, 5, 30, 25)),)) for i in ids]
+    voc(root / "VOCdevkit" / name, pictures, splits, ".jpg", one_based=True)
+
+
+def test_voc07_and_voc12_count_from_one_and_keep_their_splits(tmp_path):
+    year(tmp_path, "VOC2007", "abc", {"trainval": "ab", "test": "c"})
+    year(tmp_path, "VOC2012", "def", {"train": "d", "val": "ef"})  # trainval is both
+    for name, train_ids, test_ids in (("voc07", "ab", "c"), ("voc12", "d", "ef"), ("voc0712", "abdef", "c")):
+        train, test = data.load(name, SIZE, root=tmp_path)
+        assert train.images.ids == tuple(train_ids) and test.images.ids == tuple(test_ids)
+        size = torch.tensor([[40, 60]])
+        box = data.to_original(train.labels.boxes[:1, 0], size, SIZE)[0].tolist()
+        assert box == pytest.approx((10, 5, 30, 25), abs=1e-3) and len(train.class_names) == 20
+
+
+def test_voc07s_test_half_splits_as_the_scaled_copy_does(tmp_path):
+    """The first 15 ids of the test half; which of them the copy holds out is typed here."""
+    ids = "000001 000002 000003 000004 000006 000008 000010 000011 000013 000014 000015 000018 000022 000025 000027"
+    held = {"000001", "000004", "000008", "000022"}
+    year(tmp_path, "VOC2007", ids.split(), {"test": ids.split()})
+    train, test = data.load("voc07-half", SIZE, root=tmp_path)
+    assert set(test.images.ids) == held and set(train.images.ids) == set(ids.split()) - held
+
+
+def test_coco_by_name(tmp_path):
+    for split, pictures in (("train2017", THREE[:2]), ("val2017", THREE[2:])):
+        for picture in pictures:
+            image(picture, tmp_path / "coco" / split, ".jpg")
+        content = coco_content(pictures, ".jpg")
+        content["categories"] = coco_content(THREE)["categories"]
+        content["annotations"] = [a | {"category_id": 10} for a in content["annotations"]]
+        file = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+    train, test = data.load("coco", SIZE, root=tmp_path)
+    assert train.images.ids == ("a.jpg", "b.jpg") and test.images.ids == ("c.jpg",)
+    assert train.class_names == ("cat", "dog") and train.labels.count().tolist() == [2, 1]
+
+
+def test_hit_uav_as_published_has_days_as_groups_and_ignores_what_nobody_cares_for(tmp_path):
+    """Five frames of one day, two of another: the last fifth of each day, by frame number, is held out."""
+    root, entries = tmp_path / "HIT-UAV", []
+    days = [("20210116", n) for n in (9, 3, 17, 5, 1)] + [("20210121", n) for n in (8, 2)]
+    pictures = [
+        Picture(f"0_60_30_0_{n:05d}", objects=(("Car", (10, 5, 30, 25)), ("DontCare", (40, 0, 60, 20))))
+        for _, n in days
+    ]
+    voc(root / "normal_xml", pictures, suffix=".jpg")
+    for number, ((day, _), picture) in enumerate(zip(days, pictures, strict=True)):
+        entries.append({"filename": f"{picture.id}.jpg", "height": 40, "width": 60, "id": number, "date_captured": day})
+    (root / "normal_json" / "annotations").mkdir(parents=True)
+    for split, part in (("train", entries[:4]), ("val", entries[4:]), ("test", [])):
+        file = root / "normal_json" / "annotations" / f"{split}.json"
+        file.write_text(json.dumps({"images": part, "annotation": [], "categories": []}))
+    train, test = data.load("hit-uav", SIZE, root=tmp_path)
+    frames = [
+        [(int(i[-9:-4]), group) for i, group in zip(s.images.ids, s.images.groups, strict=True)] for s in (train, test)
+    ]
+    assert frames[0] == [
+        (1, "20210116"),
+        (2, "20210121"),
+        (3, "20210116"),
+        (5, "20210116"),
+        (8, "20210121"),
+        (9, "20210116"),
+    ]
+    assert frames[1] == [(17, "20210116")]
+    assert train.labels.classes[0].tolist() == [2, 1, 2, 3, 4]
+    assert train.labels.crowd[0].tolist() == train.labels.ignore[0].tolist() == [False, True, True, True, True]
+    assert train.labels.count().tolist() == [1] * 6 and train.drops == {"crowd": 24}
+
+
+@pytest.mark.parametrize("name", ["voc07", "voc07-half", "voc12", "voc0712", "coco", "kitti", "kitti-2"])
+def test_a_set_that_is_not_there_and_cannot_be_fetched_names_folder_and_origin(tmp_path, name):
+    with pytest.raises(ValueError, match="http") as error:
+        data.load(name, SIZE, root=tmp_path)
+    assert str(tmp_path / catalogue.SOURCES[name].places[0]) in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_set_that_can_be_fetched_is_fetched_once_asked(tmp_path, monkeypatch):
+    def fetch(name, root):
+        assert name == "BCCD"
+        pictures = [Picture(i, objects=(("WBC", (1, 1, 20, 20)),)) for i in "abc"]
+        return voc(root / name, pictures, splits={"train": "a", "val": "b", "test": "c"})
+
+    with pytest.raises(ValueError, match="BCCD does not exist"):
+        data.load("bccd", SIZE, root=tmp_path, how=OFFLINE)
+    monkeypatch.setattr(download, "fetch", fetch)
+    train, test = data.load("bccd", SIZE, root=tmp_path)
+    assert train.images.ids == ("a", "b") and test.images.ids == ("c",)
+    assert train.class_names == ("RBC", "WBC", "Platelets") and train.labels.classes[0].tolist() == [2]
+
+
+def test_an_id_in_train_and_test_of_a_named_set_is_named(tmp_path):
+    pictures = [Picture(i, objects=(("RBC", (1, 1, 9, 9)),)) for i in "abc"]
+    voc(tmp_path / "BCCD", pictures, splits={"trainval": "ab", "test": "bc"})
+    with pytest.raises(ValueError, match="BCCD: image id 'b' is in train and in test"):
+        data.load("bccd", SIZE, root=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- the real sets
+
+
+def real(folder: str):
+    return pytest.mark.skipif(not (REAL / folder).is_dir(), reason=f"needs {folder} in FEDAL_DATA")
+
+
+def classes_of(*sides: data.Dataset) -> list[int]:
+    return sum(side.class_counts().sum(dim=0) for side in sides).tolist()
+
+
+@real("BCCD")
+def test_the_real_bccd_has_its_counts():
+    train, test = data.load("bccd", (48, 64), root=REAL, how=OFFLINE)
+    assert (len(train), len(test)) == (292, 72) and train.drops == {"zero_area": 2}
+    assert classes_of(train, test) == [4155 - 2, 372, 361]  # 4,888 boxes; the two without area are RBC
+
+
+@real("VOC07")
+def test_the_real_voc07_half_has_its_counts():
+    train, test = data.load("voc07-half", 32, root=REAL, how=data.How(fetch=False, max_bytes=0))
+    assert (len(train), len(test)) == (3466, 1486)
+    objects = [int((side.labels.classes > 0).sum()) for side in (train, test)]
+    assert sum(objects) == 14976 and train.drops["difficult"] + test.drops["difficult"] == 2944
+    bits = catalogue.held_of_half()
+    every = sorted(train.images.ids + test.images.ids)
+    assert [i for i, held in zip(every, bits, strict=True) if held] == list(test.images.ids)
+
+
+@real("HIT-UAV")
+def test_the_real_hit_uav_has_its_counts_and_nine_days():
+    train, test = data.load("hit-uav", 32, root=REAL, how=data.How(fetch=False, max_bytes=0))
+    assert (len(train), len(test)) == (2319, 579) and classes_of(train, test) == [12312, 7311, 4980, 148]
+    assert train.drops["crowd"] + test.drops["crowd"] == 4 * 148
+    days = {day: train.images.groups.count(day) for day in set(train.images.groups)}
+    assert (
+        len(days) == 9 and days["20201217"] == 470 and days["20210118"] == 100 and set(test.images.groups) == set(days)
+    )
+
+
+@pytest.mark.skipif(not (SHARED / "HIT-UAV-original-sample").is_dir(), reason="needs ../shared/data")
+def test_the_sample_of_hit_uav_as_published_agrees_with_the_scaled_copy(tmp_path):
+    """45 files in the published layout, 640 x 512, beside their copies of 448 x 358: same days, classes and places."""
+    (tmp_path / "HIT-UAV").symlink_to(SHARED / "HIT-UAV-original-sample")
+    sides = data.load("hit-uav", (358, 448), root=tmp_path, how=OFFLINE)
+    assert sum(len(side) for side in sides) == 45
+    copies = data.load("hit-uav", (358, 448), root=SHARED, how=data.How(fetch=False, max_bytes=0))
+    rows = {i: (copy, row) for copy in copies for row, i in enumerate(copy.images.ids)}
+    for side in sides:
+        for i, group, boxes, classes, crowd in zip(
+            side.images.ids, side.images.groups, side.labels.boxes, side.labels.classes, side.labels.crowd, strict=True
+        ):
+            copy, row = rows[i]
+            k = int((classes > 0).sum())
+            assert copy.images.groups[row] == group and copy.labels.classes[row, :k].tolist() == classes[:k].tolist()
+            assert torch.equal(copy.labels.crowd[row, :k], crowd[:k])
+            assert (copy.labels.boxes[row, :k] - boxes[:k]).abs().max() < 1.5  # its boxes are rounded twice
+
+
+@real("kitti/training")
+def test_the_real_kitti_has_its_counts():
+    train, test = data.load("kitti", (48, 160), root=REAL, how=OFFLINE)
+    assert (len(train), len(test)) == (5237, 2244)
+    boxes = dict(zip(test.class_names, test.class_counts().sum(dim=0).tolist(), strict=True))
+    # van Bommel's own validation list, another draw of the same size, has 8,748 and 1,332
+    assert boxes["Car"] == pytest.approx(8748, rel=0.06) and boxes["Pedestrian"] == pytest.approx(1332, rel=0.2)
