@@ -9,7 +9,7 @@ PROFILE ?=
 JOBS   ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" (smaller, no CUDA).
 PIP_ARGS ?=
-# Clients of `make clients`, e.g. N=4.
+# Clients of `make clients`, e.g. N=4; cases of `make fuzz`.
 N ?=
 # More arguments for pytest, e.g. ARGS="-x tests/test_record.py".
 ARGS ?=
@@ -20,7 +20,7 @@ PY = "$(VENV)/bin/python"
 KEY = $$(sed -n '/^requires-python/,/^\[project.urls/p' pyproject.toml | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test torture clients bench lint data clean clean-runs doctor key
+.PHONY: help env reproduce test fuzz torture clients bench lint data clean clean-runs doctor key
 
 help:  ## this text
 	@echo "fedal: federated active learning for object detection. Needs Python >= 3.10 and make; all else is fetched."
@@ -37,6 +37,9 @@ reproduce: env  ## run every notebook, rebuild every table and figure (PROFILE= 
 
 test: env  ## run the tests on all cores (ARGS= for pytest)
 	@$(PY) -m pytest -n auto $(ARGS)
+
+fuzz: env  ## read N mutated data sets (N=20000): each is read, or refused by an error that names its file
+	@FEDAL_FUZZ="$(or $(N),20000)" $(PY) -m pytest -q tests/data/test_fuzz.py $(ARGS)
 
 clients: env  ## the experiment with N real client processes on this machine (N= PROFILE= DATA= ARGS=)
 	@$(PY) -m fedal_utils clients --clients "$(or $(N),0)" --profile "$(PROFILE)" --data "$(DATA)" $(ARGS)
