@@ -42,7 +42,7 @@ def load(
         data = data or preset.data.get(profile) or base["dataset"]
         own = preset.small.get(data, preset.small.get("", {}))
         chosen = {**sizes.BY_DATA.get(data, sizes.PHOTOGRAPHS), **base, **own}
-    config = Config.of(**{**chosen, "profile": profile, "dataset": data, "methods": preset.methods})
+    config = Config.of(**{"methods": preset.methods, **chosen, "profile": profile, "dataset": data})
     if number == "10" and "clients" not in overrides:
         config = one_node(config)
     if seeds is not None:

@@ -34,6 +34,7 @@ _SMALL: dict[str, Sizes] = {
     "digit-images": {
         **_CLASSES,
         **dict(image_size=(16, 16), feature_side=64, limit=(900, 500)),
+        **dict(methods=("random", "margin", "entropy", "model_outlier", "cluster", "coreset", "mix_diverse")),
         **dict(initial_labels=20, query_size=20, cycles=6, goal=0.85, threads=1),
     },
     "": {
@@ -48,7 +49,11 @@ _FULL: Sizes = {
     **dict(initial_labels=100, query_size=100, cycles=21, goal=0.9, threads=0, seeds=(0, 1, 2, 3, 4)),
 }
 _SMALL_BOXES: dict[str, Sizes] = {
-    "digits": {**ssd_vae.DIGITS, "held_out_images": 10},
+    "digits": {
+        **ssd_vae.DIGITS,
+        **dict(scenes=(140, 50), initial_model_iterations=120, iterations=35, held_out_images=10),
+        **dict(methods=("random", "avg", "margin_avg", "cluster"), seeds=(0,)),
+    },
     "bccd": {**ssd_vae.BCCD, "held_out_images": 20},
     "": {**ssd_vae.PHOTOGRAPHS, "held_out_images": 10},
 }

@@ -26,7 +26,8 @@ _SMALL: dict[str, Sizes] = {
     "digit-images": {
         **_ALL,
         **dict(image_size=(16, 16), clients=5, dirichlet_alpha=0.3),
-        **dict(initial_fraction=0.04, query_fraction=0.04, cycles=3, rounds=4, iterations=8, local_only_epochs=20),
+        **dict(methods=("random", "entropy", "badge", "logo", "ksas"), seeds=(0,), limit=(900, 300)),
+        **dict(initial_fraction=0.04, query_fraction=0.04, cycles=3, rounds=3, iterations=8, local_only_epochs=10),
         **dict(batch=16, lr=0.05, step_at=(0.6,), flip=0.0, crop=1, side_seeds=1, threads=1),
     },
     # Scaled down from the paper: a fifth of CIFAR-10, 128 steps a client and cycle where the paper takes about 6,400.

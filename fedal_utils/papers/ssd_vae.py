@@ -22,7 +22,13 @@ PHOTOGRAPHS: Sizes = {**ONE_SSD, **dict(initial_labels=8, query_size=8, cycles=5
 
 _VAE: Sizes = dict(image_loss_head=True, kl_weight=0.005, vae_lr=2e-3, vae_iterations=150)
 _SMALL: dict[str, Sizes] = {
-    "digits": {**DIGITS, **_VAE, **dict(vae_size=(32, 32), latent=32, vae_iterations=60, side_seeds=1)},
+    "digits": {
+        **DIGITS,
+        **_VAE,
+        **dict(scenes=(140, 50), initial_model_iterations=100, iterations=30, seeds=(0,), side_seeds=1),
+        **dict(methods=("random", "entropy_max", "vae", "d1", "vae_d1")),
+        **dict(vae_size=(32, 32), latent=32, vae_iterations=30),
+    },
     "bccd": {**BCCD, **_VAE, **dict(vae_size=(48, 64))},
     "": {**PHOTOGRAPHS, **_VAE},
 }
