@@ -34,8 +34,8 @@ _SMALL: dict[str, Sizes] = {
     "digit-images": {
         **_CLASSES,
         **dict(image_size=(16, 16), feature_side=64, limit=(900, 500)),
-        **dict(methods=("random", "margin", "entropy", "model_outlier", "cluster", "coreset", "mix_diverse")),
-        **dict(initial_labels=20, query_size=20, cycles=6, goal=0.85, threads=1),
+        **dict(methods=("random", "margin", "entropy", "model_outlier", "cluster", "mix_diverse"), seeds=(0,)),
+        **dict(initial_labels=20, query_size=20, cycles=5, goal=0.85, threads=1),
     },
     "": {
         **_CLASSES,
@@ -51,7 +51,7 @@ _FULL: Sizes = {
 _SMALL_BOXES: dict[str, Sizes] = {
     "digits": {
         **ssd_vae.DIGITS,
-        **dict(scenes=(140, 50), initial_model_iterations=120, iterations=35, held_out_images=10),
+        **dict(scenes=(140, 50), initial_model_iterations=100, iterations=30, held_out_images=10),
         **dict(methods=("random", "avg", "margin_avg", "cluster"), seeds=(0,)),
     },
     "bccd": {**ssd_vae.BCCD, "held_out_images": 20},

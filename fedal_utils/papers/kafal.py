@@ -1,4 +1,4 @@
-"""KAFAL: notebook 30. Its training taken apart, clients from unlike to alike, and where its disagreement lies.
+"""KAFAL: notebook 30. Its training taken apart, and where its disagreement lies.
 
 Classification; every cycle trains from the first weights, and the optimizer state lives for the cycle. Eight of ten
 clients take part in a round, in the last one too (the paper's algorithm 1; its released code then takes all:
@@ -59,11 +59,6 @@ def training_arms(config: Config) -> dict[str, Config]:
         BALANCED: config.replace(balanced_softmax=True, distillation_weight=0.0),
         WHOLE: config.replace(balanced_softmax=True, distillation_weight=1.0),
     }
-
-
-def mixes(config: Config, alphas: tuple[float, ...] = (0.1, 1.0, 100.0)) -> dict[str, Config]:
-    """The same experiment from clients that know few classes each to clients that are alike."""
-    return {f"alpha {alpha:g}": config.replace(dirichlet_alpha=alpha) for alpha in alphas}
 
 
 def disagreement_map(

@@ -1,4 +1,4 @@
-"""SSD with a VAE's dual score: notebook 40. Its weights swept, its open questions as arms, its published subsets.
+"""SSD with a VAE's dual score: notebook 40. Its weights swept, its published subsets.
 
 One node; in every cycle the detector begins again, and takes the same number of steps.
 """
@@ -61,19 +61,6 @@ def sweep(config: Config, term: str = "d1", parts: Sequence[float] = PARTS) -> d
     return {
         part: (config, ends[part]) if part in ends else (config.replace(vae_weight=part), f"vae_{term}")
         for part in parts
-    }
-
-
-def vae_arms(config: Config) -> dict[str, Config]:
-    """The same experiment with other answers to what the page leaves open about the VAE; the first is ours."""
-    return {
-        "labelled images, refitted": config,
-        "all images": config.replace(vae_images="all"),
-        "fine-tuned": config.replace(vae_refit=False),
-        "corrected for texture": config.replace(texture_correction=True),
-        "diverse": config.replace(shortlist=3.0),
-        "ranks": config.replace(standardise_by="rank"),
-        "task-aware": config.replace(task_weight=10.0, task_images=2),
     }
 
 
