@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -11,15 +11,23 @@ from ..seeding import rng_for
 from .store import Question, Store
 
 
-class Annotator(Protocol):
-    """Whoever goes through a store's questions; where there is none, a person at the page does."""
+class Annotator:
+    """Whoever goes through a store's questions by `reply`; where there is none, a person at the page does."""
+
+    def reply(self, store: Store, who: str, question: Question) -> None:
+        """Answer the question that is held."""
+        raise NotImplementedError
 
     def answer_all(self, store: Store, who: str) -> int:
         """Answer until nothing waits; returns how many."""
-        ...
+        answered = 0
+        while (question := store.next(who)) is not None:
+            self.reply(store, who, question)
+            answered += 1
+        return answered
 
 
-class Replay:
+class Replay(Annotator):
     """Answers as a recorded session did: `Replay(store.history())`.
 
     The last standing answer of each (image, cycle) counts, or else that of the image in any cycle; its seconds and note
@@ -31,21 +39,18 @@ class Replay:
         for row in history[history["action"].isin(["label", "unknown"]) & ~history["undone"]].to_dict("records"):
             self._said[row["image"], int(row["cycle"])] = self._said[row["image"]] = row
 
-    def answer_all(self, store: Store, who: str) -> int:
-        def reply(question: Question) -> None:
-            said = self._said.get((question.image, question.cycle)) or self._said.get(question.image)
-            if said is None:
-                raise ValueError(f"the replayed history has no answer to image {question.image!r}")
-            told = {name: said[name] for name in ("seconds", "note", "suggestion_shown")}
-            if said["action"] == "unknown":
-                store.unknown(who, question.image, **told)
-            else:
-                store.answer(who, question.image, said["label"], **told)
-
-        return _answer_all(store, who, reply)
+    def reply(self, store: Store, who: str, question: Question) -> None:
+        said = self._said.get((question.image, question.cycle)) or self._said.get(question.image)
+        if said is None:
+            raise ValueError(f"the replayed history has no answer to image {question.image!r}")
+        told = {name: said[name] for name in ("seconds", "note", "suggestion_shown")}
+        if said["action"] == "unknown":
+            store.unknown(who, question.image, **told)
+        else:
+            store.answer(who, question.image, said["label"], **told)
 
 
-class Simulated:
+class Simulated(Annotator):
     """Knows the truth and now and then names the wrong class.
 
     truth: {image: class name, or list of {"class", "box"}}; ValueError for an image that it lacks.
@@ -64,8 +69,7 @@ class Simulated:
     ):
         if not 0 <= error <= 1:
             raise ValueError(f"error is a probability in [0, 1], got {error!r}")
-        self.truth, self.error, self.seed = truth, error, seed
-        self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
+        self.truth, self.error, self.seed, self.seconds = truth, error, seed, (seconds_per_image, seconds_per_box)
 
     def label(self, image: str, task: str, classes: Sequence[str]) -> Any:
         """What is said about an image; the same each time."""
@@ -80,19 +84,7 @@ class Simulated:
 
         return named(truth) if task == "classes" else [{**one, "class": named(one["class"])} for one in truth]
 
-    def answer_all(self, store: Store, who: str) -> int:
-        def reply(question: Question) -> None:
-            label = self.label(question.image, store.task, store.classes)
-            boxes = len(label) if store.task == "boxes" else 0
-            spent = self.seconds_per_image + boxes * self.seconds_per_box
-            store.answer(who, question.image, label, seconds=spent)
-
-        return _answer_all(store, who, reply)
-
-
-def _answer_all(store: Store, who: str, reply: Callable[[Question], None]) -> int:
-    answered = 0
-    while (question := store.next(who)) is not None:
-        reply(question)
-        answered += 1
-    return answered
+    def reply(self, store: Store, who: str, question: Question) -> None:
+        label = self.label(question.image, store.task, store.classes)
+        boxes = len(label) if store.task == "boxes" else 0
+        store.answer(who, question.image, label, seconds=self.seconds[0] + boxes * self.seconds[1])

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from .. import record, training
 from ..data import Dataset, Images, Labels, letterbox_boxes, letterbox_fit, to_original
@@ -57,23 +55,16 @@ class StoreOracle:
 
     def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
         """(n,) bool: which of these rows have a label now; of the others nobody could say."""
-        scores = [math.nan] * len(index) if scores is None else scores
-        rows, ids = [int(row) for row in index], self.images.ids
-        told = {"strategy": self.strategy, "model": self.model, "cycle": cycle}
-        self.store.queue(
-            Question(
-                ids[row],
-                score=None if math.isnan(score) else float(score),
-                suggestion=self.suggestions.get(row),
-                size=tuple(self.images.sizes[row].tolist()),
-                **told,
-            )
-            for row, score in zip(rows, scores, strict=True)
-        )
+        rows, ids, sizes = [int(row) for row in index], self.images.ids, self.images.sizes.tolist()
+        questions = []
+        for row, score in zip(rows, [None] * len(rows) if scores is None else scores, strict=True):
+            score = None if score is None or math.isnan(score) else float(score)
+            told = (ids[row], self.strategy, score, self.model, self.suggestions.get(row), cycle, sizes[row])
+            questions.append(Question(*told))
+        self.store.queue(questions)
         if self.annotator is not None:
             self.annotator.answer_all(self.store, self.who)
-        standing = self._standing()
-        here = standing[standing["cycle"] == cycle].groupby("image")["action"].last()
+        here = self._last_actions([cycle])
         waiting = sum(ids[row] not in here for row in rows)
         if waiting:
             raise Unanswered(f"{waiting} questions wait in {self.store.path}: answer them at the page, then run again")
@@ -86,10 +77,14 @@ class StoreOracle:
         history = self.store.history()
         return history[~history["undone"] & history["action"].isin(["label", "unknown"])]
 
+    def _last_actions(self, cycles: Iterable[int]) -> pd.Series:
+        """Image -> "label" or "unknown": the last word in these cycles."""
+        standing = self._standing()
+        return standing[standing["cycle"].isin(list(cycles))].groupby("image")["action"].last()
+
     def undecided(self, cycles: Iterable[int]) -> set[str]:
         """Images whose last word in these cycles is that nobody can say."""
-        standing = self._standing()
-        last = standing[standing["cycle"].isin(list(cycles))].groupby("image")["action"].last()
+        last = self._last_actions(cycles)
         return set(last[last == "unknown"].index)
 
     def refresh(self) -> None:
@@ -167,13 +162,9 @@ def truth_of(train: Dataset, task: str) -> dict[str, str | list[dict]]:
 
 
 def pictures(images: Images) -> dict[str, np.ndarray]:
-    """Image id -> uint8 (H, W, 3) of its original size, for the page, of sets that have no files of their own."""
-    return {id_: _picture(images, row) for row, id_ in enumerate(images.ids)}
-
-
-def _picture(images: Images, row: int) -> np.ndarray:
-    inner, offset = letterbox_fit(images.sizes[row : row + 1], images.image_size)
-    (height, width), (top, left) = inner[0].tolist(), offset[0].tolist()
-    pixels: Tensor = images.batch([row])[:, :, top : top + height, left : left + width].float()
-    pixels = F.interpolate(pixels, tuple(images.sizes[row].tolist()), mode="bilinear", align_corners=False)
-    return pixels[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
+    """Image id -> uint8 (h, w, 3) cut out of its letterbox, for the page, of sets that have no files of their own."""
+    inner, offset = letterbox_fit(images.sizes, images.image_size)
+    found = {}
+    for row, (id_, (h, w), (y, x)) in enumerate(zip(images.ids, inner.tolist(), offset.tolist(), strict=True)):
+        found[id_] = images.batch([row])[0, :, y : y + h, x : x + w].permute(1, 2, 0).numpy()
+    return found

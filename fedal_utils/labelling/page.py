@@ -45,9 +45,8 @@ _KEYBOARD = """() => {
 _NAME_NEW_BOXES = """(value, chosen) => {
   const isNew = (box) => !box.label || box.label === '?';
   if (!chosen || window.pointerIsDown || !value?.boxes?.some(isNew)) return { __type__: 'update' };
-  const [r, g, b] = COLOURS[chosen].match(/\\w\\w/g).map((pair) => parseInt(pair, 16));
-  return { ...value, boxes: value.boxes.map(
-    (box) => isNew(box) ? { ...box, label: chosen, color: `rgb(${r}, ${g}, ${b})` } : box) };
+  const color = `rgb(${COLOURS[chosen].match(/\\w\\w/g).map((pair) => parseInt(pair, 16)).join(', ')})`;
+  return { ...value, boxes: value.boxes.map((box) => isNew(box) ? { ...box, label: chosen, color } : box) };
 }"""
 
 

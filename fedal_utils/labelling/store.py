@@ -13,7 +13,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -98,23 +98,18 @@ class Store(contextlib.AbstractContextManager):
     Any number of threads and processes of one machine may work in it; WAL mode does not work on network drives.
     classes: names in the order of their keys, None = those of the file; an existing file takes new ones.
     task: "classes" or "boxes", None = that of the file, or "classes" for a new one.
-    lease_minutes: how long an image stays with the person who got it. clock: seconds since 1970, UTC.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        classes: Sequence[str] | None = None,
-        task: str | None = None,
-        lease_minutes: float = 30,
-        clock: Callable[[], float] = time.time,
-    ):
+    lease_seconds = 1800.0  # how long an image stays with the person who got it
+    clock = staticmethod(time.time)
+
+    def __init__(self, path: str | Path, classes: Sequence[str] | None = None, task: str | None = None):
         names = [_text(name, "a class name") for name in classes or ()]
         if classes is not None and (isinstance(classes, str) or not names or len(set(names)) != len(names)):
             raise ValueError(f"classes must be one or more different names, got {classes!r}")
         if task not in (None, *TASKS):
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-        self.path, self._lease, self._clock, self._lock = Path(path), 60 * lease_minutes, clock, threading.RLock()
+        self.path, self._lock = Path(path), threading.RLock()
         if not names and not self.path.is_file():
             raise ValueError(f"{self.path} does not exist: classes are needed to make it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +166,7 @@ class Store(contextlib.AbstractContextManager):
             return self._db.execute(query, values).fetchall()
 
     def _append(self, who: str, question: int | None, action: str, told: Mapping, undoes: int | None = None) -> None:
-        at = datetime.fromtimestamp(self._clock(), timezone.utc).isoformat(timespec="milliseconds")
+        at = datetime.fromtimestamp(self.clock(), timezone.utc).isoformat(timespec="milliseconds")
         into = "INSERT INTO actions (at, who, question, action, told, undoes) VALUES (?, ?, ?, ?, ?, ?)"
         self._db.execute(into, (at, who, question, action, json.dumps(told), undoes))
 
@@ -206,7 +201,7 @@ class Store(contextlib.AbstractContextManager):
             if row is None or image not in (None, row["image"]):
                 free = "state = 'waiting' AND (holder IS NULL OR since <= ?) AND image = coalesce(?, image)"
                 query = f"SELECT * FROM questions WHERE {free} ORDER BY place LIMIT 1"
-                row = db.execute(query, (self._clock() - self._lease, image)).fetchone()
+                row = db.execute(query, (self.clock() - self.lease_seconds, image)).fetchone()
                 if row is not None:
                     self._give(row, who)
         return None if row is None else _question(row)
@@ -218,7 +213,7 @@ class Store(contextlib.AbstractContextManager):
     def _give(self, row: sqlite3.Row, who: str) -> None:
         who, lease = who.strip(), "UPDATE questions SET state = 'waiting', holder = ?, since = ? WHERE id = ?"
         self._db.execute("UPDATE questions SET holder = NULL WHERE holder = ?", (who,))
-        self._db.execute(lease, (who, self._clock(), row["id"]))
+        self._db.execute(lease, (who, self.clock(), row["id"]))
 
     def answer(self, who: str, image: str, label: Any, size: Sequence[int] | None = None, **told: Any) -> None:
         """The person's label of the image they hold; on disk when this returns.
@@ -250,7 +245,7 @@ class Store(contextlib.AbstractContextManager):
             if action == "label":
                 label = checked_label(label, self.task, self.classes, f"image {image!r}", size)
             told = {"label": label, "size": size, "note": str(note), "suggestion_shown": bool(suggestion_shown)}
-            told["seconds"] = max(0.0, self._clock() - row["since"]) if seconds is None else float(seconds)
+            told["seconds"] = max(0.0, self.clock() - row["since"]) if seconds is None else float(seconds)
             self._append(row["holder"], row["id"], action, told)
             state = {"label": "labelled", "skip": "waiting"}.get(action, action)
             last = "(SELECT max(place) + 1 FROM questions)" if action == "skip" else "place"
@@ -267,7 +262,7 @@ class Store(contextlib.AbstractContextManager):
             mine = f"a.who = ? AND a.action <> 'undo' AND {_STANDING}"
             free = "(a.action <> 'skip' OR q.state = 'waiting' AND (q.holder IS NULL OR q.holder = ? OR q.since <= ?))"
             query = f"SELECT a.id AS last, a.told, q.* {_JOINED} WHERE {mine} AND {free} ORDER BY a.id DESC LIMIT 1"
-            row = db.execute(query, (who, who, self._clock() - self._lease)).fetchone()
+            row = db.execute(query, (who, who, self.clock() - self.lease_seconds)).fetchone()
             if row is None:
                 return None
             self._append(who, row["id"], "undo", {}, row["last"])

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ def make(tmp_path):
     """A store with questions a, b, c, ...; several may share a file."""
     stores = []
 
-    def build(count=5, classes=CLASSES, task="classes", name="labels.sqlite", **more):
-        store = Store(tmp_path / name, classes, task, **more)
+    def build(count=5, classes=CLASSES, task="classes", name="labels.sqlite", clock=time.time):
+        store = Store(tmp_path / name, classes, task)
+        store.clock = clock
         store.queue(Question(image, score=1 - i / 10) for i, image in enumerate("abcdefghij"[:count]))
         stores.append(store)
         return store
@@ -118,7 +120,7 @@ def test_one_image_may_be_asked_for_and_what_was_held_goes_back(make):
 
 def test_a_lease_ends_but_is_good_until_somebody_else_has_the_image(make):
     clock = Clock()
-    store = make(1, lease_minutes=30, clock=clock)
+    store = make(1, clock=clock)
     store.next("Ann")
     clock.now += 29 * 60
     assert store.next("Ben") is None
