@@ -181,6 +181,8 @@ def label(given: argparse.Namespace) -> None:
     from .labelling import page
     from .seeding import rng_for
 
+    if not given.data:
+        raise ValueError("label needs the folder of images: --data DIR")
     try:
         page.need_gradio()
     except ImportError as error:
