@@ -1,0 +1,508 @@
+"""HUALE's cascade, CALD and HUA: each formula by hand and against a slow oracle, then what the selections promise."""
+
+import dataclasses
+import inspect
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from observed import detections, observed
+
+from fedal_utils.data import flip_boxes
+from fedal_utils.sampling import View, huale
+from fedal_utils.sampling.hua import epistemic, pool_hierarchy
+from fedal_utils.sampling.huale import FILTERS
+from fedal_utils.sampling.matching import jensen_shannon, match
+from fedal_utils.seeding import rng_for, torch_rng_for
+
+LN2 = math.log(2)
+PAIR_SCORES = {"retrieval": huale.retrieval, **FILTERS}
+WIDTH = 100
+
+
+def lists(found):
+    """The way back: each image a list of (box, class vector, score, label), as plain Python numbers."""
+    fields = [t.double().tolist() for t in (found.boxes, found.probs, found.scores, found.labels)]
+    return [[one for one in zip(*image, strict=True) if one[3] > 0] for image in zip(*fields, strict=True)]
+
+
+def box(rng):
+    x, y = rng.integers(0, 50, 2)
+    return [x, y, x + rng.integers(4, 30), y + rng.integers(4, 30)]
+
+
+def vector(rng, classes):
+    p = rng.integers(0, 6, classes + 1) ** 2 + np.eye(classes + 1)[rng.integers(0, classes + 1)]
+    return p / p.sum()
+
+
+def two_views(seed, images=12, classes=3, most=6):
+    """A view and a shaken one: boxes moved a little, some gone, some new, some class vectors changed; some without any.
+
+    The coordinates are whole numbers, so equal IoUs do occur. Rows come best scored first.
+    """
+    rng = rng_for(seed, "views", classes)
+    views = [], []
+    for _ in range(images):
+        plain = [(box(rng), vector(rng, classes)) for _ in range(rng.integers(0, most + 1))]
+        shaken = [
+            ([c + int(d) for c, d in zip(b, rng.integers(-3, 4, 4), strict=True)], p if rng.random() < 0.5 else q)
+            for b, p in plain
+            if rng.random() < 0.8
+            for q in [vector(rng, classes)]
+        ]
+        if rng.random() < 0.5:
+            shaken.append((box(rng), vector(rng, classes)))
+        for view, rows in zip(views, (plain, shaken), strict=True):
+            view.append(sorted(rows, key=lambda one: -max(one[1][1:])))
+    length = rng.integers(0, 3) + most + 1
+    return [detections(*view, columns=classes + 1, length=length) for view in views]
+
+
+def sight_of(seed, images=12, classes=3, most=6):
+    """All that the strategies here look at."""
+    plain, flipped = two_views(seed, images, classes, most)
+    views = {"same": View(plain.boxes + 5, moved(flipped))}
+    views["other"] = View(plain.boxes + 5, moved(two_views(seed + 1000, images, classes)[1]))
+    rng = rng_for(seed, "crowd")
+    crowd = [
+        [([c + int(d) for c, d in zip(b, rng.integers(-2, 3, 4), strict=True)], p) for b, p, *_ in image * 3]
+        for image in lists(plain)
+    ]
+    extra = {
+        "level": [[int(rng.integers(0, 3)) for _ in image] for image in crowd],
+        "predicted_loss": [[float(rng.random()) for _ in image] for image in crowd],
+    }
+    crowd = detections(*crowd, columns=classes + 1, length=2, **(extra if any(crowd) else {}))
+    labelled = rng.random(classes) * 3
+    return observed(images, plain, flipped, views, crowd, labelled_class_counts=labelled)
+
+
+def moved(found, by=5):
+    return dataclasses.replace(found, boxes=found.boxes + by)
+
+
+def nothing(images, classes=3, length=0):
+    """A pool at cold start: no detection anywhere."""
+    none = detections(*[[]] * images, columns=classes + 1, length=length)
+    none.extra["predicted_loss"] = torch.zeros(images, length)
+    views = {name: View(none.boxes, none) for name in ("flip", "cutout")}
+    return observed(images, none, none, views, none, labelled_class_counts=np.zeros(classes))
+
+
+# ------------------------------------------------------------------------------------- the same, slowly, and by itself
+
+
+def slow_js(p, q):
+    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return sum(a * math.log(a / c) / 2 for one in (p, q) for a, c in zip(one, m, strict=True) if a > 0)
+
+
+def slow_entropy(p):
+    return -sum(a * math.log(a) for a in p if a > 0)
+
+
+def slow_match(boxes, others, threshold=0.5):
+    """Greedy over all pairs, one after the other: {row: other row}."""
+    table = {(i, j): oracles.iou(a, b) for i, a in enumerate(boxes) for j, b in enumerate(others)}
+    pairs = {}
+    for (i, j), overlap in sorted(table.items(), key=lambda one: (-one[1], one[0])):
+        if overlap >= threshold and i not in pairs and j not in pairs.values():
+            pairs[i] = j
+    return pairs
+
+
+def slow_retrieval(plain, flipped, classes):
+    if not plain and not flipped:
+        return None
+    if not plain or not flipped:
+        return math.log(classes + 1)
+    return max(slow_entropy(p) for _, p, *_ in plain)
+
+
+def slow_semantic(plain, flipped, classes):
+    pairs = slow_match([b for b, *_ in plain], [b for b, *_ in flipped])
+    values = [slow_js(plain[i][1], flipped[j][1]) for i, j in pairs.items()]
+    values += [LN2] * (len(plain) + len(flipped) - 2 * len(pairs))
+    return sum(values) / len(values) if values else None
+
+
+def slow_diversity(plain, flipped, classes):
+    if not plain or not flipped:
+        return LN2 if plain or flipped else None
+    shares = [
+        [sum(row[3] == c for row in view) / len(view) for c in range(1, classes + 1)] for view in (plain, flipped)
+    ]
+    return slow_js(*shares)
+
+
+def slow_overlap(plain, flipped, classes):
+    shares = []
+    for view in filter(len, (plain, flipped)):
+        touching = [any(oracles.iou(a[0], b[0]) > 0.1 for b in view if b is not a) for a in view]
+        shares.append(sum(touching) / len(view))
+    return max(shares, default=None)
+
+
+def slow_localisation(plain, flipped, classes):
+    pairs = slow_match([b for b, *_ in plain], [b for b, *_ in flipped])
+    values = [0] * (len(plain) + len(flipped) - 2 * len(pairs))
+    for i, j in pairs.items():
+        a, b = plain[i][0], flipped[j][0]
+        mean = [(x + y) / 2 for x, y in zip(a, b, strict=True)]
+        side = [mean[2] - mean[0], mean[3] - mean[1]] * 2
+        values.append(sum(max(0, 1 - abs(a[k] - b[k]) / side[k]) for k in range(4)) / 4)
+    return 1 - sum(values) / len(values) if values else None
+
+
+def slow_cald(plain, moved_boxes, views, beta=1.3, most=40, keep=50):
+    """plain and each of views: lists of rows; moved_boxes: for each view the plain boxes' places."""
+    if not plain:
+        return 0.0
+    ranks = range(len(plain))
+    if len(plain) > most and len(plain) > keep:
+        ranks = [math.floor(r * len(plain) / keep) for r in range(keep)]
+    by_score = sorted(range(len(plain)), key=lambda i: -plain[i][2])
+    image = []
+    for places, view in zip(moved_boxes, views, strict=True):
+        deviations = []
+        for i in (by_score[r] for r in ranks):
+            m = 0.0
+            if view:
+                overlaps = [oracles.iou(places[i], b) for b, *_ in view]
+                j = overlaps.index(max(overlaps))
+                p, q = plain[i][1], view[j][1]
+                m = overlaps[j] + 0.5 * (1 - slow_js(p, q)) * (max(p[1:]) + max(q[1:]))
+            deviations.append(abs(m - beta))
+        image.append(min(deviations))
+    return sum(image) / len(image)
+
+
+def slow_pool(boxes):
+    """boxes: (value, object, level, label) of one image."""
+    total = 0.0
+    for o in {one[1] for one in boxes}:
+        of_levels = []
+        for level in {one[2] for one in boxes if one[1] == o}:
+            here = [one for one in boxes if one[1:3] == (o, level)]
+            means = [[one[0] for one in here if one[3] == c] for c in {one[3] for one in here}]
+            of_levels.append(sum(sum(values) / len(values) for values in means))
+        total += max(of_levels)
+    return total
+
+
+SLOW = {
+    "retrieval": slow_retrieval,
+    "semantic": slow_semantic,
+    "diversity": slow_diversity,
+    "overlap": slow_overlap,
+    "localisation": slow_localisation,
+}
+
+
+# ------------------------------------------------------------------------------------------- divergence, and matching
+
+
+def test_jensen_shannon_by_hand():
+    # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - (0 + ln 2) / 2 = .56234 - .34657 = .21576
+    p = torch.tensor([[1.0, 0], [1, 0], [0.3, 0.7], [1, 0]])
+    q = torch.tensor([[0.5, 0.5], [0, 1], [0.3, 0.7], [1, 0]])
+    assert jensen_shannon(p, q).tolist() == pytest.approx([0.215762, LN2, 0, 0], abs=1e-6)
+    assert jensen_shannon(q, p).tolist() == jensen_shannon(p, q).tolist()
+    assert jensen_shannon(p, q).tolist()[1:] == [LN2, 0, 0]  # to the last bit: neither above ln 2 nor below 0
+    assert jensen_shannon(p[:, None], q[None]).shape == (4, 4)
+    thirds = torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0, 0, 0]])  # in float32 they sum to more than one
+    assert jensen_shannon(thirds, thirds.flip(1)).tolist() == [LN2]
+    near = torch.rand(500, 4, generator=torch_rng_for(0, "near"), dtype=torch.float64)
+    assert (jensen_shannon(near.softmax(1), (near + 1e-9 * near.flip(1)).softmax(1)) >= 0).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(any), min_size=2, max_size=2))
+def test_jensen_shannon_equals_the_oracle_and_keeps_its_bounds(rows):
+    p, q = ([n / sum(row) for n in row] for row in rows)
+    got = float(jensen_shannon(torch.tensor(p), torch.tensor(q)))
+    assert got == pytest.approx(slow_js(p, q), abs=1e-6) and 0 <= got <= LN2
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4], [1.5, -0.5], [math.nan, 1.0], [0.0, 0.0], [math.inf, 0.0]])
+def test_what_is_no_distribution_has_no_divergence(row):
+    good = torch.tensor([[0.5, 0.5]])
+    for name, pair in (("p", (torch.tensor([row]), good)), ("q", (good, torch.tensor([row])))):
+        with pytest.raises(ValueError, match=f"{name} must hold distributions"):
+            jensen_shannon(*pair)
+
+
+SURE = [0.0, 1.0, 0.0]
+
+
+def test_matching_is_greedy_one_to_one_and_inclusive_by_hand():
+    # IoU, first image: a-A 8/12, b-A 10/10, b-B 8/12, a-B 6/14 < .5. Greedy: b-A, then a is left with nothing.
+    plain = detections([([0, 0, 10, 1], SURE), ([2, 0, 12, 1], SURE)], [([0, 0, 10, 1], SURE)], [([0, 0, 10, 2], SURE)])
+    other = detections([([2, 0, 12, 1], SURE), ([4, 0, 14, 1], SURE)], [], [([0, 0, 10, 1], SURE)])
+    assert match(plain, other.boxes, other).tolist() == [[-1, 0], [-1, -1], [0, -1]]  # the third: IoU 1/2 just counts
+    assert match(plain, other.boxes, other, iou=0.4).tolist() == [[1, 0], [-1, -1], [0, -1]]
+    assert match(plain, other.boxes, other, iou=0.6)[2].tolist() == [-1, -1]
+    assert match(plain, other.boxes + 100, other)[0].tolist() == [-1, -1]  # the boxes handed over are what counts
+
+
+def test_matching_ties_go_to_the_lowest_rows():
+    same = [([0, 0, 10, 10], SURE)] * 3
+    assert match(detections(same[:2]), detections(same).boxes, detections(same)).tolist() == [[0, 1]]
+    assert match(detections(same), detections(same[:2]).boxes, detections(same[:2])).tolist() == [[0, 1, -1]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_matching_equals_the_oracle(seed):
+    plain, other = two_views(seed, images=30, most=9)
+    got, lengths = match(plain, other.boxes, other, iou=0.2), []
+    for row, mine, theirs in zip(got.tolist(), lists(plain), lists(other), strict=True):
+        pairs = slow_match([b for b, *_ in mine], [b for b, *_ in theirs], 0.2)
+        assert row == [pairs.get(i, -1) for i in range(len(row))]
+        lengths.append(len(pairs))
+    assert max(lengths) > 4
+
+
+# -------------------------------------------------------------------------------------------------- HUALE by hand
+
+
+def one_view(*images, columns=2):
+    """Images of boxes far from each other, given by their class vectors alone."""
+    return detections(
+        *([([20 * i, 0, 20 * i + 10, 10], p) for i, p in enumerate(image)] for image in images), columns=columns
+    )
+
+
+def test_entropy_is_in_nats_and_the_image_takes_its_largest_as_the_printed_numbers_ask():
+    # notes, section 3: a two-outcome entropy at .97 is .135 (printed .151: other classes add a little; in bits .194,
+    # too much); at .69 it is .619 (printed .740; bits .893); of 1, 1, .93, .9, .77 the last alone gives .539 (.547)
+    rows = [[[0.03, 0.97]], [[0.31, 0.69]], [[1 - s, s] for s in (1.0, 1.0, 0.93, 0.9, 0.77)]]
+    view = one_view(*rows)
+    values = huale.retrieval(view, view).values
+    assert values == pytest.approx([0.1347, 0.6191, 0.5393], abs=1e-4)
+    printed = np.array([0.151, 0.740, 0.547])
+    assert (values <= printed).all() and (values > 0.8 * printed).all()
+    bits = values[:2] / LN2
+    assert (bits > printed[:2]).all()
+    entropies = [slow_entropy(p) for p in rows[2]]
+    assert sum(entropies) > 0.9 and sum(entropies) / 5 < 0.3  # neither the sum nor the mean comes near .547
+
+
+def test_an_image_seen_in_one_view_only_is_retrieved_first_and_one_in_neither_has_no_score():
+    plain = one_view([[0.5, 0.5]], [[0.1, 0.9]], [], [])
+    flipped = one_view([[0.1, 0.9]], [], [[0.1, 0.9]], [])
+    scores = huale.retrieval(plain, flipped)
+    assert scores.values.tolist() == pytest.approx([LN2, LN2, LN2, 0])  # C = 1: ln(C + 1) = ln 2
+    assert scores.scored.tolist() == [True, True, True, False]
+    plain = one_view([[0.2, 0.8, 0, 0]], [[0.1, 0.9, 0, 0]], columns=4)
+    flipped = one_view([[0.25] * 4], [], columns=4)
+    values = huale.retrieval(plain, flipped).values  # the boxes of the plain view count, not those of the mirrored one
+    assert values.tolist() == pytest.approx([slow_entropy([0.2, 0.8]), math.log(4)])
+
+
+def test_semantic_disagreement_by_hand():
+    # image 0: one pair, JS((0, 1, 0), (0, .5, .5)) = .215762, and a box that the flipped view alone has: ln 2
+    # image 1: one pair that agrees; image 2: seen once; image 3: never
+    there, elsewhere, half = [0, 0, 10, 10], [50, 50, 60, 60], [0.0, 0.5, 0.5]
+    plain = detections([(there, SURE)], [(there, half)], [(there, SURE), (elsewhere, SURE)], [])
+    flipped = detections([(there, half), (elsewhere, SURE)], [(there, half)], [], [])
+    scores = huale.semantic_disagreement(plain, flipped)
+    assert scores.values == pytest.approx([(0.215762 + LN2) / 2, 0, LN2, 0], abs=1e-6)
+    assert scores.scored.tolist() == [True, True, True, False]
+
+
+def test_category_diversity_by_hand():
+    # image 0: classes (1, 1) and (1, 2): shares (1, 0) and (1/2, 1/2): .215762; image 1: (1, 2) and (2, 1): the same
+    a, b = [0.1, 0.9, 0.0], [0.1, 0.0, 0.9]
+    plain, flipped = one_view([a, a], [a, b], [a], [], columns=3), one_view([a, b], [b, a], [], [], columns=3)
+    scores = huale.category_diversity(plain, flipped)
+    assert scores.values == pytest.approx([0.215762, 0, LN2, 0], abs=1e-6)
+    assert scores.scored.tolist() == [True, True, True, False]
+
+
+def test_overlap_ratio_by_hand():
+    # plain: two of three boxes touch (IoU 5/15), flipped: IoU 1/19 is below .1. A box never overlaps itself.
+    a, b, c = [0, 0, 10, 1], [5, 0, 15, 1], [50, 50, 60, 60]
+    plain = detections([(a, SURE), (b, SURE), (c, SURE)], [(a, SURE)], [])
+    flipped = detections([(a, SURE), ([9, 0, 19, 1], SURE)], [(a, SURE), (b, SURE)], [])
+    scores = huale.overlap_ratio(plain, flipped)
+    assert scores.values == pytest.approx([2 / 3, 1, 0]) and scores.scored.tolist() == [True, True, False]
+    assert huale.overlap_ratio(flipped, plain).values == pytest.approx([2 / 3, 1, 0])  # the larger of the two
+    # threshold just above 1/19 = .0526 or just below
+    assert huale.overlap_ratio(flipped, flipped, above=0.0527).values[0] == 0
+    assert huale.overlap_ratio(flipped, flipped, above=0.0526).values[0] == 1
+
+
+def test_localisation_confidence_by_hand():
+    # sides (.7, .8, .6, .7) and (.5, .5, .5, .5) of the plain view, (1, 1, 1, .2) of the flipped: mean .7, .5, .8
+    a, b = ([0, 0, 10, 10], SURE), ([50, 50, 60, 60], SURE)
+    plain = detections([a, b], [a], [], sides=[[[0.7, 0.8, 0.6, 0.7], [0.5] * 4], [[1.0] * 4], []])
+    flipped = detections([a], [], [], sides=[[[1.0, 1.0, 1.0, 0.2]], [], []])
+    scores = huale.localisation_confidence(plain, flipped)
+    assert scores.values == pytest.approx([1 - 2 / 3, 0, 0]) and scores.scored.tolist() == [True, True, False]
+    # No sides: the pair (0, 0, 10, 10) and (0, 0, 8, 10): mean width 9, right side off by 2: q = 1, 1, 7/9, 1; the lone
+    # box counts 0: 1 - (34/36 + 0) / 2 = 19/36
+    plain, flipped = detections([a, b], [a], []), detections([([0, 0, 8, 10], SURE)], [], [])
+    scores = huale.localisation_confidence(plain, flipped)
+    assert scores.values == pytest.approx([19 / 36, 1, 0]) and scores.scored.tolist() == [True, True, False]
+    assert huale.localisation_confidence(flipped, plain).values == pytest.approx([19 / 36, 1, 0])
+
+
+# ------------------------------------------------------------------------------------------------- laws of the metrics
+
+
+@pytest.mark.parametrize("classes", [1, 3, 20])
+@pytest.mark.parametrize("metric", PAIR_SCORES)
+def test_every_metric_equals_the_oracle(metric, classes):
+    plain, flipped = two_views(5, images=60, classes=classes)
+    got, seen = PAIR_SCORES[metric](plain, flipped), set()
+    for i, views in enumerate(zip(lists(plain), lists(flipped), strict=True)):
+        want = SLOW[metric](*views, classes)
+        assert got.scored[i] == (want is not None), i
+        assert got.values[i] == pytest.approx(want or 0, abs=1e-6), i
+        seen.add(round(got.values[i], 3))
+    assert not got.scored.all() and len(seen) > (2 if metric == "diversity" and classes == 1 else 5) - (classes == 1)
+
+
+def test_two_equal_views_have_nothing_to_disagree_about():
+    plain, _ = two_views(1, images=40)
+    assert torch.equal(flip_boxes(flip_boxes(plain.boxes, WIDTH), WIDTH)[plain.valid], plain.boxes[plain.valid])
+    mirrored = dataclasses.replace(plain, boxes=flip_boxes(plain.boxes, WIDTH))
+    back = dataclasses.replace(mirrored, boxes=flip_boxes(mirrored.boxes, WIDTH))
+    for metric in (huale.semantic_disagreement, huale.category_diversity, huale.localisation_confidence):
+        assert metric(plain, back).values.tolist() == [0] * 40
+    # the test can fail: boxes that were not mapped back are somewhere else
+    assert huale.semantic_disagreement(plain, mirrored).values.max() == pytest.approx(LN2)
+    assert huale.localisation_confidence(plain, mirrored).values.max() == 1
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    """So many pairs of boxes that they are gone through in blocks."""
+    return sight_of(2, images=500, most=25)
+
+
+# ------------------------------------------------------------------------------------------------------------- cascade
+
+
+def test_the_filters_are_named_in_the_published_order():
+    assert list(FILTERS) == ["semantic", "diversity", "overlap", "localisation"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- CALD
+
+
+def cald_sight(plain, *views, labelled=None):
+    """Views that leave the boxes where they are."""
+    return observed(
+        len(plain),
+        plain,
+        views={f"v{i}": View(plain.boxes, v) for i, v in enumerate(views)},
+        labelled_class_counts=labelled,
+    )
+
+
+def slow_second_stage(sight):
+    """How unlike the labelled set each image is: no update within the batch, so the order is a sort by it."""
+    views = [lists(found) for found in (sight.detections, *(view.found for view in sight.views.values()))]
+    known, unlike = soft_max(sight.labelled_class_counts), []
+    for i in range(sight.count):
+        v = [
+            sum(max((row[2] for row in view[i] if row[3] == c), default=0) for view in views) / len(views)
+            for c in range(1, len(known) + 1)
+        ]
+        unlike.append(slow_js(soft_max(v), known) if any(v) else math.inf)
+    return unlike
+
+
+def soft_max(values):
+    return [math.exp(x) / sum(math.exp(y) for y in values) for x in values]
+
+
+# ----------------------------------------------------------------------------------------------------------------- HUA
+
+
+@pytest.mark.parametrize(("p", "loss"), [([0.5, 0.3, 0.2], 1.0), ([0.05, 0.9, 0.05], 6.0), ([0.0, 0.6, 0.4], 20.0)])
+def test_epistemic_uncertainty_equals_its_monte_carlo_estimate(p, loss):
+    # scale .8: e = 20, 3.33 and 1. 20,000 samples: standard error below .3 / sqrt(20000) = .002
+    got = float(epistemic(torch.tensor([p]), torch.tensor([loss]), 0.8)[0])
+    alpha = np.array(p) * 25 * 0.8 / (loss + 1e-7)
+    drawn = np.zeros((20_000, 3))
+    drawn[:, alpha > 0] = rng_for(0, "dirichlet").dirichlet(alpha[alpha > 0], 20_000)
+    within = np.mean([slow_entropy(one) for one in drawn])
+    assert got == pytest.approx(slow_entropy(p) - within, abs=0.008) and got > 0.03
+
+
+def test_epistemic_uncertainty_in_its_limits():
+    p = torch.tensor([[0.5, 0.3, 0.2]] * 4)
+    values = epistemic(p, torch.tensor([0.0, 0.1, 1.0, 1e12]), 1.0)
+    assert values[0] == pytest.approx(0, abs=1e-7)  # endless evidence: nothing left to learn
+    assert values[3] == pytest.approx(slow_entropy([0.5, 0.3, 0.2]), abs=1e-6)  # none: all of the entropy
+    assert values.tolist() == sorted(values.tolist()) and (values >= 0).all()
+    sure = epistemic(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1.0]), 1.0)
+    assert sure.tolist() == [0]
+    # only the ratio of a box's predicted loss to the mean counts
+    assert epistemic(p, torch.full((4,), 2.0), 2.0) == pytest.approx(values[2].expand(4), abs=1e-6)
+
+
+def test_the_hierarchy_by_hand():
+    # image 0, object 0: level 0: class 1 mean(1, 3) = 2, class 2: 5 -> 7; level 1: class 1: 4 -> 4; the larger: 7
+    # image 0, object 2: level 1: class 2: 6 -> 6. Sum 13. Image 1: nothing. Image 2, object 0: .5
+    rows = [(1, 0, 0, 0, 1), (3, 0, 0, 0, 1), (5, 0, 0, 0, 2), (4, 0, 0, 1, 1), (6, 0, 2, 1, 2), (0.5, 2, 0, 3, 1)]
+    columns = torch.tensor(rows, dtype=torch.float64).T
+    for order in (list(range(6)), [5, 3, 1, 4, 2, 0]):
+        values, *keys = columns[:, order]
+        assert pool_hierarchy(values, *(key.long() for key in keys), 3).tolist() == [13, 0, 0.5]
+    nobody = torch.zeros(0, dtype=torch.int64)
+    assert pool_hierarchy(nobody.float(), nobody, nobody, nobody, nobody, 2).tolist() == [0, 0]
+
+
+@given(st.lists(st.tuples(*(st.integers(0, n) for n in (20, 3, 2, 3, 4))), max_size=60))
+def test_the_hierarchy_equals_the_oracle(rows):
+    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5).T
+    got = pool_hierarchy(columns[0].float(), *columns[1:], 4).tolist()
+    assert got == pytest.approx([slow_pool([(r[0], *r[2:]) for r in rows if r[1] == i]) for i in range(4)])
+
+
+def quota_sight(seen, unseen):
+    """`seen` images of different entropies, then `unseen` ones without a box."""
+    images = [[([0, 0, 10, 10], [0.1 + 0.3 * i / seen, 0.9 - 0.3 * i / seen])] for i in range(seen)]
+    found = detections(*images, *[[]] * unseen, columns=2)
+    return observed(seen + unseen, found, pre_nms_detections=found)
+
+
+# ---------------------------------------------------------------------------------------------------- choosing by name
+
+
+def spoilt(found, field, value):
+    image, row = (found.valid & (found.valid.sum(1, keepdim=True) > 1)).nonzero()[0].tolist()
+    tensor = getattr(found, field).clone()
+    tensor[image, row] = value
+    return dataclasses.replace(found, **{field: tensor}), image
+
+
+def test_sides_outside_their_range_are_refused():
+    a = ([0, 0, 10, 10], SURE)
+    good, bad = (detections([a], sides=[[[0.5, 0.5, 0.5, last]]]) for last in (1.0, 1.5))
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match=r"confidence of a side must lie in \[0, 1\]"):
+            huale.localisation_confidence(*pair)
+    assert huale.localisation_confidence(good, good).values == pytest.approx([0.375])
+
+
+def test_labels_are_nowhere_to_be_had():
+    hidden = {"labels", "truth", "classes", "targets", "oracle", "pool"}
+    for name, function in inspect.getmembers(huale, inspect.isfunction):
+        assert not hidden & set(inspect.signature(function).parameters) or name == "_per_class", name
+    assert not {"fedal_utils.data", "fedal_utils.pool"} & {
+        getattr(value, "__module__", "") for value in vars(huale).values()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the experiment's arms
+
+
+# ---------------------------------------------------------------------------------------------------- the paper's size

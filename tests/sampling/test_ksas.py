@@ -1,0 +1,436 @@
+"""KSAS by hand, its limit for classes without labels and its laws; on boxes against a slow oracle; LoGo's rounds."""
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from observed import chosen, observed
+
+from fedal_utils.data import Detections
+from fedal_utils.sampling import Scores, top_k
+from fedal_utils.sampling import ksas as kafal
+from fedal_utils.sampling import logo as logo_room
+from fedal_utils.sampling.ksas import box_divergence, ksas_boxes, specialised_divergence
+from fedal_utils.seeding import rng_for, torch_rng_for
+
+fewer = settings(max_examples=40)
+HOW = ("sum", "avg", "max")
+
+
+def logs(*rows):
+    """Class scores whose exponentials are these numbers."""
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def jeffreys(p, q):
+    """Half the sum of both Kullback-Leibler divergences of two lists that sum to one."""
+    return sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
+
+
+# ----------------------------------------------------------------------------------------------- whole images, by hand
+
+
+def test_ksas_eq_1_to_3_by_hand():
+    # n = 2, 1, 0. Client exp(f) = 1, 2, 9: P = (2, 2) / 4; global 1, 1, 1/7: Q = (2, 1) / 3
+    client, world, counts = logs([1, 2, 9], [1, 1, 1]), logs([1, 1, 1 / 7], [1, 1, 5]), np.array([2, 1, 0])
+    p_to_q = 0.5 * math.log(0.5 * 3 / 2) + 0.5 * math.log(0.5 * 3)
+    q_to_p = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
+    for direction, want in (("both", (p_to_q + q_to_p) / 2), ("client", p_to_q), ("global", q_to_p)):
+        found = specialised_divergence(client, world, counts, direction)
+        assert found.dtype == torch.float64 and found.tolist() == pytest.approx([want, 0], rel=1e-12, abs=1e-15)
+    # without the counts: P = (1, 2, 9) / 12, Q = (7, 7, 1) / 15
+    plain = specialised_divergence(client[:1], world[:1], np.ones(3)).item()
+    assert plain == pytest.approx(jeffreys([1 / 12, 2 / 12, 9 / 12], [7 / 15, 7 / 15, 1 / 15]), rel=1e-12)
+
+
+def released(client, world, counts):
+    """The released formula as it stands, on today's PyTorch: the prior of a class without labels is ln 0."""
+    p, q = ((logits + counts.log()).softmax(1) for logits in (client, world))
+    return (F.kl_div(q.log(), p, reduction="none").sum(1) + F.kl_div(p.log(), q, reduction="none").sum(1)) / 2
+
+
+def test_classes_without_labels_are_a_limit_here_and_nan_in_the_released_formula():
+    rng = torch_rng_for(0, "logits")
+    client, world = (2 * torch.randn(8, 5, generator=rng, dtype=torch.float64) for _ in range(2))
+    counts = torch.tensor([30.0, 0, 2, 0, 9], dtype=torch.float64)
+    naive = released(client, world, counts)
+    assert naive.isnan().all()
+    with pytest.raises(ValueError, match="non-finite score at position 0"):
+        top_k(Scores(naive.numpy(), np.ones(8, dtype=bool)), 3, rng_for(0, "t"))
+    ours = specialised_divergence(client, world, counts)
+    assert torch.isfinite(ours).all() and (ours > 0).all()
+    apart = [(released(client, world, counts.clamp(min=n)) - ours).abs().max().item() for n in (1e-2, 1e-5, 1e-8)]
+    assert apart[0] > apart[1] > apart[2] and apart[2] < 1e-6  # n -> 0 comes as near as you like
+    # with labels of every class, both are one
+    torch.testing.assert_close(specialised_divergence(client, world, counts + 1), released(client, world, counts + 1))
+
+
+def test_a_client_with_labels_of_one_class_has_nothing_to_disagree_on():
+    client, world = logs([1, 2, 9], [4, 1, 1]), logs([1, 1, 7], [1, 9, 1])
+    for direction in kafal.DIRECTIONS:
+        assert specialised_divergence(client, world, np.array([0, 5, 0]), direction).tolist() == [0, 0]
+
+
+def test_a_frequent_class_counts_more_than_a_rare_one():
+    # the models disagree about class 0 against 1 in the first image, about 1 against 2 in the second
+    client, world = logs([4, 1, 1], [1, 1, 4]), logs([1, 4, 1], [1, 4, 1])
+    often_zero = specialised_divergence(client, world, np.array([50, 50, 1]))
+    often_two = specialised_divergence(client, world, np.array([1, 50, 50]))
+    assert often_zero[0] > often_zero[1] and often_two[0] < often_two[1]
+
+
+# -------------------------------------------------------------------------------------------------- whole images, laws
+
+
+numbers = st.floats(-20, 20)
+rows = st.lists(st.tuples(*[numbers] * 3, *[numbers] * 3), min_size=1, max_size=5)
+some_counts = st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any)
+
+
+def two_models(some):
+    both = torch.tensor(some, dtype=torch.float64)
+    return both[:, :3], both[:, 3:]
+
+
+@given(rows, some_counts)
+def test_ksas_equals_a_loop_and_is_symmetric_and_not_negative(some, counts):
+    client, world = two_models(some)
+    found = {d: specialised_divergence(client, world, np.array(counts), d) for d in kafal.DIRECTIONS}
+    known = [c for c in range(3) if counts[c]]
+    for i, row in enumerate(some):
+        p, q = ([counts[c] * math.exp(model[c]) for c in known] for model in (row[:3], row[3:]))
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        there = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        back = sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+        for direction, want in (("both", (there + back) / 2), ("client", there), ("global", back)):
+            assert found[direction][i].item() == pytest.approx(want, rel=1e-6, abs=1e-9), direction
+    assert all((values >= 0).all() for values in found.values())
+    swapped = {d: specialised_divergence(world, client, np.array(counts), d) for d in kafal.DIRECTIONS}
+    assert torch.equal(found["both"], swapped["both"])
+    assert torch.equal(found["client"], swapped["global"]) and torch.equal(found["global"], swapped["client"])
+    assert not specialised_divergence(client, client.clone(), np.array(counts)).any()
+
+
+@given(rows, some_counts, st.floats(1e-6, 1e6), st.floats(-30, 30))
+def test_counts_in_another_unit_and_a_constant_on_the_scores_change_nothing(some, counts, unit, shift):
+    client, world = two_models(some)
+    want = specialised_divergence(client, world, np.array(counts))
+    for found in (
+        specialised_divergence(client, world, np.array(counts) * unit),
+        specialised_divergence(client + shift, world - shift, np.array(counts)),
+    ):
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9)
+    # what the models say of a class without labels changes nothing either, not even to the last bit
+    rubbish = torch.where(torch.tensor(counts) > 0, client, 1e3)
+    assert torch.equal(specialised_divergence(rubbish, world, np.array(counts)), want)
+
+
+def test_images_and_classes_in_another_order_give_the_same_scores():
+    rng = torch_rng_for(0, "orders")
+    client, world = (torch.randn(9, 4, generator=rng) for _ in range(2))
+    counts, images, classes = torch.tensor([3.0, 0, 8, 1]), torch.randperm(9, generator=rng), [2, 0, 3, 1]
+    want = specialised_divergence(client, world, counts)
+    assert torch.equal(specialised_divergence(client[images], world[images], counts), want[images])
+    moved = specialised_divergence(client[:, classes], world[:, classes], counts[classes])
+    torch.testing.assert_close(moved, want, rtol=1e-12, atol=1e-15)
+
+
+def test_scores_far_apart_stay_finite():
+    client, world = torch.tensor([[5000.0, -5000, 0]]), torch.tensor([[-5000.0, 5000, 0]])
+    found = specialised_divergence(client, world, np.array([1, 1, 0]))
+    assert found.item() == pytest.approx(10_000)
+
+
+# ----------------------------------------------------------------------------------------------------- boxes, by hand
+
+A, B = (0, 0, 10, 10), (40, 40, 60, 60)
+NEAR_A = (0, 0, 10, 8)  # IoU .8
+MIXED, OTHER = (0.2, 0.6, 0.2), (0.4, 0.2, 0.4)
+
+
+def detections(*images, columns=3, length=0):
+    """Each image a list of (box, class vector). Padding is NaN but for the labels."""
+    length = max([len(image) for image in images] + [length])
+    found = Detections(
+        torch.full((len(images), length, 4), math.nan),
+        torch.full((len(images), length), math.nan),
+        torch.zeros(len(images), length, dtype=torch.int64),
+        torch.full((len(images), length, columns), math.nan),
+    )
+    for i, image in enumerate(images):
+        for j, (box, p) in enumerate(image):
+            found.boxes[i, j], found.probs[i, j] = torch.tensor(box).float(), torch.tensor(p).float()
+            found.scores[i, j], found.labels[i, j] = found.probs[i, j, 1:].max(), found.probs[i, j, 1:].argmax() + 1
+    return found
+
+
+def normed(values):
+    return [x / sum(values) for x in values]
+
+
+# n = 3, 1: pi = 1, 3/2, 1/2. MIXED: .2, .9, .1; OTHER: .4, .3, .2
+PAIR = jeffreys(normed([0.2, 0.9, 0.1]), normed([0.4, 0.3, 0.2]))
+# silence about MIXED: .95, .05 * 3/4, .05 * 1/4, weighted .95, .05625, .00625; about OTHER: .95, .05 / 3, .05 * 2/3
+LONE_MIXED = jeffreys(normed([0.2, 0.9, 0.1]), normed([0.95, 0.05625, 0.00625]))
+LONE_OTHER = jeffreys(normed([0.4, 0.3, 0.2]), normed([0.95, 0.025, 0.05 / 3]))
+
+
+def test_classes_without_labels_are_left_out_of_class_vectors():
+    # (.1, .3, .1, .5) without its last class is MIXED, (.2, .1, .2, .5) OTHER
+    found = detections([(A, (0.1, 0.3, 0.1, 0.5))], [(A, (0.1, 0.3, 0.1, 0.5))], columns=4)
+    own = detections([(A, (0.2, 0.1, 0.2, 0.5))], [], columns=4)
+    values = ksas_boxes(found, own, np.array([3, 1, 0]), "sum").values
+    assert values == pytest.approx([PAIR, LONE_MIXED], rel=1e-6)
+    # all of it on the class without labels: what is left is floored at 1e-6, so alike; silence is .95 to .05
+    sure = detections([(A, (0, 0, 0, 1.0))], columns=4)
+    value = ksas_boxes(sure, detections([], columns=4), np.array([1, 1, 0]), "sum").values
+    assert value == pytest.approx([jeffreys([1 / 3] * 3, [0.95, 0.025, 0.025])], rel=1e-6)
+
+
+def test_certain_boxes_are_floored_and_finite():
+    # (0, 1, 0) against (0, 0, 1): 1e-6, 1, 1e-6 and 1e-6, 1e-6, 1
+    found, own = detections([(A, (0, 1.0, 0))]), detections([(A, (0, 0, 1.0))])
+    value = ksas_boxes(found, own, np.array([1, 1]), "max").values
+    assert value == pytest.approx([math.log(1e6)], rel=1e-5)
+
+
+def test_how_much_silence_says_is_a_parameter():
+    found, own = detections([(A, (0.25, 0.75, 0))]), detections([])
+    for unseen in (0.01, 0.25, 0.9):
+        value = ksas_boxes(found, own, np.array([1, 0]), "sum", unseen=unseen).values
+        assert value == pytest.approx([jeffreys([0.25, 0.75], [1 - unseen, unseen])], rel=1e-5)
+
+
+def test_the_overlap_that_makes_a_pair_is_a_parameter():
+    found, own = detections([(A, MIXED)]), detections([(NEAR_A, OTHER)])
+    kinds = [box_divergence(found, own, np.array([1, 1]), iou).kind.tolist() for iou in (0.5, 0.79, 0.81)]
+    assert kinds == [[[1, 0]], [[1, 0]], [[3, 2]]]
+
+
+# --------------------------------------------------------------------------------------------------------- boxes, laws
+
+
+def random_pair(seed, images=8, classes=3, most=4):
+    """Two detectors' lists of (box, class vector): the second shakes, forgets and invents."""
+    rng = rng_for(seed, "two detectors", classes)
+
+    def vector():
+        return normed(
+            (rng.integers(0, 6, classes + 1) ** 2 + np.eye(classes + 1)[rng.integers(0, classes + 1)]).tolist()
+        )
+
+    def box():
+        x, y = rng.integers(0, 50, 2)
+        return [int(x), int(y), int(x + rng.integers(4, 30)), int(y + rng.integers(4, 30))]
+
+    one = [[(box(), vector()) for _ in range(rng.integers(0, most + 1))] for _ in range(images)]
+    other = [
+        [([c + int(rng.integers(-1, 2)) for c in b], vector()) for b, _ in image if rng.random() < 0.8]
+        + [(box(), vector()) for _ in range(rng.integers(0, 2))]
+        for image in one
+    ]
+    return one, other
+
+
+def slow_ksas(found, own, counts, how, unseen=0.05):
+    """One image from lists of (box, class vector) by loops; None where both lists are empty."""
+    pairs = sorted(
+        ((-oracles.iou(a, b), i, j) for i, (a, _) in enumerate(found) for j, (b, _) in enumerate(own)),
+    )
+    mine, yours = {}, set()
+    for overlap, i, j in pairs:
+        if -overlap >= 0.5 and i not in mine and j not in yours:
+            mine[i] = j
+            yours.add(j)
+    known = [c for c, n in enumerate(counts) if n > 0]
+    mean = sum(counts[c] for c in known) / len(known)
+    pi = [1.0] + [counts[c] / mean for c in known]
+
+    def kept(p):
+        return [p[0]] + [p[c + 1] for c in known]
+
+    def weighted(p):
+        return normed([w * max(x, 1e-6) for w, x in zip(pi, p, strict=True)])
+
+    def alone(p):
+        shares = normed([max(x, 1e-6) for x in kept(p)[1:]])
+        return jeffreys(weighted(kept(p)), weighted([1 - unseen] + [unseen * x for x in shares]))
+
+    values = [jeffreys(weighted(kept(found[i][1])), weighted(kept(own[j][1]))) for i, j in mine.items()]
+    values += [alone(p) for i, (_, p) in enumerate(found) if i not in mine]
+    values += [alone(p) for j, (_, p) in enumerate(own) if j not in yours]
+    if not values:
+        return None
+    return {"sum": sum(values), "avg": sum(values) / len(values), "max": max(values)}[how]
+
+
+@fewer
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any))
+def test_ksas_on_boxes_equals_the_oracle_and_its_laws_hold(seed, counts):
+    one, other = random_pair(seed)
+    found, own = detections(*one, columns=4), detections(*other, columns=4)
+    order = rng_for(seed, "order").permutation(len(one))
+    padded = detections(*one, columns=4, length=9), detections(*other, columns=4, length=7)
+    rubbish = [dataclasses.replace(d, boxes=d.boxes * d.valid[..., None], probs=d.probs.nan_to_num(5)) for d in padded]
+    for d in rubbish:
+        d.boxes[~d.valid] = 0  # of no size, where the first kind of padding is NaN
+    for how in HOW:
+        scores = ksas_boxes(found, own, np.array(counts), how)
+        want = [slow_ksas(a, b, counts, how) for a, b in zip(one, other, strict=True)]
+        assert scores.scored.tolist() == [w is not None for w in want]
+        assert scores.values == pytest.approx([w or 0 for w in want], rel=1e-4, abs=1e-6)
+        assert (scores.values >= 0).all()
+        for a, b, n in (
+            (own, found, counts),
+            (found, own, [7.3 * n for n in counts]),
+            (*padded, counts),
+            (*rubbish, counts),
+        ):
+            again = ksas_boxes(a, b, np.array(n), how)
+            assert again.values == pytest.approx(scores.values, rel=1e-9, abs=1e-12)
+            assert np.array_equal(again.scored, scores.scored)
+        moved = ksas_boxes(found.take(order), own.take(order), np.array(counts), how)
+        assert np.array_equal(moved.values, scores.values[order])
+    values, valid, kind = box_divergence(found, own, np.array(counts))
+    both = kind == 1
+    assert (both.sum(1) * 2 + (kind > 1).sum(1) == found.valid.sum(1) + own.valid.sum(1)).all()  # nobody is lost
+    assert not values[~valid].any() and not valid[:, : found.labels.shape[1]][~found.valid].any()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_equal_detectors_disagree_on_nothing(how):
+    one, _ = random_pair(3)
+    one[0] = [(A, MIXED + (0.0,)), (A, OTHER + (0.0,)), (B, MIXED + (0.0,))]  # two objects in one place
+    found = detections(*one, columns=4)
+    scores = ksas_boxes(found, found, np.array([4, 0, 1]), how)
+    assert not scores.values.any() and scores.scored.tolist() == [bool(image) for image in one]
+
+
+def test_without_any_detection_nothing_is_scored():
+    for length in (0, 3):
+        none = detections([], [], length=length)
+        for how in HOW:
+            assert not ksas_boxes(none, none, np.array([1, 1]), how).scored.any()
+        assert ksas_boxes(none, detections([(A, MIXED)], []), np.array([1, 1]), "sum").scored.tolist() == [True, False]
+
+
+# --------------------------------------------------------------------------------------------------------------- LoGo
+
+
+def sure_as(*best):
+    """Class scores of two classes, (N, 2), whose better one has these probabilities."""
+    return logs(*[[p, 1 - p] for p in best])
+
+
+def lone(alone, embedding, global_scores, k, rng):
+    what = {"class_scores": global_scores, "local_only_class_scores": alone, "local_only_embeddings": embedding}
+    return logo_room.logo(observed(len(global_scores), **what), k, rng)
+
+
+def test_logo_clusters_the_lone_models_features_times_its_doubt():
+    # one feature for all; (1 - .5) * 10 twice, (1 - 1) * 10 twice: the clusters are the unsure and the sure
+    alone = torch.tensor([[0.0, 0], [500, 0], [0, 0], [0, 500]])
+    for world, want in ((sure_as(0.6, 0.9, 0.7, 0.8), [0, 3]), (sure_as(0.9, 0.6, 0.7, 0.8), [1, 2])):
+        assert lone(alone, torch.full((4, 1), 10.0), world, 2, rng_for(0, "c")).positions.tolist() == want
+
+
+def test_logo_fills_up_by_rounds_where_images_are_equal_and_warns_nobody():
+    embedding = torch.tensor([[0.0], [0], [0], [9], [9]])
+    world = sure_as(0.55, 0.6, 0.65, 0.7, 0.75)  # entropy falls with the position
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = {k: lone(torch.zeros(5, 2), embedding, world, k, rng_for(0, "c")).positions.tolist() for k in range(6)}
+    assert found == {0: [], 1: [0], 2: [0, 3], 3: [0, 1, 3], 4: [0, 1, 3, 4], 5: [0, 1, 2, 3, 4]}
+
+
+def test_logo_breaks_ties_by_its_generator_and_repeats_itself():
+    args = torch.zeros(6, 2), torch.tensor([[0.0], [0], [0], [9], [9], [9]]), torch.zeros(6, 2), 2
+    runs = [tuple(lone(*args, rng_for(seed, "c")).positions.tolist()) for seed in range(60)]
+    assert {i for run in runs for i in run} == set(range(6)) and all((a < 3) != (b < 3) for a, b in runs)
+    assert runs[7] == tuple(lone(*args, rng_for(7, "c")).positions.tolist())
+
+
+def test_logo_moves_with_the_pool():
+    rng = torch_rng_for(0, "pool")
+    centres = 50 * torch.eye(4)[torch.arange(20) % 4]  # four clusters that no start can miss
+    alone, embedding, world = (
+        torch.zeros(20, 3),
+        centres + torch.rand(20, 4, generator=rng),
+        torch.randn(20, 3, generator=rng),
+    )
+    order = torch.randperm(20, generator=rng)
+    want = lone(alone, embedding, world, 4, rng_for(0, "c")).positions
+    assert sorted(want % 4) == [0, 1, 2, 3]
+    moved = lone(alone[order], embedding[order], world[order], 4, rng_for(1, "c")).positions
+    assert order[moved].tolist() == want.tolist()
+
+
+# --------------------------------------------------------------------------------------------------- choosing by name
+
+
+def full_sight(seed=0, images=8, classes=3):
+    """All that the strategies here look at."""
+    rng = torch_rng_for(seed, "sight")
+    one, other = random_pair(seed, images, classes)
+    logits, own_logits, alone = (torch.randn(images, classes, generator=rng) for _ in range(3))
+    return observed(
+        images,
+        detections(*one, columns=classes + 1),
+        local_detections=detections(*other, columns=classes + 1),
+        labelled_class_counts=np.array([2.5, 0, 0.5]),
+        class_scores=logits,
+        local_class_scores=own_logits,
+        local_only_class_scores=alone,
+        local_only_embeddings=torch.randn(images, 5, generator=rng),
+    )
+
+
+seen: set[str] = set()
+
+
+def broken(field, *where):
+    sight = full_sight()
+    values = getattr(sight, field).clone()
+    values[where] = math.nan
+    return dataclasses.replace(sight, **{field: values})
+
+
+GOOD = detections([(A, MIXED)])
+
+
+def boxes_with(**changes):
+    return ksas_boxes(dataclasses.replace(GOOD, **changes), GOOD, np.ones(2), "sum")
+
+
+def test_boxes_by_hand():
+    found = detections([(A, MIXED)], [(A, MIXED)], [], [(B, OTHER), (A, MIXED)], [])
+    own = detections([(NEAR_A, OTHER)], [], [(A, OTHER)], [(NEAR_A, OTHER), (B, OTHER), ((80, 80, 90, 90), MIXED)], [])
+    values, valid, kind = box_divergence(found, own, np.array([3, 1]))  # two columns of the global one, three
+    names = [[kafal.KINDS[k] for k in row] for row in kind.tolist()]
+    assert names[0] == ["paired", *["nothing"] * 4] and names[1] == ["only global", *["nothing"] * 4]
+    assert names[2] == ["nothing", "nothing", "only client", "nothing", "nothing"]
+    assert names[3] == ["paired", "paired", "nothing", "nothing", "only client"] and set(names[4]) == {"nothing"}
+    assert torch.equal(valid, kind > 0) and values.dtype == torch.float64
+    assert values[0, 0].item() == pytest.approx(PAIR, rel=1e-6)
+    assert values[1, 0].item() == pytest.approx(LONE_MIXED, rel=1e-6)
+    assert values[2, 2].item() == pytest.approx(LONE_OTHER, rel=1e-6)
+    assert values[3].tolist() == pytest.approx([0, PAIR, 0, 0, LONE_MIXED], rel=1e-6)
+    want = {
+        "sum": [PAIR, LONE_MIXED, LONE_OTHER, PAIR + LONE_MIXED, 0],
+        "avg": [PAIR, LONE_MIXED, LONE_OTHER, (PAIR + LONE_MIXED) / 3, 0],
+        "max": [PAIR, LONE_MIXED, LONE_OTHER, max(PAIR, LONE_MIXED), 0],
+    }
+    sight = observed(5, found, local_detections=own, labelled_class_counts=np.array([3, 1]))
+    for how, numbers in want.items():
+        scores = ksas_boxes(found, own, np.array([3, 1]), how)
+        assert scores.values == pytest.approx(numbers, rel=1e-6)
+        assert scores.scored.tolist() == [True] * 4 + [False]
+        choice = chosen(f"ksas_{how}", sight, 5, rng_for(0, "c"))
+        assert np.array_equal(choice.scores.values, scores.values) and choice.positions[-1] == 4
