@@ -72,7 +72,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--who": dict(default="import", help="the name of whoever labelled"),
     "--clients": dict(type=int, default=0, help="how many; default: the profile's"),
     "--method": dict(default="", help="scheme and query strategy, such as avg or chain+sum"),
-    "--tests": dict(action="store_true", help="clients get a part of the test images, and evaluate too"),
     "--simulation": dict(action="store_true", help="Flower's simulation in the place of processes"),
     "--place": dict(metavar="DIR", help="where the clients' folders go; default: in results/runs"),
     "--human": dict(nargs="*", default=[], metavar="CLIENT", help="clients whose labels a person draws"),
@@ -157,7 +156,7 @@ def data(given: argparse.Namespace) -> None:
     from .data import download
 
     known = {name.lower(): name for name in (*download.PINNED, download.KITTI)}
-    for name in given.names or known:
+    for name in given.names or download.PINNED:
         print(f"{name}: {download.fetch(known.get(name.lower(), name), data_folder())}")
 
 
@@ -224,8 +223,7 @@ def import_(given: argparse.Namespace) -> None:
     """Labels of files into a store."""
     from . import labelling
 
-    count = labelling.load(given.store, given.format, given.path, given.who)
-    print(f"{count:,} labels are new in {given.store}")
+    print(f"{labelling.load(given.store, given.format, given.path, given.who):,} labels are new in {given.store}")
 
 
 @command("--nb")
@@ -249,36 +247,35 @@ def merge(given: argparse.Namespace) -> None:
             print(*record.merge(part), sep="\n")
 
 
-@command("--clients --profile --data --method --seed --set --tests --simulation --place --human --patience --timeout")
+@command("--clients --profile --data --method --seed --set --simulation --place --human --patience --timeout")
 def clients(given: argparse.Namespace) -> None:
     """Run the experiment with a server and real clients, processes of this machine (Flower)."""
+    from . import federation, labelling
+
     try:
-        from .flower import server_app as flower
-        from .flower import workspace as homes
+        from . import flower
     except ImportError as error:
         raise ValueError(str(error)) from None
-    wishes, name = settings(given.set), "60_real_clients"
-    if given.clients:
-        wishes["clients"] = given.clients
-    if given.method:
-        wishes["methods"] = (given.method,)
+    name, wishes = "60_real_clients", settings(given.set)
+    wishes |= {"clients": given.clients} if given.clients else {}
+    wishes |= {"methods": (given.method,)} if given.method else {}
     profile = given.profile or notebooks.default_profile()
-    config = papers.load(name, profile, data_place(given.data), [given.seed], **wishes)
-    flower.check(config)
-    runs = record.project_root() / "results" / "runs" / name
-    place = Path(given.place or runs / f"place-{homes.dealt_as(config, given.seed)}")
-    people = {client: {"person": "human"} for client in given.human}
-    names = homes.deal(config, place, given.seed, tests=given.tests)
-    print(f"clients {', '.join(names)}; folders in {place / 'clients'}", flush=True)
-    with flower.Deployment(place, given.simulation, people) as deployment:
-        run = deployment.submit(config, name, given.timeout, patience=given.patience if people else 0.0)
-        for client in people:
-            print(f"client {client} waits for labels: {flower.how_to_label(place, client, config, name)}", flush=True)
-        for row in deployment.rounds(run, seconds=36_000):
-            print(flower.one_line(row), flush=True)
-        deployment.stop()
-        if not given.simulation:
-            print(deployment.traffic().to_string(index=False))
+    setup = federation.prepare(papers.load(name, profile, data_place(given.data), [given.seed], **wishes), device="cpu")
+    folder = record.project_root() / "results" / "runs" / name
+    place = Path(given.place or folder / f"place-{setup.config.digest()[:8]}-seed{given.seed}")
+    print(f"clients {', '.join(flower.deal(setup, place, given.seed))}; folders in {place / 'clients'}", flush=True)
+    if given.simulation:
+        print(f"run folders: {flower.simulate([setup.config], name, place)}")
+        return
+    patience = given.patience if given.human else 0.0
+    for client in given.human:
+        mine, method = place / "clients" / client, setup.config.methods[0]
+        run = mine / "runs" / name / setup.config.digest()[:8] / method / f"seed{given.seed}"
+        words = f"--data '{mine / 'images'}' --store '{labelling.store_path(run)}' --task boxes --queried"
+        print(f"client {client} waits for labels: python -m fedal_utils label {words}", flush=True)
+    with flower.Deployment(place, {client: {"annotator": "person"} for client in given.human}) as deployment:
+        for row in deployment.run(setup.config, name, 600 + patience, timeout=given.timeout, patience=patience):
+            print("  ".join(f"{k} {row[k]:.4g}" for k in ("cycle", "round", "images", "ap50") if k in row), flush=True)
     print(f"run folders: {place / 'server' / 'runs'}")
 
 
