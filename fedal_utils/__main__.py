@@ -10,7 +10,6 @@ import os
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +177,6 @@ def label(given: argparse.Namespace) -> None:
     """Label the images of a folder (--data) in the browser, until Ctrl+C; everything is in the store by then."""
     from . import labelling
     from .labelling import page
-    from .seeding import rng_for
 
     if not given.data:
         raise ValueError("label needs the folder of images: --data DIR")
@@ -186,27 +184,10 @@ def label(given: argparse.Namespace) -> None:
         page.need_gradio()
     except ImportError as error:
         raise ValueError(str(error)) from None
-    images = page.find_images(given.data)
+    more = {"host": given.host, "allow": given.allow, "token": given.token, "server_port": given.port}
+    more |= {"suggestions": given.suggestions, "names": given.show_names}
     with labelling.Store(given.store or labelling.store_path(given.data), given.classes, given.task) as store:
-        order = rng_for(given.seed, "labelling order").permutation(len(images))
-        if given.queried:  # a client's samples may be named without the suffix of their files
-            images = {**{str(Path(name).with_suffix("")): path for name, path in images.items()}, **images}
-        else:
-            ids = list(images)
-            store.queue(labelling.Question(ids[i], strategy="random") for i in order)
-        more = {"host": given.host, "allow": given.allow, "token": given.token, "server_port": given.port}
-        blocks = page.launch(store, images, given.suggestions, given.show_names, **more)
-        print(f"labelling page: {blocks.local_url}")
-        if blocks.token and not given.token:
-            print(f"token (any user name, this as the password): {blocks.token}")
-        print(f"labels go to {store.path}; Ctrl+C ends", flush=True)
-        try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            blocks.close(verbose=False)
-            counts = store.progress()
-            print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {store.path}")
+        page.serve(store, given.data, None if given.queried else given.seed, **more)
 
 
 @command("store path --format")

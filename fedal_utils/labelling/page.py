@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import string
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from .. import data
+from ..seeding import rng_for
 from .guard import guards
-from .store import Store
+from .store import Question, Store
 
 KEYS = "1234567890" + "".join(c for c in string.ascii_lowercase if c not in "cdesu")  # those five do something else
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7a5195", "#8c564b", "#2f4b7c"]
@@ -240,3 +242,29 @@ def launch(
     js = _KEYBOARD.replace("KEYS", json.dumps(KEYS))
     blocks.launch(server_name=host, js=js, app_kwargs={"middleware": middleware}, **more)
     return blocks
+
+
+def serve(store: Store, folder: str | Path, seed: int | None = 0, **more: Any) -> None:
+    """Serve the page for a folder of images until Ctrl+C; everything is in the store by then.
+
+    seed: of the random order in which all images are asked for; None: only what the store asks for already, such as a
+    client's queries, whose samples may be named without the suffix of their files. more: see `launch`.
+    """
+    images = find_images(folder)
+    if seed is None:
+        images = {**{str(Path(name).with_suffix("")): path for name, path in images.items()}, **images}
+    else:
+        ids, order = list(images), rng_for(seed, "labelling order").permutation(len(images))
+        store.queue(Question(ids[i], strategy="random") for i in order)
+    blocks = launch(store, images, **more)
+    print(f"labelling page: {blocks.local_url}")
+    if blocks.token and not more.get("token"):
+        print(f"token (any user name, this as the password): {blocks.token}")
+    print(f"labels go to {store.path}; Ctrl+C ends", flush=True)
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        blocks.close(verbose=False)
+        counts = store.progress()
+        print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {store.path}")
