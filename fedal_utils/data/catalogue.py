@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from .digits import Digits, digit_scenes
 from .files import images_in
 from .folders import Found, kitti_found, own_folder
 from .formats import How, Record, assemble
-from .formats_coco import coco_records, read_json
+from .formats_coco import coco_records, entries_of, read_json
 from .formats_kitti import KITTI_CLASSES, KITTI_TWO
 from .formats_voc import VOC_CLASSES, devkit_records, voc_record
 from .pixels import size_pair
@@ -24,17 +23,6 @@ from .types import Dataset, Reading
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 HIT_UAV_CLASSES = ("Person", "Car", "Bicycle", "OtherVehicle")
-# Which of the 4,952 images of VOC07's test half, sorted by id, are the test images of voc07-half, a bit each.
-_HALF_TEST = base64.b85decode(
-    "DG&mXC^jM>kN_h9z=W6~g8;aJh_L{}8Np-*fifTv!HfU|7;F&$3`sC14dG~j1tbB27&izNf<qugGr|xd@RCFsXqyZqhh<-Y;qM^;C<p)$8Vo"
-    "|w!O4UP0Xz%AEdX#NK%@o?0HzRDku3lK4)h3s3$p|f5P+s%1SrWHYz#Ajm_Rauq4*2V1|$G5;c|q40f1|95<o`^Y!HM3U<O6SpvD0J7eRpn7"
-    "%+$lA(+?*$^arjsR)C^PmO|=zyb>pB7%U4pb-ENM1aTvB!>VMhyVZqV2YEX6lj4pNCQNG0$?B}p=cz~0hU073<E6mfQL90!Pz{7^uZc2EC@s"
-    "hDg<(k2?l_QU_b*1K*In<#X|!}1PmGk!59pZ0V>BN9#jD@pbAhJhYBKuLPCmwEExcB&?5u~!X!`uAXY%DP@fQZ5`j#xrwXXV;v!Dq#1&%MXe"
-    "bm!2%H5D0x<=ck_iBo>#P)xfQTdk03ZYc1_NnnOaLaZ04#yx1wxX!F@O+|z#(BMf;eD=K@dRTs3;(5I0T7-Cc#8#3&PS1G87PiBn$vPWJFLA"
-    "5C(#i)GQDPK|^3r5I`^l4tRv(pwt5+g$4-}KmmY`00DrANC`qJ0vAFe1c<p=2naw#DgaI(K~WV}C^E#7CtOhw04E3m6bMKNLe%OK2O%J2OVE"
-    "S>kq=PTj5z?rgh5R>2m)3Z0iZExJb=+qG5{ucXaE&}%0%VBBnIq&$O=Lb0s`2oW(ZIKr7?geEPy_c21?bwP(V@uA_CF{C<q1)IEn?CS8*^C2"
-    "Uq|M9stC$ih)E(D5??"
-)
 
 
 @dataclass(frozen=True)
@@ -47,27 +35,22 @@ class _Source:
     download: str | None = None
 
 
-def _devkit(*parts: tuple[str, str], test: tuple[str, str]) -> Callable[[Path], Found]:
+def _devkit(train: Sequence[str], test: str) -> Callable[[Path], Found]:
+    """Splits such as 'VOC2007/trainval' of a devkit, `place` being one of its years."""
+
     def find(place: Path) -> Found:
-        train = [r for year, split in parts for r in devkit_records(place / year, split, one_based=True)]
-        return Found(train, devkit_records(place / test[0], test[1], one_based=True), VOC_CLASSES)
+        read = [devkit_records(place.parent / Path(s).parent, Path(s).name, one_based=True) for s in (*train, test)]
+        return Found([record for part in read[:-1] for record in part], read[-1], VOC_CLASSES)
 
     return find
 
 
-def held_of_half() -> np.ndarray:
-    """(4952,) 1 for the test images of voc07-half among the ids of VOC07's test half, sorted."""
-    return np.unpackbits(np.frombuffer(_HALF_TEST, np.uint8), bitorder="little")[:4952]
-
-
 def _voc07_half(place: Path) -> Found:
     """VOC07's test half, split once more: the folder VOC07 has it scaled down and split, the devkit has it as it is."""
-    if (place / "ImageSets" / "Main" / "trainval.txt").is_file() and place.name == "VOC07":
-        train, test = (devkit_records(place, split, one_based=True) for split in ("trainval", "test"))
-    else:
-        every = sorted(devkit_records(place, "test", one_based=True), key=lambda r: r.id)
-        bits = held_of_half()[: len(every)]
-        train, test = ([r for r, bit in zip(every, bits, strict=True) if bit == side] for side in (0, 1))
+    if place.name == "VOC07":
+        return Found(*(devkit_records(place, split, one_based=True) for split in ("trainval", "test")), VOC_CLASSES)
+    every, held = devkit_records(place, "test", one_based=True), read_json(Path(__file__).with_name("voc07_half.json"))
+    train, test = ([r for r in every if (r.id in held) == side] for side in (False, True))
     return Found(train, test, VOC_CLASSES)
 
 
@@ -97,12 +80,12 @@ def _hit_uav(place: Path) -> Found:
     pictures = images_in(place / "normal_xml" / "JPEGImages")
     for split in ("train", "val", "test"):
         file = place / "normal_json" / "annotations" / f"{split}.json"
-        for entry in read_json(file)["images"]:
-            id = Path(entry["filename"]).stem
-            if id not in pictures:
-                raise ValueError(f"annotation {file}: image {entry['filename']!r} is not in normal_xml/JPEGImages")
-            record = voc_record(id, pictures[id], place / "normal_xml" / "Annotations" / f"{id}.xml")
-            days.setdefault(entry["date_captured"], []).append(_with_regions(record, entry["date_captured"]))
+        for entry in entries_of(read_json(file), "images", file):
+            name, day = Path(str(entry.get("filename"))).stem, str(entry.get("date_captured"))
+            if name not in pictures:
+                raise ValueError(f"annotation {file}: image {entry} is not in normal_xml/JPEGImages")
+            record = voc_record(name, pictures[name], place / "normal_xml" / "Annotations" / f"{name}.xml")
+            days.setdefault(day, []).append(_with_regions(record, day))
     train, test = [], []
     for records in days.values():
         records.sort(key=lambda record: int(record.file.stem.split("_")[-1]))
@@ -122,16 +105,14 @@ def _with_regions(record: Record, day: str) -> Record:
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
 _KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php"
 _KITTI_PLACES = ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
-_BOTH = (("VOC2007", "trainval"), ("VOC2012", "trainval"))
+_07, _12, _TEST = "VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"
 SOURCES = {
     "bccd": _Source(_bccd, ("BCCD",), "https://github.com/Shenggan/BCCD_Dataset", "BCCD"),
-    "hit-uav": _Source(
-        _hit_uav, ("HIT-UAV",), "https://github.com/" + download.PINNED["HIT-UAV"].repository, "HIT-UAV"
-    ),
-    "voc07": _Source(_devkit(_BOTH[0], test=("VOC2007", "test")), ("VOCdevkit",), _VOC + "voc2007"),
+    "hit-uav": _Source(_hit_uav, ("HIT-UAV",), "https://github.com/suojiashun", "HIT-UAV"),
+    "voc07": _Source(_devkit([_07], _TEST), ("VOCdevkit/VOC2007",), _VOC + "voc2007"),
     "voc07-half": _Source(_voc07_half, ("VOC07", "VOCdevkit/VOC2007"), _VOC + "voc2007"),
-    "voc12": _Source(_devkit(("VOC2012", "train"), test=("VOC2012", "val")), ("VOCdevkit",), _VOC + "voc2012"),
-    "voc0712": _Source(_devkit(*_BOTH, test=("VOC2007", "test")), ("VOCdevkit",), _VOC),
+    "voc12": _Source(_devkit(["VOC2012/train"], "VOC2012/val"), ("VOCdevkit/VOC2012",), _VOC + "voc2012"),
+    "voc0712": _Source(_devkit([_07, _12], _TEST), ("VOCdevkit/VOC2012",), _VOC),
     "coco": _Source(_coco, ("coco",), "https://cocodataset.org/#download"),
     "kitti": _Source(lambda place: kitti_found(place, KITTI_CLASSES), _KITTI_PLACES, _KITTI),
     "kitti-2": _Source(lambda place: kitti_found(place, KITTI_TWO), _KITTI_PLACES, _KITTI),
@@ -178,10 +159,7 @@ def find(name: str, root: Path, seed: int = 0, how: How | None = None) -> tuple[
             f"data set {name!r}: folder {root / source.places[0]} does not exist; get it from {source.origin} and put "
             "it there, or point FEDAL_DATA to the folder that holds it"
         )
-    found = source.find(place)
-    return replace(
-        found, reading=found.reading if found.reading.format else Reading(name, "the published list", "as published")
-    ), place
+    return replace(source.find(place), reading=Reading(name, "the published list", "as published")), place
 
 
 def load(

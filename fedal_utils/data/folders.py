@@ -76,24 +76,24 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     coco = {f: c for f, c in contents.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys()}
     said: dict[Path, str] = {}
     if any(f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations") for f in files):
-        format, records, names, told = "Pascal VOC", _voc(root, files, images), None, []
+        layout, records, names, told = "Pascal VOC", _voc(root, files, images), None, []
     elif coco:
-        format, (records, names, said), told = "COCO", _coco(root, images, coco), list(coco)
+        layout, (records, names, said), told = "COCO", _coco(root, images, coco), list(coco)
     elif any(f.suffix.lower() == ".txt" and key_of(f, root) in keys for f in files):
         numbers, told = yolo_names(files)
-        format, (records, names) = "YOLO", yolo_records(root, files, numbers)
+        layout, (records, names) = "YOLO", yolo_records(root, files, numbers)
     else:
         _refuse_foreign(root, files, contents)
-        format, names, told = "images without labels", None, []
+        layout, names, told = "images without labels", None, []
         records = [Record(path.relative_to(root).as_posix(), path, source=path) for path in images]
     labelled = [record for record in records if record.objects is not None]
     drops: Counter = Counter()
     if labelled:
-        records, drops = _with_the_rest(root, format, labelled, images, unlabelled)
+        records, drops = _with_the_rest(root, layout, labelled, images, unlabelled)
         names = names_in(labelled) if names is None else names
     train, test, split_from = _sides(root, files, records, said, seed, drops)
     classes_from = ", ".join(f.relative_to(root).as_posix() for f in told) or ("the objects" if labelled else "")
-    return Found(train, test, names, Reading(format, classes_from, split_from), drops)
+    return Found(train, test, names, Reading(layout, classes_from, split_from), drops)
 
 
 def kitti_found(root: Path, class_names: Sequence[str]) -> Found:
@@ -176,7 +176,7 @@ def _of_dicts(content: Any) -> bool:
 
 
 def _with_the_rest(
-    root: Path, format: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool
+    root: Path, layout: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool
 ) -> tuple[list[Record], Counter]:
     """The labelled images and those without an annotation that belong to the set; what was left out, by reason.
 
@@ -190,16 +190,16 @@ def _with_the_rest(
         if path.parent not in folders and inner.parts[0] != "images" and not split_of(inner.parts[:-1]):
             drops[f"left out in {inner.parent.as_posix()}, where no image has a label"] += 1
         elif unlabelled:
-            records.append(Record(inner.as_posix() if format == "COCO" else key_of(path, root), path, source=path))
-        elif format == "Pascal VOC":
+            records.append(Record(inner.as_posix() if layout == "COCO" else key_of(path, root), path, source=path))
+        elif layout == "Pascal VOC":
             raise ValueError(
                 f"image {path} has no annotation {path.stem}.xml, but others have one; an image without objects needs "
                 "an XML file without <object>"
             )
         else:
-            drops["not_in_json" if format == "COCO" else "no_label_file"] += 1
-            records += [Record(key_of(path, root), path, None, (), source=path)] if format == "YOLO" else []
-    if format != "COCO":  # whose order is that of the ids in the file
+            drops["not_in_json" if layout == "COCO" else "no_label_file"] += 1
+            records += [Record(key_of(path, root), path, None, (), source=path)] if layout == "YOLO" else []
+    if layout != "COCO":  # whose order is that of the ids in the file
         order = {path: i for i, path in enumerate(images)}
         records.sort(key=lambda record: order[record.file])
     return records, drops

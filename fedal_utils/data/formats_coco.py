@@ -57,7 +57,8 @@ def _flag(value: object, where: str) -> bool:
     return bool(value)
 
 
-def _entries(content: object, key: str, file: Path) -> list[dict]:
+def entries_of(content: object, key: str, file: Path) -> list[dict]:
+    """The list of objects `key` of COCO JSON."""
     entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f"annotation {file} has no list {key!r}; COCO needs images, annotations, categories")
@@ -70,7 +71,7 @@ def _entries(content: object, key: str, file: Path) -> list[dict]:
 def _categories(content: dict, file: Path) -> dict[int, str]:
     """Names by id, in the order of ids, without a root that is only the parent of others (Roboflow writes one)."""
     found: dict[int, str] = {}
-    entries = _entries(content, "categories", file)
+    entries = entries_of(content, "categories", file)
     used = [a.get("category_id") for a in content["annotations"]]
     parents = [entry.get("supercategory") for entry in entries if entry.get("supercategory") != entry.get("name")]
     for entry in entries:
@@ -93,7 +94,7 @@ def coco_records(
 
     find: file name -> path of the image. group_field: the field of an image that is its group, where the file has it.
     """
-    images, annotations = _entries(content, "images", file), _entries(content, "annotations", file)
+    images, annotations = entries_of(content, "images", file), entries_of(content, "annotations", file)
     categories = _categories(content, file)
     entries: dict[int | str, dict] = {}
     for entry in images:
@@ -125,17 +126,9 @@ def coco_records(
             raise ValueError(f"{where} ({name!r}) has no field {group_field!r}, but others have it")
         sides = [entry.get(side) or 0 for side in ("height", "width")]
         size = tuple(whole(side, f"{where}: {what}") for side, what in zip(sides, ("height", "width"), strict=True))
-        id = relative(entry.get(SAMPLE, name), f"{where} has the {SAMPLE}")
-        records.append(
-            Record(
-                id,
-                find(name),
-                size if min(size) > 0 else None,
-                tuple(objects[number]),
-                group=str(entry[group_field]) if grouped else None,
-                source=file,
-            )
-        )
+        sample = relative(entry.get(SAMPLE, name), f"{where} has the {SAMPLE}")
+        group, size = str(entry[group_field]) if grouped else None, size if min(size) > 0 else None
+        records.append(Record(sample, find(name), size, tuple(objects[number]), group=group, source=file))
     return unique(records), tuple(categories.values())
 
 
@@ -163,7 +156,8 @@ def write_coco(path: str | Path, records: Iterable[Record], classes: Sequence[st
         if owners.setdefault(name, record.id) != record.id:
             raise ValueError(f"images {owners[name]!r} and {record.id!r} would share the file name {name!r}")
         entry = {"id": i, "file_name": name, "height": int(record.size[0]), "width": int(record.size[1])}
-        images.append(entry | ({} if name == record.id else {SAMPLE: record.id}) | _group(record))
+        own = {SAMPLE: record.id if name != record.id else None, "group": record.group}
+        images.append(entry | {key: value for key, value in own.items() if value is not None})
         for thing in record.objects:
             x1, y1, x2, y2 = (float(v) for v in thing.box)
             w, h = _width(x1, x2), _width(y1, y2)
@@ -173,7 +167,3 @@ def write_coco(path: str | Path, records: Iterable[Record], classes: Sequence[st
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-
-
-def _group(record: Record) -> dict[str, str]:
-    return {} if record.group is None else {"group": record.group}

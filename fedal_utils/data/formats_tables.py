@@ -63,10 +63,12 @@ def read_label_studio(path: str | Path, images: str | Path | None = None) -> lis
             records.append(_task_record(finished[-1].get("result"), where))
     names = [name for name, _ in places]
     for i, (name, longer) in enumerate(places):
-        id = relative(name if names.count(name) == 1 else longer, records[i].source)
-        files = [root / id, root / longer, root / id.split("/")[-1]]
-        file_of = next((f for f in files[: 3 if names.count(name) == 1 else 2] if f.is_file()), files[0])
-        records[i] = with_image(replace(records[i], id=id, file=file_of))
+        alone = names.count(name) == 1
+        name, longer = (relative(text, records[i].source) for text in (name, longer))
+        key = name if alone else longer
+        files = [root / key, root / longer, *([root / key.split("/")[-1]] if alone else [])]
+        file_of = next((place for place in files if place.is_file()), None)
+        records[i] = with_image(replace(records[i], id=key, file=file_of))
     kinds = {record.label is None for record in records}
     if len(kinds) > 1:
         odd = next(record for record in records if record.label is None)

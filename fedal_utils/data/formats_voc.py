@@ -55,7 +55,7 @@ def _only(element: ElementTree.Element, tag: str, where: str) -> ElementTree.Ele
     return found[0]
 
 
-def voc_record(id: str, image: Path | None, file: Path, one_based: bool = False) -> Record:
+def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False) -> Record:
     """What one XML file says about an image; a size of 0 in it counts as not told, as some tools write it."""
     root = xml_root(file)
     if root.tag != "annotation":
@@ -76,7 +76,7 @@ def voc_record(id: str, image: Path | None, file: Path, one_based: bool = False)
             raise ValueError(f"{where} has <difficult> {difficult!r}; allowed are 0 and 1")
         objects.append(Object(name, (x1 - shift, y1 - shift, x2, y2), difficult == "1"))
     stated = tuple(int(side) for side in sides) if min(sides) > 0 else None
-    return Record(root.findtext("sample") or id, image, stated, tuple(objects), source=file)
+    return Record(root.findtext("sample") or key, image, stated, tuple(objects), source=file)
 
 
 def split_lines(file: Path, ids: Mapping[str, object]) -> list[str]:

@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .catalogue import data_root, find, load
 from .formats import How, settled
 from .pixels import image_info
@@ -43,14 +45,7 @@ def inspect_folder(
 
 def report_lines(report: dict[str, Any]) -> str:
     """The report of `inspect_folder` for a person."""
-    lines = [f"{name.replace('_', ' ')}: {report[name]}" for name in ("format", "classes_from", "split_from")]
-    for split, told in report["splits"].items():
-        listed = ", ".join(f"{name} {n:,}" for name, n in told["per_class"].items())
-        lines.append(
-            f"{split}: {told['images']:,} images, {told['boxes']:,} boxes ({listed}); {', '.join(told['ids'])}, ..."
-        )
-        lines += [f"  {key.replace('_', ' ')}: {told[key]:,}" for key in ("ignored", "not_labelled") if told[key]]
-    return "\n".join([*lines, *(f"{reason}: {n:,}" for reason, n in report["left_out"].items())])
+    return yaml.safe_dump(report, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120).rstrip()
 
 
 def contact_sheet(name: str, root: str | Path | None = None, seed: int = 0, count: int = 12) -> Dataset:

@@ -26,16 +26,9 @@ MAX_PIXELS = 80_000_000  # of one image: a quarter of a gigabyte as RGB
 LARGE = 16_000_000  # pixels; larger images are decoded one at a time
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
-_FLIP, _ORIENTATION = Image.Transpose, 0x0112
-_TURNS = {
-    2: _FLIP.FLIP_LEFT_RIGHT,
-    3: _FLIP.ROTATE_180,
-    4: _FLIP.FLIP_TOP_BOTTOM,
-    5: _FLIP.TRANSPOSE,
-    6: _FLIP.ROTATE_270,
-    7: _FLIP.TRANSVERSE,
-    8: _FLIP.ROTATE_90,
-}
+_FLIP = Image.Transpose
+_TURNS = {2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM}  # by EXIF orientation
+_TURNS |= {5: _FLIP.TRANSPOSE, 6: _FLIP.ROTATE_270, 7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90}
 _one_large_at_a_time = threading.Lock()
 
 
@@ -56,20 +49,12 @@ def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
-def refuse_half_images() -> None:
-    """ValueError where Pillow was told to fill in the missing part of a truncated image."""
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: broken images would pass as grey; set it to False"
-        )
-
-
 def orientation_of(image: Image.Image) -> int:
     """1 to 8, see EXIF; 1 where there is none or the block is broken."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # or getexif would decode all pixels to look behind them
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(0x0112, 1)
     except Exception:  # Pillow raises whatever its parser trips over
         return 1
     return value if value in _TURNS else 1
@@ -120,7 +105,10 @@ def image_info(path: str | Path) -> ImageInfo:
 
 def read_upright(source: str | Path | ImageInfo) -> Image.Image:
     """The whole image, upright, as 8-bit RGB; a truncated, too large or 16-bit file is a ValueError that names it."""
-    refuse_half_images()
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: broken images would pass as grey; set it to False"
+        )
     info = source if isinstance(source, ImageInfo) else image_info(source)
     large = info.size[0] * info.size[1] > LARGE
     with _opened(info.path) as image, _one_large_at_a_time if large else contextlib.nullcontext():
@@ -150,17 +138,12 @@ def letterbox_image(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(canvas)  # (3, H, W)
 
 
-def read_letterboxed(info: ImageInfo, image_size: tuple[int, int]) -> Tensor:
-    """The file's pixels as a model takes them: uint8 (3, H, W)."""
-    return letterbox_image(read_upright(info), image_size)
-
-
 def read_all(files: Sequence[ImageInfo], image_size: tuple[int, int], threads: int) -> Tensor:
     """All images as uint8 (N, 3, H, W) in the order of `files`, whatever the threads do."""
     pixels = torch.empty(len(files), 3, *image_size, dtype=torch.uint8)
 
     def fill(row: int) -> None:
-        pixels.numpy()[row] = read_letterboxed(files[row], image_size).numpy()
+        pixels.numpy()[row] = letterbox_image(read_upright(files[row]), image_size).numpy()
 
     deque(in_order(fill, range(len(files)), threads), maxlen=0)
     return pixels
@@ -176,15 +159,5 @@ def in_order(work: Callable, items: Sequence, threads: int) -> Iterator:
     if threads == 1 or len(items) < 2:
         yield from map(work, items)
         return
-    broken = threading.Event()
-
-    def unless_broken(item):  # after the first error the rest of the queue is not worth reading
-        if not broken.is_set():
-            return work(item)
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            yield from pool.map(unless_broken, items)
-        except BaseException:
-            broken.set()
-            raise
+    with ThreadPoolExecutor(threads) as pool:  # whose map cancels the rest of the queue after an error
+        yield from pool.map(work, items)

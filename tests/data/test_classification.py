@@ -22,10 +22,10 @@ from fedal_utils import data
 from fedal_utils.data import classification as class_sets
 
 
-def encoded(id: str, size: tuple[int, int] = (40, 60), suffix: str = ".png") -> bytes:
+def encoded(name: str, size: tuple[int, int] = (40, 60), suffix: str = ".png") -> bytes:
     """A picture that depends on its id alone, as the bytes of a file."""
     out = io.BytesIO()
-    Image.fromarray(pixels(Picture(id, size, ()))).save(out, {".jpg": "JPEG", ".png": "PNG"}[suffix])
+    Image.fromarray(pixels(Picture(name, size, ()))).save(out, {".jpg": "JPEG", ".png": "PNG"}[suffix])
     return out.getvalue()
 
 
