@@ -24,10 +24,19 @@ from torchvision.ops import box_iou, nms
 
 from ..data import Detections
 
+Inputs = Tensor | tuple[Tensor, ...]
+LARGEST_GROWTH = math.log(1000 / 16)  # a decoded side is at most 62.5 times its anchor's, as in torchvision
+
 
 def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU (B, N, M) of boxes (B, N, 4) with others, (M, 4) or (B, M, 4)."""
     return torch.vmap(box_iou, in_dims=(0, 0 if others.dim() == 3 else None))(boxes, others)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, M, ...) of values (B, N, ...); index (B, M), below 0: the first."""
+    index = index.clamp(min=0)
+    return values.gather(1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:]))
 
 
 def with_a_column(boxes: Tensor, classes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,10 +58,6 @@ class RawDetections(NamedTuple):
     probs: Tensor
     scores: Tensor | None = None
     extra: Mapping[str, Tensor] = {}
-
-
-Inputs = Tensor | tuple[Tensor, ...]
-LARGEST_GROWTH = math.log(1000 / 16)  # a decoded side is at most 62.5 times its anchor's, as in torchvision
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float] = (10.0, 5.0)) -> Tensor:
@@ -181,22 +186,16 @@ def select_detections(
     if class_agnostic:
         best = foreground.argmax(-1, keepdim=True)
         foreground = torch.zeros_like(foreground).scatter(-1, best, foreground.gather(-1, best))
-    scores = foreground.flatten(1)  # (B, A * C)
-    scores, pair = scores.topk(min(candidates, scores.shape[1]), dim=1)  # (B, T)
+    scores, pair = foreground.flatten(1).topk(min(candidates, anchors * (columns - 1)), dim=1)  # (B, T)
     row, label = pair // (columns - 1), pair % (columns - 1)
-    if boxes.dim() == 4:
-        boxes, row_of_box = boxes.flatten(1, 2), pair
-    else:
-        row_of_box = row
-    chosen = boxes.gather(1, row_of_box[..., None].expand(-1, -1, 4))  # (B, T, 4)
+    chosen = take(boxes.flatten(1, 2), pair) if boxes.dim() == 4 else take(boxes, row)  # (B, T, 4)
     # topk puts NaN first, so a broken model is seen here; without this its detections would just vanish.
     if not bool(torch.isfinite(scores).all() & torch.isfinite(chosen).all()):
         raise ValueError("the detector's scores or boxes are not finite: its weights are broken, or its input is")
-    sides = chosen[..., 2:] - chosen[..., :2]
-    keep = (scores > score_above) & (sides > 1e-2).all(-1)
+    keep = (scores > score_above) & (chosen[..., 2:] - chosen[..., :2] > 1e-2).all(-1)
     image, place = keep.nonzero(as_tuple=True)
     group = image if class_agnostic else image * (columns - 1) + label[image, place]
-    offset = boxes.detach().abs().max().double() + 1 if boxes.numel() else 0.0
+    offset = boxes.abs().max().double() + 1 if boxes.numel() else 0.0
     # Groups are moved apart so that one NMS serves all; in float64 the shift costs no precision.
     shifted = chosen[image, place].double() + (group * 2 * offset)[:, None]
     kept = nms(shifted, scores[image, place].double(), nms_iou)
@@ -206,19 +205,16 @@ def select_detections(
     length = int(min(top, alive.sum(1).max().item())) if alive.numel() else 0
     front = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, length)
     alive = alive.gather(1, front)
-    wide = front[..., None]
-    probs_of = probs.gather(1, row[..., None].expand(-1, -1, columns))
 
-    def follow(value: Tensor) -> Tensor:
-        place = (row if value.shape[1] == anchors else pair).gather(1, front)  # (B, length)
-        tail = value.shape[2:]
-        index = place.view(*place.shape, *[1] * len(tail)).expand(*place.shape, *tail)
-        return value.gather(1, index) * alive.view(*alive.shape, *[1] * len(tail))
+    def left(value: Tensor) -> Tensor:
+        """(B, length, ...) of the survivors, zeros where an image has fewer; value (B, T, ...)."""
+        value = take(value, front)
+        return value * alive.view(*alive.shape, *[1] * (value.dim() - 2))
 
     return Detections(
-        boxes=chosen.gather(1, wide.expand(-1, -1, 4)) * alive[..., None],
-        scores=scores.gather(1, front) * alive,
-        labels=(label.gather(1, front) + 1) * alive,
-        probs=probs_of.gather(1, wide.expand(-1, -1, columns)) * alive[..., None],
-        extra={name: follow(value) for name, value in extra.items()},
+        boxes=left(chosen),
+        scores=left(scores),
+        labels=left(label + 1),
+        probs=left(take(probs, row)),
+        extra={name: left(take(v, row if v.shape[1] == anchors else pair)) for name, v in extra.items()},
     )

@@ -20,9 +20,9 @@ from ..config import ModelConfig
 from ..data import clip_boxes
 from ..seeding import borrowed_global_rng
 from .backbones import Lite0, ResNet50FPN, SmallConv, TopDown
-from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, with_a_column
+from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, take, with_a_column
 from .losses import crowding
-from .proposals import match, pool, propose, sample, take
+from .proposals import match, pool, propose, sample
 from .roi_heads import LocalisedRoIHeads
 from .ssd import octave_sizes, place_anchors
 
@@ -143,7 +143,7 @@ class FasterRCNN(Detector):
             anchors = self.anchors.split([o.shape[1] for o in objectness])
             found, valid = propose(objectness, deltas, anchors, self.image_size, self.limits, self.rpn.nms_thresh)
             rois, labels, at, counted = self._sampled(found, valid, boxes, classes, generator)
-            density = crowding(boxes, real).gather(1, at.clamp(min=0))
+            density = take(crowding(boxes, real), at)
         sampled = positive | negative
         wrong = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none") * sampled
         apart = F.smooth_l1_loss(delta, goal, beta=1 / 9, reduction="sum")
@@ -166,7 +166,7 @@ class FasterRCNN(Detector):
         # the sampled ones first, in their order
         index = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : sampler.batch_size_per_image]
         at, counted = matched.gather(1, index), chosen.gather(1, index)
-        labels = classes.gather(1, at.clamp(min=0)) * positive.gather(1, index)
+        labels = take(classes, at) * positive.gather(1, index)
         rois = take(found, index)
         pixel = torch.cat([torch.zeros_like(rois[..., :2]), torch.ones_like(rois[..., 2:])], dim=-1)
         return torch.where(counted[..., None], rois, pixel), labels, at, counted  # what is no RoI has an area, too

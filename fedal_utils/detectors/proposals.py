@@ -16,15 +16,10 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from ..data import clip_boxes
-from .base import decode_boxes, pairwise_iou
+from .base import decode_boxes, pairwise_iou, take
 
 OUTSIDE = 1e6  # pixels
 ROUNDS = 16  # of suppression; a chain of boxes that suppress each other in turn is hardly ever longer than nine
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, M, 4) of values (B, N, 4); index (B, M), below 0: the first."""
-    return values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, 4))
 
 
 def match(boxes: Tensor, real: Tensor, others: Tensor, low: float, high: float, rescue: bool = False) -> Tensor:

@@ -19,7 +19,7 @@ from torchvision.models.detection.ssd import SSDHead
 from ..config import ModelConfig
 from ..data import clip_boxes
 from .backbones import VGG16, Lite0, SmallConv, TopDown
-from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, pairwise_iou, with_a_column
+from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, pairwise_iou, take, with_a_column
 from .losses import ranking_loss
 
 SSD300_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]  # of the default boxes of each map, and their scales
@@ -87,8 +87,7 @@ def anchor_losses(
     least_negatives: 0 in torchvision; more lets an image without objects teach the background
     """
     positive = matched >= 0
-    index = matched.clamp(min=0)
-    target_class = classes.gather(1, index) * positive  # (B, A)
+    target_class = take(classes, matched) * positive  # (B, A)
     classification = F.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none")
     classification = classification.view_as(target_class)
     with torch.no_grad():
@@ -98,7 +97,7 @@ def anchor_losses(
         places = torch.arange(order.shape[1], device=order.device).expand_as(order)
         ranks = torch.empty_like(order).scatter_(1, order, places)
         negative = (ranks < wanted) & (hardness > -math.inf)
-        target = encode_boxes(boxes.gather(1, index[..., None].expand(-1, -1, 4)), anchors)  # (B, A, 4)
+        target = encode_boxes(take(boxes, matched), anchors)  # (B, A, 4)
         target = torch.where(positive[..., None], target, deltas)  # an anchor without a box is its own target
     box = F.smooth_l1_loss(deltas, target, reduction="none").sum(-1)
     return AnchorLosses(classification, box, positive, positive | negative)

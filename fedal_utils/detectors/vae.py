@@ -103,30 +103,14 @@ def _small(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.S
     """
     height, width = size[0] // 8, size[1] // 8
     features = 96 * height * width
-    encoder = nn.Sequential(
-        nn.Conv2d(3, 32, 4, 2, 1),
-        nn.SiLU(inplace=True),
-        nn.Conv2d(32, 64, 3, 2, 1, bias=False),
-        norm_layer("group", 64),
-        nn.SiLU(inplace=True),
-        nn.Conv2d(64, 96, 3, 2, 1, bias=False),
-        norm_layer("group", 96),
-        nn.SiLU(inplace=True),
-        nn.Flatten(),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(latent, features),
-        nn.SiLU(inplace=True),
-        nn.Unflatten(1, (96, height, width)),
-        nn.ConvTranspose2d(96, 64, 3, 2, 1, 1, bias=False),
-        norm_layer("group", 64),
-        nn.SiLU(inplace=True),
-        nn.ConvTranspose2d(64, 32, 3, 2, 1, 1),
-        nn.SiLU(inplace=True),
-        nn.ConvTranspose2d(32, 3, 3, 2, 1, 1),
-        nn.Sigmoid(),
-    )
-    return encoder, features, decoder
+    down = [nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(inplace=True)]
+    for inputs, outputs in ((32, 64), (64, 96)):
+        down += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), norm_layer("group", outputs), nn.SiLU(inplace=True)]
+    up = [nn.Linear(latent, features), nn.SiLU(inplace=True), nn.Unflatten(1, (96, height, width))]
+    up += [nn.ConvTranspose2d(96, 64, 3, 2, 1, 1, bias=False), norm_layer("group", 64), nn.SiLU(inplace=True)]
+    up += [nn.ConvTranspose2d(64, 32, 3, 2, 1, 1), nn.SiLU(inplace=True)]
+    up += [nn.ConvTranspose2d(32, 3, 3, 2, 1, 1), nn.Sigmoid()]
+    return nn.Sequential(*down, nn.Flatten()), features, nn.Sequential(*up)
 
 
 def _published(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.Sequential]:
@@ -135,37 +119,13 @@ def _published(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, 
     def rectified() -> nn.Module:
         return nn.LeakyReLU(0.2, inplace=True)
 
-    encoder = nn.Sequential(
-        nn.Conv2d(3, 8, 5, 2),
-        rectified(),  # 300 -> 148
-        nn.Conv2d(8, 16, 5, 2),
-        nn.BatchNorm2d(16),
-        rectified(),  # 72
-        nn.Conv2d(16, 32, 5, 2),
-        nn.BatchNorm2d(32),
-        rectified(),  # 34
-        nn.Conv2d(32, 64, 5, 2),
-        rectified(),  # 15
-        nn.Flatten(),
-        nn.Linear(14_400, 16_384),
-        rectified(),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(latent, 4_096),
-        rectified(),
-        nn.Linear(4_096, 16_384),
-        rectified(),
-        nn.Unflatten(1, (64, 16, 16)),
-        nn.ConvTranspose2d(64, 32, 5, 2),
-        nn.BatchNorm2d(32),
-        rectified(),  # 35
-        nn.ConvTranspose2d(32, 16, 5, 2),
-        nn.BatchNorm2d(16),
-        rectified(),  # 73
-        nn.ConvTranspose2d(16, 8, 5, 2),
-        nn.BatchNorm2d(8),
-        rectified(),  # 149
-        nn.ConvTranspose2d(8, 3, 4, 2),
-        nn.Sigmoid(),  # 300
-    )
-    return encoder, 16_384, decoder
+    down: list[nn.Module] = []
+    for inputs, outputs, normed in ((3, 8, False), (8, 16, True), (16, 32, True), (32, 64, False)):
+        norm = [nn.BatchNorm2d(outputs)] if normed else []
+        down += [nn.Conv2d(inputs, outputs, 5, 2), *norm, rectified()]  # sides 300 -> 148, 72, 34, 15
+    down += [nn.Flatten(), nn.Linear(14_400, 16_384), rectified()]
+    up = [nn.Linear(latent, 4_096), rectified(), nn.Linear(4_096, 16_384), rectified(), nn.Unflatten(1, (64, 16, 16))]
+    for inputs, outputs in ((64, 32), (32, 16), (16, 8)):
+        up += [nn.ConvTranspose2d(inputs, outputs, 5, 2), nn.BatchNorm2d(outputs), rectified()]  # sides 35, 73, 149
+    up += [nn.ConvTranspose2d(8, 3, 4, 2), nn.Sigmoid()]  # 300
+    return nn.Sequential(*down), 16_384, nn.Sequential(*up)

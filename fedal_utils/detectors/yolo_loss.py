@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import with_a_column
+from .base import take, with_a_column
 from .losses import complete_iou_loss
 
 STRIDES = (8, 16, 32)
@@ -134,7 +134,7 @@ def yolo_loss(
         """Sum over levels of the means over claims; values (B, R)."""
         return ((values.view_as(of_level) * of_level).sum((0, 1, 3)) / claims_in_level).sum()
 
-    own = raw.gather(1, index[..., None].expand(-1, -1, columns))  # (B, R, 5 + C)
+    own = take(raw, index)  # (B, R, 5 + C)
     target = boxes.float().repeat_interleave(per_box, dim=1)  # (B, R, 4)
     found = decode(own, cells.grid[index])
     # Where nothing is claimed the box is its own target: the 0 / 0 of a padding row would spoil the gradient.
