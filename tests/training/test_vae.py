@@ -1,0 +1,187 @@
+"""Training an autoencoder against the loop written out; what its losses say of images, and of broken ones."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from miniatures import Picture
+from miniatures import pixels as drawn
+from torch import nn
+
+from fedal_utils.config import Config
+from fedal_utils.data import Images
+from fedal_utils.detectors import build_vae, losses_of
+from fedal_utils.seeding import torch_rng_for
+from fedal_utils.training import TrainingDiverged, draw_batches, fit_vae, vae, vae_losses
+
+SIZE = (16, 16)
+
+
+def pictures(count, size=SIZE):
+    """Images of one bright object each, at places and of sizes of their own, on a gradient with grain."""
+    height, width = size
+    found = []
+    for i in range(count):
+        x, y = (i * 5 % 8) / 16 * width, (i * 3 % 8) / 16 * height
+        box = (x, y, x + (4 + i % 4) / 16 * width, y + (7 - i % 3) / 16 * height)
+        found.append(drawn(Picture(f"p{i}", size, (("cat", box),))))
+    pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+    return Images(tuple(f"p{i}" for i in range(count)), pixels, torch.tensor([size] * count))
+
+
+def built(size=SIZE, latent=4, seed=0, **options):
+    return build_vae(Config.of(vae_size=size, latent=latent, **options), torch_rng_for(seed, "weights"))
+
+
+def run(model, images, iterations, rows=None, seed=0, batch=16, lr=1e-3, **options):
+    config = Config.of(vae_iterations=iterations, vae_batch=batch, vae_lr=lr).vae
+    rows = np.arange(len(images)) if rows is None else np.asarray(rows)
+    return list(fit_vae(model, images, rows, config, torch_rng_for(seed, "fit"), **options))
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_ran_before():
+    images, first, again, other = pictures(6), built(), built(), built()
+    rows = run(first, images, 4, batch=4)
+    torch.manual_seed(5)
+    assert run(again, images, 4, batch=4) == rows and same(first, again)
+    run(other, images, 4, batch=4, seed=1)
+    assert not same(first, other)
+
+
+def test_training_brings_the_error_far_below_that_of_the_mean_image():
+    images, model = pictures(8, (32, 32)), built((32, 32), 16)
+    x = model.prepare(images.pixels)
+    guess = (x - x.mean(0)).square().sum((1, 2, 3)).mean()
+    before = vae_losses(model, images)["reconstruction"].mean()
+    run(model, images, 60, batch=8, lr=3e-3)
+    after = vae_losses(model, images)["reconstruction"].mean()
+    assert before > guess and after < 0.3 * guess, (before, after, guess)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_images_scaled_once_and_scaled_in_every_step_teach_the_same_to_the_last_bit(monkeypatch):
+    images, rows, once, each = pictures(9, (40, 24)), [7, 1, 4, 0, 8], built(), built()
+    first = run(once, images, 7, rows, batch=2)
+    monkeypatch.setattr(vae, "SCALED_BYTES", 0)
+    assert run(each, images, 7, rows, batch=2) == first
+    assert same(once, each) and not same(once, built())
+
+
+def by_hand(model, images, rows, reset, released, clip=5.0, iterations=6, batch=5):
+    """Training written out; returns the loss of each step."""
+    rng, rows = torch_rng_for(0, "fit"), np.asarray(rows)
+    noise = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+    totals = []
+    for _, _, index in draw_batches(len(rows), batch, None, iterations, rng):
+        x = images.pixels[rows[index.numpy()]].float() / 255
+        y, mean, log_std = model(x, noise)
+        s = log_std.exp()
+        penalty = s**2 + mean**2 - s.log() - 0.5 if released else (s**2 + mean**2 - 1) / 2 - s.log()
+        loss = (((y - x) ** 2).sum() + model.kl_weight * penalty.sum()) / batch
+        if reset:
+            optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad *= min(1.0, clip / (norm.item() + 1e-6))
+        optimizer.step()
+        totals.append(loss.item())
+    return totals
+
+
+def moved(a, b, start):
+    """How far apart a and b are, in units of the way they went."""
+    a, b, start = (nn.utils.parameters_to_vector(m.parameters()).detach() for m in (a, b, start))
+    return ((a - b).norm() / (a - start).norm()).item()
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_training_is_the_loop_written_out_and_as_released_never_resets_the_gradient(released):
+    images, rows = pictures(9), [7, 1, 4, 0, 8]
+    start = built(kl_weight=3.0, as_released=released)
+    model, right = copy.deepcopy(start), copy.deepcopy(start)
+    found = run(model, images, 6, rows, batch=5)
+    as_it_is = {"reset": not released, "released": released}
+    assert [row["loss"] for row in found] == pytest.approx(by_hand(right, images, rows, **as_it_is), rel=1e-4)
+    assert moved(model, right, start) < 1e-3
+    for change in ({"reset": released}, {"released": not released}):
+        wrong = copy.deepcopy(start)
+        by_hand(wrong, images, rows, **(as_it_is | change))
+        assert moved(model, wrong, start) > 0.02, change
+
+
+def test_a_row_a_pass_with_the_mean_of_each_part_and_a_tasks_gradient_reaches_the_autoencoder():
+    images, seen = pictures(6, (40, 24)), []
+
+    def dark(pixels, rows):
+        seen.append((tuple(pixels.shape), sorted(rows.tolist())))
+        return 20 * pixels.mean((1, 2, 3))
+
+    plain, darkened = built(), built(kl_weight=2.0)
+    assert list(run(plain, images, 20, [5, 2, 0], batch=3)[0]) == ["epoch", "steps", "loss", "reconstruction", "kl"]
+    found = run(darkened, images, 20, [5, 2, 0], batch=3, task=dark)
+    assert seen == [((3, 3, 40, 24), [0, 2, 5])] * 20
+    assert [(row["epoch"], row["steps"]) for row in found] == [(i, i + 1) for i in range(20)]
+    for row in found:
+        assert row["loss"] == pytest.approx(row["reconstruction"] + 2 * row["kl"] + row["task"], rel=1e-5)
+    levels = [m.reconstruct(images.pixels).mean().item() for m in (darkened, plain)]
+    assert levels[0] < 0.8 * levels[1] and found[-1]["task"] < 0.8 * found[0]["task"]
+
+
+def test_losses_of_all_images_in_order():
+    model, images = built(), pictures(7, (32, 24))
+    got, x = vae_losses(model, images, batch=3), model.prepare(images.pixels)
+    with torch.no_grad():
+        want = losses_of(model, x, *model(x)) | {"latent": model.encode(x)[0]}
+    assert list(got) == ["reconstruction", "kl", "latent"]
+    for key, values in got.items():
+        torch.testing.assert_close(values, want[key], rtol=1e-5, atol=1e-6)
+    moved = vae_losses(model, images.take([6, 0]))
+    torch.testing.assert_close(moved["reconstruction"], got["reconstruction"][[6, 0]], rtol=1e-5, atol=1e-6)
+    assert vae_losses(model, images.take([]))["latent"].shape == (0, 4)
+
+
+def test_as_released_latents_are_drawn_when_scoring_too():
+    model, images = built(as_released=True), pictures(4)
+    with pytest.raises(ValueError, match="give a generator"):
+        vae_losses(model, images)
+    a, b, c = (vae_losses(model, images, generator=torch_rng_for(seed, "noise")) for seed in (0, 0, 1))
+    assert torch.equal(a["reconstruction"], b["reconstruction"])
+    assert (a["reconstruction"] != c["reconstruction"]).all()
+    assert torch.equal(a["latent"], c["latent"]) and torch.equal(a["kl"], c["kl"])
+
+
+class Blinded(nn.Module):
+    """An encoder that breaks on images which are white all over."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        return self.encoder(x) / (1 - x.amin((1, 2, 3)))[:, None]
+
+
+def test_what_is_broken_names_its_image_and_client():
+    images, model = pictures(6), built()
+    images.pixels[4] = 255
+    model.encoder = Blinded(model.encoder)
+    with pytest.raises(ValueError, match=r"image 'p4': reconstruction nan"):
+        vae_losses(model, images, batch=3)
+    assert torch.isfinite(vae_losses(model, images.take([0, 1, 2, 3, 5]))["reconstruction"]).all()
+    with pytest.raises(TrainingDiverged, match=r"client town: loss is nan .*reconstruction nan.* on images \['p4'\]"):
+        run(model, images, 3, batch=6, client="town")
+    with pytest.raises(TrainingDiverged, match=r"client vae: loss is inf .*task inf\) on images \['p[01]', 'p[01]'\]"):
+        run(built(), pictures(3), 2, [0, 1], batch=2, task=lambda pixels, rows: pixels.sum() * math.inf)
+    with pytest.raises(TrainingDiverged, match=r"client vae: (loss|weight '\S+') is n"):
+        run(built(), pictures(3), 1, task=lambda pixels, rows: (pixels * 0).sum().sqrt())  # a slope of 0 / 0
+    with pytest.raises(ValueError, match="client vae has no image"):
+        run(built(), pictures(3), 1, [])
