@@ -103,7 +103,7 @@ def _with_regions(record: Record, day: str) -> Record:
 
 
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
-_KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php"
+_KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php, or by `python -m fedal_utils data kitti` (12 GB),"
 _KITTI_PLACES = ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
 _07, _12, _TEST = "VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"
 SOURCES = {

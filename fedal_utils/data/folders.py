@@ -72,10 +72,11 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     if not images:
         raise ValueError(f"data set {str(root)!r} is empty: no {', '.join(SUFFIXES)} file in it")
     keys = {key_of(path, root) for path in images}
-    contents = {f: read_json(f) for f in files if f.suffix.lower() == ".json"}
+    voc = any(f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations") for f in files)
+    contents = {f: read_json(f) for f in files if f.suffix.lower() == ".json" and not voc}
     coco = {f: c for f, c in contents.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys()}
     said: dict[Path, str] = {}
-    if any(f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations") for f in files):
+    if voc:
         layout, records, names, told = "Pascal VOC", _voc(root, files, images), None, []
     elif coco:
         layout, (records, names, said), told = "COCO", _coco(root, images, coco), list(coco)

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +62,9 @@ def read_label_studio(path: str | Path, images: str | Path | None = None) -> lis
         if finished:
             places.append(_place(task.get("data"), where))
             records.append(_task_record(finished[-1].get("result"), where))
-    names = [name for name, _ in places]
+    names = Counter(name for name, _ in places)
     for i, (name, longer) in enumerate(places):
-        alone = names.count(name) == 1
+        alone = names[name] == 1
         name, longer = (relative(text, records[i].source) for text in (name, longer))
         key = name if alone else longer
         files = [root / key, root / longer, *([root / key.split("/")[-1]] if alone else [])]
