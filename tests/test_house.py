@@ -47,9 +47,19 @@ PACKAGE = Path(fedal_utils.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).with_suffix("").as_posix())
-each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 not_yet = pytest.mark.xfail(strict=False, reason="the rooms are still being built")
+
+
+def each_file(*unmet: str) -> pytest.MarkDecorator:
+    """The test for every file of the package; unmet: those where it may fail for now."""
+    names = {path: path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES}
+    marks = {path: not_yet if name in unmet else () for path, name in names.items()}
+    return pytest.mark.parametrize("path", [pytest.param(path, marks=marks[path], id=names[path]) for path in FILES])
+
+
+def each_notebook(*unmet: str) -> pytest.MarkDecorator:
+    """The test for every notebook."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=not_yet if n in unmet else ()) for n in NOTEBOOKS])
 
 
 def room(path: Path) -> str:
@@ -73,7 +83,7 @@ def imported(path: Path) -> set[tuple[str, ...]]:
 # --- rooms ------------------------------------------------------------------------------------------------------------
 
 
-@each_file
+@each_file()
 def test_a_room_imports_only_from_rooms_before_it_and_not_from_files_inside(path):
     mine = room(path)
     if mine == "__init__":
@@ -86,15 +96,13 @@ def test_a_room_imports_only_from_rooms_before_it_and_not_from_files_inside(path
             assert ROOMS.index(name[1]) < ROOMS.index(mine), f"{path.name} imports {name[1]}, which comes after {mine}"
 
 
-@not_yet
-@each_file
+@each_file("detectors/yolo", "labelling/oracle")
 def test_a_room_takes_names_from_rooms_not_from_their_files(path):
     inside = [name for name in imported(path) if name[0] == "fedal_utils" and name[1] != room(path) and len(name) > 2]
     assert not inside or room(path) == "__main__", f"{path.name} imports {inside}"
 
 
-@not_yet
-@each_file
+@each_file("training/inference")
 def test_forbidden_names_stay_out(path):
     for name in imported(path):
         assert name[0] not in NOWHERE, f"{path.name} imports {name[0]}"
@@ -109,7 +117,7 @@ def test_forbidden_names_stay_out(path):
             assert call != "torch.manual_seed" or room(path) == "seeding", line
 
 
-@each_file
+@each_file()
 def test_no_private_names_of_flower_or_torchvision(path):
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ImportFrom) and not node.level:
@@ -127,8 +135,7 @@ def test_no_private_names_of_flower_or_torchvision(path):
             assert name[1] in FLOWER, f"{path.name} imports {'.'.join(name)}"
 
 
-@not_yet
-@each_file
+@each_file("sampling/matching", "sampling/select")
 def test_every_module_and_public_name_says_what_it_is_for(path):
     assert ast.get_docstring(TREES[path]), path.name
     for node in TREES[path].body:
@@ -153,8 +160,7 @@ def test_the_package_is_thin(capsys):
     assert sum(sizes.values()) <= LINES
 
 
-@not_yet
-@each_file
+@each_file("federation/experiment", "federation/schemes", "sampling/observation")
 def test_no_file_is_long(path):
     assert lines(path) <= FILE, f"{path.relative_to(PACKAGE)} has {lines(path)} lines"
 
@@ -164,7 +170,7 @@ def test_tests_are_short_too():
     assert sum(map(lines, (ROOT / "tests").rglob("*.py"))) <= TESTS
 
 
-@each_file
+@each_file()
 def test_no_class_has_many_fields(path):
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ClassDef):
@@ -172,8 +178,7 @@ def test_no_class_has_many_fields(path):
             assert count <= FIELDS, f"{path.name}: {node.name} has {count} fields"
 
 
-@not_yet
-@each_file
+@each_file()
 def test_no_function_has_many_parameters(path):
     for node in ast.walk(TREES[path]):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -208,8 +213,7 @@ def code(name: str) -> list[ast.Module]:
     return [ast.parse(re.sub(r"^(\s*)[!%].*", r"\1pass", text, flags=re.MULTILINE)) for text in sources]
 
 
-@not_yet
-@each_notebook
+@each_notebook("60_real_clients")
 def test_a_notebook_is_valid_stripped_and_small(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     book = nbformat.read(path, as_version=4)
@@ -225,8 +229,7 @@ def test_a_notebook_is_valid_stripped_and_small(name):
             assert len(cell.source.splitlines()) <= 25, f"cell {number} has more than 25 lines"
 
 
-@not_yet
-@each_notebook
+@each_notebook("60_real_clients")
 def test_a_notebooks_code_is_plain(name):
     """No classes, no exec, nothing that Python calls by the name is called `round` in a loop."""
     for number, tree in enumerate(code(name)):
@@ -239,7 +242,7 @@ def test_a_notebooks_code_is_plain(name):
                 assert "round" not in bound, f"code cell {number} has a loop variable called round"
 
 
-@each_notebook
+@each_notebook()
 def test_parameters_are_literals_that_the_config_knows(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     known = notebooks.parameters(path)
