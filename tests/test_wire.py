@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from fedal_utils.flower.deployment import Processes, Relay, certificates, free_ports, node_key, wait_for
 
 psutil = pytest.importorskip("psutil")

@@ -112,7 +112,8 @@ def _train_classifiers(
     start = [unpack(message)] * len(tasks)
     together = training.fit_together if config.federation.stacked else training.fit_in_turn
     options = {"teacher": teacher, "device": setup.device, "as_released": config.as_released}
-    results = dict(zip((c.name for c in ordered), together(model, start, tasks, setup.train.images, recipe, **options)))
+    found = together(model, start, tasks, setup.train.images, recipe, **options)
+    results = dict(zip((c.name for c in ordered), found, strict=True))
     sizes = {task.client: len(task.rows) for task in tasks}
     sent: list[Update | TrainingDiverged] = []
     for client in clients:

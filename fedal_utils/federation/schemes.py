@@ -82,21 +82,21 @@ class FedAvg:
         """(cycle, round) of every round."""
         return record.every_round(config)
 
-    def step(self, config: Config, clients: Sequence[Client], cycle: int, round: int) -> Step:
+    def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
         """Who acts in this round, and how."""
         plan, everyone = self.plan(config), tuple(clients)
-        last = (cycle, round + 1) not in plan
+        last = (cycle, number + 1) not in plan
         return Step(
             cycle,
-            round,
+            number,
             everyone,
-            querying=everyone if round == 0 else (),
+            querying=everyone if number == 0 else (),
             last=last,
-            evaluate=last or _due(config, round),
+            evaluate=last or _due(config, number),
             local=self.is_local(config, cycle),
             schedule_rounds=len(plan),
             optimizer_state=config.federation.optimizer_state,
-            lr_factor=round_lr_factor(config, cycle, round),
+            lr_factor=round_lr_factor(config, cycle, number),
         )
 
     def is_local(self, config: Config, cycle: int) -> bool:
@@ -161,41 +161,41 @@ class Chain(FedAvg):
             )
         return passes
 
-    def step(self, config: Config, clients: Sequence[Client], cycle: int, round: int) -> Step:
-        count, last = len(clients), round + 1 == len(self.plan(config))
-        if round < count:
-            visitor = (clients[round],)
+    def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
+        count, last = len(clients), number + 1 == len(self.plan(config))
+        if number < count:
+            visitor = (clients[number],)
             return Step(
-                *(cycle, round, visitor),
+                *(cycle, number, visitor),
                 querying=visitor,
                 last=last,
                 evaluate=True,
                 first_pass=True,
                 length=config.federation.first_pass_rounds,
             )
-        if round == count:
-            return Step(cycle, round, last=last, evaluate=True, merge_by_class=True)
-        return self.later_step(config, clients, round, round - count - 1)
+        if number == count:
+            return Step(cycle, number, last=last, evaluate=True, merge_by_class=True)
+        return self.later_step(config, clients, number, number - count - 1)
 
-    def later_step(self, config: Config, clients: Sequence[Client], round: int, done: int) -> Step:
+    def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
         """A visit after the merge; done: how many came before it."""
         count, passes = len(clients), self.later_passes(config)
         sent_along = config.federation.optimizer_state == "travels"
         return self.visit(
-            *(config, clients, round, done),
+            *(config, clients, number, done),
             head_only=True,
             send_backbone=done < count,
             optimizer_state=config.federation.optimizer_state,
             schedule_rounds=passes * (count if sent_along else 1),
         )
 
-    def visit(self, config: Config, clients: Sequence[Client], round: int, done: int, **how) -> Step:
+    def visit(self, config: Config, clients: Sequence[Client], number: int, done: int, **how) -> Step:
         """One client's turn; the last of a pass is evaluated, the last of all hands the result in."""
-        count, last = len(clients), round + 1 == len(self.plan(config))
+        count, last = len(clients), number + 1 == len(self.plan(config))
         visitor = clients[done % count]
         factor = _falling(config, done // count, self.later_passes(config))
         return Step(
-            *(0, round, (visitor,)),
+            *(0, number, (visitor,)),
             last=last,
             evaluate=last or visitor is clients[-1],
             handed_on=not last,
@@ -218,11 +218,11 @@ class ChainThenFedAvg(Chain):
     def later_rounds(self, config: Config) -> int:
         return self.later_passes(config)
 
-    def later_step(self, config: Config, clients: Sequence[Client], round: int, done: int) -> Step:
+    def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
         passes = self.later_passes(config)
         return Step(
-            *(0, round, tuple(clients)),
-            last=round + 1 == len(self.plan(config)),
+            *(0, number, tuple(clients)),
+            last=number + 1 == len(self.plan(config)),
             evaluate=True,
             head_only=True,
             send_backbone=done == 0,
@@ -243,9 +243,9 @@ class AccumulatingChain(Chain):
         part = max(1, round(iterations * part)) / iterations if iterations else part
         return max(1, round(super().later_passes(config) / part))  # the nearest whole number of passes
 
-    def later_step(self, config: Config, clients: Sequence[Client], round: int, done: int) -> Step:
+    def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
         return self.visit(
-            *(config, clients, round, done),
+            *(config, clients, number, done),
             length=config.federation.visit_fraction,
             optimizer_state="travels",
             schedule_rounds=self.later_passes(config) * len(clients),
@@ -297,14 +297,14 @@ def plan(config: Config, method: str) -> list[tuple[int, int]]:
     return method_of(method, config).scheme.plan(config)
 
 
-def round_lr_factor(config: Config, cycle: int, round: int) -> float:
+def round_lr_factor(config: Config, cycle: int, number: int) -> float:
     """Factor on the learning rate in this round of a cycle: 1 in the first, `round_lr_decay` in the last.
 
     The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`. The last
     cycle has the extra rounds as well.
     """
     extra = config.federation.extra_rounds if cycle == config.query.cycles - 1 else 0
-    return _falling(config, round, config.federation.rounds + extra)
+    return _falling(config, number, config.federation.rounds + extra)
 
 
 def _falling(config: Config, done: int, whole: int) -> float:
@@ -312,5 +312,5 @@ def _falling(config: Config, done: int, whole: int) -> float:
     return 1.0 if whole == 1 else 1 + (config.federation.round_lr_decay - 1) * done / (whole - 1)
 
 
-def _due(config: Config, round: int) -> bool:
-    return config.evaluate_every > 0 and (round + 1) % config.evaluate_every == 0
+def _due(config: Config, number: int) -> bool:
+    return config.evaluate_every > 0 and (number + 1) % config.evaluate_every == 0

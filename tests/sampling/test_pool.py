@@ -9,6 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observed import chosen, observed
 
+from fedal_utils import training
+from fedal_utils.config import Config
+from fedal_utils.data import Detections, Images, Labels
+from fedal_utils.detectors import build
+from fedal_utils.sampling import Cost, Oracle, Pool, total
+from fedal_utils.sampling.pool import UNDECIDED
+from fedal_utils.seeding import rng_for, torch_rng_for
+
+BOXES = [2, 0, 3, 1, 1, 4]  # of each image; one of image 2's is ignored
+
 BOX = (
     "random",
     "sum",
@@ -22,15 +32,6 @@ BOX = (
     "coreset",
     "mix",
 )
-from fedal_utils import training
-from fedal_utils.config import Config
-from fedal_utils.data import Detections, Images, Labels
-from fedal_utils.detectors import build
-from fedal_utils.sampling import Cost, Oracle, Pool, total
-from fedal_utils.sampling.pool import UNDECIDED
-from fedal_utils.seeding import rng_for, torch_rng_for
-
-BOXES = [2, 0, 3, 1, 1, 4]  # of each image; one of image 2's is ignored
 
 
 def world():

@@ -33,7 +33,9 @@ def test_the_steps_of_a_graph_are_those_of_torchs_optimizers(scenes, monkeypatch
     runs = []
     graphs._STEPS.clear()
     for graphed in (False, True):
-        monkeypatch.setattr(sys.modules["fedal_utils.training.fit"], "can_be_graphed", lambda *_, graphed=graphed: graphed)
+        monkeypatch.setattr(
+            sys.modules["fedal_utils.training.fit"], "can_be_graphed", lambda *_, graphed=graphed: graphed
+        )
         model, state, losses = build(whole, 3, torch_rng_for(0, "weights")), {}, []
         for call in range(2):
             task = LocalTask(torch_rng_for(call, "fit"), optimizer_state=state, schedule_position=(4 * call, 8))
