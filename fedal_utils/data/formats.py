@@ -199,11 +199,7 @@ def beside(folder: Path, records: Sequence[Record], suffix: str) -> list[Path]:
 
 
 def _labels_of(
-    records: Sequence[Record],
-    class_names: Sequence[str],
-    image_size: tuple[int, int],
-    min_object: float,
-    drops: Counter,
+    records: Sequence[Record], class_names: Sequence[str], image_size: tuple[int, int], min_object: float, drops: dict
 ) -> Labels:
     number = {name: i + 1 for i, name in enumerate(class_names)}
     for record in records:
@@ -253,6 +249,9 @@ def assemble(
     """
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")
+    for record in records:
+        if record.file is None:
+            raise ValueError(f"{record.source}: image {record.id!r} of {name!r} does not exist")
     how, image_size, counts = how or How(), size_pair(image_size), Counter(drops)
     threads = threads_for(how.workers)
     infos = list(in_order(lambda record: image_info(record.file), unique(records), threads))
