@@ -143,6 +143,13 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 note = gr.Textbox(label="Note", max_lines=3, elem_id="note")
                 gr.Markdown("`C` draw · `D` move · `E` class · `Del` remove", visible=drawing)
 
+        def picture_of(question: Question) -> tuple[Image.Image, tuple[int, int]]:
+            try:
+                return framed(images[question.image], question.size)
+            except (KeyError, OSError, ValueError) as error:
+                warnings.warn(f"image {question.image!r} cannot be shown: {error}", stacklevel=2)
+                raise ValueError("This image cannot be shown: press S or ?") from None  # which tells no name
+
         def screen(name: str, drawn: Any = None, *said: str) -> list[Any]:
             """What this person sees now: the question that they hold, or the next one. drawn: what they had drawn."""
             question, counts = store.next(name) if name.strip() else None, store.progress()
@@ -157,14 +164,13 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 drawn = question.suggestion if drawn is None else drawn
                 said += [] if drawing else [f"suggested: {question.suggestion}"]
             try:
-                value, size = framed(images[question.image], question.size)
+                value, size = picture_of(question)
                 if drawing:
                     width = round(min(900, 640 * value.width / value.height))
                     value = _annotated(value, drawn or [], classes, size[1] / value.width)
                     value = image_annotator(value, width=width)
-            except (KeyError, OSError, ValueError) as error:
-                warnings.warn(f"image {question.image!r} cannot be shown: {error}", stacklevel=2)
-                value, said = None, [*said, "This image cannot be shown: press S or ?"]
+            except ValueError as error:
+                value, said = None, [*said, str(error)]
             only = classes[0] if drawing and len(classes) == 1 else None
             return [name, question.id, gr.update(visible=True), value, only, "", "\n".join(said)]
 
@@ -179,7 +185,7 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                     seen = {"note": remark or "", "suggestion_shown": suggestions and held.suggestion is not None}
                     if action == "label":
                         if drawing:
-                            shown, size = framed(images[image], size)
+                            shown, size = picture_of(held)
                             label = _drawn(value, size[1] / shown.width)
                         elif not choice:
                             raise ValueError("Choose a class first.")

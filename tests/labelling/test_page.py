@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from fedal_utils import __main__ as command
-from fedal_utils.labelling import Store, page
+from fedal_utils.labelling import Question, Store, page
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 TOKEN = "a token for the test"
@@ -374,6 +374,22 @@ def test_an_image_is_shown_upright_and_boxes_find_their_way_back(tmp_path):
             page._drawn(wrong, scale)
     assert page.framed(np.zeros((15, 20, 3), dtype=np.uint8), (30, 40))[1] == (30, 40)  # the size that labels refer to
     assert len(set(page.KEYS)) == len(page.KEYS) == 31 and not set(page.KEYS) & set("usecd?")
+
+
+def test_a_picture_that_cannot_be_shown_is_told_without_its_name_and_can_be_passed_over(tmp_path):
+    pytest.importorskip("gradio")
+    (tmp_path / "rex.png").write_text("no image")
+    with Store(tmp_path / "labels.sqlite", CLASSES, "boxes") as store:
+        store.queue([Question("dog/rex.png")])
+        calls = page.build(store, {"dog/rex.png": tmp_path / "rex.png"}).fns.values()
+        label, _, unknown, _, screen = [one.fn for one in calls][:5]
+        with pytest.warns(UserWarning, match="rex.png"):
+            shown = screen("Ann")
+            again = label("Ann", shown[1], None, "", {"boxes": []})
+        for told in (shown[-1], again[-1]):
+            assert "cannot be shown" in told and "rex" not in told
+        assert unknown("Ann", shown[1], None, "dark", None)[-1].endswith("Nothing is left.")
+        assert store.history()["note"].tolist() == ["dark"] and store.labels() == {}
 
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
