@@ -1,1 +1,22 @@
-"""Clients elsewhere: the same experiment under Flower."""
+"""Clients elsewhere, on Flower: only its public names are used, and nothing of it is changed.
+
+messages     what travels, and what the server takes of an answer
+workspace    a client's folder; `deal` hands the data out
+client_app   what a client answers
+strategies   how the server makes one model of the updates: Flower's strategies, clipping, secure aggregation
+line         the server's connection to its clients; server_app: the notebooks' loop with clients at its end
+deployment   clients in this process, in Flower's simulation, or as processes of this machine over TLS
+"""
+
+try:
+    import flwr
+except ImportError as error:
+    raise ImportError(
+        "this needs Flower: pip install -e '.[flower]' in the checkout (Python 3.11 or newer); without it, everything "
+        f"runs in the plain loop of the notebooks ({error})"
+    ) from error
+
+from .deployment import Deployment, InProcess, in_process, simulate
+from .line import Line
+from .server_app import RemoteExperiment, ServerExperiment, check, serve, start
+from .workspace import RemotePool, Workspace, deal, facts_of, read_set, server_setup
