@@ -117,7 +117,7 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
     drawing, classes = store.task == "boxes", store.classes
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
     plain = {"show_label": False, "container": False, "interactive": False}
-    with gr.Blocks(title="Labelling", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with gr.Blocks(title="Labelling", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         kept = gr.BrowserState("", storage_key="fedal-who", secret="fedal")
         key = gr.Number(0, visible="hidden")
         with gr.Row():
