@@ -59,7 +59,7 @@ class Line:
     def exchange(
         self, kind: str, contents: Mapping[str, RecordDict], nodes: Mapping[str, int] | None = None
     ) -> Answers:
-        """Send each client its message; answers by name, or why there is none. nodes: in the place of the known ones."""
+        """Send each client its message; answers by name, or why there is none. nodes: in place of the known ones."""
         nodes, online = self.nodes if nodes is None else nodes, set(self.grid.get_node_ids())
         make = getattr(self.grid, "message", Message)  # a grid in this process has messages of its own
         answers: Answers = {}

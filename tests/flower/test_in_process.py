@@ -1,4 +1,4 @@
-"""The same messages as with real clients, in this process: plain loop and Flower agree bit for bit; faults cost a client."""
+"""The same messages as with real clients, in this process: plain loop and Flower agree bit for bit."""
 
 from __future__ import annotations
 
