@@ -47,8 +47,8 @@ clients: env  ## the experiment with N real client processes on this machine (N=
 torture: env  ## kill a run at every instant and resume it, byte for byte (minutes)
 	@FEDAL_KILL_EVERY=1 $(PY) -m pytest tests/record/test_run.py -k instant $(ARGS)
 
-bench: env  ## measure the hot paths against the libraries
-	@$(PY) -m pytest tests/bench -q -s $(ARGS)
+bench: env  ## measure against the libraries, into results/tables/bench.csv
+	@$(PY) tests/bench/bench.py $(ARGS)
 
 lint: env  ## check the style of code and notebooks
 	@$(PY) -m ruff check .

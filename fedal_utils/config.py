@@ -61,6 +61,7 @@ class TrainingConfig(Part):
     clip: float = 5.0  # largest gradient norm, 0 = off
     amp: bool = False  # mixed precision
     ema: float = 0.0  # decay of the moving average of weights, 0 = off
+    compile: bool = False  # on a GPU: kernels are fused for a minute or two, which pays over hours
     balanced_softmax: bool = False  # classifiers: class scores + log of the client's labelled counts
     distillation_weight: float = number(0.0, least=0)  # classifiers: of the global model's word on unlabelled images
 

@@ -172,6 +172,21 @@ class Detector(nn.Module):
         return [k for k in self.state_dict() if not (self.frozen and k.startswith("backbone."))]
 
 
+def survivors(boxes: Tensor, groups: Tensor, keep: Tensor, iou: float) -> Tensor:
+    """Which of the kept boxes (B, T, 4), best first, survive NMS within each group (B, T) of an image: (B, T) bool.
+
+    For a GPU, which goes through one long NMS box by box. A box survives if no survivor before it, of its group,
+    overlaps it: a round settles the next link of every chain, and all is settled when a round changes nothing.
+    """
+    above = (pairwise_iou(boxes, boxes) > iou).triu(1) & (groups[..., None] == groups[:, None])  # (B, better, worse)
+    alive = keep
+    while True:
+        for _ in range(8):  # a comparison waits for the device
+            before, alive = alive, keep & ~(above & alive[..., None]).any(1)
+        if torch.equal(alive, before):
+            return alive
+
+
 def select_detections(
     raw: RawDetections, score_above: float, nms_iou: float, top: int, candidates: int, class_agnostic: bool = False
 ) -> Detections:
@@ -193,14 +208,17 @@ def select_detections(
     if not bool(torch.isfinite(scores).all() & torch.isfinite(chosen).all()):
         raise ValueError("the detector's scores or boxes are not finite: its weights are broken, or its input is")
     keep = (scores > score_above) & (chosen[..., 2:] - chosen[..., :2] > 1e-2).all(-1)
-    image, place = keep.nonzero(as_tuple=True)
-    group = image if class_agnostic else image * (columns - 1) + label[image, place]
-    offset = boxes.abs().max().double() + 1 if boxes.numel() else 0.0
-    # Groups are moved apart so that one NMS serves all; in float64 the shift costs no precision.
-    shifted = chosen[image, place].double() + (group * 2 * offset)[:, None]
-    kept = nms(shifted, scores[image, place].double(), nms_iou)
-    alive = torch.zeros_like(keep)
-    alive[image[kept], place[kept]] = True
+    if keep.is_cuda:
+        alive = survivors(chosen, label * (not class_agnostic), keep, nms_iou)
+    else:
+        image, place = keep.nonzero(as_tuple=True)
+        group = image if class_agnostic else image * (columns - 1) + label[image, place]
+        offset = boxes.abs().max().double() + 1 if boxes.numel() else 0.0
+        # Groups are moved apart so that one NMS serves all; in float64 the shift costs no precision.
+        shifted = chosen[image, place].double() + (group * 2 * offset)[:, None]
+        kept = nms(shifted, scores[image, place].double(), nms_iou)
+        alive = torch.zeros_like(keep)
+        alive[image[kept], place[kept]] = True
     # topk gave each row in falling order, so the survivors are in order already: move them to the front.
     length = int(min(top, alive.sum(1).max().item())) if alive.numel() else 0
     front = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, length)

@@ -27,8 +27,11 @@ SEGMENT = 64  # steps whose draws lie on the device
 class SplitNorm(nn.Module):
     """A BatchNorm2d for batches of equal length one behind another, each with its own statistics.
 
-    weight (images,): 0 for padding, which moves no statistics. The batches move the running ones in their order.
+    The batches move the running statistics in their order. masked: images whose `valid` (images,) is 0 are padding,
+    which moves no statistics. Fused by a compiler, that costs nothing; else full batches are faster without.
     """
+
+    masked = True
 
     def __init__(self, norm: nn.BatchNorm2d, batches: int, valid: Tensor):
         super().__init__()
@@ -46,6 +49,10 @@ class SplitNorm(nn.Module):
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
+        if not self.masked:
+            own = self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+            halves = [nn.functional.batch_norm(part, *own) for part in x.chunk(self.batches)]
+            return torch.cat(halves) if self.batches > 1 else halves[0]
         parts = x.float().unflatten(0, (self.batches, -1))  # (G, B, C, H, W)
         centre = self.centre.view(1, 1, -1, 1, 1)
         part = self.valid.view(self.batches, -1, 1, 1, 1)
@@ -98,7 +105,7 @@ class Shared:
                 module.momentum = 0.0  # all clients ask it: it keeps its statistics
         self.places = torch.arange(config.batch, device=device)
         self.autocast = half_precision(device)
-        self.losses = self.plain_losses
+        self.losses = torch.compile(self.plain_losses, dynamic=False) if config.compile else self.plain_losses
 
     def _crops(self, rows: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
         """(B, 3, H, W) scaled pixels of these rows, mirrored, then cropped out of a black border, in one gather."""
@@ -154,8 +161,8 @@ class ClientStep:
             module, _, last = name.rpartition(".")
             setattr(self.net.get_submodule(module), last, parameter)
         self.buffers = {k: v for k, v in self.net.named_buffers() if k.rpartition(".")[2].startswith("running")}
-        norms = [m for m in self.net.modules() if isinstance(m, SplitNorm)]
-        self.centres, self.means = [m.centre for m in norms], [m.running_mean for m in norms]
+        self.norms = [m for m in self.net.modules() if isinstance(m, SplitNorm)]
+        self.centres, self.means = [m.centre for m in self.norms], [m.running_mean for m in self.norms]
         self.counts = torch.ones(len(shared.model.head.bias), dtype=torch.int64, device=device)
         self.gamma = torch.zeros(len(self.counts), device=device)
         self.sums = torch.zeros(2, device=device)
@@ -170,7 +177,7 @@ class ClientStep:
             **{k: torch.zeros(SEGMENT, *s, dtype=types.get(k, torch.int64), **room) for k, s in kinds.items()}
         )
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a full batch, of a short one
 
     def on_stream(self):
         """Inside, kernels go to this slot's stream."""
@@ -203,8 +210,10 @@ class ClientStep:
         kept = weights | {k: v.clone() for k, v in self.buffers.items()}
         return {k: kept[k] for k in self.net.state_dict() if k in kept}
 
-    def step(self) -> None:
-        """One step of SGD from the draws at the counter, which moves on."""
+    def step(self, full: bool) -> None:
+        """One step of SGD from the draws at the counter, which moves on. full: no image is padding."""
+        for norm in self.norms:
+            norm.masked = self.shared.config.compile or not full
         config, draws = self.shared.config, self.draws.at(self.at)
         fields = {k: v[0] for k, v in vars(draws).items() if v is not None}
         self.valid[: config.batch] = (self.shared.places < fields["length"]).float()
@@ -223,18 +232,21 @@ class ClientStep:
             self.sums.add_(torch.stack([supervised.detach(), distillation.detach()]))
             self.at.add_(1)
 
-    def capture(self) -> None:
-        """Make the graph; what the slot holds is spoilt."""
+    def capture(self, full: bool) -> None:
+        """Make the graph of full or of short batches; what the slot holds is spoilt."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with self.on_stream():
             for _ in range(3):  # also compiles
-                self.step()
+                self.step(full)
             self.at.zero_()
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self.step()
+        self.graphs[full] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[full], stream=self.stream):
+            self.step(full)
 
-    def replay(self) -> None:
+    def replay(self, full: bool) -> None:
         """The next step."""
-        self.step() if self.graph is None else self.graph.replay()
+        if self.stream is None:
+            self.step(full)
+        else:
+            self.graphs[full or self.shared.config.compile].replay()

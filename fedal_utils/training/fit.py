@@ -67,12 +67,12 @@ def fit(
     if config.warmup_epochs:
         config = config.replace(warmup=min(config.warmup, round(config.warmup_epochs * per_epoch)))
     model.to(device).train()
-    work = (graphed_step if can_be_graphed(model, device) else EagerStep)(model, config, task.optimizer_state or {})
-    losses = _Losses(images, task.client)
-    loss_rng = torch.Generator(device="cpu").manual_seed(int(torch.randint(1 << 62, (1,), generator=task.rng)))
+    losses, seed = _Losses(images, task.client), int(torch.randint(1 << 62, (1,), generator=task.rng))
+    begin = graphed_step if can_be_graphed(model, device) else EagerStep
+    work = begin(model, config, task.optimizer_state or {}, seed)
     done = added = 0
     for epoch, last, index, batch in _batches(images, labels, config, task, device):
-        losses.add(work.gradients(batch, loss_rng), index)
+        losses.add(work.gradients(batch), index)
         if device.type == "cpu" or last:  # reading a loss makes a GPU wait
             losses.read(work.parts)
         added += 1
@@ -92,9 +92,10 @@ def fit(
 class EagerStep:
     """A step of the model itself, operation by operation: what a graph is tested against."""
 
-    def __init__(self, model: Detector, config: TrainingConfig, kept: dict[str, Tensor]):
+    def __init__(self, model: Detector, config: TrainingConfig, kept: dict[str, Tensor], seed: int):
         self.model, self.config, self.parts = model, config, ("loss",)
         device = next(model.parameters()).device
+        self.generator = torch.Generator(device).manual_seed(seed)  # of what a loss samples
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         self.autocast = half_precision(device, config.amp)
@@ -104,10 +105,10 @@ class EagerStep:
         self.averaged = copy.deepcopy(model.state_dict()) if config.ema > 0 else None
         self.anchors = anchored(model, config)
 
-    def gradients(self, batch: tuple, loss_rng: torch.Generator) -> Tensor:
+    def gradients(self, batch: tuple) -> Tensor:
         """Add the gradients of a batch; the loss and its parts (P,), named by `parts`."""
         with self.autocast:
-            parts = self.model.loss(*batch, loss_rng)
+            parts = self.model.loss(*batch, self.generator)
         loss = sum(parts.values())
         loss.backward()
         self.parts = ("loss", *parts)

@@ -9,24 +9,23 @@ from __future__ import annotations
 import collections
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TrainingConfig
-from ..detectors import SSD, YOLO, Detector
+from ..detectors import SSD, YOLO, Detector, FasterRCNN
 from .inference import half_precision
 from .schedule import STEPS, anchored, clipped_together, parameter_groups, pull_back, rates, update_average
 
-COMPILE = False  # fuse the loss by torch.compile before it is captured
 KEPT = 3  # detectors
 BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW, torch's defaults
 
 
 def can_be_graphed(model: Detector, device: torch.device) -> bool:
     """True on a GPU for detectors whose shapes do not depend on what they find."""
-    return device.type == "cuda" and isinstance(model, (SSD, YOLO))
+    return device.type == "cuda" and isinstance(model, (SSD, YOLO, FasterRCNN))
 
 
 class GraphedStep:
@@ -39,7 +38,9 @@ class GraphedStep:
         self.net.to(memory_format=torch.channels_last)
         for parameter in self.net.parameters():
             parameter.grad = None
-        self.losses = torch.compile(self._losses, dynamic=False) if COMPILE else self._losses
+        self.reached: list[nn.Parameter] = []  # those that a loss has a gradient for
+        self.losses = torch.compile(self._losses, dynamic=False) if config.compile else self._losses
+        self.generator = torch.Generator(self.device)
         self.batches: dict[tuple, tuple[list[Tensor], torch.cuda.CUDAGraph, Tensor]] = {}
         self.stepping: torch.cuda.CUDAGraph | None = None
         self.rates = torch.zeros(
@@ -51,8 +52,9 @@ class GraphedStep:
         self.anchors = anchored(self.net, config)
         self.averaged = {k: v.clone() for k, v in self.net.state_dict().items()} if config.ema > 0 else {}
 
-    def begin(self, model: Detector, kept: dict[str, Tensor]) -> GraphedStep:
-        """Take over a model's weights and an optimizer's state."""
+    def begin(self, model: Detector, kept: dict[str, Tensor], seed: int) -> GraphedStep:
+        """Take over a model's weights and an optimizer's state; seed: of what its loss samples."""
+        self.generator.manual_seed(seed)
         self.net.train()
         _copy(self.net.state_dict(), model.state_dict())
         _copy(self.averaged, model.state_dict())
@@ -63,24 +65,27 @@ class GraphedStep:
                 saved = kept.get(f"{field}:{name}")
                 moment.zero_() if saved is None else moment.copy_(saved)
         self.taken = max([0, *(int(v) for k, v in kept.items() if k.startswith("step:"))])
-        for parameter in self.net.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        torch._foreach_zero_([p.grad for p in self.reached]) if self.reached else None
         return self
 
     def _losses(self, inputs, boxes: Tensor, classes: Tensor, ignore: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast:
-            parts = self.net.loss(inputs, boxes, classes, ignore)
+            parts = self.net.loss(inputs, boxes, classes, ignore, self.generator)
         return sum(parts.values()), parts
 
     def _add_gradients(self, batch: list[Tensor]) -> Tensor:
         inputs = tuple(batch[:-3]) if len(batch) > 4 else batch[0]
         loss, parts = self.losses(inputs, *batch[-3:])
-        loss.backward()
+        if not self.reached:
+            loss.backward()
+            self.reached = [p for p in self.net.parameters() if p.grad is not None]
+        else:
+            grads = torch.autograd.grad(loss, self.reached)
+            torch._foreach_add_([p.grad for p in self.reached], grads)
         self.parts = ("loss", *parts)
         return torch.stack([loss.detach(), *(v.detach() for v in parts.values())])
 
-    def gradients(self, batch: tuple, loss_rng: torch.Generator) -> Tensor:
+    def gradients(self, batch: tuple) -> Tensor:
         """Add the gradients of a batch; the loss and its parts (P,), named by `parts`."""
         inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
         flat = [*inputs, *batch[1:]]
@@ -96,12 +101,15 @@ class GraphedStep:
         """Places for batches of this shape, and what adds the gradients of the batch that lies there."""
         layout = {4: torch.channels_last}
         places = [t.clone(memory_format=layout.get(t.dim(), torch.contiguous_format)) for t in batch]
-        touched = [*self.net.buffers(), *(p.grad for p in self.net.parameters() if p.grad is not None)]
-        fresh = [p for p in self.net.parameters() if p.grad is None]
-        run = captured(lambda: self._add_gradients(places), touched, self.device)
-        for parameter in fresh:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        fresh, before = not self.reached, [b.clone() for b in self.net.buffers()]
+        if fresh:
+            self._add_gradients(places)
+            torch._foreach_zero_([p.grad for p in self.reached])
+            _copy_all(self.net.buffers(), before)
+        touched = [*self.net.buffers(), *(p.grad for p in self.reached)]
+        state = self.generator.get_state()
+        run = captured(lambda: self._add_gradients(places), touched, self.device, self.generator)
+        self.generator.set_state(state)
         return places, run
 
     def update(self, config: TrainingConfig, step: int, steps: int, decay: float) -> None:
@@ -112,8 +120,8 @@ class GraphedStep:
         self.rates.copy_(now.pin_memory() if self.device.type == "cuda" else now, non_blocking=True)
         if self.stepping is None:
             moments = [m for each in self.moments.values() for m in each.values()]
-            grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-            touched = [*self.net.parameters(), *grads, *moments, *self.averaged.values()]
+            grads = [p.grad for p in self.reached]
+            touched = [*self.reached, *grads, *moments, *self.averaged.values()]
             self.stepping = captured(self._step, touched, self.device)
         self.stepping()
 
@@ -156,9 +164,7 @@ class GraphedStep:
                 torch._foreach_div_(grads, first)
             torch._foreach_mul_(grads, -rate)
             torch._foreach_add_(group, grads)
-        for parameter in names:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        torch._foreach_zero_([p.grad for p in self.reached])
         if self.averaged:
             update_average(self.averaged, self.net.state_dict(), weight)
 
@@ -168,7 +174,8 @@ class GraphedStep:
 
     def save(self, state: dict[str, Tensor], steps: int) -> None:
         """The optimizer's state, as `schedule.save_optimizer` has it."""
-        used = {k for k, p in self.net.named_parameters() if p.grad is not None}
+        reached = set(map(id, self.reached))
+        used = {k for k, p in self.net.named_parameters() if id(p) in reached}
         for field, moments in self.moments.items():
             state |= {f"{field}:{k}": m.contiguous().cpu() for k, m in moments.items() if k in used}
         if self.config.optimizer == "adamw":
@@ -176,8 +183,13 @@ class GraphedStep:
         state[STEPS] = torch.tensor(steps)
 
 
-def captured(function: Callable, touched: Sequence[Tensor], device: torch.device) -> Callable:
-    """The function as a CUDA graph; on a CPU itself. touched: tensors that it writes to, left as they were."""
+def captured(
+    function: Callable, touched: Sequence[Tensor], device: torch.device, generator: torch.Generator | None = None
+) -> Callable:
+    """The function as a CUDA graph; on a CPU itself.
+
+    touched: tensors that it writes to, left as they were. generator: what it draws from.
+    """
     if device.type != "cuda":
         return function
     before = [t.detach().clone() for t in touched]
@@ -189,11 +201,11 @@ def captured(function: Callable, touched: Sequence[Tensor], device: torch.device
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         values = function()
-    with torch.no_grad():
-        for place, value in zip(touched, before, strict=True):
-            place.copy_(value)
+    _copy_all(touched, before)
 
     def replay() -> Tensor | None:
         graph.replay()
@@ -203,9 +215,19 @@ def captured(function: Callable, touched: Sequence[Tensor], device: torch.device
 
 
 @torch.no_grad()
+def _copy_all(places: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Many copies in few launches, type by type."""
+    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for place, value in zip(places, values, strict=True):
+        mine, theirs = pairs.setdefault(place.dtype, ([], []))
+        mine.append(place)
+        theirs.append(value)
+    for mine, theirs in pairs.values():
+        torch._foreach_copy_(mine, theirs)
+
+
 def _copy(places: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for key, place in places.items():
-        place.copy_(values[key])
+    _copy_all(places.values(), [values[k] for k in places])
 
 
 def _signature(model: nn.Module) -> str:
@@ -226,14 +248,14 @@ def _signature(model: nn.Module) -> str:
 _STEPS: collections.OrderedDict[tuple, GraphedStep] = collections.OrderedDict()  # the last few
 
 
-def graphed_step(model: Detector, config: TrainingConfig, kept: dict[str, Tensor]) -> GraphedStep:
+def graphed_step(model: Detector, config: TrainingConfig, kept: dict[str, Tensor], seed: int) -> GraphedStep:
     """The graphs for this architecture and recipe, from an earlier call if there was one, with the model's weights."""
-    names = ("optimizer", "weight_decay", "clip", "proximal", "amp")
-    baked = tuple(getattr(config, name) for name in names) + (config.momentum > 0, config.ema > 0, COMPILE)
+    names = ("optimizer", "weight_decay", "clip", "proximal", "amp", "compile")
+    baked = tuple(getattr(config, name) for name in names) + (config.momentum > 0, config.ema > 0)
     key = (_signature(model), baked, next(model.parameters()).device)
     if key not in _STEPS:
         _STEPS[key] = GraphedStep(model, config)
     _STEPS.move_to_end(key)
     while len(_STEPS) > KEPT:
         _STEPS.popitem(last=False)
-    return _STEPS[key].begin(model, kept)
+    return _STEPS[key].begin(model, kept, seed)

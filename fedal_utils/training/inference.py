@@ -165,9 +165,10 @@ def half_precision(device: str | torch.device, wanted: bool | None = None) -> to
 
 def _ready(model, device: str | torch.device) -> torch.autocast:
     """Put the model on the device in eval mode; on a GPU it predicts in half precision, channels last."""
-    model.to(device).eval()
-    if torch.device(device).type == "cuda":
-        model.to(memory_format=torch.channels_last)
+    with torch.inference_mode(False):  # or its weights could not be trained afterwards
+        model.to(device).eval()
+        if torch.device(device).type == "cuda":
+            model.to(memory_format=torch.channels_last)
     # torchvision's proposals cast anchors to the maps' type, and bfloat16 cannot tell x = 401 from x = 400
     return half_precision(device, False if isinstance(model, FasterRCNN) else None)
 

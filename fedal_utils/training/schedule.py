@@ -192,6 +192,9 @@ def update_average(averaged: dict[str, Tensor], now: dict[str, Tensor], weight: 
 
 def check_weights(model: nn.Module, client: str) -> None:
     """TrainingDiverged if a weight is not finite."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and v.numel()}
+    largest = torch.stack([v.float() for v in torch._foreach_norm(list(state.values()), math.inf)])  # NaN if one is
+    broken = (~torch.isfinite(largest)).tolist()
+    for name, wrong in zip(state, broken, strict=True):
+        if wrong:
             raise TrainingDiverged(f"client {client}: weight {name!r} is not finite after training; lower lr")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,7 +21,6 @@ from .schedule import STEPS, TrainingDiverged, learning_rate_factor
 from .stacked import fit_stacked
 
 SLOTS = 8  # clients that train at the same time, each on a stream of its own
-COMPILE = True  # the loss is fused by torch.compile before it is captured
 KEPT = 4  # pools
 
 
@@ -35,21 +33,14 @@ class _Pool:
 
     def grow(self, slots: int) -> list[ClientStep]:
         """So many slots; those that are not there yet are made."""
-        if self.copies is not None and not self.slots and COMPILE:
-            self.shared.losses = torch.compile(self.shared.plain_losses, dynamic=False)
-            try:
-                self._add()
-            except Exception as error:  # no compiler on this machine: slower, and right
-                warnings.warn(f"going on without torch.compile, which failed: {error!r:.300}", stacklevel=2)
-                self.shared.losses = self.shared.plain_losses
         while len(self.slots) < slots:
             self._add()
         return self.slots[:slots]
 
     def _add(self) -> None:
         slot = ClientStep(self.shared)
-        if self.copies is not None:
-            slot.capture()
+        for full in (True, False)[: 1 if self.shared.config.compile else 2] if self.copies is not None else ():
+            slot.capture(full)
         self.slots.append(slot)
 
     @contextlib.contextmanager
@@ -73,6 +64,7 @@ class _Pool:
         before, whole = task.position(config)
         steps, device = len(drawn.length), self.shared.device
         rates = [config.lr * learning_rate_factor(config, before + step, whole) for step in range(steps)]
+        full = (drawn.length == self.shared.config.batch).tolist()
         ends = (torch.cumsum(drawn.length, 0) // len(task.rows)).tolist()  # passes that are over after each step
         with self.copying(slot.stream):  # on a stream of its own: a copy waits for what is before it
             drawn, lr = drawn.to(device), torch.tensor(rates).to(device)
@@ -90,7 +82,7 @@ class _Pool:
                 slot.load_draws(part, lr[done : done + SEGMENT])
             for _ in range(len(part.length)):
                 with slot.on_stream():
-                    slot.replay()
+                    slot.replay(full[done])
                 done += 1
                 if task.stop_at is not None and ends[done - 1] > (ends[done - 2] if done > 1 else 0):
                     right = yield from self._accuracy(slot, task)

@@ -7,11 +7,11 @@ from torch import nn
 from torchvision.models.detection import roi_heads
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchSSD
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, nms
 
 from fedal_utils.data import clip_boxes
 from fedal_utils.detectors import clone, decode_boxes, encode_boxes
-from fedal_utils.detectors.base import RawDetections, pairwise_iou, select_detections
+from fedal_utils.detectors.base import RawDetections, pairwise_iou, select_detections, survivors
 from fedal_utils.seeding import torch_rng_for
 
 HEADS = roi_heads.RoIHeads(None, None, None, 0.5, 0.5, 64, 0.25, None, 0.1, 0.5, 30)  # torchvision's, for its coder
@@ -282,3 +282,21 @@ def test_what_is_unfrozen_is_trained_again():
     model.unfreeze_backbone()
     assert not model.frozen and model.backbone.training and all(p.requires_grad for p in model.parameters())
     assert set(model.exchanged()) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("crowd", [40.0, 200.0])
+def test_survivors_of_all_images_at_once_are_those_of_nms(crowd):
+    """Of each image and group alone; also along a chain of sixty boxes, each of which overlaps the next."""
+    rng = torch_rng_for(0, "survivors")
+    corner = torch.rand(6, 200, 2, generator=rng) * crowd
+    boxes = torch.cat([corner, corner + 10 + 30 * torch.rand(6, 200, 2, generator=rng)], dim=2)
+    boxes[0, :60] = torch.tensor([[4.0 * i, 0, 4 * i + 10, 10] for i in range(60)])
+    groups, keep = torch.randint(0, 3, (6, 200), generator=rng), torch.rand(6, 200, generator=rng) < 0.8
+    groups[0, :60], keep[0, :60] = 0, True
+    alive = survivors(boxes, groups, keep, 0.4)
+    for image in range(6):
+        wanted = torch.zeros(200, dtype=torch.bool)
+        for group in range(3):
+            own = ((groups[image] == group) & keep[image]).nonzero()[:, 0]
+            wanted[own[nms(boxes[image, own], -torch.arange(len(own)).float(), 0.4)]] = True
+        assert torch.equal(alive[image], wanted)

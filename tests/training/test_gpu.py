@@ -1,0 +1,230 @@
+"""On a GPU: graphs against the operations one by one, no wait inside a pass, agreement with the CPU.
+
+Plain functions, so that `make gpu` can call them where there is no pytest; elsewhere they are skipped without a GPU.
+Distances are of the way that weights went: |ours - theirs| / |theirs - start|.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import traceback
+import warnings
+
+import torch
+from client_tasks import CONFIG, MIXING, model, small_images, states, task, unequal
+
+from fedal_utils import data, training
+from fedal_utils.config import Config, TrainingConfig
+from fedal_utils.data import Digits
+from fedal_utils.detectors import CLASSIFIERS, build
+from fedal_utils.seeding import torch_rng_for
+from fedal_utils.training import LocalTask, graphs, streams
+
+try:
+    import pytest
+
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+except ImportError:
+    pass
+
+HERE = "cuda"
+MODULES = [sys.modules[f"fedal_utils.training.{name}"] for name in ("fit", "graphs", "client_step", "inference")]
+
+
+@contextlib.contextmanager
+def changed(**values):
+    """Names of the training room's modules, or 'module.name', set to something else for a while."""
+    before = []
+    for module in (*MODULES, streams):
+        for name, value in values.items():
+            if hasattr(module, name):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def full_precision(device, wanted=None):
+    return torch.autocast(torch.device(device).type, enabled=False)
+
+
+def way(ours, theirs, start) -> float:
+    """How far apart two ends are, as a part of the way to one of them; all of it, over all entries of a state."""
+    pairs = [(ours[k].double().cpu(), theirs[k].double().cpu(), start[k].double().cpu()) for k in theirs]
+    return (
+        sum(float((a - b).square().sum()) for a, b, _ in pairs)
+        / max(1e-12, sum(float((b - c).square().sum()) for _, b, c in pairs))
+    ) ** 0.5
+
+
+def floats(state):
+    return {k: v.detach().clone() for k, v in state.items() if v.is_floating_point()}
+
+
+def client_ways(name="resnet8", half=False, fuse=False, iterations=20, as_released=False, config=MIXING):
+    """Of five unequal clients: streams against one after another on the GPU, from the same draws."""
+    streams._POOLS.clear()
+    images, start, teacher = small_images().to(HERE), model(name), model(name, seed=9)
+    config = config.replace(lr=0.01, clip=1.0, proximal=0.1, schedule="cosine", epochs=7, compile=fuse)
+    runs = []
+    with changed(**({} if half else {"half_precision": full_precision})):
+        for train in (training.fit_in_turn, training.fit_graphs):
+            tasks = unequal(state=True, iterations=iterations)
+            runs.append(train(start, states(start, 5), tasks, images, config, teacher, HERE, as_released))
+    first = floats(start.state_dict())
+    assert [a.steps for a in runs[0]] == [b.steps for b in runs[1]]
+    return [way(b.state, a.state, first) for a, b in zip(*runs, strict=True)], [
+        abs(a.loss - b.loss) / max(1e-3, a.loss) for a, b in zip(*runs, strict=True)
+    ]
+
+
+def test_streams_are_clients_one_after_another():
+    for name in CLASSIFIERS:
+        for options in ({}, {"iterations": None}, {"as_released": True}):
+            ways, losses = client_ways(name, **options)
+            print("streams, float32", name, options, [f"{w:.1e}" for w in ways])
+            assert max(ways) < 2e-2 and max(losses) < 1e-3, (name, options, ways, losses)
+
+
+def test_streams_in_half_precision_go_the_same_way():
+    for name in CLASSIFIERS:
+        ways, losses = client_ways(name, half=True)
+        print("streams, bfloat16", name, [f"{w:.1e}" for w in ways], [f"{v:.1e}" for v in losses])
+        assert max(ways) < 0.5 and max(losses) < 5e-2, (name, ways, losses)
+
+
+def test_clients_stop_after_the_same_pass_and_later_rounds_take_the_same_graphs():
+    streams._POOLS.clear()
+    images, easy, start = small_images().to(HERE), CONFIG.replace(epochs=40, flip=0.0, crop=0), model()
+
+    def tasks():
+        return [task(c, at, 12, 0, classes, stop_at=0.99) for c, at, classes in (("a", 0, (0, 1)), ("b", 40, (2,)))]
+
+    with changed(half_precision=full_precision):
+        for lr in (0.05, 0.02):
+            wanted, got = (
+                train(start, states(start, 2), tasks(), images, easy.replace(lr=lr), device=HERE)
+                for train in (training.fit_in_turn, training.fit_together)
+            )
+            assert [a.steps for a in got] == [b.steps for b in wanted]
+    assert len(streams._POOLS) == 1
+
+
+def a_detector(kind="ssd", **more):
+    shape = {"width_multiple": 0.125, "depth_multiple": 0.1} if kind == "yolo" else {"norm": "batch"}
+    config = Config.of(detector=kind, fpn_channels=16, image_size=(64, 64), **shape, **more)
+    return build(config, 3, torch_rng_for(0, "weights"))
+
+
+def scenes(count=24):
+    return data.load("digits", (64, 64), digits=Digits((count, 1), 3))[0]
+
+
+def trained(kind, config, graphed, iterations=20, **more):
+    part, net = scenes(), a_detector(kind, **more)
+    with changed(can_be_graphed=lambda *_: graphed):
+        job = LocalTask(torch_rng_for(0, "fit"), iterations=iterations, optimizer_state={})
+        rows = list(training.fit(net, part.images.to(HERE), part.labels, config, job, HERE))
+    return floats(net.state_dict()), [row["loss"] for row in rows], job.optimizer_state
+
+
+RECIPES = {
+    "adamw": dict(lr=1e-3, clip=1.0, ema=0.9, proximal=0.1, warmup=2, accumulate_to=16),
+    "sgd": dict(lr=5e-3, optimizer="sgd", momentum=0.9, warmup=3, warmup_momentum=0.5, warmup_bias_lr=0.05),
+}
+
+
+def test_a_detectors_graphs_are_its_steps_one_by_one():
+    for kind in ("ssd", "yolo"):
+        for name, recipe in RECIPES.items():
+            for amp, limit in ((False, 2e-2), (True, 0.5)):
+                graphs._STEPS.clear()
+                config = TrainingConfig.of(batch=8, colour=0.2, zoom=(0.9, 1.1), amp=amp, **recipe)
+                (eager, losses, kept), (graph, same, state) = (trained(kind, config, g) for g in (False, True))
+                apart = way(graph, eager, floats(a_detector(kind).state_dict()))
+                print("graphs", kind, name, "bfloat16" if amp else "float32", f"{apart:.1e}", losses[-1], same[-1])
+                assert apart < limit and abs(losses[-1] - same[-1]) < 0.05 * losses[-1], (kind, name, amp, apart)
+                assert state.keys() == kept.keys()
+
+
+def waits(kind, iterations) -> int:
+    """How often the processor waited for the GPU in a training of so many steps; graphs are there already."""
+    part, net = scenes(), a_detector(kind).to(HERE)
+    images, config = part.images.to(HERE), TrainingConfig.of(batch=24, colour=0.2, zoom=(0.9, 1.1), amp=True)
+
+    def run():
+        job = LocalTask(torch_rng_for(0, "fit"), iterations=iterations)
+        rows = training.fit(net, images, part.labels, config, job, HERE)
+        return len(list(rows))
+
+    run()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            passes = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in seen) - passes
+
+
+def test_nothing_waits_inside_a_pass():
+    found = {kind: (waits(kind, 2), waits(kind, 6)) for kind in ("ssd", "yolo", "faster_rcnn")}
+    print("waits beside the reading of losses, in 2 and in 6 passes of one step:", found)
+    for kind in ("ssd", "yolo"):
+        few, many = found[kind]
+        assert many <= few + 1, found
+
+
+def test_predictions_agree_with_the_cpu():
+    part, net = scenes(), a_detector()
+    job = LocalTask(torch_rng_for(0, "fit"), iterations=30)
+    list(training.fit(net, part.images, part.labels, TrainingConfig.of(batch=8, lr=5e-3), job))
+    cpu = training.predict(net, part.images, score_above=0.05, top=3)
+    vectors = training.embed(net, part.images)
+    gpu = training.predict(net, part.images.to(HERE), score_above=0.05, top=3, device=HERE)
+    apart = (cpu.scores[:, 0] - gpu.scores[:, 0]).abs().max()
+    embedded = training.embed(net, part.images.to(HERE), device=HERE)
+    ratio = float((embedded - vectors).norm() / vectors.norm())
+    print(f"best score of an image, CPU and GPU: {apart:.1e} apart; embeddings {ratio:.1e}")
+    assert apart < 0.05 and ratio < 0.02 and gpu.scores.dtype == torch.float32
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    config = TrainingConfig.of(batch=8, colour=0.2, amp=True)
+    for kind in ("ssd", "yolo"):
+        ends = []
+        for _ in range(2):
+            graphs._STEPS.clear()
+            ends.append(trained(kind, config, True)[0])
+        assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items()), kind
+    runs, images, start = [], small_images().to(HERE), model()
+    for _ in range(2):
+        streams._POOLS.clear()
+        job = start, states(start, 5), unequal(iterations=20), images, MIXING, model(seed=9), HERE
+        runs.append(training.fit_graphs(*job))
+    assert all(torch.equal(v, b.state[k]) for a, b in zip(*runs, strict=True) for k, v in a.state.items())
+
+
+if __name__ == "__main__":  # where there is no pytest
+    tests = {name: test for name, test in list(globals().items()) if name.startswith("test_")}
+    failed = 0
+    for name, test in tests.items():
+        begun = time.perf_counter()
+        try:
+            test()
+            print(f"passed {name} {time.perf_counter() - begun:.1f} s", flush=True)
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+            print(f"FAILED {name} {time.perf_counter() - begun:.1f} s", flush=True)
+    print(f"{len(tests) - failed} of {len(tests)} passed")
+    sys.exit(failed > 0)
