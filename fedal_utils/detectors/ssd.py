@@ -37,7 +37,7 @@ def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tenso
     real, unwanted = (classes > 0) & ~ignore, (classes > 0) & ignore
     iou = pairwise_iou(boxes, anchors)  # (B, K, A)
     on_ignored = iou.masked_fill(~unwanted[..., None], -1.0).amax(dim=1)  # (B, A)
-    usable = iou.masked_fill(~real[..., None], -1.0)
+    usable = iou.masked_fill_(~real[..., None], -1.0)
     best, index = usable.max(dim=1)  # (B, A)
     matched = torch.where(best >= threshold, index, -1)
     matched = torch.where((on_ignored >= threshold) & (on_ignored > best), -2, matched)
