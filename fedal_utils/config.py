@@ -84,23 +84,23 @@ class ModelConfig(Part):
 
     classifier: str = ""  # 'resnet8' | 'conv4' | '' = a detector
     detector: str = name("ssd", "faster_rcnn", "yolo")
-    backbone: str = "small"
-    norm: str = "group"
-    fpn_channels: int = 64
-    depth_multiple: float = 0.33  # YOLO: repeats of its blocks, as part of the largest size's
-    width_multiple: float = 0.5  # YOLO: channels, as part of the largest size's
+    backbone: str = name("small", "lite0", "vgg16", "resnet50")  # the last two: full size of SSD, of Faster R-CNN
+    norm: str = name("group", "batch")
+    fpn_channels: int = number(64, least=1)
+    depth_multiple: float = number(0.33, above=0)  # YOLO: repeats of its blocks, as part of the largest size's
+    width_multiple: float = number(0.5, above=0)  # YOLO: channels, as part of the largest size's
     loss_weights: tuple[float, float, float] = (0.05, 1.0, 0.5)  # YOLO: of box, objectness and class loss
-    anchor_side: float = 16.0  # pixels, the smallest anchor (YOLO: its width)
+    anchor_side: float = number(16.0, above=0)  # pixels, the smallest anchor (YOLO: its width)
     anchor_ratios: tuple[float, ...] = (0.7, 1.4)  # height / width
     pretrained: bool = False
     frozen: bool = False  # the backbone is not trained: its features are cached once
     box_loss: str = name("smooth_l1", "efficient_iou", "extended_iou")  # Faster R-CNN's second stage
-    box_weight: float = 1.0  # of an IoU loss
-    box_focal: float = 0.0
+    box_weight: float = number(1.0, least=0)  # of an IoU loss
+    box_focal: float = number(0.0, least=0)
     auxiliary_head: str = name("none", "sides", "iou")  # a deviation per side | a head that predicts the box's IoU
-    auxiliary_weight: float = 1.0
-    iou_power: float = 0.5
-    emphasis: float = 0.0
+    auxiliary_weight: float = number(1.0, least=0)
+    iou_power: float = number(0.5, least=0)
+    emphasis: float = number(0.0, least=0)
     box_loss_head: bool = False  # predicts each box's classification loss; strategy 'hua' needs it
     image_loss_head: bool = False  # beside an SSD: learns to rank images by their loss
 

@@ -36,7 +36,9 @@ def test_weights_come_from_the_generator_and_the_global_one_is_left_alone(option
     ("options", "message"),
     [
         ({"classes": 0}, "at least one class, got 0"),
-        ({"backbone": "vit"}, "'ssd' takes a backbone of .* got 'vit'"),
+        ({"backbone": "vit"}, "backbone must be one of .* got 'vit'"),
+        ({"norm": "layer"}, "norm must be one of"),
+        ({"emphasis": -0.5}, "emphasis must be 0 or more, got -0.5"),
         ({"backbone": "resnet50"}, "'ssd' takes a backbone of .* got 'resnet50'"),
         ({"backbone": "vgg16", "detector": "faster_rcnn"}, "'faster_rcnn' takes a backbone of .* got 'vgg16'"),
         ({"backbone": "vgg16"}, r"needs image_size \(300, 300\), got \(64, 64\)"),
