@@ -80,9 +80,13 @@ def test_a_kernel_does_not_outlive_its_runner(house):
         until(lambda: note.exists() and note.read_text())
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        notebooks.reproduce("12", "smoke")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            notebooks.reproduce("12", "smoke")
+    finally:
+        signal.signal(signal.SIGINT, before)
     until(lambda: gone(int(note.read_text())))
 
 
