@@ -171,27 +171,27 @@ class FasterRCNN(Detector):
         pixel = torch.cat([torch.zeros_like(rois[..., :2]), torch.ones_like(rois[..., 2:])], dim=-1)
         return torch.where(counted[..., None], rois, pixel), labels, at, counted  # what is no RoI has an area, too
 
-    def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Proposals of each image, and of all of them the box head's features (R, hidden) and pyramid levels (R,)."""
+    def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
+        """Proposals of each image; of all the box head's features (R, hidden), class logits and deltas, extra."""
         images, maps = self.pyramid(inputs)
-        proposals, _ = self.rpn(images, maps)
-        features = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
-        mapper = self.roi.box_roi_pool.map_levels  # None where there is a single map
-        levels = features.new_zeros(len(features), dtype=torch.int64) if mapper is None else mapper(proposals)
-        return proposals, features, levels
+        with torch.autocast(images.tensors.device.type, enabled=False):  # as in `loss`
+            proposals, _ = self.rpn(images, maps)
+            features = self.roi.box_head(self.roi.box_roi_pool(maps, proposals, images.image_sizes))
+            mapper = self.roi.box_roi_pool.map_levels  # None where there is a single map
+            levels = features.new_zeros(len(features), dtype=torch.int64) if mapper is None else mapper(proposals)
+            return proposals, features, self.roi.box_predictor(features), self.roi.extra(features, levels)
 
     @torch.no_grad()
     def embed(self, inputs: Inputs) -> Tensor:
         """(B, hidden): the box head's features, averaged over an image's proposals by their foreground probability."""
-        proposals, features, _ = self._rois(inputs)
-        weight = 1 - self.roi.box_predictor(features)[0].float().softmax(-1)[:, :1]  # (R, 1)
+        proposals, features, (logits, _), _ = self._rois(inputs)
+        weight = 1 - logits.softmax(-1)[:, :1]  # (R, 1)
         counts = [len(p) for p in proposals]
-        parts = zip(features.float().split(counts), weight.split(counts), strict=True)
+        parts = zip(features.split(counts), weight.split(counts), strict=True)
         return torch.stack([(f * w).sum(0) / w.sum().clamp(min=1e-9) for f, w in parts])
 
     def raw_detections(self, inputs: Inputs) -> RawDetections:
-        proposals, features, levels = self._rois(inputs)
-        logits, deltas = self.roi.box_predictor(features)
+        proposals, _, (logits, deltas), extra = self._rois(inputs)
         decoded = decode_boxes(deltas.unflatten(1, (-1, 4)), torch.cat(proposals)[:, None])  # (R, C + 1, 4)
         decoded = clip_boxes(decoded, self.image_size)
         counts = [len(p) for p in proposals]
@@ -199,8 +199,8 @@ class FasterRCNN(Detector):
         def padded(values: Tensor) -> Tensor:
             return nn.utils.rnn.pad_sequence(list(values.split(counts)), batch_first=True)  # (B, P, ...)
 
-        boxes, probs = padded(decoded[:, 1:]), padded(logits.float().softmax(-1))  # (B, P, C, 4), (B, P, C + 1)
-        extra = {name: padded(value) for name, value in self.roi.extra(features, levels).items()}
+        boxes, probs = padded(decoded[:, 1:]), padded(logits.softmax(-1))  # (B, P, C, 4), (B, P, C + 1)
+        extra = {name: padded(value) for name, value in extra.items()}
         scores = None
         if self.roi.iou_head is not None:
             scores = probs[..., 1:] * extra["sides"][..., :1] ** self.roi.config.iou_power

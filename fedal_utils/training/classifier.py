@@ -109,10 +109,9 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
     rng, batch, crop = task.rng, config.batch, config.augment.crop
     apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
     stream = draw_batches(len(task.unlabelled), batch, None, task.steps(config), apart) if mixing else None
-    width = batch if task.iterations is not None else min(batch, len(task.rows))
 
     def full(t: Tensor) -> Tensor:  # with its first entry
-        return t if len(t) == width else torch.cat([t, t[:1].expand(width - len(t), *t.shape[1:])])
+        return t if len(t) == batch else torch.cat([t, t[:1].expand(batch - len(t), *t.shape[1:])])
 
     def changes(count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         flip = torch.rand(count, generator=source) < config.augment.flip

@@ -1,9 +1,9 @@
 """One step of one client's classifier with all that it needs on the device, so that it can be one CUDA graph.
 
-Pixels, the draws of many steps, class priors and learning rates lie on the device, and a counter says which step it is.
-Labelled and mixed images go through the network as one batch, of which each half has its own BatchNorm statistics;
-padding of short batches has weight 0. Convolutions run in bfloat16 where the GPU has it, weights and statistics stay in
-float32.
+What does not depend on the client's weights is made ahead for many steps at once: mirrored, cropped and mixed images,
+and what the teacher says of them. Labelled and mixed images go through the network as one batch, of which each half has
+its own BatchNorm statistics; padding of short batches has weight 0. Convolutions run in bfloat16 where the GPU has it,
+weights and statistics stay in float32.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..detectors import Classifier, State, balanced_cross_entropy, compensation_
 from .classifier import Draws
 from .inference import half_precision
 
-SEGMENT = 64  # steps whose draws lie on the device
+SEGMENT = 32  # steps whose images are made ahead
 
 
 class SplitNorm(nn.Module):
     """A BatchNorm2d for batches of equal length one behind another, each with its own statistics.
 
-    The batches move the running statistics in their order. masked: images whose `valid` (images,) is 0 are padding,
-    which moves no statistics. Fused by a compiler, that costs nothing; else full batches are faster without.
+    The batches move the running statistics in their order. masked: images of the first batch whose `valid` (B,) is 0
+    are padding, which moves no statistics; without a compiler that is slower.
     """
 
     masked = True
@@ -46,28 +46,26 @@ class SplitNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        if not self.masked:
-            own = self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
-            halves = [nn.functional.batch_norm(part, *own) for part in x.chunk(self.batches)]
-            return torch.cat(halves) if self.batches > 1 else halves[0]
-        parts = x.float().unflatten(0, (self.batches, -1))  # (G, B, C, H, W)
-        centre = self.centre.view(1, 1, -1, 1, 1)
-        part = self.valid.view(self.batches, -1, 1, 1, 1)
-        count = part.sum(1, keepdim=True) * (x.shape[2] * x.shape[3])  # (G, 1, 1, 1, 1)
-        moved = (parts - centre) * part
-        mean = moved.sum((1, 3, 4), keepdim=True) / count  # (G, 1, C, 1, 1)
-        variance = ((moved * moved).sum((1, 3, 4), keepdim=True) / count - mean * mean).clamp(min=0)
+            return self._plain(x)
+        first, *more = x.chunk(self.batches)
+        first = self._without_padding(first) if self.masked else self._plain(first)
+        return torch.cat([first, *map(self._plain, more)]) if more else first
+
+    def _plain(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        counted, centre = self.valid.view(-1, 1, 1, 1), self.centre.view(1, -1, 1, 1)
+        count = counted.sum() * (x.shape[2] * x.shape[3])
+        apart = x.float() - centre
+        mean = (apart * counted).sum((0, 2, 3), keepdim=True) / count
+        variance = ((apart.square() * counted).sum((0, 2, 3), keepdim=True) / count - mean.square()).clamp(min=0)
         with torch.no_grad():
-            unbiased = variance * (count / (count - 1).clamp(min=1))
-            for batch in range(self.batches):
-                self.running_mean.lerp_((mean + centre)[batch].flatten(), self.momentum)
-                self.running_var.lerp_(unbiased[batch].flatten(), self.momentum)
-        scale = self.weight.view(1, 1, -1, 1, 1) * (variance + self.eps).rsqrt()
-        out = (parts - centre - mean) * scale + self.bias.view(1, 1, -1, 1, 1)
-        return out.flatten(0, 1).to(x.dtype)
+            self.running_mean.lerp_((mean + centre).flatten(), self.momentum)
+            self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).flatten(), self.momentum)
+        scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
+        return ((apart - mean) * scale + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
 def _split_norms(module: nn.Module, batches: int, valid: Tensor) -> None:
@@ -98,12 +96,11 @@ class Shared:
 
     def __init__(self, model: Classifier, images: Images, config: TrainingConfig, mixing: bool, released: bool, device):
         self.model, self.config, self.mixing, self.device = copy.deepcopy(model).to(device), config, mixing, device
-        self.pixels = images.pixels.to(device)
+        self.pixels, self.classes = images.pixels.to(device), len(model.head.bias)
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).train(released)
         for module in self.teacher.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0  # all clients ask it: it keeps its statistics
-        self.places = torch.arange(config.batch, device=device)
         self.autocast = half_precision(device)
         self.losses = torch.compile(self.plain_losses, dynamic=False) if config.compile else self.plain_losses
 
@@ -118,29 +115,40 @@ class Shared:
         channel = torch.arange(3, device=self.device)[:, None, None]
         return self.model.scaled(self.pixels[rows[:, None, None, None], channel, y, x] * inside)
 
-    def plain_losses(self, net, counts, gamma, length, rows, target, flip, shift, *mixing) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def ahead(self, draws: Draws, gamma: Tensor) -> dict[str, Tensor]:
+        """What S steps need beside the client's weights.
+
+        inputs (S, B or 2 B, H, W, 3): scaled labelled images, then mixed ones; target (S, B), valid (S, B); of the
+        mixed ones the teacher's class scores taught (S, B, C), and weight (S, B), what their distillation counts.
+        """
+        steps, batch = draws.rows.shape
+        x = self._crops(draws.rows.flatten(), draws.flip.flatten(), draws.shift.flatten(0, 1)).unflatten(0, (steps, -1))
+        valid = (torch.arange(batch, device=self.device) < draws.length[:, None]).float()
+        made = {"target": draws.target, "valid": valid}
+        if self.mixing:
+            u = self._crops(draws.mixed.flatten(), draws.mixed_flip.flatten(), draws.mixed_shift.flatten(0, 1))
+            u, beta, place = u.unflatten(0, (steps, -1)), draws.beta, torch.arange(steps, device=self.device)[:, None]
+            part = beta[..., None, None, None]
+            mixed = part * u + (1 - part) * u[place, draws.partner]
+            with self.autocast:  # as released: the statistics of each batch
+                asked = mixed if self.teacher.training else mixed.flatten(0, 1).split(1 << 12)
+                taught = torch.cat([self.teacher.scores(some) for some in asked]).float().unflatten(0, (steps, -1))
+            likely = gamma[taught.argmax(2)]  # (S, B)
+            made |= {"taught": taught, "weight": beta * likely + (1 - beta) * likely.gather(1, draws.partner)}
+            x = torch.cat([x, mixed], dim=1)
+        return made | {"inputs": x.permute(0, 1, 3, 4, 2)}
+
+    def plain_losses(self, net, counts, inputs, target, valid, taught, weight) -> tuple[Tensor, Tensor]:
         """Supervised loss and distillation of one step, as `fit_classifier` has them."""
-        config = self.config
-        x = self._crops(rows, flip, shift)
-        if mixing:
-            mixed_rows, mixed_flip, mixed_shift, beta, partner = mixing
-            u = self._crops(mixed_rows, mixed_flip, mixed_shift)
-            part = beta[:, None, None, None]
-            mixed = part * u + (1 - part) * u[partner]
-            x = torch.cat([x, mixed])
+        batch = self.config.batch
         with self.autocast:
-            scores = net.scores(x)
-        valid = self.places < length
-        priors = counts if config.balanced_softmax else None
-        supervised = balanced_cross_entropy(scores[: config.batch], target, priors, valid)
-        if not mixing:
+            scores = net.scores(inputs.permute(0, 3, 1, 2))
+        priors = counts if self.config.balanced_softmax else None
+        supervised = balanced_cross_entropy(scores[:batch], target, priors, valid > 0)
+        if not self.mixing:
             return supervised, torch.zeros_like(supervised)
-        with torch.no_grad(), self.autocast:
-            taught = self.teacher.scores(mixed).float()
-            guess = taught.argmax(1)
-            weight = beta * gamma[guess] + (1 - beta) * gamma[guess[partner]]
-        distillation = compensation_loss(scores[config.batch :], taught, weight)
-        return supervised, config.distillation_weight * distillation
+        return supervised, self.config.distillation_weight * compensation_loss(scores[batch:], taught, weight)
 
 
 class ClientStep:
@@ -149,7 +157,7 @@ class ClientStep:
     def __init__(self, shared: Shared):
         self.shared, config, device = shared, shared.config, shared.device
         batch, batches = config.batch, 1 + shared.mixing
-        self.valid = torch.ones(batch * batches, device=device)
+        self.valid = torch.ones(batch, device=device)
         self.net = copy.deepcopy(shared.model).to(device).train()
         _split_norms(self.net, batches, self.valid)
         self.names = [name for name, _ in self.net.named_parameters()]
@@ -163,19 +171,19 @@ class ClientStep:
         self.buffers = {k: v for k, v in self.net.named_buffers() if k.rpartition(".")[2].startswith("running")}
         self.norms = [m for m in self.net.modules() if isinstance(m, SplitNorm)]
         self.centres, self.means = [m.centre for m in self.norms], [m.running_mean for m in self.norms]
-        self.counts = torch.ones(len(shared.model.head.bias), dtype=torch.int64, device=device)
-        self.gamma = torch.zeros(len(self.counts), device=device)
-        self.sums = torch.zeros(2, device=device)
+        self.counts = torch.ones(shared.classes, dtype=torch.int64, device=device)
+        self.gamma, self.sums = torch.zeros(shared.classes, device=device), torch.zeros(2, device=device)
         self.at, self.lr = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(SEGMENT, device=device)
-        kinds = {"length": (), "rows": (batch,), "target": (batch,), "flip": (batch,), "shift": (batch, 2)}
-        if shared.mixing:
-            kinds |= {"mixed": (batch,), "mixed_flip": (batch,), "mixed_shift": (batch, 2)}
-            kinds |= {"beta": (batch,), "partner": (batch,)}
-        types = {"flip": torch.bool, "mixed_flip": torch.bool, "beta": torch.float32}
-        room = {"device": device}
-        self.draws = Draws(
-            **{k: torch.zeros(SEGMENT, *s, dtype=types.get(k, torch.int64), **room) for k, s in kinds.items()}
-        )
+        with shared.autocast:
+            kind = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+        shape, room = shared.pixels.shape[-2:], {"device": device}
+        self.made = {
+            "inputs": torch.zeros(SEGMENT, batch * batches, *shape, 3, dtype=kind, **room),
+            "target": torch.zeros(SEGMENT, batch, dtype=torch.int64, **room),
+            "valid": torch.ones(SEGMENT, batch, **room),
+            "taught": torch.zeros(SEGMENT, batch, shared.classes, **room),
+            "weight": torch.zeros(SEGMENT, batch, **room),
+        }
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a full batch, of a short one
 
@@ -196,12 +204,11 @@ class ClientStep:
         self.gamma.copy_(compensation_weights(counts))
         self.sums.zero_()
 
-    def load_draws(self, part: Draws, lr: Tensor) -> None:
-        """The draws and learning rates of the next steps, at most `SEGMENT`."""
+    def load_steps(self, part: Draws, lr: Tensor) -> None:
+        """Make what the next steps need, at most `SEGMENT`, from their draws and learning rates."""
         self.lr[: len(lr)].copy_(lr)
-        for name, value in vars(part).items():
-            if value is not None:
-                getattr(self.draws, name)[tuple(slice(size) for size in value.shape[:2])].copy_(value)
+        for name, value in self.shared.ahead(part, self.gamma).items():
+            self.made[name][tuple(slice(size) for size in value.shape[:2])].copy_(value)
         self.at.zero_()
 
     def state(self) -> State:
@@ -214,11 +221,9 @@ class ClientStep:
         """One step of SGD from the draws at the counter, which moves on. full: no image is padding."""
         for norm in self.norms:
             norm.masked = self.shared.config.compile or not full
-        config, draws = self.shared.config, self.draws.at(self.at)
-        fields = {k: v[0] for k, v in vars(draws).items() if v is not None}
-        self.valid[: config.batch] = (self.shared.places < fields["length"]).float()
-        given = (self.counts, self.gamma, *fields.values())
-        supervised, distillation = self.shared.losses(self.net, *given)
+        config, now = self.shared.config, {k: v.index_select(0, self.at)[0] for k, v in self.made.items()}
+        self.valid.copy_(now["valid"])
+        supervised, distillation = self.shared.losses(self.net, self.counts, **now)
         grads = _flat(torch.autograd.grad(supervised + distillation, self.parameters))
         with torch.no_grad():
             if config.clip > 0:

@@ -19,7 +19,7 @@ from ..config import TrainingConfig
 from ..data import AugmentDraws, Images, Labels, apply_augmentation, draw_augmentation
 from ..detectors import Detector
 from .graphs import can_be_graphed, graphed_step
-from .inference import CachedImages, half_precision
+from .inference import CachedImages, half_precision, tensor_cores
 from .schedule import (
     LocalTask,
     TrainingDiverged,
@@ -107,10 +107,11 @@ class EagerStep:
 
     def gradients(self, batch: tuple) -> Tensor:
         """Add the gradients of a batch; the loss and its parts (P,), named by `parts`."""
-        with self.autocast:
-            parts = self.model.loss(*batch, self.generator)
-        loss = sum(parts.values())
-        loss.backward()
+        with tensor_cores(self.config.amp):
+            with self.autocast:
+                parts = self.model.loss(*batch, self.generator)
+            loss = sum(parts.values())
+            loss.backward()
         self.parts = ("loss", *parts)
         return torch.stack([loss.detach(), *(v.detach() for v in parts.values())])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import TrainingConfig
 from ..detectors import SSD, YOLO, Detector, FasterRCNN
-from .inference import half_precision
+from .inference import half_precision, tensor_cores
 from .schedule import STEPS, anchored, clipped_together, parameter_groups, pull_back, rates, update_average
 
 KEPT = 3  # detectors
@@ -108,7 +108,8 @@ class GraphedStep:
             _copy_all(self.net.buffers(), before)
         touched = [*self.net.buffers(), *(p.grad for p in self.reached)]
         state = self.generator.get_state()
-        run = captured(lambda: self._add_gradients(places), touched, self.device, self.generator)
+        with tensor_cores(self.config.amp):
+            run = captured(lambda: self._add_gradients(places), touched, self.device, self.generator)
         self.generator.set_state(state)
         return places, run
 

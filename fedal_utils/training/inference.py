@@ -5,6 +5,7 @@ With a folder, cached maps are kept on disk under the fingerprint of backbone an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data import Detections, Images, Labels, Viewed, join_detections, row_numbers
-from ..detectors import SSD, Classifier, Detector, FasterRCNN
+from ..detectors import SSD, Classifier, Detector
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,24 @@ def half_precision(device: str | torch.device, wanted: bool | None = None) -> to
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and has)
 
 
+@contextlib.contextmanager
+def tensor_cores(wanted: bool) -> Iterator[None]:
+    """Inside, what is left of float32 matrix products on a GPU runs in TF32 if that is wanted."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def _ready(model, device: str | torch.device) -> torch.autocast:
     """Put the model on the device in eval mode; on a GPU it predicts in half precision, channels last."""
     with torch.inference_mode(False):  # or its weights could not be trained afterwards
         model.to(device).eval()
         if torch.device(device).type == "cuda":
             model.to(memory_format=torch.channels_last)
-    # torchvision's proposals cast anchors to the maps' type, and bfloat16 cannot tell x = 401 from x = 400
-    return half_precision(device, False if isinstance(model, FasterRCNN) else None)
+    return half_precision(device)
 
 
 @torch.inference_mode()
@@ -180,14 +191,14 @@ def predict(
     """Detections of all images, in order, on the CPU. options: as `model.predict` (score_above, nms_iou, top, ...)."""
     if len(images) == 0:
         raise ValueError("no images to predict on")
-    with _ready(model, device):
+    with _ready(model, device), tensor_cores(torch.device(device).type == "cuda"):
         parts = [model.predict(x, **options).to("cpu") for x in images.batches(chunks(len(images), batch), device)]
     return join_detections(parts)
 
 
 def _each(method: str, model, images, batch: int, device, empty: Tensor) -> Tensor:
     """One row an image of what this method of the model says, in order, on the CPU; `empty` where there is no image."""
-    with _ready(model, device):
+    with _ready(model, device), tensor_cores(torch.device(device).type == "cuda"):
         parts = [getattr(model, method)(x).to("cpu") for x in images.batches(chunks(len(images), batch), device)]
     return torch.cat(parts).float() if parts else empty
 

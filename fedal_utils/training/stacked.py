@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TrainingConfig
 from ..data import Images
@@ -79,21 +79,10 @@ def fit_stacked(
 
 
 def joined(draws: Sequence[Draws]) -> Draws:
-    """Draws of M clients side by side (M, S, ...), padded to the longest call and the widest batch."""
-
-    def pad(t: Tensor, steps: int, width: int) -> Tensor:
-        if t.dim() > 1 and t.shape[1] < width:
-            t = torch.cat([t, t[:, :1].expand(-1, width - t.shape[1], *t.shape[2:])], dim=1)
-        return torch.cat([t, t.new_zeros(steps - len(t), *t.shape[1:])])
-
-    fields = {}
-    for name in vars(draws[0]):
-        each = [getattr(d, name) for d in draws]
-        if each[0] is None:
-            continue
-        steps, width = max(len(t) for t in each), max(t.shape[1] if t.dim() > 1 else 0 for t in each)
-        fields[name] = torch.stack([pad(t, steps, width) for t in each])
-    return Draws(**fields)
+    """Draws of M clients side by side (M, S, ...), filled up to the longest call."""
+    each = {name: [getattr(d, name) for d in draws] for name, some in vars(draws[0]).items() if some is not None}
+    pad = nn.utils.rnn.pad_sequence
+    return Draws(**{name: pad(parts, batch_first=True) for name, parts in each.items()})
 
 
 class _Stack:

@@ -79,7 +79,7 @@ class _Pool:
         while done < steps:
             part = drawn.at(slice(done, done + SEGMENT))
             with slot.on_stream():
-                slot.load_draws(part, lr[done : done + SEGMENT])
+                slot.load_steps(part, lr[done : done + SEGMENT])
             for _ in range(len(part.length)):
                 with slot.on_stream():
                     slot.replay(full[done])
