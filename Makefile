@@ -11,6 +11,9 @@ JOBS   ?=
 PIP_ARGS ?=
 # Clients of `make clients`, e.g. N=4; cases of `make fuzz`.
 N ?=
+# Of `make gpu`: minutes after which it stops by itself, and DRY=1 for a miniature.
+MINUTES ?=
+DRY ?=
 # More arguments for pytest, e.g. ARGS="-x tests/test_record.py".
 ARGS ?=
 
@@ -20,7 +23,7 @@ PY = "$(VENV)/bin/python"
 KEY = $$(sed -n '/^requires-python/,/^\[project.urls/p' pyproject.toml | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test fuzz torture clients bench lint data clean clean-runs doctor key
+.PHONY: help env reproduce test fuzz torture clients bench gpu lint data clean clean-runs doctor key
 
 help:  ## this text
 	@echo "fedal: federated active learning for object detection. Needs Python >= 3.10 and make; all else is fetched."
@@ -46,6 +49,9 @@ clients: env  ## the experiment with N real client processes on this machine (N=
 
 torture: env  ## kill a run at every instant and resume it, byte for byte (minutes)
 	@FEDAL_KILL_EVERY=1 $(PY) -m pytest tests/record/test_run.py -k instant $(ARGS)
+
+gpu: env  ## on a GPU: its tests, the benchmark, the pending runs, one archive (MINUTES= DRY=1)
+	@$(PY) tests/bench/gpu.py --minutes "$(or $(MINUTES),600)" $(if $(DRY),--dry) $(ARGS)
 
 bench: env  ## measure against the libraries, into results/tables/bench.csv
 	@$(PY) tests/bench/bench.py $(ARGS)

@@ -13,7 +13,6 @@ import csv
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -25,6 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 COLUMNS = ("what", "against", "ratio", "median", "unit", "machine", "commit")
+
+from fedal_utils import record  # noqa: E402
+
 PARTS: dict[str, Callable[[Bench], None]] = {}
 
 
@@ -42,7 +44,7 @@ class Bench:
         self.gpu = self.device == "cuda"
         processor = f"{os.cpu_count()} {platform.machine()} cores"
         self.machine = torch.cuda.get_device_name() if self.gpu else f"{processor}, {torch.get_num_threads()} threads"
-        self.commit = os.environ.get("FEDAL_COMMIT") or _commit()
+        self.commit = record.environment().get("commit", "")[:12]
 
     def wait(self) -> None:
         if self.gpu:
@@ -84,14 +86,6 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with self.out.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
-
-
-def _commit() -> str:
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        return found.stdout.strip()
-    except OSError:
-        return ""
 
 
 def main(arguments: list[str] | None = None) -> int:

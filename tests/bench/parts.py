@@ -72,7 +72,7 @@ def clients(bench: Bench) -> None:
     batch, side = (128, 32) if bench.gpu else (16, 16)
     for many in (1, 8, 24) if bench.gpu else (1, 5):
         train = _clients(many, side, batch, bench.device)
-        ahead, one_by_one = (2, 2) if bench.small else (240, 4) if bench.gpu else (8, 8)
+        ahead, one_by_one = (2, 2) if bench.small else (96, 4) if bench.gpu else (8, 8)
         bench.in_turn(
             f"{many} clients at once, ResNet-8, {side} px, batch {batch} + {batch} mixed: a client's step",
             "one client after another",

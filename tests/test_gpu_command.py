@@ -1,0 +1,23 @@
+"""`make gpu` in miniature: the benchmark, a pending run and one archive, which another checkout takes over."""
+
+import os
+import subprocess
+import sys
+import tarfile
+
+
+def test_the_dry_run_leaves_an_archive_that_can_be_merged(root, tmp_path):
+    archive, place = tmp_path / "gpu.tar.gz", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    script = str(root / "tests" / "bench" / "gpu.py")
+    command = [sys.executable, script, "--dry", "--minutes", "5", "--out", str(archive)]
+    found = subprocess.run(command, env=place, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    with tarfile.open(archive) as content:
+        names = content.getnames()
+    record = "records/30_kafal-digit-images-smoke.csv.gz"
+    assert record in names and "tables/bench.csv" in names and archive.stat().st_size < 15 << 20
+    merge = [sys.executable, "-m", "fedal_utils", "merge", str(archive)]
+    home = {**place, "FEDAL_HOME": str(tmp_path / "elsewhere")}
+    found = subprocess.run(merge, env=home, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "elsewhere" / "results" / record).is_file()
