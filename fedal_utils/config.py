@@ -61,7 +61,6 @@ class TrainingConfig(Part):
     clip: float = 5.0  # largest gradient norm, 0 = off
     amp: bool = False  # mixed precision
     ema: float = 0.0  # decay of the moving average of weights, 0 = off
-    compile: bool = False  # on a GPU: kernels are fused for a minute or two, which pays over hours
     balanced_softmax: bool = False  # classifiers: class scores + log of the client's labelled counts
     distillation_weight: float = number(0.0, least=0)  # classifiers: of the global model's word on unlabelled images
 
@@ -132,7 +131,6 @@ class FederationConfig(Part):
     visit_fraction: float = number(1.0, above=0)  # length of an accumulating chain's visit, as part of a round
     dropout_rate: float = fraction(0.0)  # probability that a client's update does not arrive
     on_failure: str = name("stop", "skip")  # a client whose training diverges stops the run | is left out of the round
-    stacked: bool = True  # clients of classifiers train as one stacked model, else one after another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +197,6 @@ class VAEConfig(Part):
 class FlywheelConfig(Part):
     """The labelling flywheel, see `papers.flywheel`."""
 
-    feature_model: str = "lite0"  # its backbone: EfficientNet-Lite0, or another pretrained model of timm
     feature_side: int = number(64, least=1)  # pixels that images are scaled to for the frozen backbone
     regularisation: float = number(0.1, above=0)  # of its linear classifier: inverse strength of the L2 penalty
     annotator_error: float = fraction(0.0)  # how often a simulated annotator names the wrong class

@@ -96,13 +96,13 @@ def test_a_room_imports_only_from_rooms_before_it_and_not_from_files_inside(path
             assert ROOMS.index(name[1]) < ROOMS.index(mine), f"{path.name} imports {name[1]}, which comes after {mine}"
 
 
-@each_file("detectors/yolo", "labelling/oracle", "flower/client_app", "flower/server_app", "flower/workspace")
+@each_file("labelling/oracle", "flower/client_app", "flower/server_app", "flower/workspace")
 def test_a_room_takes_names_from_rooms_not_from_their_files(path):
     inside = [name for name in imported(path) if name[0] == "fedal_utils" and name[1] != room(path) and len(name) > 2]
     assert not inside or room(path) == "__main__", f"{path.name} imports {inside}"
 
 
-@each_file("training/inference")
+@each_file()
 def test_forbidden_names_stay_out(path):
     for name in imported(path):
         assert name[0] not in NOWHERE, f"{path.name} imports {name[0]}"

@@ -10,7 +10,7 @@ CALD; `boxes` is what torchvision lacks for boxes, and `Detections`.
 """
 
 from . import classification, partition
-from .augment import AugmentDraws, apply_augmentation, draw_augmentation, random_crop
+from .augment import FILL, AugmentDraws, apply_augmentation, draw_augmentation, random_crop
 from .boxes import (
     Detections,
     clip_boxes,

@@ -4,7 +4,7 @@ base         the interface of a detector; boxes as deltas from anchors; threshol
 backbones    small ones, EfficientNet-Lite0, VGG16, ResNet-50 with a pyramid; a pretrained embedder
 losses       losses that PyTorch lacks: box losses, class losses of KAFAL, the ranking of images
 ssd, faster_rcnn (with roi_heads), yolo (with yolo_loss)
-classifiers  ResNet-8 and a CNN of four layers; stacked: M clients' classifiers as one model
+classifiers  ResNet-8 and a CNN of four layers; linear: one layer on frozen features
 vae          variational autoencoders
 build        a model of a config, or the reason why there is none
 """
@@ -28,6 +28,5 @@ from .losses import (
     side_likelihood_loss,
 )
 from .ssd import SSD
-from .stacked import State, join, mark_valid, split, stacked
 from .vae import VAE, kl, kl_as_released, losses_of
 from .yolo import VIEWS, YOLO

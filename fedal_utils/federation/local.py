@@ -105,14 +105,13 @@ def _train_classifiers(
     """
     config, setup = experiment.config, experiment.setup
     recipe, iterations = experiment.recipe(step)
-    ordered = sorted(clients, key=lambda client: client.name)  # the place in a stack moves the last bits
+    ordered = sorted(clients, key=lambda client: client.name)
     tasks = [_task_of(experiment, step, client, iterations) for client in ordered]
     teacher = experiment.model if step.round else None
     model = detectors.clone(experiment.model)
     start = [unpack(message)] * len(tasks)
-    together = training.fit_together if config.federation.stacked else training.fit_in_turn
     options = {"teacher": teacher, "device": setup.device, "as_released": config.as_released}
-    found = together(model, start, tasks, setup.train.images, recipe, **options)
+    found = training.fit_together(model, start, tasks, setup.train.images, recipe, **options)
     results = dict(zip((c.name for c in ordered), found, strict=True))
     sizes = {task.client: len(task.rows) for task in tasks}
     sent: list[Update | TrainingDiverged] = []

@@ -194,8 +194,7 @@ def local_only_states(experiment: Experiment, clients: Sequence[Client], cycle: 
     if config.as_released:
         recipe = recipe.replace(step_at=(37 / tasks[0].steps(recipe),))
     start = [state_of(model, list(model.state_dict()))] * len(tasks)
-    together = training.fit_together if len(tasks) > 1 else training.fit_in_turn
-    found = together(model, start, tasks, setup.train.images, recipe, device=setup.device)
+    found = training.fit_together(model, start, tasks, setup.train.images, recipe, device=setup.device)
     for result in found:
         if isinstance(result, Exception):
             raise result

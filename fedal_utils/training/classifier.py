@@ -1,7 +1,6 @@
 """Train one client's classifier, from draws that are made for the whole call at once.
 
-`fit_classifier` is the plain way, one client and one step after another; what trains many clients at once (`stacked`,
-`graphs`) is tested against it, from the same draws.
+`fit_classifier` is the plain way; what trains many clients at once (`streams`) is tested against it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import TrainingConfig
 from ..data import Images, random_crop
-from ..detectors import Classifier, State, balanced_cross_entropy, compensation_loss, compensation_weights
+from ..detectors import Classifier, balanced_cross_entropy, compensation_loss, compensation_weights
 from .inference import class_scores
 from .schedule import (
     LocalTask,
@@ -29,6 +28,8 @@ from .schedule import (
     pull_back,
     save_optimizer,
 )
+
+State = Draws = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,41 +71,21 @@ class LocalResult:
     parts: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """All that is random in one call of one client: S steps of B labelled and U mixed images.
-
-    length (S,): images of a step, the last of a pass may be short; what stands behind repeats the first.
-    rows (S, B) of the training set, target (S, B) their classes; flip (S, B) bool; shift (S, B, 2) in 0..2 * crop; of
-    the mixed batch likewise, and beta (S, U), partner (S, U): image b becomes beta_b * itself + (1 - beta_b) * its
-    partner. Joined draws have M clients in front.
-    """
-
-    length: Tensor
-    rows: Tensor
-    target: Tensor
-    flip: Tensor
-    shift: Tensor
-    mixed: Tensor | None = None
-    mixed_flip: Tensor | None = None
-    mixed_shift: Tensor | None = None
-    beta: Tensor | None = None
-    partner: Tensor | None = None
-
-    def at(self, index) -> Draws:
-        """Part of them, by an index into their first dimensions."""
-        return Draws(**{k: None if v is None else v[index] for k, v in vars(self).items()})
-
-    def to(self, device: torch.device) -> Draws:
-        """The same on a device."""
-        return Draws(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a GPU's stream waits for no more than this copy, the processor for nothing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner: bool = False) -> Draws:
-    """The draws of all steps of a call.
+    """All that is random in one call of one client: S steps of B labelled images, and of as many mixed ones.
 
-    Those of mixing come from a generator of their own, so that mixing moves nothing of the rest. Mixed batches are
-    always full: an unlabelled pool smaller than a batch is gone through several times.
+    length (S,): images of a step, the last of a pass may be short; what stands behind repeats the first. rows (S, B) of
+    the training set, target (S, B) their classes; flip (S, B) bool; shift (S, B, 2) in 0..2 * crop. If mixing also
+    mixed, mixed_flip, mixed_shift likewise, and beta (S, B), partner (S, B): image b becomes beta_b * itself +
+    (1 - beta_b) * its partner; they come from a generator of their own, so that mixing moves nothing of the rest. A
+    pool smaller than a batch is gone through several times.
     """
     rng, batch, crop = task.rng, config.batch, config.augment.crop
     apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
@@ -121,7 +102,7 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
     epochs = config.epochs if task.iterations is None else None
     for _, _, index in draw_batches(len(task.rows), batch, epochs, task.iterations, rng):
         flip, shift = changes(len(index), rng)
-        step = {"length": torch.tensor(len(index)), "index": full(index), "flip": full(flip), "shift": full(shift)}
+        step = {"length": torch.tensor(len(index)), "rows": full(index), "flip": full(flip), "shift": full(shift)}
         if stream is not None:
             step["mixed"] = next(stream)[2]
             step["beta"] = torch.rand(batch, 3, generator=apart).median(dim=1).values  # of three uniforms: Beta(2, 2)
@@ -129,17 +110,11 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
             step["partner"] = partner[:1].expand(batch) if one_partner else partner
             step["mixed_flip"], step["mixed_shift"] = changes(batch, apart)
         steps.append(step)
-    all_steps = {k: torch.stack([step[k] for step in steps]) for k in steps[0]}
-    index = all_steps.pop("index")
-    all_steps["rows"], all_steps["target"] = torch.from_numpy(task.rows)[index], task.classes[index]
+    draws = {k: torch.stack([step[k] for step in steps]) for k in steps[0]}
+    draws["target"], draws["rows"] = task.classes[draws["rows"]], torch.from_numpy(task.rows)[draws["rows"]]
     if mixing:
-        all_steps["mixed"] = torch.from_numpy(task.unlabelled)[all_steps["mixed"]]
-    return Draws(**all_steps)
-
-
-def pixels_of(model: Classifier, images: Images, rows: Tensor, flip: Tensor, shift: Tensor, crop: int, device):
-    """(B, 3, H, W) scaled pixels of these rows, mirrored where `flip`, cropped from `shift` on: see `random_crop`."""
-    return model.scaled(random_crop(images.batch(rows, device, flip=flip), shift, crop))
+        draws["mixed"] = torch.from_numpy(task.unlabelled)[draws["mixed"]]
+    return draws
 
 
 def check_tasks(tasks: Sequence[ClassifierTask], config: TrainingConfig) -> None:
@@ -150,16 +125,8 @@ def check_tasks(tasks: Sequence[ClassifierTask], config: TrainingConfig) -> None
             f"amp=False and no warm-up of momentum or biases (got optimizer={config.optimizer!r})"
         )
     for task in tasks:
-        if len(task.rows) == 0:
-            raise ValueError(f"client {task.client} has no labelled image to train on")
-        if task.steps(config) < 1:
-            raise ValueError(f"client {task.client} makes no step: iterations={task.iterations}, {config.epochs=}")
-
-
-def accuracy(model: Classifier, task: ClassifierTask, images: Images, device: torch.device) -> float:
-    """On which part of its labelled images, neither mirrored nor cropped, the model in eval mode is right."""
-    guess = class_scores(model, images.take(task.rows), device=device).argmax(1)
-    return float((guess == task.classes.cpu()).float().mean())
+        if len(task.rows) == 0 or task.steps(config) < 1:
+            raise ValueError(f"client {task.client} makes no step: {len(task.rows)} labelled images, {config.epochs=}")
 
 
 def ready(teacher: Classifier | None, config: TrainingConfig, device: torch.device, as_released: bool):
@@ -190,9 +157,8 @@ def fit_classifier(
 ) -> LocalResult:
     """Train `model` in place on one client's labelled images: SGD with momentum and weight decay on all weights.
 
-    model: left in eval mode. task: rows, classes, generator. images: the whole training set.
-    config: as in `fit`; `proximal` as there, the loss is without it here, too.
-    teacher: the global model of this round, for the distillation of KAFAL's 4.2; it is not changed.
+    model: left in eval mode. task: rows, classes, generator. images: the whole training set. config, device: as in
+    `fit`. teacher: the global model of this round, for the distillation of KAFAL's 4.2; it is not changed.
     as_released: one partner for all images of a batch, and a teacher that uses each batch's statistics.
     """
     device = torch.device(device)
@@ -209,17 +175,19 @@ def fit_classifier(
     draws = draw(task, config, mixing, as_released)
     before, whole = task.position(config)
     losses, seen = [], 0
-    for done, length in enumerate(draws.length.tolist()):
-        step = draws.at(done)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate_factor(config, before + done, whole)
-        rows, flip, shift, target = (t[:length] for t in (step.rows, step.flip, step.shift, step.target))
-        target = target.to(device)
-        scores = model.scores(pixels_of(model, images, rows, flip, shift, config.augment.crop, device))
-        parts = {"supervised": balanced_cross_entropy(scores, target, counts if config.balanced_softmax else None)}
+
+    def pixels(rows: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+        return model.scaled(random_crop(images.batch(rows, device, flip=flip), shift, config.augment.crop))
+
+    for done, length in enumerate(draws["length"].tolist()):
+        step = {k: v[done] for k, v in draws.items()}
+        optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(config, before + done, whole)
+        scores = model.scores(pixels(*(step[k][:length] for k in ("rows", "flip", "shift"))))
+        target, priors = step["target"][:length].to(device), counts if config.balanced_softmax else None
+        parts = {"supervised": balanced_cross_entropy(scores, target, priors)}
         if mixing:
-            u = pixels_of(model, images, step.mixed, step.mixed_flip, step.mixed_shift, config.augment.crop, device)
-            beta, partner = step.beta.to(device), step.partner.to(device)
+            u = pixels(step["mixed"], step["mixed_flip"], step["mixed_shift"])
+            beta, partner = step["beta"].to(device), step["partner"].to(device)
             mixed = beta[:, None, None, None] * u + (1 - beta)[:, None, None, None] * u[partner]
             with torch.no_grad():
                 taught = teacher.scores(mixed)
@@ -236,7 +204,8 @@ def fit_classifier(
         seen += length
         if task.stop_at is not None and seen >= len(task.rows):
             seen = 0
-            if accuracy(model, task, images, device) >= task.stop_at:
+            guess = class_scores(model, images.take(task.rows), device=device).argmax(1)
+            if float((guess == task.classes.cpu()).float().mean()) >= task.stop_at:
                 break
             model.train()
     model.eval()

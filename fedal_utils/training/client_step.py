@@ -1,9 +1,7 @@
 """One step of one client's classifier with all that it needs on the device, so that it can be one CUDA graph.
 
-What does not depend on the client's weights is made ahead for many steps at once: mirrored, cropped and mixed images,
-and what the teacher says of them. Labelled and mixed images go through the network as one batch, of which each half has
-its own BatchNorm statistics; padding of short batches has weight 0. Convolutions run in bfloat16 where the GPU has it,
-weights and statistics stay in float32.
+What does not depend on the client's weights is made ahead for many steps at once. Labelled and mixed images go through
+the network as one batch. Convolutions run in bfloat16 where the GPU has it, weights and statistics stay in float32.
 """
 
 from __future__ import annotations
@@ -16,64 +14,41 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainingConfig
-from ..data import Images
-from ..detectors import Classifier, State, balanced_cross_entropy, compensation_loss, compensation_weights
-from .classifier import Draws
+from ..data import Images, random_crop
+from ..detectors import Classifier, balanced_cross_entropy, compensation_loss, compensation_weights
+from .classifier import ClassifierTask, Draws, State, moved
+from .graphs import captured
 from .inference import half_precision
 
 SEGMENT = 32  # steps whose images are made ahead
 
 
-class SplitNorm(nn.Module):
-    """A BatchNorm2d for batches of equal length one behind another, each with its own statistics.
+class SplitNorm(nn.BatchNorm2d):
+    """A BatchNorm2d for `batches` of equal length one behind another: each has its own statistics.
 
-    The batches move the running statistics in their order. masked: images of the first batch whose `valid` (B,) is 0
-    are padding, which moves no statistics; without a compiler that is slower.
+    masked: images of the first batch whose `valid` (B,) is 0 are padding, which moves no statistics.
     """
 
-    masked = True
-
-    def __init__(self, norm: nn.BatchNorm2d, batches: int, valid: Tensor):
-        super().__init__()
-        self.batches, self.eps, self.momentum = batches, norm.eps, norm.momentum
-        self.weight, self.bias = norm.weight, norm.bias
-        self.register_buffer("running_mean", norm.running_mean)
-        self.register_buffer("running_var", norm.running_var)
-        self.register_buffer("valid", valid, persistent=False)
-        # About which squares are summed, so that one pass loses nothing: `running_mean` as the last step left it. (That
-        # itself is written to in a step, and a compiled backward pass would read it afterwards.)
-        self.register_buffer("centre", norm.running_mean.clone(), persistent=False)
+    batches, masked, valid = 1, False, None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self._plain(x)
+            return super().forward(x)
         first, *more = x.chunk(self.batches)
-        first = self._without_padding(first) if self.masked else self._plain(first)
-        return torch.cat([first, *map(self._plain, more)]) if more else first
-
-    def _plain(self, x: Tensor) -> Tensor:
-        statistics = self.running_mean, self.running_var
-        return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+        first = self._without_padding(first) if self.masked else super().forward(first)
+        return torch.cat([first, *map(super().forward, more)]) if more else first
 
     def _without_padding(self, x: Tensor) -> Tensor:
-        counted, centre = self.valid.view(-1, 1, 1, 1), self.centre.view(1, -1, 1, 1)
+        counted = self.valid.view(-1, 1, 1, 1)
         count = counted.sum() * (x.shape[2] * x.shape[3])
-        apart = x.float() - centre
-        mean = (apart * counted).sum((0, 2, 3), keepdim=True) / count
-        variance = ((apart.square() * counted).sum((0, 2, 3), keepdim=True) / count - mean.square()).clamp(min=0)
+        mean = (x.float() * counted).sum((0, 2, 3), keepdim=True) / count
+        apart = x.float() - mean
+        variance = (apart.square() * counted).sum((0, 2, 3), keepdim=True) / count
         with torch.no_grad():
-            self.running_mean.lerp_((mean + centre).flatten(), self.momentum)
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).flatten(), self.momentum)
         scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
-        return ((apart - mean) * scale + self.bias.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def _split_norms(module: nn.Module, batches: int, valid: Tensor) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, SplitNorm(child, batches, valid))
-        else:
-            _split_norms(child, batches, valid)
+        return (apart * scale + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
 def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -96,24 +71,25 @@ class Shared:
 
     def __init__(self, model: Classifier, images: Images, config: TrainingConfig, mixing: bool, released: bool, device):
         self.model, self.config, self.mixing, self.device = copy.deepcopy(model).to(device), config, mixing, device
-        self.pixels, self.classes = images.pixels.to(device), len(model.head.bias)
+        self.images, self.pixels = images, images.pixels.to(device)
+        self.classes, self.slots = model.classes, []
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).train(released)
         for module in self.teacher.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0  # all clients ask it: it keeps its statistics
         self.autocast = half_precision(device)
-        self.losses = torch.compile(self.plain_losses, dynamic=False) if config.compile else self.plain_losses
+
+    def grown(self, count: int) -> list[ClientStep]:
+        """So many slots; those that are not there yet are made."""
+        while len(self.slots) < count:
+            self.slots.append(ClientStep(self))
+        return self.slots[:count]
 
     def _crops(self, rows: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
-        """(B, 3, H, W) scaled pixels of these rows, mirrored, then cropped out of a black border, in one gather."""
-        height, width = self.pixels.shape[-2:]
-        y = shift[:, :1] + torch.arange(height, device=self.device) - self.config.augment.crop  # (B, H)
-        x = shift[:, 1:] + torch.arange(width, device=self.device) - self.config.augment.crop  # (B, W)
-        inside = ((y >= 0) & (y < height))[:, None, :, None] & ((x >= 0) & (x < width))[:, None, None, :]
-        x = torch.where(flip[:, None], width - 1 - x, x).clamp(0, width - 1)[:, None, None, :]
-        y = y.clamp(0, height - 1)[:, None, :, None]
-        channel = torch.arange(3, device=self.device)[:, None, None]
-        return self.model.scaled(self.pixels[rows[:, None, None, None], channel, y, x] * inside)
+        """(S, B, 3, H, W) scaled pixels of rows (S, B), mirrored and cropped."""
+        x = self.pixels[rows.flatten()]
+        x = torch.where(flip.flatten()[:, None, None, None], x.flip(-1), x)
+        return self.model.scaled(random_crop(x, shift.flatten(0, 1), self.config.augment.crop)).unflatten(0, rows.shape)
 
     @torch.no_grad()
     def ahead(self, draws: Draws, gamma: Tensor) -> dict[str, Tensor]:
@@ -122,24 +98,24 @@ class Shared:
         inputs (S, B or 2 B, H, W, 3): scaled labelled images, then mixed ones; target (S, B), valid (S, B); of the
         mixed ones the teacher's class scores taught (S, B, C), and weight (S, B), what their distillation counts.
         """
-        steps, batch = draws.rows.shape
-        x = self._crops(draws.rows.flatten(), draws.flip.flatten(), draws.shift.flatten(0, 1)).unflatten(0, (steps, -1))
-        valid = (torch.arange(batch, device=self.device) < draws.length[:, None]).float()
-        made = {"target": draws.target, "valid": valid}
+        steps, batch = draws["rows"].shape
+        x = self._crops(draws["rows"], draws["flip"], draws["shift"])
+        valid = (torch.arange(batch, device=self.device) < draws["length"][:, None]).float()
+        made = {"target": draws["target"], "valid": valid}
         if self.mixing:
-            u = self._crops(draws.mixed.flatten(), draws.mixed_flip.flatten(), draws.mixed_shift.flatten(0, 1))
-            u, beta, place = u.unflatten(0, (steps, -1)), draws.beta, torch.arange(steps, device=self.device)[:, None]
+            u = self._crops(draws["mixed"], draws["mixed_flip"], draws["mixed_shift"])
+            beta, place = draws["beta"], torch.arange(steps, device=self.device)[:, None]
             part = beta[..., None, None, None]
-            mixed = part * u + (1 - part) * u[place, draws.partner]
+            mixed = part * u + (1 - part) * u[place, draws["partner"]]
             with self.autocast:  # as released: the statistics of each batch
                 asked = mixed if self.teacher.training else mixed.flatten(0, 1).split(1 << 12)
                 taught = torch.cat([self.teacher.scores(some) for some in asked]).float().unflatten(0, (steps, -1))
             likely = gamma[taught.argmax(2)]  # (S, B)
-            made |= {"taught": taught, "weight": beta * likely + (1 - beta) * likely.gather(1, draws.partner)}
+            made |= {"taught": taught, "weight": beta * likely + (1 - beta) * likely.gather(1, draws["partner"])}
             x = torch.cat([x, mixed], dim=1)
         return made | {"inputs": x.permute(0, 1, 3, 4, 2)}
 
-    def plain_losses(self, net, counts, inputs, target, valid, taught, weight) -> tuple[Tensor, Tensor]:
+    def losses(self, net, counts, inputs, target, valid, taught, weight) -> tuple[Tensor, Tensor]:
         """Supervised loss and distillation of one step, as `fit_classifier` has them."""
         batch = self.config.batch
         with self.autocast:
@@ -152,14 +128,19 @@ class Shared:
 
 
 class ClientStep:
-    """Room for one client at a time: its network, its draws, and a graph of its step."""
+    """Room for one client at a time: its network, its draws, and the graphs of its step."""
 
     def __init__(self, shared: Shared):
         self.shared, config, device = shared, shared.config, shared.device
         batch, batches = config.batch, 1 + shared.mixing
         self.valid = torch.ones(batch, device=device)
-        self.net = copy.deepcopy(shared.model).to(device).train()
-        _split_norms(self.net, batches, self.valid)
+        self.net = copy.deepcopy(shared.model)
+        for name, norm in list(self.net.named_modules()):
+            if isinstance(norm, nn.BatchNorm2d):
+                split = SplitNorm(norm.num_features, norm.eps, norm.momentum)
+                split.batches, split.valid = batches, self.valid
+                self.net.set_submodule(name, split)
+        self.net.to(device).train()
         self.names = [name for name, _ in self.net.named_parameters()]
         like = [p.detach() for p in self.net.parameters()]
         self.weights = _flat(like)
@@ -169,39 +150,39 @@ class ClientStep:
             module, _, last = name.rpartition(".")
             setattr(self.net.get_submodule(module), last, parameter)
         self.buffers = {k: v for k, v in self.net.named_buffers() if k.rpartition(".")[2].startswith("running")}
-        self.norms = [m for m in self.net.modules() if isinstance(m, SplitNorm)]
-        self.centres, self.means = [m.centre for m in self.norms], [m.running_mean for m in self.norms]
         self.counts = torch.ones(shared.classes, dtype=torch.int64, device=device)
         self.gamma, self.sums = torch.zeros(shared.classes, device=device), torch.zeros(2, device=device)
         self.at, self.lr = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(SEGMENT, device=device)
         with shared.autocast:
             kind = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        shape, room = shared.pixels.shape[-2:], {"device": device}
+        shape = shared.pixels.shape[-2:]
         self.made = {
-            "inputs": torch.zeros(SEGMENT, batch * batches, *shape, 3, dtype=kind, **room),
-            "target": torch.zeros(SEGMENT, batch, dtype=torch.int64, **room),
-            "valid": torch.ones(SEGMENT, batch, **room),
-            "taught": torch.zeros(SEGMENT, batch, shared.classes, **room),
-            "weight": torch.zeros(SEGMENT, batch, **room),
+            "inputs": torch.zeros(SEGMENT, batch * batches, *shape, 3, dtype=kind, device=device),
+            "target": torch.zeros(SEGMENT, batch, dtype=torch.int64, device=device),
+            "valid": torch.ones(SEGMENT, batch, device=device),
+            "taught": torch.zeros(SEGMENT, batch, shared.classes, device=device),
+            "weight": torch.zeros(SEGMENT, batch, device=device),
         }
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a full batch, of a short one
+        self.steps = {}  # of a full batch, of a short one
+        for full in (True, False):
+            self.steps[full] = captured(lambda full=full: self._step(full), [self.at], device, stream=self.stream)
 
     def on_stream(self):
         """Inside, kernels go to this slot's stream."""
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def load(self, state: State, kept: State, counts: Tensor) -> None:
-        """A client's weights, optimizer state ({}: none) and class counts."""
+    def load(self, state: State, task: ClassifierTask) -> None:
+        """A client's weights, its optimizer state and class counts."""
+        device, kept = self.shared.device, task.optimizer_state or {}
         momenta = [kept.get(f"momentum_buffer:{k}", torch.zeros_like(state[k])) for k in self.names]
-        self.weights.copy_(_flat([state[k] for k in self.names]))
+        self.weights.copy_(moved(_flat([state[k] for k in self.names]), device))
+        self.momenta.copy_(moved(_flat(momenta), device))
         self.sent.copy_(self.weights)
-        self.momenta.copy_(_flat(momenta))
         for key, value in self.buffers.items():
-            value.copy_(state[key])
-        torch._foreach_copy_(self.centres, self.means)
-        self.counts.copy_(counts)
-        self.gamma.copy_(compensation_weights(counts))
+            value.copy_(moved(state[key], device))
+        self.counts.copy_(moved(task.counts, device))
+        self.gamma.copy_(compensation_weights(self.counts))
         self.sums.zero_()
 
     def load_steps(self, part: Draws, lr: Tensor) -> None:
@@ -217,10 +198,11 @@ class ClientStep:
         kept = weights | {k: v.clone() for k, v in self.buffers.items()}
         return {k: kept[k] for k in self.net.state_dict() if k in kept}
 
-    def step(self, full: bool) -> None:
+    def _step(self, full: bool) -> None:
         """One step of SGD from the draws at the counter, which moves on. full: no image is padding."""
-        for norm in self.norms:
-            norm.masked = self.shared.config.compile or not full
+        for norm in self.net.modules():
+            if isinstance(norm, SplitNorm):
+                norm.masked = not full
         config, now = self.shared.config, {k: v.index_select(0, self.at)[0] for k, v in self.made.items()}
         self.valid.copy_(now["valid"])
         supervised, distillation = self.shared.losses(self.net, self.counts, **now)
@@ -233,25 +215,5 @@ class ClientStep:
             grads.add_(self.weights, alpha=config.weight_decay)
             self.momenta.mul_(config.momentum).add_(grads)
             self.weights.sub_(self.momenta * self.lr[self.at])
-            torch._foreach_copy_(self.centres, self.means)
             self.sums.add_(torch.stack([supervised.detach(), distillation.detach()]))
             self.at.add_(1)
-
-    def capture(self, full: bool) -> None:
-        """Make the graph of full or of short batches; what the slot holds is spoilt."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with self.on_stream():
-            for _ in range(3):  # also compiles
-                self.step(full)
-            self.at.zero_()
-        torch.cuda.synchronize()
-        self.graphs[full] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[full], stream=self.stream):
-            self.step(full)
-
-    def replay(self, full: bool) -> None:
-        """The next step."""
-        if self.stream is None:
-            self.step(full)
-        else:
-            self.graphs[full or self.shared.config.compile].replay()

@@ -1,8 +1,7 @@
 """Train a detector on labelled images: `fit` yields one row a pass and lets the caller decide.
 
 It never prints, saves, seeds, or remembers anything from one call to the next. On a GPU nothing waits for the device
-inside a pass: batches are drawn and augmented many at a time, losses are read at its end, and where shapes are fixed a
-step is a CUDA graph (`graphs`).
+inside a pass: batches are drawn and augmented many at a time, losses are read at its end, gradients are CUDA graphs.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import TrainingConfig
 from ..data import AugmentDraws, Images, Labels, apply_augmentation, draw_augmentation
 from ..detectors import Detector
-from .graphs import can_be_graphed, graphed_step
+from .graphs import graphs_of
 from .inference import CachedImages, half_precision, tensor_cores
 from .schedule import (
     LocalTask,
@@ -27,7 +26,7 @@ from .schedule import (
     batches_per_step,
     build_optimizer,
     check_weights,
-    clipped_together,
+    clip,
     draw_batches,
     load_optimizer,
     pull_back,
@@ -37,6 +36,7 @@ from .schedule import (
 )
 
 AHEAD = 1 << 28  # bytes of pixels that are augmented at once on a GPU
+GRAPHED = ("cuda",)  # kinds of devices on which gradients are graphs
 
 
 def fit(
@@ -57,8 +57,6 @@ def fit(
     device: where it is trained.
     """
     device = torch.device(device)
-    if len(images) != len(labels.classes):
-        raise ValueError(f"{len(images)} images but labels for {len(labels.classes)}")
     if isinstance(images, CachedImages) and config.augment.changes_pixels():
         raise ValueError("cached features can be mirrored and nothing else: set colour=0, zoom=(1, 1) and shift=0")
     per_epoch = math.ceil(len(images) / config.batch)
@@ -67,74 +65,88 @@ def fit(
     if config.warmup_epochs:
         config = config.replace(warmup=min(config.warmup, round(config.warmup_epochs * per_epoch)))
     model.to(device).train()
-    losses, seed = _Losses(images, task.client), int(torch.randint(1 << 62, (1,), generator=task.rng))
-    begin = graphed_step if can_be_graphed(model, device) else EagerStep
-    work = begin(model, config, task.optimizer_state or {}, seed)
+    seed = int(torch.randint(1 << 62, (1,), generator=task.rng))  # of what a loss samples
+    work = _Step(model, config, task.optimizer_state or {}, seed, device.type in GRAPHED)
     done = added = 0
+    waiting: list[tuple[Tensor, Tensor]] = []  # losses of steps that nobody has read yet
+    sums: dict[str, float] = {}
+    in_row = 0
     for epoch, last, index, batch in _batches(images, labels, config, task, device):
-        losses.add(work.gradients(batch), index)
+        waiting.append((work.gradients(batch), index))
+        in_row += 1
         if device.type == "cpu" or last:  # reading a loss makes a GPU wait
-            losses.read(work.parts)
+            for name, value in _read(waiting, work.names, images, task.client):
+                sums[name] = sums.get(name, 0.0) + value
+            waiting.clear()
         added += 1
         if added >= batches_per_step(config, before + done) or done == steps - 1:
-            work.update(config, before + done, whole, min(config.ema, (2 + done) / (11 + done)))
+            work.update(before + done, whole, min(config.ema, (2 + done) / (11 + done)))
             added = 0
         done += 1
         if last:
-            yield {"epoch": epoch, "steps": done, **losses.means()}
+            yield {"epoch": epoch, "steps": done, **{k: v / in_row for k, v in sums.items()}}
+            sums, in_row = {}, 0
     work.finish(model)
     check_weights(model, task.client)
     if task.optimizer_state is not None:
-        work.save(task.optimizer_state, before + done)
+        save_optimizer(work.optimizer, work.net, task.optimizer_state, before + done)
     model.eval()
 
 
-class EagerStep:
-    """A step of the model itself, operation by operation: what a graph is tested against."""
+class _Step:
+    """A step of the model; graphed: of a copy, whose gradients come from CUDA graphs."""
 
-    def __init__(self, model: Detector, config: TrainingConfig, kept: dict[str, Tensor], seed: int):
-        self.model, self.config, self.parts = model, config, ("loss",)
-        device = next(model.parameters()).device
-        self.generator = torch.Generator(device).manual_seed(seed)  # of what a loss samples
-        if device.type == "cuda":
-            model.to(memory_format=torch.channels_last)
-        self.autocast = half_precision(device, config.amp)
-        self.optimizer = build_optimizer(model, config)
-        load_optimizer(self.optimizer, model, kept)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.averaged = copy.deepcopy(model.state_dict()) if config.ema > 0 else None
-        self.anchors = anchored(model, config)
+    def __init__(self, model: Detector, config: TrainingConfig, kept: dict[str, Tensor], seed: int, graphed: bool):
+        self.config, self.names, self.device = config, ("loss",), next(model.parameters()).device
+        self.graphs = graphs_of(model, config.amp, seed) if graphed else None
+        self.net = self.graphs.net if graphed else model
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.optimizer = build_optimizer(self.net, config)
+        load_optimizer(self.optimizer, self.net, kept)
+        self.optimizer.zero_grad(set_to_none=not graphed)
+        self.averaged = copy.deepcopy(self.net.state_dict()) if config.ema > 0 else None
+        self.anchors = anchored(self.net, config)
 
     def gradients(self, batch: tuple) -> Tensor:
-        """Add the gradients of a batch; the loss and its parts (P,), named by `parts`."""
+        """Add the gradients of a batch; its loss and the parts of it (P,), called `names`."""
+        if self.graphs:
+            values = self.graphs.gradients(batch)
+            self.names = self.graphs.names
+            return values
         with tensor_cores(self.config.amp):
-            with self.autocast:
-                parts = self.model.loss(*batch, self.generator)
+            with half_precision(self.device, self.config.amp):
+                parts = self.net.loss(*batch, self.generator)
             loss = sum(parts.values())
             loss.backward()
-        self.parts = ("loss", *parts)
+        self.names = ("loss", *parts)
         return torch.stack([loss.detach(), *(v.detach() for v in parts.values())])
 
-    def update(self, config: TrainingConfig, step: int, steps: int, decay: float) -> None:
+    def update(self, step: int, steps: int, decay: float) -> None:
         """Take the step `step` of `steps`, and average the weights."""
-        set_rates(self.optimizer, config, step, steps)
-        if config.clip > 0:
-            for together in clipped_together(self.model):
-                nn.utils.clip_grad_norm_(together, config.clip)
-        pull_back(self.anchors, config.proximal)
+        set_rates(self.optimizer, self.config, step, steps)
+        clip(self.net, self.config.clip)
+        pull_back(self.anchors, self.config.proximal)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
         if self.averaged is not None:
-            update_average(self.averaged, self.model.state_dict(), 1 - decay)
+            update_average(self.averaged, self.net.state_dict(), 1 - decay)
 
     def finish(self, model: Detector) -> None:
         """The weights, or their average, into the model."""
-        if self.averaged is not None:
-            model.load_state_dict(self.averaged)
+        if self.averaged is not None or self.graphs:
+            model.load_state_dict(self.averaged or self.net.state_dict())
 
-    def save(self, state: dict[str, Tensor], steps: int) -> None:
-        """The optimizer's state."""
-        save_optimizer(self.optimizer, self.model, state, steps)
+
+def _read(waiting: list[tuple[Tensor, Tensor]], names: tuple[str, ...], images, client: str) -> Iterator[tuple]:
+    """(name, value) of every loss and its parts; TrainingDiverged for the first loss that is not finite."""
+    for row, (_, index) in zip(torch.stack([values for values, _ in waiting]).tolist(), waiting, strict=True):
+        if not math.isfinite(row[0]):
+            ids = [images.ids[i] for i in index.tolist()][:4]
+            split = ", ".join(f"{k} {v:.4g}" for k, v in zip(names[1:], row[1:], strict=True))
+            raise TrainingDiverged(
+                f"client {client}: loss is {row[0]} ({split}) on images {ids}...; lower lr, or look at their boxes"
+            )
+        yield from zip(names, row, strict=True)
 
 
 def _batches(
@@ -154,13 +166,8 @@ def _batches(
     def drawn() -> Iterator[tuple]:
         for epoch, last, index in draw_batches(len(images), config.batch, epochs, task.iterations, task.rng):
             flip = torch.rand(len(index), generator=task.rng) < change.flip
-            yield (
-                epoch,
-                last,
-                index,
-                flip,
-                draw_augmentation(len(index), task.rng, change.mosaic > 0) if changes else (),
-            )
+            draws = draw_augmentation(len(index), task.rng, change.mosaic > 0) if changes else None
+            yield epoch, last, index, flip, draws
 
     stream = drawn()
     while some := list(islice(stream, ahead)):
@@ -168,8 +175,7 @@ def _batches(
         target = labels.take(index).to(device).flip(flip.to(device), images.image_size[1])
         batch = images.batch(index, device, flip=flip), target.boxes, target.classes, target.ignore
         if changes:
-            draws = _joined([s[4] for s in some])
-            batch = apply_augmentation(*batch, draws, change.replace(flip=0.0))
+            batch = apply_augmentation(*batch, _joined([s[4] for s in some]), change.replace(flip=0.0))
         start = 0
         for epoch, last, rows, *_ in some:
             part = slice(start, start := start + len(rows))
@@ -183,39 +189,3 @@ def _joined(draws: list[AugmentDraws]) -> AugmentDraws:
         return draws[0]
     together = zip(AugmentDraws._fields, zip(*draws, strict=True), strict=True)
     return AugmentDraws(**{k: torch.cat(v, dim=int(k == "colour")) for k, v in together if v[0] is not None})
-
-
-class _Losses:
-    """Losses of steps that nobody has read yet, and the sums of a pass."""
-
-    def __init__(self, images: Images | CachedImages, client: str):
-        self.images, self.client = images, client
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-        self.sums: dict[str, float] = {}
-        self.count = 0
-
-    def add(self, values: Tensor, index: Tensor) -> None:
-        self.waiting.append((values, index))
-
-    def read(self, parts: tuple[str, ...]) -> None:
-        """Add what waits to the sums; TrainingDiverged for the first loss that is not finite."""
-        rows = torch.stack([values for values, _ in self.waiting]).tolist()
-        for row, (_, index) in zip(rows, self.waiting, strict=True):
-            values = dict(zip(parts, row, strict=True))
-            if not math.isfinite(values["loss"]):
-                names = [self.images.ids[i] for i in index.tolist()][:4]
-                split = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "loss")
-                raise TrainingDiverged(
-                    f"client {self.client}: loss is {values['loss']} ({split}) on images {names}...; lower lr, or look "
-                    "at their boxes"
-                )
-            for key, value in values.items():
-                self.sums[key] = self.sums.get(key, 0.0) + value
-        self.count += len(rows)
-        self.waiting.clear()
-
-    def means(self) -> dict[str, float]:
-        """Means since the last call."""
-        means = {k: v / self.count for k, v in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means

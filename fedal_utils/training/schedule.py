@@ -1,13 +1,12 @@
-"""What one call of training is given: its task, its batches, learning rates, and an optimizer whose state lives on.
+"""What one call of training is given: its task, batches, learning rates, and an optimizer whose state lives on.
 
-Nothing here remembers anything from one call to the next: the optimizer's state is handed in and out, and so is the
-place of a call in a longer schedule (a warm-up tied to "the first epoch" would restart in every federated round).
+Nothing is remembered from one call to the next: the optimizer's state and the place in the schedule are handed in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +26,9 @@ class TrainingDiverged(ValueError):
 class LocalTask:
     """What one client trains in one call.
 
-    rng: the one source of order and augmentation. client: named if the loss stops being finite. iterations: fixed
-    number of steps in the place of `config.epochs`. optimizer_state: the moments and step count of an earlier call,
-    read at the start (empty: none) and updated in place at the end; None = reset. schedule_position: (steps before
-    this call, steps in all) of the caller's schedule, by which warm-up and learning rate run; None = this call is all
-    there is.
+    rng: of order and augmentation. client: named if the loss stops being finite. iterations: steps in the place of
+    `config.epochs`. optimizer_state: of an earlier call (empty: none), updated in place at the end; None = reset.
+    schedule_position: (steps before this call, steps in all) of the schedule; None = this call is all there is.
     """
 
     rng: torch.Generator
@@ -41,17 +38,14 @@ class LocalTask:
     schedule_position: tuple[int, int] | None = None
 
 
-def draw_batches(count: int, batch: int, epochs: int | None, iterations: int | None, rng: torch.Generator):
-    """Index batches: whole epochs (last batch short), or a fixed number of full batches from one shuffle after another.
+def draw_batches(count: int, batch: int, epochs: int | None, iterations: int | None, rng: torch.Generator) -> Iterator:
+    """(epoch, is last of it, index) of each batch; an epoch is a pass over `count` images.
 
-    Fixed iterations cut an endless row of shuffles into batches, so that a client with three images takes as many
-    steps of the same size as one with three hundred.
-    Returns an iterator of (epoch, is_last_of_epoch, index); an epoch is a pass over `count` images.
+    epochs: whole passes, the last batch of each short. iterations (epochs None): full batches, cut from an endless row
+    of shuffles, so that a client with three images takes as many steps of the same size as one with three hundred.
     """
     if count < 1:
         raise ValueError("nothing to train on: the set of labelled images is empty")
-    if (epochs is None) == (iterations is None):
-        raise ValueError(f"give either epochs or iterations, got epochs={epochs} and iterations={iterations}")
     if epochs is not None:
         for epoch in range(epochs):
             parts = torch.randperm(count, generator=rng).split(batch)
@@ -86,45 +80,32 @@ def batches_per_step(config: TrainingConfig, step: int) -> int:
     return max(1, round(1 + (most - 1) * part))
 
 
-def rates(config: TrainingConfig, step: int, steps: int) -> tuple[float, float, float]:
-    """Of this step: learning rate, that of biases (which a warm-up may start above the rest), and SGD's momentum."""
-    lr = bias_lr = config.lr * learning_rate_factor(config, step, steps)
-    momentum, part = config.momentum, min(1.0, step / config.warmup) if config.warmup else 1.0
-    if config.warmup_momentum:
-        momentum = config.warmup_momentum + (config.momentum - config.warmup_momentum) * part
-    if config.warmup_bias_lr and part < 1:
-        bias_lr = config.warmup_bias_lr + (config.lr - config.warmup_bias_lr) * part
-    return lr, bias_lr, momentum
-
-
-def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
-    """What is trained: weights of two or more dimensions (the only ones that decay), other weights, biases."""
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum, or AdamW; only weights of two or more dimensions decay. Biases come last."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     flat = [(name, p) for name, p in trained if p.dim() <= 1]
-    return [
-        [p for _, p in trained if p.dim() > 1],
-        [p for name, p in flat if not name.endswith("bias")],
-        [p for name, p in flat if name.endswith("bias")],
+    groups = [
+        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in flat if not name.endswith("bias")], "weight_decay": 0.0},
+        {"params": [p for name, p in flat if name.endswith("bias")], "weight_decay": 0.0},
     ]
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov's momentum, or AdamW, over `parameter_groups`."""
-    decays = (config.weight_decay, 0.0, 0.0)
-    groups = [{"params": p, "weight_decay": decay} for p, decay in zip(parameter_groups(model), decays, strict=True)]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, steps: int) -> None:
-    """Give the optimizer this step's `rates`."""
-    lr, bias_lr, momentum = rates(config, step, steps)
+    """Give the optimizer this step's learning rate and momentum; biases may start above the rest."""
+    part = min(1.0, step / config.warmup) if config.warmup else 1.0
+    lr, momentum = config.lr * learning_rate_factor(config, step, steps), config.momentum
+    if config.warmup_momentum:
+        momentum = config.warmup_momentum + (config.momentum - config.warmup_momentum) * part
     for group in optimizer.param_groups:
         group["lr"] = lr
         if "momentum" in group:
             group["momentum"] = momentum
-    optimizer.param_groups[-1]["lr"] = bias_lr
+    if config.warmup_bias_lr and part < 1:
+        optimizer.param_groups[-1]["lr"] = config.warmup_bias_lr + (config.lr - config.warmup_bias_lr) * part
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor], steps: int) -> None:
@@ -157,9 +138,7 @@ def anchored(model: nn.Module, config: TrainingConfig) -> list[tuple[nn.Paramete
 def pull_back(anchors: Iterable[tuple[Tensor, Tensor]], proximal: float) -> None:
     """Add mu (w - w_t) to w's gradients: that of FedProx's mu/2 |w - w_t|^2 (Li et al. 2020, 1812.06127 eq. 2).
 
-    Called once a step, however many batches that adds up, on gradients that are clipped already: clipping is for the
-    loss, whose gradient is noisy; this term is left as it is, like weight decay. So plain SGD goes further by
-    -lr mu (w - w_t), neither more nor less (AdamW scales it with the rest of the gradient). A parameter that this
+    On gradients that are clipped already: clipping is for the loss, whose gradient is noisy. A parameter that this
     step's loss did not reach has no step.
     """
     for parameter, sent in anchors:
@@ -167,27 +146,22 @@ def pull_back(anchors: Iterable[tuple[Tensor, Tensor]], proximal: float) -> None
             parameter.grad.add_(parameter - sent, alpha=proximal)
 
 
-def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
-    """All parameters, but each of the `DETACHED_HEADS` apart: it must not slow what it looks on at."""
+def clip(model: nn.Module, most: float) -> None:
+    """Clip gradients to this norm (0: not at all), each of the `DETACHED_HEADS` apart: they slow nobody else."""
     parts: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *DETACHED_HEADS)}
     for name, parameter in model.named_parameters():
         parts[next((head for head in DETACHED_HEADS if head in name.split(".")), "")].append(parameter)
-    return list(parts.values())
+    for together in parts.values() if most > 0 else ():
+        nn.utils.clip_grad_norm_(together, most)
 
 
 @torch.no_grad()
-def update_average(averaged: dict[str, Tensor], now: dict[str, Tensor], weight: float | Tensor) -> None:
+def update_average(averaged: dict[str, Tensor], now: dict[str, Tensor], weight: float) -> None:
     """Move the moving average of a state by `weight` of the way to what it is now; counters are copied."""
     floats = [k for k, v in averaged.items() if v.is_floating_point()]
-    average, way = [averaged[k] for k in floats], [now[k] for k in floats]
-    if isinstance(weight, Tensor):
-        way = torch._foreach_mul(torch._foreach_sub(way, average), weight)
-        torch._foreach_add_(average, way)
-    else:
-        torch._foreach_lerp_(average, way, weight)
-    for key, value in averaged.items():
-        if not value.is_floating_point():
-            value.copy_(now[key])
+    torch._foreach_lerp_([averaged[k] for k in floats], [now[k] for k in floats], weight)
+    for key in averaged.keys() - set(floats):
+        averaged[key].copy_(now[key])
 
 
 def check_weights(model: nn.Module, client: str) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from ..data import Images, row_numbers
+from ..data import Images
 from ..detectors import VAE, losses_of
-from .inference import CachedImages, chunks
+from .inference import chunks
 from .schedule import TrainingDiverged, check_weights, draw_batches
 
 SCALED_BYTES = 1 << 30  # images at an autoencoder's size are kept up to so many bytes, else scaled in every step
@@ -27,31 +27,24 @@ def fit_vae(
     rng: torch.Generator,
     device: str | torch.device = "cpu",
     client: str = "vae",
-    task: Callable[[Tensor, Tensor], Tensor] | None = None,
+    task: Callable[[Tensor, np.ndarray], Tensor] | None = None,
 ) -> Iterator[dict]:
     """Train `vae` in place on these rows of `images` with Adam; yields as `fit` does, of each part its mean an image.
 
-    The loss is the batch's mean of reconstruction + kl_weight * kl, plus the mean of what `task` makes of the
-    reconstructions. With `vae.as_released` the published penalty is taken (`kl_as_released`), and the gradient is never
-    reset in a call: each step adds to what clipping left of the sum so far.
+    The loss is the batch's mean of reconstruction + kl_weight * kl. With `vae.as_released` the gradient is never reset
+    in a call: each step adds to what clipping left of the sum so far.
 
-    config: steps, batch and learning rate. rng: the one source of order and of the latents' noise.
+    config: steps, batch and learning rate. rng: of order and of the latents' noise.
     device, client: where, and who is named if the loss stops being finite.
-    task: task(pixels, rows) gets float pixels 0..255 (B, 3, H, W) at the images' own size, through which its gradient
-        comes, and their rows (B,) in `images`; it returns one number or one an image, weighted as it should count.
+    task: also added; task(pixels, rows) gets reconstructions 0..255 (B, 3, H, W) at the images' own size, through which
+        its gradient comes, and their rows in `images`.
     """
-    _check_pixels(images)
-    rows = row_numbers(rows, len(images))
-    if len(rows) == 0:
-        raise ValueError(f"client {client} has no image to train its autoencoder on")
     device = torch.device(device)
     vae.to(device).train()
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr, weight_decay=WEIGHT_DECAY)
     noise = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
-    optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
-    in_row = 0
-    scaled = None
+    in_row, scaled = 0, None
     if 12 * len(rows) * math.prod(vae.size) <= SCALED_BYTES:  # scaling an image costs as much as learning from it
         parts = images.batches([rows[chunk] for chunk in chunks(len(rows), 64)], device)
         scaled = torch.cat([vae.prepare(pixels) for pixels in parts])
@@ -63,16 +56,15 @@ def fit_vae(
         parts = losses_of(vae, x, *output)  # (B,) each
         each = parts["reconstruction"] + vae.kl_weight * parts["kl"]
         if task is not None:
-            parts["task"] = task(vae.restore(output[0], images.image_size), torch.from_numpy(chosen))
+            parts["task"] = task(vae.restore(output[0], images.image_size), chosen)
             each = each + parts["task"]
         loss = each.mean()
-        value = float(loss.detach())
-        if not math.isfinite(value):
+        if not bool(loss.isfinite()):
             broken = chosen[~torch.isfinite(each.detach()).cpu().numpy()]
-            split_up = ", ".join(f"{k} {float(v.detach().mean()):.4g}" for k, v in parts.items())
-            names = [images.ids[i] for i in (broken if len(broken) else chosen)][:4]
-            raise TrainingDiverged(f"client {client}: loss is {value} ({split_up}) on images {names}...; lower lr")
-        if not vae.as_released:
+            split = ", ".join(f"{k} {float(v.detach().mean()):.4g}" for k, v in parts.items())
+            names = [images.ids[i] for i in broken][:4]
+            raise TrainingDiverged(f"client {client}: loss is {loss:.4g} ({split}) on images {names}...; lower lr")
+        if not vae.as_released or done == 1:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), CLIP)
@@ -90,22 +82,14 @@ def fit_vae(
 
 @torch.inference_mode()
 def vae_losses(
-    vae: VAE,
-    images: Images,
-    batch: int = 64,
-    device: str | torch.device = "cpu",
-    generator: torch.Generator | None = None,
+    vae: VAE, images: Images, device: str | torch.device = "cpu", generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """Of all images, in order, on the CPU: "reconstruction" (N,), "kl" (N,) unweighted, "latent" (N, D) means.
 
-    vae, images, batch, device: what says it, of which images, how many at once, where.
-    generator: with `vae.as_released` latents are drawn from it, which is then needed; else they are their means.
+    generator: with `vae.as_released` latents are drawn from it; else they are their means.
     """
-    _check_pixels(images)
-    if vae.as_released and generator is None:
-        raise ValueError("a VAE as released draws its latents when it scores, too: give a generator")
     vae.to(device).eval()
-    pieces = chunks(len(images), batch)
+    pieces = chunks(len(images), 64)
     found = {"reconstruction": [torch.zeros(0)], "kl": [torch.zeros(0)], "latent": [torch.zeros(0, vae.latent)]}
     for rows, pixels in zip(pieces, images.batches(pieces, device), strict=True):
         x = vae.prepare(pixels)
@@ -113,15 +97,8 @@ def vae_losses(
         parts = {k: v.float().cpu() for k, v in (losses_of(vae, x, *output) | {"latent": output[1]}).items()}
         broken = ~torch.isfinite(parts["reconstruction"] + parts["kl"])
         if broken.any():
-            first = int(broken.nonzero()[0])
-            values = ", ".join(f"{k} {float(parts[k][first]):.4g}" for k in ("reconstruction", "kl"))
-            name = images.ids[rows[first]]
-            raise ValueError(f"image {name!r}: {values}; a broken VAE must not choose labels: train it again")
+            name = images.ids[rows[int(broken.nonzero()[0])]]
+            raise ValueError(f"image {name!r}: a broken VAE must not choose labels: train it again")
         for key, value in parts.items():
             found[key].append(value)
     return {key: torch.cat(values) for key, values in found.items()}
-
-
-def _check_pixels(images: Images) -> None:
-    if isinstance(images, CachedImages):
-        raise ValueError("an autoencoder needs pixels, got a backbone's cached features: give it the images themselves")

@@ -96,39 +96,6 @@ def clients_short(bench: Bench) -> None:
     )
 
 
-@part
-def compiled(bench: Bench) -> None:
-    """What torch.compile brings, and how long it takes; only on a GPU."""
-    if not bench.gpu:
-        return
-    train = _clients(24, 32, 128, bench.device, compile=True)
-    bench.add("compiling the clients' step", "", bench.clock(lambda: train(training.fit_together, 2)), None, "ms")
-    bench.alone(
-        "24 clients at once, compiled: a client's step",
-        lambda: train(training.fit_together, 240),
-        runs=3,
-        ours_do=24 * 240,
-    )
-
-
-@part
-def compiled_yolo(bench: Bench) -> None:
-    _compiled(bench, "YOLOv5s 640 x 640", {**YOLO, "image_size": (640, 640)}, 64)
-
-
-@part
-def compiled_ssd(bench: Bench) -> None:
-    _compiled(bench, "SSD300-VGG16", SSD300, 32)
-
-
-def _compiled(bench: Bench, name: str, settings: dict, batch: int) -> None:
-    if not bench.gpu:
-        return
-    train, *_ = _training(bench, settings, batch, 12, compile=True)
-    bench.add(f"compiling {name}", "", bench.clock(train), None, "ms")
-    bench.alone(f"{name} training, batch {batch}, compiled", train, "images/s", 3, batch * 12)
-
-
 # ------------------------------------------------------------------------------------------------------------ detectors
 
 
@@ -203,10 +170,8 @@ def faster_rcnn(bench: Bench) -> None:
     from torchvision.models import detection
 
     def make():
-        model = detection.fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, num_classes=21, min_size=608, max_size=800
-        )
-        return model
+        sizes = dict(min_size=608, max_size=800)
+        return detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=21, **sizes)
 
     if bench.gpu or bench.small:
         _against_torchvision(bench, "Faster R-CNN R50-FPN 608 x 800", RESNET50, 8 if bench.gpu else 1, make)

@@ -69,11 +69,11 @@ def floats(state):
     return {k: v.detach().clone() for k, v in state.items() if v.is_floating_point()}
 
 
-def client_ways(name="resnet8", half=False, fuse=False, iterations=20, as_released=False, config=MIXING):
+def client_ways(name="resnet8", half=False, iterations=20, as_released=False, config=MIXING):
     """Of five unequal clients: streams against one after another on the GPU, from the same draws."""
-    streams._POOLS.clear()
+    streams._KEPT.clear()
     images, start, teacher = small_images().to(HERE), model(name), model(name, seed=9)
-    config = config.replace(lr=0.01, clip=1.0, proximal=0.1, schedule="cosine", epochs=7, compile=fuse)
+    config = config.replace(lr=0.01, clip=1.0, proximal=0.1, schedule="cosine", epochs=7)
     runs = []
     with changed(**({} if half else {"half_precision": full_precision})):
         for train in (training.fit_in_turn, training.fit_graphs):
@@ -102,7 +102,7 @@ def test_streams_in_half_precision_go_the_same_way():
 
 
 def test_clients_stop_after_the_same_pass_and_later_rounds_take_the_same_graphs():
-    streams._POOLS.clear()
+    streams._KEPT.clear()
     images, easy, start = small_images().to(HERE), CONFIG.replace(epochs=40, flip=0.0, crop=0), model()
 
     def tasks():
@@ -115,7 +115,7 @@ def test_clients_stop_after_the_same_pass_and_later_rounds_take_the_same_graphs(
                 for train in (training.fit_in_turn, training.fit_together)
             )
             assert [a.steps for a in got] == [b.steps for b in wanted]
-    assert len(streams._POOLS) == 1
+    assert len(streams._KEPT) == 1
 
 
 def a_detector(kind="ssd", **more):
@@ -130,7 +130,7 @@ def scenes(count=24):
 
 def trained(kind, config, graphed, iterations=20, **more):
     part, net = scenes(), a_detector(kind, **more)
-    with changed(can_be_graphed=lambda *_: graphed):
+    with changed(GRAPHED=("cuda",) * graphed):
         job = LocalTask(torch_rng_for(0, "fit"), iterations=iterations, optimizer_state={})
         rows = list(training.fit(net, part.images.to(HERE), part.labels, config, job, HERE))
     return floats(net.state_dict()), [row["loss"] for row in rows], job.optimizer_state
@@ -146,7 +146,7 @@ def test_a_detectors_graphs_are_its_steps_one_by_one():
     for kind in ("ssd", "yolo"):
         for name, recipe in RECIPES.items():
             for amp, limit in ((False, 2e-2), (True, 0.5)):
-                graphs._STEPS.clear()
+                graphs._GRAPHS.clear()
                 config = TrainingConfig.of(batch=8, colour=0.2, zoom=(0.9, 1.1), amp=amp, **recipe)
                 (eager, losses, kept), (graph, same, state) = (trained(kind, config, g) for g in (False, True))
                 apart = way(graph, eager, floats(a_detector(kind).state_dict()))
@@ -203,12 +203,12 @@ def test_the_same_seed_gives_the_same_bytes():
     for kind in ("ssd", "yolo"):
         ends = []
         for _ in range(2):
-            graphs._STEPS.clear()
+            graphs._GRAPHS.clear()
             ends.append(trained(kind, config, True)[0])
         assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items()), kind
     runs, images, start = [], small_images().to(HERE), model()
     for _ in range(2):
-        streams._POOLS.clear()
+        streams._KEPT.clear()
         job = start, states(start, 5), unequal(iterations=20), images, MIXING, model(seed=9), HERE
         runs.append(training.fit_graphs(*job))
     assert all(torch.equal(v, b.state[k]) for a, b in zip(*runs, strict=True) for k, v in a.state.items())

@@ -106,9 +106,9 @@ def test_maps_on_disk_are_read_again_and_belong_to_their_pixels_and_backbone(sce
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes()[:-200])  # a broken file is made anew
     assert kept()[1] == 12 and kept()[1] == 0
-    content = torch.load(file, weights_only=True)
-    content["maps"][0][0][0, 0, 0, 0] += 1  # and so is one whose content is not what was written
-    torch.save(content, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # and so is one with a flipped bit
+    file.write_bytes(content)
     assert kept()[1] == 12
     pixels = scenes.images.pixels.clone()
     pixels[3, 0, 0, 0] ^= 1
@@ -127,8 +127,6 @@ def test_predictions_come_in_order_and_do_not_depend_on_the_batch(scenes):
     backwards = predict(model, scenes.images.take([5, 4, 3, 2, 1, 0]), score_above=0.02)
     assert torch.allclose(backwards.scores[0][backwards.valid[0]], a.scores[5][a.valid[5]], atol=1e-5)
     assert predict(model, scenes.images, batch=4, score_above=0.02, top=2).boxes.shape[1] == 2
-    with pytest.raises(ValueError, match="no images to predict on"):
-        predict(model, scenes.images.take([]))
 
 
 @pytest.mark.parametrize("detector", ["ssd", "faster_rcnn", "yolo"])
@@ -171,12 +169,7 @@ def test_losses_of_many_images_are_those_of_each_in_order_whatever_the_batch(sce
             assert values.dtype == torch.float32 and len(set(values.tolist())) == 6 and not values.requires_grad
 
 
-def test_no_image_has_no_loss_and_labels_must_be_as_many_as_images(scenes):
-    model, none = new_model(image_loss_head=True), scenes.take([])
-    assert training.learned_losses(model, none.images).shape == (0,)
-    found = training.image_losses(model, none.images, none.labels)
-    assert {k: v.shape for k, v in found.items()} == {"classification": (0,), "regression": (0,)}
-    with pytest.raises(ValueError, match="5 images, but labels for 6"):
-        training.image_losses(model, scenes.images.take([0, 1, 2, 3, 4]), scenes.labels)
+def test_no_image_has_no_loss_and_no_head_says_none(scenes):
+    assert training.learned_losses(new_model(image_loss_head=True), scenes.take([]).images).shape == (0,)
     with pytest.raises(ValueError, match="no head that learns an image's loss"):
         training.learned_losses(new_model(), scenes.images)
