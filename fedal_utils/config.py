@@ -185,12 +185,7 @@ class VAEConfig(Part):
     vae_lr: float = number(1e-3, above=0)
     vae_images: str = name("labelled", "all")  # what it is trained on; labelled: novel = unlike them
     vae_refit: bool = True  # in every cycle from the same first weights, else from where it was
-    texture_correction: bool = False  # reconstruction error beyond what texture and contrast explain
     vae_weight: float = fraction(0.5)  # alpha, the part of the reconstruction error; beta = 1 - alpha
-    standardise_by: str = name("z", "rank")  # how both terms are standardised
-    shortlist: float = number(0.0, least=0)  # k-center in latent space of the best so many query sizes; 0 = the best
-    task_weight: float = number(0.0, least=0)  # of the detector's loss on reconstructions in the VAE's
-    task_images: int = number(0, least=0)  # so many labelled images of a batch carry that term; 0 = all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 
 from .. import detectors, training
 from ..detectors import VAE, Classifier, Detector
-from ..sampling import PoolObservation, Strategy, dual_terms, find, kind_of
+from ..sampling import PoolObservation, Strategy, find, kind_of
 from ..training import ClassifierTask
 from .client import Client
 from .messages import State, broadcast, pack, state_of, unpack
@@ -105,7 +105,7 @@ def with_state(model: Detector | Classifier, *states: State) -> Detector | Class
 
 
 class ClientModels:
-    """The models of a client beside the one that is asked, made when they are wanted (see `observation.Models`)."""
+    """The models of a client beside the one that is asked, made when they are wanted; None where there is none."""
 
     def __init__(self, experiment: Experiment, client: Client, cycle: int, model: Detector | Classifier):
         self.experiment, self.client, self.cycle, self.model = experiment, client, cycle, model
@@ -141,13 +141,9 @@ class ClientModels:
         vae = detectors.build_vae(config, run.torch_rng("vae weights"))
         if client.vae_state and not settings.vae_refit:
             vae.load_state_dict(client.vae_state)
-        labelled, device = pool.index[pool.labelled()], self.setup.device
-        term = None
-        if settings.task_weight > 0:
-            term = dual_terms.task_term(config, self.model, photos, labelled, pool.labels_of(labelled), device)
-        rows = pool.index if settings.vae_images == "all" else labelled
+        rows = pool.index if settings.vae_images == "all" else pool.index[pool.labelled()]
         rng = run.torch_rng("vae", client.name, self.cycle)
-        for _ in training.fit_vae(vae, photos, rows, settings, rng, device=device, client=client.name, task=term):
+        for _ in training.fit_vae(vae, photos, rows, settings, rng, device=self.setup.device, client=client.name):
             pass
         if not settings.vae_refit:
             client.vae_state = {name: value.detach().cpu().clone() for name, value in vae.state_dict().items()}

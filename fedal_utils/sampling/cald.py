@@ -10,50 +10,58 @@ import torch
 from torch import Tensor
 
 from ..data import Detections
-from .matching import closest, divergence, iou_of, jensen_shannon
+from .matching import in_blocks, iou_of, jensen_shannon
 from .observation import Observation
 from .registry import strategy
 from .scores import Scores
 from .select import Selection, cascade
 
+BETA, MOST, KEEP = 1.3, 40, 50  # the value of two equal certain boxes; of more boxes than MOST, KEEP enter
 
-def consistency(seen: Observation, beta: float = 1.3, most: int = 40, keep: int = 50) -> Scores:
+
+def consistency(seen: Observation) -> Scores:
     """Minus CALD's consistency, so that bigger = query first; in [-1, 0].
 
     For box i of the plain image and a view: j is the view's box of the largest IoU with where i lies there (ties, also
     all 0: the best scored), m = IoU + (1 - JS(p_i, p_j)) * (s_i + s_j) / 2, s the largest foreground probability. The
-    view's value is the smallest |m - beta| over i, 1 at most, and 0 where the view shows nothing; the image's is the
-    mean over views, and 0 without a box in the plain image. Of an image with more than `most` boxes those at
-    round(linspace(0, n - 1, keep)) down the scores enter. *Reconstructed*: p with background, JS in nats.
+    view's value is the smallest |m - 1.3| over i, 1 at most, and 0 where the view shows nothing; the image's is the
+    mean over views, and 0 without a box in the plain image. Of an image with more than 40 boxes those at
+    round(linspace(0, n - 1, 50)) down the scores enter. *Reconstructed*: p with background, JS in nats.
     """
     plain = seen.detections
-    entering = _spaced(plain, most, keep) if plain.boxes.shape[1] else plain.valid
-    image, row = entering.nonzero(as_tuple=True)  # of the R boxes that enter
+    image, row = _entering(plain).nonzero(as_tuple=True)  # of the R boxes that enter
     total = torch.zeros(len(plain), dtype=torch.float64, device=plain.boxes.device)
     for _, view in sorted(seen.views.items()):
         found = view.found
-        nearest = torch.full(plain.labels.shape, 1.0, dtype=torch.float64, device=total.device)
+        nearest = torch.ones_like(plain.scores, dtype=torch.float64)
         if len(image) and found.boxes.shape[1]:
-            j = closest(view.moved, found.boxes, found.valid)[image, row]
+            j = _closest(view.moved, found)[image, row]
             p, q = plain.probs[image, row], found.probs[image, j]  # (R, C + 1)
-            agreed = (1 - divergence(p, q)) * (p[:, 1:].amax(1).double() + q[:, 1:].amax(1)) / 2
-            m = iou_of(view.moved[image, row], found.boxes[image, j]) + agreed
-            nearest[image, row] = (m - beta).abs()
+            agreed = (1 - jensen_shannon(p, q)) * (p[:, 1:].amax(1).double() + q[:, 1:].amax(1)) / 2
+            nearest[image, row] = (iou_of(view.moved[image, row], found.boxes[image, j]) + agreed - BETA).abs()
         value = nearest.amin(1).clamp(max=1) if nearest.shape[1] else torch.ones_like(total)
         total = total + torch.where(found.valid.any(1), value, 0.0)
-    values = torch.where(plain.valid.any(1), total / len(seen.views), 0.0)
-    return Scores.all(0.0 - values)
+    return Scores.all(0.0 - torch.where(plain.valid.any(1), total / len(seen.views), 0.0))
 
 
-def _spaced(found: Detections, most: int, keep: int) -> Tensor:
-    """(N, T) bool: all boxes of an image, or those at even steps down its scores where there are more than `most`."""
+def _closest(boxes: Tensor, found: Detections) -> Tensor:
+    """(N, T) row of the detection with the largest IoU to each of `boxes` (N, T, 4); ties, and none at all: lowest."""
+
+    def rows(boxes: Tensor, others: Tensor, valid: Tensor) -> Tensor:
+        table = iou_of(boxes[:, :, None], others[:, None])  # (N, T, T2)
+        return torch.where(valid[:, None], table, -1.0).argmax(2)
+
+    return in_blocks(rows, boxes.shape[1] * found.boxes.shape[1], boxes, found.boxes, found.valid)
+
+
+def _entering(found: Detections) -> Tensor:
+    """(N, T) bool: all boxes of an image, or those at even steps down its scores where there are many."""
     order = found.scores.masked_fill(~found.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # (N, T) 0 for the best scored
     entering = found.valid.clone()
-    for image in (found.valid.sum(1) > most).nonzero().flatten().tolist():
-        count = int(found.valid[image].sum())
-        steps = torch.from_numpy(np.round(np.linspace(0, count - 1, keep)).astype(np.int64)).to(rank.device)
-        entering[image] &= torch.isin(rank[image], steps)
+    for image in (found.valid.sum(1) > MOST).nonzero().flatten().tolist():
+        steps = np.round(np.linspace(0, int(found.valid[image].sum()) - 1, KEEP)).astype(np.int64)
+        entering[image] &= torch.isin(rank[image], torch.from_numpy(steps).to(rank.device))
     return entering
 
 
@@ -69,21 +77,21 @@ def _class_vectors(found: Detections) -> Tensor:
     ("detections", "views", "labelled_class_counts"),
     "boxes",
     selects=True,
-    score_above=0.05,
+    score_above=0.05,  # as there
     source="Yu et al. (2022), 2103.10374, from released code",
-)  # detections from 0.05 on count, as there
-def cald(seen: Observation, k: int, rng: np.random.Generator, beta: float = 1.3, keep: float = 1.2) -> Selection:
-    """The int(keep * k) least consistent images, of them the k whose classes the labelled set lacks.
+)
+def cald(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
+    """The int(1.2 k) least consistent images, of them the k whose classes the labelled set lacks.
 
     Second stage: v (N, C) is the mean, over the changed views and the plain image, of each class's best score; the
     images of the largest JS(softmax(mean boxes of each class per labelled image), softmax(v)) are selected, those whose
     plain view is empty before them; nothing is updated within the batch. *Reconstructed*: that the plain image is one
     of the views. The scores are those of the first stage.
     """
-    first = consistency(seen, beta)
+    first = consistency(seen)
     labelled = torch.from_numpy(np.asarray(seen.labelled_class_counts, dtype=np.float64))
     shown = [seen.detections, *(view.found for _, view in sorted(seen.views.items()))]
     v = torch.stack([_class_vectors(found) for found in shown]).mean(0)
     unlike = jensen_shannon(v.softmax(1), labelled.softmax(0).to(v.device))
     second = Scores(unlike.cpu().numpy(), seen.detections.valid.any(1).cpu().numpy())
-    return Selection(cascade([first, second], (max(k, min(seen.count, int(keep * k))), k), rng, "first")[-1], first)
+    return Selection(cascade([first, second], (max(k, min(seen.count, int(1.2 * k))), k), rng, "first")[-1], first)

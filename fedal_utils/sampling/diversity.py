@@ -9,35 +9,34 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import Detections
-from .scores import BLOCK, Scores, finite, reduce
-from .select import Selection, affordable, top_k
+from .scores import Scores, finite, reduce
 
 MANY = 10_000  # images, above which k-means goes by batches
+BLOCK = 1024  # rows of a large table that are looked at in float64 at a time
 EXACT = "donot_use_mm_for_euclid_dist"  # a matrix product loses the distance of points far from the origin
 
 
 def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Greedy k-center (core-set; Sener and Savarese 2018, 1708.00489, algorithm 1): the farthest point, k times.
 
-    embedding (N, D) of the pool, labelled (L, D) of the labelled images, which are centres already; without any, the
-    first one is drawn. Returns positions (k,), and the distance (N,) of each image to its nearest centre before the
-    choice (zeros where there was none). Ties break by `rng`.
+    embedding (N, D) of the pool; labelled (L, D) are centres already; without any, the first one is drawn. Returns
+    positions (k,), and the distance (N,) of each image to its nearest centre before the choice (zeros where there was
+    none). Ties break by `rng`.
     """
-    points, centres = embedding.double(), labelled.double().to(embedding.device)
-    affordable(k, len(points))
-    finite("embedding", points)
-    finite("labelled", centres)
+    points, centres = finite("embedding", embedding.double()), finite("labelled", labelled.double())
     order = torch.from_numpy(rng.permutation(len(points))).to(points.device)  # argmax takes the first of equals
     points = points[order]
     nearest = points.new_full((len(points),), torch.inf)
-    for start in range(0, len(centres), 256):  # in blocks: the table of all distances may not fit
-        nearest = torch.minimum(nearest, torch.cdist(points, centres[start : start + 256], compute_mode=EXACT).amin(1))
-    before = torch.where(torch.isinf(nearest), 0.0, nearest)
+    for block in centres.to(points.device).split(256) if len(centres) else ():  # all distances at once may not fit
+        nearest = torch.minimum(nearest, torch.cdist(points, block, compute_mode=EXACT).amin(1))
+    distances = torch.empty_like(nearest)
+    distances[order] = torch.where(torch.isinf(nearest), 0.0, nearest)
     taken = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     selected = []
     for _ in range(k):
@@ -45,8 +44,6 @@ def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generat
         taken[best] = True
         selected.append(int(order[best]))
         nearest = torch.minimum(nearest, (points - points[best]).norm(dim=1))
-    distances = torch.empty_like(before)
-    distances[order] = before
     return np.array(selected, dtype=np.int64), distances.cpu().numpy()
 
 
@@ -61,16 +58,10 @@ def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -
     |a (x) h - a' (x) h'|^2 = |a|^2 |h|^2 + |a'|^2 |h'|^2 - 2 (a . a') (h . h'): no (N, C D) table is made. Distances
     below 1e-6 of the norms could be rounding of this difference and count as 0, so that equal images are equal.
     """
-    if logits.dim() != 2 or embedding.dim() != 2 or len(logits) != len(embedding):
-        raise ValueError(f"(N, C) logits and (N, D) embedding, got {tuple(logits.shape)} and {tuple(embedding.shape)}")
-    affordable(k, len(logits))
     guess = finite("logits", logits.double()).softmax(1)
     apart = guess - F.one_hot(guess.argmax(1), guess.shape[1])  # (N, C), the factor a
-    points = finite("embedding", embedding.double()).to(apart.device)
-    squared = apart.square().sum(1) * points.square().sum(1)  # (N,)
-    if not bool(torch.isfinite(squared).all()):
-        row = int((~torch.isfinite(squared)).nonzero()[0])
-        raise ValueError(f"non-finite gradient in row {row}: its embedding is too long to be squared")
+    points = embedding.double().to(apart.device)
+    squared = finite("squared gradient", (apart.square().sum(1) * points.square().sum(1))[:, None])[:, 0]  # (N,)
     norms = squared.sqrt().cpu().numpy()
     nearest = torch.full_like(squared, torch.inf)
     left, selected = np.ones(len(norms), dtype=bool), []
@@ -90,9 +81,7 @@ def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -
     return np.array(selected, dtype=np.int64), norms
 
 
-def model_outlier(
-    logits: Tensor, held_out_logits: Tensor, held_out_classes: Tensor | np.ndarray | None = None
-) -> Scores:
+def model_outlier(logits: Tensor, held_out_logits: Tensor, held_out_classes: Tensor | None = None) -> Scores:
     """How little the model is moved by an image, in [0, 1]; model-based outliers of Monarch (2021), ch. 4.
 
     1 - mean over classes of r_c, the rank of the image's logit of class c among those of the held-out images: the part
@@ -100,48 +89,32 @@ def model_outlier(
     held_out_logits (V, C). With held_out_classes (V,), columns 0..C-1, class c is ranked among held-out images of class
     c alone; classes without any do not count.
     """
-    _tables("logits", logits, "held_out_logits", held_out_logits)
     finite("logits", logits)
     finite("held_out_logits", held_out_logits)
-    images, classes = logits.shape
-    everyone = torch.ones(len(held_out_logits), dtype=torch.bool, device=held_out_logits.device)
-    truth = None if held_out_classes is None else torch.as_tensor(held_out_classes, device=everyone.device)
-    if truth is not None:
-        if truth.shape != everyone.shape:
-            raise ValueError(f"{len(everyone)} held-out images need as many classes, got {tuple(truth.shape)}")
-        outside = truth[(truth < 0) | (truth >= classes)].tolist()
-        if outside:
-            raise ValueError(f"class {outside[0]} of a held-out image has no column: allowed are 0..{classes - 1}")
-    total, counted = torch.zeros(images, dtype=torch.float64, device=logits.device), 0
-    for c in range(classes):
-        kept = everyone if truth is None else truth == c
-        held = held_out_logits[kept, c].double().sort().values.to(logits.device)  # ascending
+    ranks = []
+    for c in range(logits.shape[1]):
+        held = held_out_logits[:, c] if held_out_classes is None else held_out_logits[held_out_classes == c, c]
         if len(held):
-            column = logits[:, c].double().contiguous()
+            held, column = held.double().sort().values.to(logits.device), logits[:, c].double().contiguous()
             below, to_equal = (torch.searchsorted(held, column, right=right) for right in (False, True))
-            total += (below + to_equal).double() / (2 * len(held))  # int / int would be float32
-            counted += 1
-    if not counted:
-        raise ValueError("a rank among held-out images needs one or more of them, got none")
-    return Scores((1 - total / counted).cpu().numpy(), np.ones(images, dtype=bool))
+            ranks.append((below + to_equal).double() / (2 * len(held)))  # int / int would be float32
+    return Scores.all(1 - sum(ranks) / len(ranks))
 
 
-def box_outlier(detections: Detections, reference: Detections | None) -> Scores:
+def box_outlier(detections: Detections, reference: Detections) -> Scores:
     """`model_outlier` of each box, the mean over an image's boxes: log odds of each class against the background.
 
     reference: detections on held-out images; class by class, those of that class give the ranks. Without a box there,
     no image is scored. Probabilities would not do: they add up to one, so no box is low in all of them. *Ours*.
     """
-    if reference is None:
-        raise ValueError("strategy 'model_outlier' compares with held-out images: set held_out_images")
     valid, held = detections.valid, reference.valid
-    known = bool(held.any())
+    if not bool(held.any()):
+        return Scores.none(len(detections))
     values = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
-    if known and bool(valid.any()):
-        ranked = _against_background(reference.probs[held]).to(valid.device)
-        outlier = model_outlier(_against_background(detections.probs[valid]), ranked, reference.labels[held] - 1)
-        values[valid] = torch.from_numpy(outlier.values).to(values)
-    return reduce(values, valid if known else torch.zeros_like(valid), "avg")
+    ranked = _against_background(reference.probs[held]).to(valid.device)
+    outlier = model_outlier(_against_background(detections.probs[valid]), ranked, reference.labels[held] - 1)
+    values[valid] = torch.from_numpy(outlier.values).to(values)
+    return reduce(values, valid, "avg")
 
 
 def _against_background(probs: Tensor) -> Tensor:
@@ -154,53 +127,43 @@ def embedding_outlier(embedding: Tensor, labelled: Tensor, k: int = 10) -> Score
     """Mean distance to the k nearest labelled images (all of them, if there are fewer), in [0, 2], in float64.
 
     Euclidean distance of embedding (N, D) and labelled (L, D) at length 1; zero vectors stay zero. Distances below 1e-6
-    could be rounding and count as 0. Without labelled images nothing is far from them: no image is scored. In blocks:
-    the table of all distances is never made.
+    could be rounding and count as 0. Without labelled images nothing is far from them: no image is scored.
     """
-    _tables("embedding", embedding, "labelled", labelled)
-    if k < 1:
-        raise ValueError(f"the nearest labelled images must be 1 or more, got k = {k}")
-    finite("embedding", embedding)
-    finite("labelled", labelled)
-    values = np.zeros(len(embedding))
     if not len(labelled):
-        return Scores(values, np.zeros(len(values), dtype=bool))
-    for start in range(0, len(embedding), BLOCK):
-        points = _unit(embedding[start : start + BLOCK])  # (B, D)
-        own, nearest = points.square().sum(1, keepdim=True), points.new_zeros(len(points), 0)
-        for first in range(0, len(labelled), BLOCK):
-            others = _unit(labelled[first : first + BLOCK].to(points.device))
-            squared = own + others.square().sum(1) - 2 * points @ others.T  # (B, up to BLOCK)
-            nearest = torch.cat([nearest, squared], dim=1)
-            nearest = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False).values
-        values[start : start + BLOCK] = nearest.masked_fill(nearest <= 1e-12, 0).sqrt().mean(1).cpu().numpy()
-    return Scores(values, np.ones(len(values), dtype=bool))
+        return Scores.none(len(embedding))
+    others = _unit(finite("labelled", labelled).to(embedding.device))
+    values = []
+    for block in embedding.split(BLOCK):
+        points = _unit(block)  # (B, D)
+        squared = points.square().sum(1, keepdim=True) + others.square().sum(1) - 2 * points @ others.T  # (B, L)
+        nearest = squared.topk(min(k, len(others)), dim=1, largest=False).values
+        values.append(nearest.masked_fill(nearest <= 1e-12, 0).sqrt().mean(1))
+    return Scores.all(torch.cat(values))
 
 
 def cluster(embedding: Tensor, k: int, rng: np.random.Generator, many: int = MANY) -> np.ndarray:
     """Positions (k,): of each of k clusters of embedding (N, D) the image nearest to its centre; Monarch (2021), ch. 4.
 
-    k-means with one start drawn by `rng`; of more than `many` images by batches (Sculley 2010) and in float32 if they
-    are. The largest cluster comes first; ties break by `rng`. Where there are fewer different images than clusters, the
-    next nearest of each cluster follow, again the largest first.
+    k-means with one start; of more than `many` images by batches (Sculley 2010). The largest cluster comes first; where
+    there are fewer different images than clusters, the next nearest of each follow. Ties break by `rng`.
     """
-    affordable(k, len(embedding))
-    finite("embedding", embedding)
     if k == 0:
         return np.zeros(0, dtype=np.int64)
-    points = embedding.detach().cpu()
+    points = finite("embedding", embedding.detach().cpu())
     if len(points) <= many or points.dtype != torch.float32:
         points = points.double()
     label, centres = k_means(points.numpy(), k, rng, many)
-    apart = np.empty(len(points))
-    for start in range(0, len(points), BLOCK):
-        block = slice(start, start + BLOCK)
-        apart[block] = (points[block].double() - torch.from_numpy(centres[label[block]])).norm(dim=1).numpy()
+    apart = (points.double() - torch.from_numpy(centres[label])).norm(dim=1).numpy()
+    order = np.lexsort((rng.random(len(points)), apart))  # the nearest to its centre first
     sizes = np.bincount(label, minlength=len(centres))
-    order = np.lexsort((rng.random(len(points)), apart, label))  # cluster by cluster, the nearest first
-    turn = np.empty(len(points), dtype=np.int64)  # 0 for the first of its cluster, 1 for the second, ...
-    turn[order] = np.arange(len(points)) - (np.cumsum(sizes) - sizes)[label[order]]
-    return np.lexsort((rng.random(len(sizes))[label], -sizes[label], turn))[:k]
+    return np.lexsort((rng.random(len(sizes))[label], -sizes[label], turns(label, order)))[:k]
+
+
+def turns(label: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(N,) 0 for the first row of each cluster in this order, 1 for the second, ..."""
+    turn = np.empty(len(label), dtype=np.int64)
+    turn[order] = pd.Series(label[order]).groupby(label[order]).cumcount()
+    return turn
 
 
 def k_means(
@@ -219,29 +182,14 @@ def k_means(
     return found.labels_.astype(np.int64), found.cluster_centers_.astype(np.float64)
 
 
-def representative(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generator) -> Selection:
-    """The k images that are most like the pool and least like what is labelled; an idea of Monarch (2021), ch. 4.
+def representative(embedding: Tensor, labelled: Tensor) -> Scores:
+    """How much like the pool and how little like what is labelled an image is; an idea of Monarch (2021), ch. 4.
 
     cos(x, centre of the pool) - cos(x, centre of the labelled images), in [-2, 2], a centre being the mean of the
-    embeddings (N, D) or labelled (L, D) at length 1. Cosines with a zero vector, and with the centre of no image at
-    all, are 0. All k are scored at once: near copies come together, unless `cluster` goes before. Ties break by `rng`.
+    embeddings (N, D) or labelled (L, D) at length 1. Cosines with a zero vector or the centre of no image are 0.
     """
-    _tables("embedding", embedding, "labelled", labelled)
-    affordable(k, len(embedding))
-    finite("embedding", embedding)
-    finite("labelled", labelled)
     direction = _centre(embedding) - _centre(labelled).to(embedding.device)  # (D,): cos(x, a) - cos(x, b) = x (a - b)
-    values = np.empty(len(embedding))
-    for start in range(0, len(embedding), BLOCK):
-        values[start : start + BLOCK] = (_unit(embedding[start : start + BLOCK]) @ direction).cpu().numpy()
-    scores = Scores(values, np.ones(len(values), dtype=bool))
-    return Selection(top_k(scores, k, rng), scores)
-
-
-def _tables(name: str, rows: Tensor, other: str, others: Tensor) -> None:
-    if rows.dim() != 2 or others.dim() != 2 or rows.shape[1] != others.shape[1] or not rows.shape[1]:
-        got = f"{tuple(rows.shape)} and {tuple(others.shape)}"
-        raise ValueError(f"{name} and {other} must be tables with the same columns, one or more, got {got}")
+    return Scores.all(torch.cat([_unit(block) @ direction for block in embedding.split(BLOCK)]))
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -253,8 +201,6 @@ def _unit(rows: Tensor) -> Tensor:
 
 def _centre(rows: Tensor) -> Tensor:
     """The mean of rows (N, D) at length 1, itself at length 1, (D,) float64; zero for none or where they cancel out."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), BLOCK):
-        total += _unit(rows[start : start + BLOCK]).sum(0)
+    total = sum(_unit(block).sum(0) for block in rows.split(BLOCK))
     length = total.norm()
     return total / length if length > 1e-12 * len(rows) else torch.zeros_like(total)

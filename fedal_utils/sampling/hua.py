@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Detections
 from .matching import in_blocks, iou_of
 from .observation import Observation
 from .registry import strategy
@@ -16,7 +15,6 @@ from .scores import Scores
 from .select import Selection, top_k
 
 SCORE_ABOVE, IOU = 0.3, 0.5
-NEEDS = ("detections", "pre_nms_detections")
 
 
 def epistemic(probs: Tensor, predicted_loss: Tensor, scale: Tensor | float) -> Tensor:
@@ -51,22 +49,29 @@ def pool_hierarchy(values: Tensor, image: Tensor, obj: Tensor, level: Tensor, la
     return values.new_zeros(images).index_add(0, key, values)
 
 
-def _hua(seen: Observation, k: int, rng: np.random.Generator, uncertainty: str) -> Selection:
+@strategy(
+    "hua",
+    ("detections", "pre_nms_detections"),
+    "boxes",
+    selects=True,
+    score_above=SCORE_ABOVE,
+    source="Park et al. (ICLR 2023), from released code",
+)
+def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     """The k - n largest pooled uncertainties, and n = round(quota * k) images drawn from those that scored 0.
 
     Boxes before suppression with a foreground probability above 0.3 and an IoU above 0.5 with a detection scored above
     0.3 (an object) count, once for every object that they overlap so much. A box is of its most probable class, so rows
-    that hold it for another class are left out. 'epistemic' comes from `extra['predicted_loss']`, its normaliser is the
-    mean over the boxes that count of one image and level; 'entropy' is of the class vector. Without `extra['level']`
-    all boxes are of one level. Images without such a box score 0; of fewer than n of them all are taken. Ties break by
-    `rng`.
+    that hold it for another class are left out. The normaliser of the evidence is the mean predicted loss over the
+    boxes that count of one image and level. Without `extra['level']` all boxes are of one level. Images without such a
+    box score 0; of fewer than n of them all are taken. Ties break by `rng`.
     """
     dense, objects = seen.pre_nms_detections, seen.detections.above(SCORE_ABOVE)
+    if "predicted_loss" not in dense.extra:
+        raise ValueError("'hua' needs the predicted loss of each box: set box_loss_head=True")
     own = dense.probs.gather(2, dense.labels.clamp(min=0)[..., None]).squeeze(2)  # (N, A)
     kept = dense.valid & (own > SCORE_ABOVE) & (own >= dense.probs[..., 1:].amax(2))
-    image, row = kept.nonzero(as_tuple=True)  # (B,)
-    if objects.boxes.shape[1] == 0:
-        image, row = image[:0], row[:0]
+    image, row = (kept & objects.valid.any(1, keepdim=True)).nonzero(as_tuple=True)  # (B,)
 
     def overlapping(boxes: Tensor, image: Tensor) -> Tensor:
         return (iou_of(boxes[:, None], objects.boxes[image]) > IOU) & objects.valid[image]  # (block, T)
@@ -75,11 +80,8 @@ def _hua(seen: Observation, k: int, rng: np.random.Generator, uncertainty: str) 
     counted = members.any(1)
     image, row, members = image[counted], row[counted], members[counted]
     level = dense.extra["level"][image, row].long() if "level" in dense.extra else torch.zeros_like(row)
-    if uncertainty == "epistemic":
-        loss = _predicted_losses(dense)[image, row]
-        values = epistemic(dense.probs[image, row], loss, _mean_by(loss, image, level))
-    else:
-        values = torch.special.entr(dense.probs[image, row].double()).sum(1)
+    loss = dense.extra["predicted_loss"].double()[image, row]
+    values = epistemic(dense.probs[image, row], loss, _mean_by(loss, image, level))
     box, obj = members.nonzero(as_tuple=True)  # every (box, object) that overlap
     pairs = (values[box], image[box], obj, level[box], dense.labels[image, row][box])
     pooled = pool_hierarchy(*(t.cpu() for t in pairs), seen.count).numpy()  # a GPU adds in any order
@@ -88,37 +90,12 @@ def _hua(seen: Observation, k: int, rng: np.random.Generator, uncertainty: str) 
     unseen = np.flatnonzero(pooled == 0)
     drawn = rng.choice(unseen, min(round(seen.config.query.quota * k), len(unseen)), replace=False)
     others = np.setdiff1d(np.arange(seen.count), drawn)
-    best = others[top_k(Scores(pooled[others], scores.scored[others]), k - len(drawn), rng)]
+    best = others[top_k(Scores.all(pooled[others]), k - len(drawn), rng)]
     return Selection(np.concatenate([best, drawn]), scores)
 
 
 def _mean_by(values: Tensor, image: Tensor, level: Tensor) -> Tensor:
     """(B,) the mean of the values of each box's own image and level."""
     _, group = torch.stack([image, level]).unique(dim=1, return_inverse=True)
-    size = int(group.max()) + 1 if len(group) else 0
-    means = values.new_zeros(size).scatter_reduce(0, group, values, "mean", include_self=False)
+    means = torch.zeros_like(values).scatter_reduce(0, group, values, "mean", include_self=False)
     return means[group]
-
-
-def _predicted_losses(dense: Detections) -> Tensor:
-    if "predicted_loss" not in dense.extra:
-        raise ValueError(
-            "epistemic uncertainty needs the predicted loss of each box, which this detector does not give: set "
-            "box_loss_head=True, or query by 'hua_entropy'"
-        )
-    return dense.extra["predicted_loss"].double()
-
-
-SOURCE = "Park et al. (ICLR 2023), from released code"
-
-
-@strategy("hua", NEEDS, "boxes", selects=True, score_above=SCORE_ABOVE, source=SOURCE)
-def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
-    """HUA with epistemic uncertainty; see `_hua`."""
-    return _hua(seen, k, rng, "epistemic")
-
-
-@strategy("hua_entropy", NEEDS, "boxes", selects=True, score_above=SCORE_ABOVE, source=f"{SOURCE}; by entropy: ours")
-def hua_entropy(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
-    """HUA's pooling of the boxes' entropies; see `_hua`."""
-    return _hua(seen, k, rng, "entropy")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data import Detections
-from .matching import LN2, divergence, histogram, histogram_divergence, in_blocks, iou_of, match
+from .matching import LN2, in_blocks, iou_of, jensen_shannon, match
 from .observation import Observation
 from .registry import strategy
 from .scores import Scores, entropy, reduce
@@ -44,10 +44,10 @@ def semantic_disagreement(plain: Detections, flipped: Detections) -> Scores:
     The mean runs over matched pairs (JS of their class vectors, background included) and unmatched boxes of either
     view. The name "semantic affinity" and its place are *from figures*, the formula is *reconstructed*.
     """
-    plain, flipped, paired, partner, lone = _paired(plain, flipped)
+    paired, partner, lone = _paired(plain, flipped)
     apart = torch.zeros(paired.shape, dtype=torch.float64, device=paired.device)
-    apart[paired] = divergence(plain.probs[paired], flipped.probs[partner])
-    return _scores(apart.sum(1) + lone * LN2, paired.sum(1) + lone)
+    apart[paired] = jensen_shannon(plain.probs[paired], flipped.probs[partner])
+    return _means(apart.sum(1) + lone * LN2, paired.sum(1) + lone)
 
 
 def category_diversity(plain: Detections, flipped: Detections) -> Scores:
@@ -55,9 +55,14 @@ def category_diversity(plain: Detections, flipped: Detections) -> Scores:
 
     The metric's name and place are *from figures*, the formula is *reconstructed*.
     """
-    counts = [histogram(found) for found in (plain, flipped)]
-    scored = (counts[0] + counts[1]).sum(1) > 0
-    return _scores(histogram_divergence(*counts) * scored, scored.long())
+    shares, count = [], torch.stack([found.valid.sum(1) for found in (plain, flipped)])  # (2, N)
+    for found, boxes in zip((plain, flipped), count, strict=True):
+        histogram = found.probs.new_zeros(len(found), found.probs.shape[-1], dtype=torch.float64)
+        histogram.scatter_add_(1, found.labels.clamp(min=0), found.valid.double())
+        shares.append(histogram[:, 1:] / boxes.clamp(min=1)[:, None])
+    apart = torch.where((count > 0).all(0), jensen_shannon(*shares), LN2)
+    scored = (count > 0).any(0)
+    return _means(apart * scored, scored.long())
 
 
 def overlap_ratio(plain: Detections, flipped: Detections, above: float = 0.1) -> Scores:
@@ -88,23 +93,18 @@ def localisation_confidence(plain: Detections, flipped: Detections) -> Scores:
     the mean runs over pairs and lone boxes. Four numbers a box and the name are *from figures*, the reduction is
     *reconstructed*, and the stand-in is ours alone.
     """
-    plain, flipped, paired, partner, lone = _paired(plain, flipped)
     if "sides" in plain.extra and "sides" in flipped.extra:
-        total, count = torch.zeros(len(plain), dtype=torch.float64, device=paired.device), 0
-        for what, found in (("plain", plain), ("flipped", flipped)):
-            sides = found.extra["sides"].double()
-            if not bool(((sides >= 0) & (sides <= 1))[found.valid].all()):
-                raise ValueError(f"the confidence of a side must lie in [0, 1]: {what} images have others")
-            total = total + sides.mean(2).masked_fill(~found.valid, 0).sum(1)
-            count = count + found.valid.sum(1)
-    else:
-        a, b = plain.boxes[paired].double(), flipped.boxes[partner].double()  # (pairs, 4)
-        side = (a[:, 2:] - a[:, :2] + b[:, 2:] - b[:, :2]) / 2  # (pairs, 2) mean width, height
-        agreed = (1 - (a - b).abs() / side.repeat(1, 2)).clamp(min=0)  # matched: IoU >= 0.5, so no side is 0
-        sure = torch.zeros(paired.shape, dtype=torch.float64, device=paired.device)
-        sure[paired] = agreed.mean(1)
-        total, count = sure.sum(1), paired.sum(1) + lone
-    return _scores(count - total, count)
+        pairs = [(found.extra["sides"].double().mean(2), found.valid) for found in (plain, flipped)]
+        total = sum(sure.masked_fill(~valid, 0).sum(1) for sure, valid in pairs)
+        count = sum(valid.sum(1) for _, valid in pairs)
+        return _means(count - total, count)
+    paired, partner, lone = _paired(plain, flipped)
+    a, b = plain.boxes[paired].double(), flipped.boxes[partner].double()  # (pairs, 4)
+    side = (a[:, 2:] - a[:, :2] + b[:, 2:] - b[:, :2]) / 2  # (pairs, 2) mean width, height
+    sure = torch.zeros(paired.shape, dtype=torch.float64, device=paired.device)
+    sure[paired] = (1 - (a - b).abs() / side.repeat(1, 2)).clamp(min=0).mean(1)  # matched, so no side is 0
+    count = paired.sum(1) + lone
+    return _means(count - sure.sum(1), count)
 
 
 FILTERS: dict[str, Callable[[Detections, Detections], Scores]] = {  # in the published order
@@ -115,17 +115,15 @@ FILTERS: dict[str, Callable[[Detections, Detections], Scores]] = {  # in the pub
 }
 
 
-def _paired(
-    plain: Detections, flipped: Detections
-) -> tuple[Detections, Detections, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Both views; paired (N, T) bool; (image, row) of each pair in the flipped view; boxes (N,) that nobody matches."""
-    index = match(plain, flipped.boxes, flipped)
+def _paired(plain: Detections, flipped: Detections) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """paired (N, T) bool; (image, row) of each pair in the flipped view; boxes (N,) of both that nobody matches."""
+    index = match(plain, flipped)
     paired = index >= 0
     lone = plain.valid.sum(1) + flipped.valid.sum(1) - 2 * paired.sum(1)
-    return plain, flipped, paired, (paired.nonzero()[:, 0], index[paired]), lone
+    return paired, (paired.nonzero()[:, 0], index[paired]), lone
 
 
-def _scores(total: Tensor, count: Tensor) -> Scores:
+def _means(total: Tensor, count: Tensor) -> Scores:
     """Means (N,) of what was added up; an image where nothing was counted has no score."""
     return Scores((total / count.clamp(min=1)).cpu().numpy(), (count > 0).cpu().numpy())
 

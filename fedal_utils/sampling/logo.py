@@ -5,13 +5,12 @@ global model says what is uncertain. Formulas are those of its released code.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from .diversity import k_means
+from .diversity import k_means, turns
 from .observation import Observation
 from .registry import strategy
 from .scores import finite, uncertainty
-from .select import Selection, affordable, top_k
+from .select import Selection, top_k
 
 
 @strategy(
@@ -26,20 +25,15 @@ def logo(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
 
     k-means of (1 - max_c p_c(x)) h(x), the last layer's gradient for the class that the local-only model, with class
     scores (N, C) and penultimate features h (N, D), expects itself. Where there are fewer different images than
-    clusters, the next most uncertain of each cluster follow, cluster after cluster. Order: the largest entropy of the
-    global model's class scores first; ties break by `rng`. The scores are these entropies.
+    clusters, the next most uncertain of each cluster follow. Order: the largest entropy of the global model's class
+    scores first; ties break by `rng`. The scores are these entropies.
     """
-    affordable(k, seen.count)
     scores = uncertainty(seen.class_scores, "entropy")
-    unsure = torch.from_numpy(uncertainty(seen.local_only_class_scores, "confidence").values)  # (N,) 1 - max_c p_c
-    gradient = finite("embedding", unsure[:, None] * seen.local_only_embeddings.double().cpu())  # (N, D)
+    unsure = uncertainty(seen.local_only_class_scores, "confidence").values[:, None]  # (N, 1) 1 - max_c p_c
+    gradient = unsure * finite("embedding", seen.local_only_embeddings).double().cpu().numpy()  # (N, D)
     cluster = np.zeros(seen.count, dtype=np.int64)
     if 0 < k < seen.count:
-        cluster, _ = k_means(gradient.numpy(), k, rng)
+        cluster, _ = k_means(gradient, k, rng)
     order = top_k(scores, seen.count, rng)  # (N,) by entropy
-    place: dict[int, int] = {}
-    turn = np.empty(seen.count, dtype=np.int64)  # 0 for the first of its cluster, 1 for the second, ...
-    for position, one in enumerate(cluster[order]):
-        turn[position] = place[one] = place.get(one, -1) + 1
-    taken = np.sort(np.argsort(turn, kind="stable")[:k])  # places in `order`
-    return Selection(order[taken], scores)
+    taken = np.argsort(turns(cluster, order)[order], kind="stable")[:k]
+    return Selection(order[np.sort(taken)], scores)

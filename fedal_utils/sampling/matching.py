@@ -1,4 +1,4 @@
-"""What strategies on two sets of detections share: IoU, matching one to one, divergence, histograms.
+"""What strategies on two sets of detections share: IoU, matching one to one, Jensen-Shannon divergence.
 
 N images, T boxes of an image, C classes with the background first; divergences are in nats.
 """
@@ -17,33 +17,19 @@ LN2 = math.log(2)
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence in nats of distributions along the last axis (Lin 1991), 0 .. ln 2; zeros are fine.
-
-    ValueError: entries below 0 or not finite, or rows that do not sum to one.
-    """
-    p, q = (torch.as_tensor(values, dtype=torch.float64) for values in (p, q))
-    for name, values in (("p", p), ("q", q)):
-        total = values.sum(-1)
-        if bool((values < 0).any()) or not bool(((total - 1).abs() <= 1e-3).all()):  # NaN is not <= anything
-            raise ValueError(
-                f"{name} must hold distributions, rows >= 0 that sum to 1, got sums {total.flatten()[:5].tolist()}"
-            )
-    return divergence(p, q)
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats of distributions along the last axis (Lin 1991), 0 .. ln 2; zeros are fine."""
     entropy = torch.special.entr
     p, q = p.double(), q.double()
     return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum(-1).clamp(0, LN2)
 
 
-def match(plain: Detections, other_boxes: Tensor, other: Detections, iou: float = 0.5) -> Tensor:
+def match(plain: Detections, other: Detections, iou: float = 0.5) -> Tensor:
     """Pairs one-to-one, image by image, from the largest IoU of all pairs down to `iou`; ties: the lowest rows.
 
-    other_boxes (N, T2, 4): where `other`'s boxes lie in the pixels of the plain images. Returns (N, T), the row of
-    `other` that each plain box got, -1 where none. *Reconstructed*: that views are matched is from figures, how is not.
+    Returns (N, T), the row of `other` that each plain box got, -1 where none. *Reconstructed*: that views are matched
+    is from figures, how is not.
     """
-    if 0 in (plain.boxes.shape[1], other_boxes.shape[1]):
+    if 0 in (plain.boxes.shape[1], other.boxes.shape[1]):
         return torch.full(plain.labels.shape, -1, device=plain.labels.device)
 
     def pairs(boxes: Tensor, valid: Tensor, others: Tensor, valid_too: Tensor) -> Tensor:
@@ -63,8 +49,8 @@ def match(plain: Detections, other_boxes: Tensor, other: Detections, iou: float 
             table[image, row] = -1
             table[image, :, column[image, row]] = -1
 
-    size = plain.boxes.shape[1] * other_boxes.shape[1]
-    return in_blocks(pairs, size, plain.boxes, plain.valid, other_boxes, other.valid)
+    size = plain.boxes.shape[1] * other.boxes.shape[1]
+    return in_blocks(pairs, size, plain.boxes, plain.valid, other.boxes, other.valid)
 
 
 def iou_of(a: Tensor, b: Tensor) -> Tensor:
@@ -80,29 +66,3 @@ def in_blocks(work: Callable[..., Tensor], pairs: int, *tensors: Tensor) -> Tens
     """`work` on a few rows at a time, each a table of so many `pairs`: those of a whole pool fit in no cache."""
     rows = max(1, 2**17 // max(1, pairs))
     return torch.cat([work(*block) for block in zip(*(t.split(rows) for t in tensors), strict=True)])
-
-
-def closest(boxes: Tensor, others: Tensor, valid: Tensor) -> Tensor:
-    """(N, T) row of the valid one of `others` (N, T2, 4) with the largest IoU to each of (N, T, 4); ties: the lowest.
-
-    0 where an image has no valid one; T2 >= 1.
-    """
-
-    def rows(boxes: Tensor, others: Tensor, valid: Tensor) -> Tensor:
-        table = iou_of(boxes[:, :, None], others[:, None])  # (N, T, T2)
-        return torch.where(valid[:, None], table, -1.0).argmax(2)
-
-    return in_blocks(rows, boxes.shape[1] * others.shape[1], boxes, others, valid)
-
-
-def histogram(found: Detections) -> Tensor:
-    """(N, C) float64: boxes of each class."""
-    counts = torch.zeros(len(found), found.probs.shape[-1], dtype=torch.float64, device=found.labels.device)
-    return counts.scatter_add(1, found.labels.clamp(min=0), found.valid.double())[:, 1:]
-
-
-def histogram_divergence(a: Tensor, b: Tensor) -> Tensor:
-    """JS of counts (..., C), each divided by its sum; ln 2 where a sum is 0."""
-    totals = [counts.sum(-1, keepdim=True) for counts in (a, b)]
-    apart = divergence(*(counts / torch.where(n > 0, n, 1.0) for counts, n in zip((a, b), totals, strict=True)))
-    return torch.where((totals[0] > 0).squeeze(-1) & (totals[1] > 0).squeeze(-1), apart, LN2)

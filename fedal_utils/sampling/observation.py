@@ -1,16 +1,14 @@
-"""What a query strategy may observe of the unlabelled images of one client: computed when asked for, once, no labels.
+"""What a query strategy may observe of a client's unlabelled images: computed when asked for, once, without labels.
 
-A strategy reads `seen.detections`, `seen.embeddings`, ... and pays for nothing that it does not read. The names, their
-shapes and what each needs of an experiment stand in `PoolObservation`. N images, T boxes of an image, C classes,
-D columns of an embedding, L labelled images, M clients.
+N images, T boxes of an image, C classes, D columns of an embedding, L labelled images, M clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +17,8 @@ from torch import Tensor
 from .. import training
 from ..config import Config
 from ..data import VIEWS, Detections, Images, Viewed, flip_boxes, move_boxes
-from ..detectors import VAE, Classifier, Detector, out_of_fold
 from ..detectors import VIEWS as YOLO_VIEWS
+from ..detectors import Classifier, Detector, out_of_fold
 from ..training import CachedImages
 from . import dual_terms
 from .pool import Pool
@@ -69,23 +67,12 @@ class Part(Observation):
         return value.take(self.positions) if isinstance(value, Detections) else value[torch.as_tensor(self.positions)]
 
 
-class Models(Protocol):
-    """The models of a client beside the one that is asked, made when they are wanted; None where there is none."""
-
-    local: Detector | Classifier | None  # the client's own, after its latest training
-    local_only: Classifier | None  # trained on the client's labels alone
-    committee: Sequence[Classifier]  # every client's own
-    vae: VAE | None
-    noise: torch.Generator | None  # what a VAE as released draws with
-    folds: np.random.Generator  # which labelled images a linear classifier leaves out in turn
-    held_out: Images | CachedImages | None  # labelled images at the server, in no client's pool
-
-
 @dataclass(frozen=True)
 class Scene:
     """What all clients' observations share: the training images, with their pixels too, and where the model runs.
 
     views: a frozen backbone's features of changed images by view, kept from one observation to the next.
+    score_above: detections count from this confidence on, in the place of the config's.
     """
 
     images: Images | CachedImages
@@ -97,7 +84,10 @@ class Scene:
 
 
 class PoolObservation(Observation):
-    """An observation of these positions of a client's pool by a model; see each name for its shape."""
+    """An observation of these positions of a client's pool by a model.
+
+    models: the client's others (`federation.query.ClientModels`), made when they are wanted.
+    """
 
     def __init__(self, config: Config, scene: Scene, pool: Pool, positions: np.ndarray, model: Any, models: Any = None):
         super().__init__(config, len(positions))
@@ -108,33 +98,33 @@ class PoolObservation(Observation):
     def images(self) -> Images | CachedImages:
         return self.scene.images.take(self.rows)
 
-    @cached_property
-    def photos(self) -> Images:
-        """The same images with their pixels, where `images` are a frozen backbone's features."""
+    @property
+    def photos(self) -> Images:  # The same images with their pixels, where `images` are a frozen backbone's features
         return self.scene.photos.take(self.rows)
 
+    @property
+    def labelled(self) -> np.ndarray:  # Rows (L,) of the training set that the client has labelled
+        return self.pool.index[self.pool.labelled()]
+
     def predict(self, images: Any, model: Any = None, **options: Any) -> Detections:
-        """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code)."""
+        """Detections for scoring, see `predict` below."""
         return predict(self.config, model or self.model, images, self.scene.device, self.scene.score_above, **options)
 
     # --- detectors
 
     @cached_property
-    def detections(self) -> Detections:
-        """(N, T), cut at the score threshold."""
+    def detections(self) -> Detections:  # (N, T), cut at the score threshold
         return self.predict(self.images)
 
     @cached_property
-    def flipped_detections(self) -> Detections:
-        """(N, T) on the mirrored images, boxes mapped back."""
+    def flipped_detections(self) -> Detections:  # (N, T) on the mirrored images, boxes mapped back
         found = self.predict(self._changed("flip"))
         back = flip_boxes(found.boxes, self.images.image_size[1]) * found.valid[..., None]
         sides = {k: v[..., [2, 1, 0, 3]] if k == "sides" else v for k, v in found.extra.items()}  # left is right there
         return replace(found, boxes=back, extra=sides)
 
     @cached_property
-    def views(self) -> Mapping[str, View]:
-        """Changed images by name, see `data.VIEWS`."""
+    def views(self) -> Mapping[str, View]:  # Changed images by name, see `data.VIEWS`
         boxes, size = self.detections.boxes, self.images.image_size
         return {name: View(move_boxes(name, boxes, size), self.predict(self._changed(name))) for name in VIEWS}
 
@@ -144,15 +134,16 @@ class PoolObservation(Observation):
         plain = self.detections if name == "cutout" else None  # where it cuts depends on them
         if not isinstance(whole, CachedImages):
             return Viewed(self.images, name, plain)
-        if plain is not None:
-            changed = Viewed(self.photos, name, plain)
-            return training.cache_features(self.model, changed, device=scene.device, mirrored=False)
         if name == "flip" and whole.mirrored is not None:
             return replace(whole, features=whole.mirrored, mirrored=None).take(self.rows)
+        if plain is not None:
+            return self._features(Viewed(self.photos, name, plain))
         if name not in scene.views:
-            changed = Viewed(scene.photos, name)
-            scene.views[name] = training.cache_features(self.model, changed, device=scene.device, mirrored=False)
+            scene.views[name] = self._features(Viewed(scene.photos, name))
         return scene.views[name].take(self.rows)
+
+    def _features(self, changed: Viewed) -> CachedImages:
+        return training.cache_features(self.model, changed, device=self.scene.device, mirrored=False)
 
     @cached_property
     def pre_nms_detections(self) -> Detections:
@@ -160,20 +151,17 @@ class PoolObservation(Observation):
         return self.predict(self.images, pre_nms=True)
 
     @cached_property
-    def held_out_detections(self) -> Detections:
-        """On images that the model was not trained on and nobody will query."""
+    def held_out_detections(self) -> Detections:  # On images that the model was not trained on and nobody will query
         return predict(self.config, self.model, self.models.held_out, self.scene.device)
 
     @cached_property
-    def local_detections(self) -> Detections | None:
-        """(N, T) by the client's own detector; None while it has none."""
+    def local_detections(self) -> Detections | None:  # (N, T) by the client's own detector; None while it has none
         return None if self.models.local is None else self.predict(self.images, self.models.local)
 
     # --- classifiers of whole images; class scores before the softmax
 
     @cached_property
-    def class_scores(self) -> Tensor:
-        """(N, C)."""
+    def class_scores(self) -> Tensor:  # (N, C)
         return self._scores_by(self.model)
 
     @cached_property
@@ -182,8 +170,7 @@ class PoolObservation(Observation):
         return None if self.models.local is None else self._scores_by(self.models.local)
 
     @cached_property
-    def local_only_class_scores(self) -> Tensor:
-        """(N, C) by a model that was trained on the client's labels alone."""
+    def local_only_class_scores(self) -> Tensor:  # (N, C) by a model that was trained on the client's labels alone
         return self._scores_by(self.models.local_only)
 
     @cached_property
@@ -191,6 +178,9 @@ class PoolObservation(Observation):
         """(M, N, C) by every client's own model; None while there is none."""
         members = self.models.committee
         return torch.stack([self._scores_by(member) for member in members]) if members else None
+
+    def _scores_by(self, model: Classifier) -> Tensor:
+        return training.class_scores(model, self.images, device=self.scene.device)
 
     @cached_property
     def activations(self) -> Tensor:
@@ -200,40 +190,31 @@ class PoolObservation(Observation):
     @cached_property
     def held_out_activations(self) -> Tensor:
         """(L, C) of labelled images, each by a linear classifier that was not trained on it."""
-        rows = self.pool.index[self.pool.labelled()]
-        features, strength = self.scene.images.take(rows).features[0], self.config.flywheel.regularisation
+        features, strength = self.scene.images.take(self.labelled).features[0], self.config.flywheel.regularisation
         return out_of_fold(features, self.held_out_classes, self.scene.classes, self.models.folds, strength)[0]
 
     @cached_property
-    def held_out_classes(self) -> Tensor:
-        """(L,) their classes, from 0."""
-        return self.pool.labels_of(self.pool.index[self.pool.labelled()]).classes[:, 0] - 1
-
-    def _scores_by(self, model: Classifier) -> Tensor:
-        return training.class_scores(model, self.images, device=self.scene.device)
+    def held_out_classes(self) -> Tensor:  # (L,) their classes, from 0
+        return self.pool.labels_of(self.labelled).classes[:, 0] - 1
 
     # --- embeddings, and what is labelled
 
     @cached_property
-    def embeddings(self) -> Tensor:
-        """(N, D)."""
+    def embeddings(self) -> Tensor:  # (N, D)
         return training.embed(self.model, self.images, device=self.scene.device)
 
     @cached_property
-    def local_only_embeddings(self) -> Tensor:
-        """(N, D) of a model that was trained on the client's labels alone."""
+    def local_only_embeddings(self) -> Tensor:  # (N, D) of a model that was trained on the client's labels alone
         return training.embed(self.models.local_only, self.images, device=self.scene.device)
 
     @cached_property
-    def labelled_embeddings(self) -> Tensor:
-        """(L, D)."""
-        labelled = self.scene.images.take(self.pool.index[self.pool.labelled()])
-        return training.embed(self.model, labelled, device=self.scene.device)
+    def labelled_embeddings(self) -> Tensor:  # (L, D)
+        return training.embed(self.model, self.scene.images.take(self.labelled), device=self.scene.device)
 
     @cached_property
     def labelled_class_counts(self) -> np.ndarray:
         """(C,) mean number of boxes (or images) of each class per labelled image."""
-        labels = self.pool.labels_of(self.pool.index[self.pool.labelled()])
+        labels = self.pool.labels_of(self.labelled)
         counted = torch.where(labels.ignore, 0, labels.classes).flatten()
         counts = torch.bincount(counted, minlength=self.scene.classes + 1)[1:].numpy()
         return counts / max(1, len(labels.classes))
@@ -241,46 +222,23 @@ class PoolObservation(Observation):
     # --- a VAE, and detection losses without labels
 
     @cached_property
-    def _encoded(self) -> dict[str, Tensor]:
-        return training.vae_losses(self.models.vae, self.photos, device=self.scene.device, generator=self.models.noise)
-
-    @cached_property
-    def reconstruction_errors(self) -> Tensor:
-        """(N,), with `texture_correction` what texture and contrast do not explain."""
-        errors = self._encoded["reconstruction"]
-        if not self.config.vae.texture_correction:
-            return errors
-        return dual_terms.beyond_texture(errors, dual_terms.texture(self.photos, self.models.vae.size))
-
-    @cached_property
-    def latents(self) -> Tensor:
-        """(N, Z) means in the VAE's latent space."""
-        return self._encoded["latent"]
-
-    @cached_property
-    def labelled_latents(self) -> Tensor:
-        """(L, Z)."""
-        photos = self.scene.photos.take(self.pool.index[self.pool.labelled()])
-        return training.vae_losses(self.models.vae, photos, device=self.scene.device, generator=self.models.noise)[
-            "latent"
-        ]
+    def reconstruction_errors(self) -> Tensor:  # (N,) sums of squared errors of the client's VAE
+        vae, noise = self.models.vae, self.models.noise
+        return training.vae_losses(vae, self.photos, device=self.scene.device, generator=noise)["reconstruction"]
 
     @cached_property
     def hidden_label_losses(self) -> Scores:
         """(N,) the detector's loss against labels that nobody has paid for: an upper bound, needs `diagnostic`."""
-        return dual_terms.detection_losses(
-            self.model, self.images, self.pool.hidden_labels(self.rows), self.scene.device
-        )
+        hidden = self.pool.oracle.hidden_labels(self.rows)
+        return dual_terms.detection_losses(self.model, self.images, hidden, self.scene.device)
 
     @cached_property
     def consistency_losses(self) -> Scores:
         """(N,) of the detector on the VAE's reconstruction, against its confident detections on the image."""
-        shown = dual_terms.Reconstructed(self.photos, self.models.vae, self.models.noise)
-        return self._losses_on(shown)
+        return self._losses_on(dual_terms.Reconstructed(self.photos, self.models.vae, self.models.noise))
 
     @cached_property
-    def pseudo_label_losses(self) -> Scores:
-        """(N,) of the detector against its own confident detections."""
+    def pseudo_label_losses(self) -> Scores:  # (N,) of the detector against its own confident detections
         return self._losses_on(self.images)
 
     def _losses_on(self, shown: Any) -> Scores:
@@ -288,8 +246,7 @@ class PoolObservation(Observation):
         return dual_terms.detection_losses(self.model, shown, guess, self.scene.device, self.config.as_released)
 
     @cached_property
-    def predicted_losses(self) -> Tensor:
-        """(N,) by the head that learned to rank images by their loss."""
+    def predicted_losses(self) -> Tensor:  # (N,) by the head that learned to rank images by their loss
         return training.learned_losses(self.model, self.images, device=self.scene.device)
 
 
@@ -301,9 +258,10 @@ def predict(
     score_above: float | None = None,
     pre_nms: bool = False,
 ) -> Detections:
-    """Detections for scoring, with the config's thresholds. score_above: in the place of the config's.
+    """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code).
 
-    pre_nms: all boxes before non-maximum suppression, each with its best class.
+    These are the config's defaults. score_above: in the place of the config's. pre_nms: all boxes before non-maximum
+    suppression, each with its best class.
     """
     query = config.query
     options: dict[str, Any] = {"views": YOLO_VIEWS} if query.test_time_views else {}

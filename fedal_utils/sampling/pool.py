@@ -1,8 +1,4 @@
-"""Who is labelled since when, and the Oracle: the only door to labels, which counts their cost.
-
-`Pool.queried_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = undecided (it was
-queried, and nobody could say), else the cycle of the query.
-"""
+"""Who is labelled since when, and the Oracle: the only door to labels, which counts their cost."""
 
 from __future__ import annotations
 
@@ -26,6 +22,11 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.images + other.images, self.boxes + other.boxes, self.seconds + other.seconds)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The costs of all clients in one."""
+    return sum(costs, Cost())
 
 
 class Oracle:
@@ -55,6 +56,10 @@ class Oracle:
         self._annotated[index] = True
         return np.ones(len(index), dtype=bool)
 
+    def undecided(self, cycles: Iterable[int]) -> set[str]:
+        """Ids that were queried in these cycles and that nobody could label: none, an Oracle can always say."""
+        return set()
+
     def labels_of(self, index: np.ndarray) -> Labels:
         """Labels of images that were queried; any other raises."""
         hidden = np.asarray(index)[~self._annotated[index]]
@@ -62,16 +67,10 @@ class Oracle:
             raise ValueError(f"labels of images {hidden[:5].tolist()} were not queried: the Oracle keeps them")
         return self._labels.take(index)
 
-    def undecided(self, cycles: Iterable[int]) -> set[str]:
-        """Ids that were queried in these cycles and that nobody could label: none, an Oracle can always say."""
-        return set()
-
     def hidden_labels(self, index: np.ndarray) -> Labels:
-        """Labels that were not queried: for an upper bound that is marked as one. PermissionError without that."""
+        """Labels that were not queried, for an upper bound that is marked as one; else PermissionError."""
         if not self._diagnostic:
-            raise PermissionError(
-                "labels that were not queried are for upper bounds only: set diagnostic=True, and say so"
-            )
+            raise PermissionError("labels that were not queried are for upper bounds: set diagnostic=True, and say so")
         return self._labels.take(index)
 
     def cost(self, index: np.ndarray) -> Cost:
@@ -85,15 +84,16 @@ class Pool:
     """One client's images: which are labelled, since which cycle, and what that cost.
 
     index: rows of the training set that this client holds. Positions below count within the client, 0..N-1.
+    `queried_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = undecided (it was
+    queried, and nobody could say), else the cycle of the query.
     """
 
     def __init__(self, client: str, images: Images, oracle: Oracle, index: Sequence[int]):
-        self.client = client
+        self.client, self.oracle, self._images = client, oracle, images
         self.index = np.asarray(index, dtype=np.int64)
         self.ids = tuple(images.ids[i] for i in self.index)
         self.queried_in = np.full(len(self.index), -1, dtype=np.int64)
         self.scores = np.full(len(self.index), np.nan)
-        self._images, self._oracle = images, oracle
 
     def __len__(self) -> int:
         return len(self.index)
@@ -108,51 +108,33 @@ class Pool:
 
     def exclude(self, ids: Iterable[str]) -> None:
         """These images were queried and nobody could say: they are neither labelled nor queried again."""
-        away = set(ids)
-        here = np.array([sample in away for sample in self.ids], dtype=bool)
+        here = np.isin(self.ids, list(ids))
         self.queried_in[here & (self.queried_in == -1)] = UNDECIDED
-
-    def candidates(self) -> Images:
-        """The unlabelled images, in the order of `unlabelled()`: all that scoring code may see."""
-        return self._images.take(self.index[self.unlabelled()])
 
     def training_set(self) -> tuple[Images, Labels]:
         """The labelled images and their labels."""
         rows = self.index[self.labelled()]
-        return self._images.take(rows), self._oracle.labels_of(rows)
+        return self._images.take(rows), self.labels_of(rows)
 
     def label(self, positions: Sequence[int], cycle: int, scores: Sequence[float] | None = None) -> None:
         """Have these positions labelled in this cycle. scores: why (kept for the record), NaN where there was none."""
         positions = np.asarray(positions, dtype=np.int64)
-        if len(np.unique(positions)) != len(positions):
-            twice = sorted(positions.tolist())
-            raise ValueError(f"client {self.client}: a position is queried twice in one cycle: {twice}")
-        if len(positions) and not (0 <= positions.min() and positions.max() < len(self)):
-            allowed = f"0..{len(self) - 1}"
-            raise ValueError(f"client {self.client}: positions must lie in {allowed}, got {positions.tolist()}")
-        known = positions[self.queried_in[positions] != -1]
-        if len(known):
-            raise ValueError(f"client {self.client}: already labelled: {[self.ids[p] for p in known]}")
-        if cycle < 0:
-            raise ValueError(f"cycle must be >= 0, got {cycle}")
-        if scores is not None and len(scores) != len(positions):
-            raise ValueError(f"client {self.client}: {len(positions)} positions, but {len(scores)} scores")
-        answered = self._oracle.annotate(self.index[positions], cycle, scores)
+        if len(np.unique(positions)) != len(positions) or not np.isin(positions, self.unlabelled()).all():
+            raise ValueError(
+                f"client {self.client}: queries must be different, unlabelled images: {positions.tolist()}"
+            )
+        answered = self.oracle.annotate(self.index[positions], cycle, scores)
         self.queried_in[positions] = np.where(answered, cycle, UNDECIDED)
         if scores is not None:
             self.scores[positions] = scores
 
     def labels_of(self, rows: np.ndarray) -> Labels:
         """Labels of annotated rows of the training set, this client's or another's: the Oracle refuses others."""
-        return self._oracle.labels_of(rows)
-
-    def hidden_labels(self, rows: np.ndarray) -> Labels:
-        """See `Oracle.hidden_labels`."""
-        return self._oracle.hidden_labels(rows)
+        return self.oracle.labels_of(rows)
 
     def cost(self) -> Cost:
         """What this client's labels cost so far."""
-        return self._oracle.cost(self.index[self.labelled()])
+        return self.oracle.cost(self.index[self.labelled()])
 
     def queries(self, cycle: int) -> list[dict]:
         """What was queried in this cycle, as rows of queries.csv."""
@@ -166,16 +148,10 @@ class Pool:
         place = {sample: p for p, sample in enumerate(self.ids)}
         by_cycle: dict[int, list[tuple[int, float]]] = {}
         for row in rows:
-            if str(row["client"]) != self.client:
-                continue
-            if row["id"] not in place:
-                raise ValueError(f"queries.csv names {row['id']!r}, which client {self.client} does not hold")
-            by_cycle.setdefault(int(row["cycle"]), []).append((place[row["id"]], float(row["score"])))
+            if str(row["client"]) == self.client:
+                if row["id"] not in place:
+                    raise ValueError(f"queries.csv names {row['id']!r}, which client {self.client} does not hold")
+                by_cycle.setdefault(int(row["cycle"]), []).append((place[row["id"]], float(row["score"])))
         for cycle in sorted(by_cycle):
             positions, scores = zip(*by_cycle[cycle], strict=True)
             self.label(positions, cycle, scores)
-
-
-def total(costs: Iterable[Cost]) -> Cost:
-    """The costs of all clients in one."""
-    return sum(costs, Cost())

@@ -16,17 +16,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from ..config import Config
-from .observation import Observation
-from .requirements import names, refusal
+from .observation import Observation, PoolObservation
 from .scores import Scores
 from .select import Selection, top_k
 
 KINDS = ("boxes", "images")  # for detectors | for classifiers of whole images
 MODELS = ("global", "local", "local_only")
+OBSERVATIONS = tuple(
+    name for name, value in vars(PoolObservation).items() if isinstance(value, cached_property) and name != "images"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,30 @@ class Strategy:
         return ""
 
 
+def refusal(name: str, config: Config) -> str:
+    """Why this experiment cannot give an observation, in a few words; '' = it can."""
+    classifier = config.model.classifier
+    of_ssd = name.endswith("_losses") or name == "reconstruction_errors"
+    if classifier and (of_ssd or name == "views" or name.endswith("detections")):
+        return "it is for detectors"
+    if not classifier and (name in _OF_LINEAR or name.endswith("class_scores") or name == "local_only_embeddings"):
+        return "it is for classifiers of whole images"
+    if name in _OF_LINEAR and classifier != "linear":
+        return "it needs classifier='linear'"
+    if name.startswith(("local_only", "committee")) and classifier == "linear":
+        return "a linear classifier is trained on one client's labels anyway"
+    if name == "held_out_detections" and config.federation.held_out_images < 1:
+        return "it compares with images that are held out: set held_out_images to 1 or more"
+    if of_ssd and config.model.detector != "ssd":
+        return f"it needs the loss of each image: set detector='ssd', not {config.model.detector!r}"
+    if name == "predicted_losses" and not config.model.image_loss_head:
+        return "it reads a head that learns the detector's loss: set image_loss_head=True"
+    if name == "hidden_label_losses" and not config.query.diagnostic:
+        return "it looks at hidden labels, an upper bound and no method: set diagnostic=True to run it"
+    return ""
+
+
+_OF_LINEAR = frozenset({"activations", "held_out_activations", "held_out_classes"})
 _LOCAL = frozenset({"local_detections", "local_class_scores", "committee_class_scores"})
 _KNOWN: dict[tuple[str, str], Strategy] = {}  # (kind, name) -> strategy
 
@@ -85,16 +112,14 @@ def strategy(
     score_above: float | None = None,
     source: str = "ours",
 ) -> Callable[[Callable], Callable]:
-    """Register the function below it under this name; see the module's example. kind: 'boxes', 'images', None = both.
+    """Register the function below it under this name, with the fields of `Strategy`; see the module's example.
 
-    A second one of the same name and kind takes the place of the first, so a notebook's cell can be run again.
+    kind: 'boxes', 'images', None = both. A second one of the same name and kind takes the place of the first, so a
+    notebook's cell can be run again.
     """
     needs, kinds = frozenset(needs), KINDS if kind is None else (kind,)
-    unknown = sorted(needs - set(names()))
-    if unknown:
-        raise ValueError(
-            f"strategy {name!r} needs {unknown[0]!r}, which nobody observes: known are {', '.join(names())}"
-        )
+    for unknown in sorted(needs - set(OBSERVATIONS)):
+        raise ValueError(f"strategy {name!r} needs {unknown!r}, which nobody observes: known are {OBSERVATIONS}")
     if not name.replace("_", "").isalnum() or kinds[0] not in KINDS:
         raise ValueError(f"a strategy's name has letters, digits and _, its kind is one of {KINDS}: {name!r}, {kind!r}")
 
@@ -115,11 +140,10 @@ def find(name: str, kind: str) -> Strategy:
     """A strategy by name; "entropy.local" and "entropy.local_only" ask another model than the global one."""
     plain, _, model = name.partition(".")
     if (kind, plain) not in _KNOWN or model and model not in MODELS:
-        known = ", ".join(registered(kind))
         what = "detectors" if kind == "boxes" else "classifiers of whole images"
         raise ValueError(
-            f"query strategy {name!r} is unknown for {what}: known are {known}, with '.local' or '.local_only' to ask "
-            "the client's own model"
+            f"query strategy {name!r} is unknown for {what}: known are {', '.join(registered(kind))}, with '.local' or "
+            "'.local_only' to ask the client's own model"
         )
     found = _KNOWN[kind, plain]
     return dataclasses.replace(found, name=name, model=model) if model else found

@@ -1,8 +1,6 @@
 """Scores: one number an image, bigger = query first; pure functions of what models say, never of labels.
 
-Scores of single detections are reduced to one number an image by sum, mean or maximum (van Bommel 2021, section 7.1 of
-the released code). Whole images are scored by the class scores of one model or of a committee of models. N images,
-T boxes of an image, C classes, M models. Divergences and entropies are in nats.
+N images, T boxes of an image, C classes, M models. Divergences and entropies are in nats.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from torch import Tensor
 from ..data import Detections
 
 UNCERTAINTIES = ("entropy", "margin", "confidence", "ratio")
-BLOCK = 1024  # rows of a large table that are looked at in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,16 @@ class Scores:
 
 
 def finite(name: str, values: Tensor) -> Tensor:
-    """The same values; ValueError with the first row of (N, ...) that holds a non-finite one."""
-    for start in range(0, len(values), 8 * BLOCK):  # or the check would need as much memory as the values
-        fine = torch.isfinite(values[start : start + 8 * BLOCK])
-        if not bool(fine.all()):
-            row = start + int((~fine).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"non-finite {name} in row {row}: a broken model must not select images")
+    """The same values (N, ...); ValueError with the first row that holds a non-finite one."""
+    fine = torch.isfinite(values).flatten(1).all(1)
+    if not bool(fine.all()):
+        row = int((~fine).nonzero()[0])
+        raise ValueError(f"non-finite {name} in row {row}: a broken model must not select images")
     return values
 
 
 def least_confidence(detections: Detections) -> Tensor:
-    """1 - confidence of each detection; van Bommel 2021, 7.1. Returns (N, T) in [0, 1]; padding is not looked at."""
+    """1 - confidence of each detection; van Bommel 2021, 7.1. (N, T) in [0, 1]."""
     return 1 - detections.scores
 
 
@@ -75,34 +71,17 @@ def ratio(detections: Detections) -> Tensor:
 
 
 def reduce(values: Tensor, valid: Tensor, how: str) -> Scores:
-    """One number an image from its detections' (N, T) values: 'sum', 'avg' or 'max' over `valid` (N, T) bool."""
-    count = valid.sum(1)
-    values = values.double()
-    if not bool(torch.isfinite(values[valid]).all()):
-        image = int((~torch.isfinite(values) & valid).any(1).nonzero()[0])
-        raise ValueError(f"non-finite score for image {image} of {len(values)}: a broken model must not select images")
-    total = values.masked_fill(~valid, 0).sum(1)
-    if how == "sum":
-        out = total
-    elif how == "avg":
-        out = total / count.clamp(min=1)
-    elif how == "max":
-        out = values.masked_fill(~valid, -torch.inf).amax(1) if values.shape[1] else total
-        out = out.masked_fill(count == 0, 0)
-    else:
-        raise ValueError(f"reduction must be 'sum', 'avg' or 'max', got {how!r}")
+    """One number an image from its detections' (N, T) values: 'sum', 'avg' or 'max' over `valid` (N, T) bool.
+
+    Van Bommel 2021, 7.1 of the released code. ValueError: a value that is not finite.
+    """
+    values, count = finite("score", values.double().masked_fill(~valid, 0)), valid.sum(1)
+    out = values.sum(1)
+    if how == "avg":
+        out = out / count.clamp(min=1)
+    elif how == "max" and values.shape[1]:
+        out = values.masked_fill(~valid, -torch.inf).amax(1).masked_fill(count == 0, 0)
     return Scores(out.cpu().numpy(), (count > 0).cpu().numpy())
-
-
-def box_count(detections: Detections) -> Scores:
-    """How many detections the image has: crowded first. Zero is a count, so every image is scored."""
-    count = detections.valid.sum(1).double().cpu().numpy()
-    return Scores(count, np.ones(len(count), dtype=bool))
-
-
-def random(images: int, rng: np.random.Generator) -> Scores:
-    """A uniform number an image: the baseline that every strategy must beat."""
-    return Scores(rng.random(images), np.ones(images, dtype=bool))
 
 
 def uncertainty(logits: Tensor, how: str) -> Scores:
@@ -110,36 +89,23 @@ def uncertainty(logits: Tensor, how: str) -> Scores:
 
     'entropy' of the class probabilities in nats (eq. 2.3), 0 .. ln C; 'margin', 1 - (best - second best) (eq. 2.2), and
     'confidence', 1 - best (least confidence, eq. 2.1), both turned so that bigger = query first; 'ratio', second best /
-    best (Monarch 2021, ch. 3), taken from the difference of the class scores. Probabilities of exactly 0 are no harm.
+    best (Monarch 2021, ch. 3), from the difference of the class scores.
     """
-    logits = finite("logits", logits.double())
-    if how in ("margin", "ratio") and logits.shape[1] < 2:
-        raise ValueError(f"a {how} needs two classes or more, got logits {tuple(logits.shape)}")
+    logits = logits.double()
     probs = logits.softmax(1)
     if how == "entropy":
-        values = torch.special.entr(probs).sum(1)
-    elif how == "margin":
-        best, second = probs.topk(2, dim=1).values.unbind(1)
-        values = 1 - (best - second)
-    elif how == "confidence":
-        values = 1 - probs.amax(1)
-    elif how == "ratio":
-        best, second = logits.topk(2, dim=1).values.unbind(1)
-        values = (second - best).exp()
-    else:
-        raise ValueError(f"uncertainty must be one of {UNCERTAINTIES}, got {how!r}")
-    return Scores(values.cpu().numpy(), np.ones(len(values), dtype=bool))
+        return Scores.all(torch.special.entr(probs).sum(1))
+    if how == "confidence":
+        return Scores.all(1 - probs.amax(1))
+    best, second = (logits if how == "ratio" else probs).topk(2, dim=1).values.unbind(1)
+    return Scores.all((second - best).exp() if how == "ratio" else 1 - (best - second))
 
 
 def query_by_committee(committee: Tensor) -> Scores:
     """Mean divergence in nats of the members' class probabilities from their mean, 0 .. ln M, in float64.
 
-    1/M sum_m KL(P_m || P), P the consensus 1/M sum_m P_m; McCallum and Nigam 1998; Settles (2012), ch. 3.
-    committee: (M, N, C) class scores; one member alone never disagrees.
+    1/M sum_m KL(P_m || P), P the consensus 1/M sum_m P_m, of class scores (M, N, C); McCallum and Nigam 1998.
     """
-    if committee.dim() != 3 or not len(committee):
-        raise ValueError(f"a committee must be (M, N, C) with M >= 1, got {tuple(committee.shape)}")
-    members = finite("committee", committee.double().transpose(0, 1)).log_softmax(2)  # (N, M, C)
+    members = committee.double().transpose(0, 1).log_softmax(2)  # (N, M, C)
     consensus = members.logsumexp(1, keepdim=True) - math.log(members.shape[1])  # (N, 1, C) logs: nothing underflows
-    apart = (members.exp() * (members - consensus)).sum(2)  # (N, M)
-    return Scores(apart.mean(1).clamp(min=0).cpu().numpy(), np.ones(len(apart), dtype=bool))
+    return Scores.all((members.exp() * (members - consensus)).sum(2).mean(1).clamp(min=0))

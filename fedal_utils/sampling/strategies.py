@@ -10,7 +10,7 @@ from . import diversity, scores
 from .observation import Observation
 from .registry import find, strategy
 from .scores import Scores
-from .select import Selection, combination, top_k
+from .select import Selection, portions, top_k
 
 SETTLES, MONARCH, VAN_BOMMEL = "Settles (2012), ch. 2", "Monarch (2021), ch. 3-5", "van Bommel (2021), released code"
 
@@ -22,7 +22,7 @@ DIVERSE_MIX = {"margin": 0.5, "cluster": 0.3, "model_outlier": 0.2}  # the book'
 
 @strategy("random", selects=True, source="the baseline that every strategy must beat")
 def _random(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
-    drawn = scores.random(seen.count, rng)
+    drawn = Scores.all(rng.random(seen.count))
     return Selection(top_k(drawn, k, rng, seen.config.query.no_detection_rule), drawn)
 
 
@@ -42,7 +42,7 @@ for _name in scores.UNCERTAINTIES:
 
 @strategy("count", ("detections",), "boxes", source="a cheap baseline: crowded images first")
 def _count(seen: Observation) -> Scores:
-    return scores.box_count(seen.detections)
+    return Scores.all(seen.detections.valid.sum(1))  # zero is a count, so every image is scored
 
 
 @strategy("qbc", ("committee_class_scores",), "images", source="McCallum and Nigam (1998)")
@@ -71,9 +71,9 @@ def _cluster(seen: Observation, k: int, rng: np.random.Generator) -> np.ndarray:
     return diversity.cluster(seen.embeddings, k, rng)
 
 
-@strategy("representative", ("embeddings", "labelled_embeddings"), selects=True, source=MONARCH)
-def _representative(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
-    return diversity.representative(seen.embeddings, seen.labelled_embeddings, k, rng)
+@strategy("representative", ("embeddings", "labelled_embeddings"), source=MONARCH)
+def _representative(seen: Observation) -> Scores:
+    return diversity.representative(seen.embeddings, seen.labelled_embeddings)
 
 
 @strategy("embedding_outlier", ("embeddings", "labelled_embeddings"), source=MONARCH)
@@ -94,16 +94,18 @@ def _model_outlier(seen: Observation) -> Scores:
 
 
 def mixture(shares: Mapping[str, float], kind: str):
-    """A selection by several strategies, each selecting its share among what those before left."""
+    """A selection by several strategies: each selects its `portions`, in order, among what those before left."""
 
     def select(seen: Observation, k: int, rng: np.random.Generator) -> np.ndarray:
-        def part(name: str, left: np.ndarray, count: int) -> np.ndarray:
-            some = seen.take(left)
-            if some.config.query.no_detection_rule == "never":  # each part selects its share
-                some.config = some.config.replace(no_detection_rule="last")
-            return left[find(name, kind).select(some, count, rng).positions]
-
-        return combination(shares, part, k, seen.count)
+        left, selected = np.arange(seen.count), [np.zeros(0, dtype=np.int64)]
+        for name, count in portions(shares, k).items():
+            if count:
+                some = seen.take(left)
+                if some.config.query.no_detection_rule == "never":  # each part selects its share
+                    some.config = some.config.replace(no_detection_rule="last")
+                selected.append(left[find(name, kind).select(some, count, rng).positions])
+                left = np.setdiff1d(left, selected[-1])
+        return np.concatenate(selected)
 
     return select
 
