@@ -188,6 +188,7 @@ def representative(embedding: Tensor, labelled: Tensor) -> Scores:
     cos(x, centre of the pool) - cos(x, centre of the labelled images), in [-2, 2], a centre being the mean of the
     embeddings (N, D) or labelled (L, D) at length 1. Cosines with a zero vector or the centre of no image are 0.
     """
+    finite("labelled", labelled)
     direction = _centre(embedding) - _centre(labelled).to(embedding.device)  # (D,): cos(x, a) - cos(x, b) = x (a - b)
     return Scores.all(torch.cat([_unit(block) @ direction for block in embedding.split(BLOCK)]))
 

@@ -1,7 +1,6 @@
-"""HUALE's cascade, CALD and HUA: each formula by hand and against a slow oracle, then what the selections promise."""
+"""HUALE's cascade: each formula by hand and against a slow oracle."""
 
 import dataclasses
-import inspect
 import math
 
 import numpy as np
@@ -10,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from observed import detections, observed
+from observed import detections
 
 from fedal_utils.data import flip_boxes
-from fedal_utils.sampling import View, huale
-from fedal_utils.sampling.hua import epistemic, pool_hierarchy
+from fedal_utils.sampling import huale
 from fedal_utils.sampling.huale import FILTERS
 from fedal_utils.sampling.matching import jensen_shannon, match
 from fedal_utils.seeding import rng_for, torch_rng_for
@@ -63,38 +61,7 @@ def two_views(seed, images=12, classes=3, most=6):
     return [detections(*view, columns=classes + 1, length=length) for view in views]
 
 
-def sight_of(seed, images=12, classes=3, most=6):
-    """All that the strategies here look at."""
-    plain, flipped = two_views(seed, images, classes, most)
-    views = {"same": View(plain.boxes + 5, moved(flipped))}
-    views["other"] = View(plain.boxes + 5, moved(two_views(seed + 1000, images, classes)[1]))
-    rng = rng_for(seed, "crowd")
-    crowd = [
-        [([c + int(d) for c, d in zip(b, rng.integers(-2, 3, 4), strict=True)], p) for b, p, *_ in image * 3]
-        for image in lists(plain)
-    ]
-    extra = {
-        "level": [[int(rng.integers(0, 3)) for _ in image] for image in crowd],
-        "predicted_loss": [[float(rng.random()) for _ in image] for image in crowd],
-    }
-    crowd = detections(*crowd, columns=classes + 1, length=2, **(extra if any(crowd) else {}))
-    labelled = rng.random(classes) * 3
-    return observed(images, plain, flipped, views, crowd, labelled_class_counts=labelled)
-
-
-def moved(found, by=5):
-    return dataclasses.replace(found, boxes=found.boxes + by)
-
-
-def nothing(images, classes=3, length=0):
-    """A pool at cold start: no detection anywhere."""
-    none = detections(*[[]] * images, columns=classes + 1, length=length)
-    none.extra["predicted_loss"] = torch.zeros(images, length)
-    views = {name: View(none.boxes, none) for name in ("flip", "cutout")}
-    return observed(images, none, none, views, none, labelled_class_counts=np.zeros(classes))
-
-
-# ------------------------------------------------------------------------------------- the same, slowly, and by itself
+# --- the same, slowly, and by itself ----------------------------------------------------------------------------------
 
 
 def slow_js(p, q):
@@ -159,42 +126,6 @@ def slow_localisation(plain, flipped, classes):
     return 1 - sum(values) / len(values) if values else None
 
 
-def slow_cald(plain, moved_boxes, views, beta=1.3, most=40, keep=50):
-    """plain and each of views: lists of rows; moved_boxes: for each view the plain boxes' places."""
-    if not plain:
-        return 0.0
-    ranks = range(len(plain))
-    if len(plain) > most and len(plain) > keep:
-        ranks = [math.floor(r * len(plain) / keep) for r in range(keep)]
-    by_score = sorted(range(len(plain)), key=lambda i: -plain[i][2])
-    image = []
-    for places, view in zip(moved_boxes, views, strict=True):
-        deviations = []
-        for i in (by_score[r] for r in ranks):
-            m = 0.0
-            if view:
-                overlaps = [oracles.iou(places[i], b) for b, *_ in view]
-                j = overlaps.index(max(overlaps))
-                p, q = plain[i][1], view[j][1]
-                m = overlaps[j] + 0.5 * (1 - slow_js(p, q)) * (max(p[1:]) + max(q[1:]))
-            deviations.append(abs(m - beta))
-        image.append(min(deviations))
-    return sum(image) / len(image)
-
-
-def slow_pool(boxes):
-    """boxes: (value, object, level, label) of one image."""
-    total = 0.0
-    for o in {one[1] for one in boxes}:
-        of_levels = []
-        for level in {one[2] for one in boxes if one[1] == o}:
-            here = [one for one in boxes if one[1:3] == (o, level)]
-            means = [[one[0] for one in here if one[3] == c] for c in {one[3] for one in here}]
-            of_levels.append(sum(sum(values) / len(values) for values in means))
-        total += max(of_levels)
-    return total
-
-
 SLOW = {
     "retrieval": slow_retrieval,
     "semantic": slow_semantic,
@@ -204,7 +135,7 @@ SLOW = {
 }
 
 
-# ------------------------------------------------------------------------------------------- divergence, and matching
+# --- divergence, and matching -----------------------------------------------------------------------------------------
 
 
 def test_jensen_shannon_by_hand():
@@ -228,14 +159,6 @@ def test_jensen_shannon_equals_the_oracle_and_keeps_its_bounds(rows):
     assert got == pytest.approx(slow_js(p, q), abs=1e-6) and 0 <= got <= LN2
 
 
-@pytest.mark.parametrize("row", [[0.5, 0.4], [1.5, -0.5], [math.nan, 1.0], [0.0, 0.0], [math.inf, 0.0]])
-def test_what_is_no_distribution_has_no_divergence(row):
-    good = torch.tensor([[0.5, 0.5]])
-    for name, pair in (("p", (torch.tensor([row]), good)), ("q", (good, torch.tensor([row])))):
-        with pytest.raises(ValueError, match=f"{name} must hold distributions"):
-            jensen_shannon(*pair)
-
-
 SURE = [0.0, 1.0, 0.0]
 
 
@@ -243,22 +166,21 @@ def test_matching_is_greedy_one_to_one_and_inclusive_by_hand():
     # IoU, first image: a-A 8/12, b-A 10/10, b-B 8/12, a-B 6/14 < .5. Greedy: b-A, then a is left with nothing.
     plain = detections([([0, 0, 10, 1], SURE), ([2, 0, 12, 1], SURE)], [([0, 0, 10, 1], SURE)], [([0, 0, 10, 2], SURE)])
     other = detections([([2, 0, 12, 1], SURE), ([4, 0, 14, 1], SURE)], [], [([0, 0, 10, 1], SURE)])
-    assert match(plain, other.boxes, other).tolist() == [[-1, 0], [-1, -1], [0, -1]]  # the third: IoU 1/2 just counts
-    assert match(plain, other.boxes, other, iou=0.4).tolist() == [[1, 0], [-1, -1], [0, -1]]
-    assert match(plain, other.boxes, other, iou=0.6)[2].tolist() == [-1, -1]
-    assert match(plain, other.boxes + 100, other)[0].tolist() == [-1, -1]  # the boxes handed over are what counts
+    assert match(plain, other).tolist() == [[-1, 0], [-1, -1], [0, -1]]  # the third: IoU 1/2 just counts
+    assert match(plain, other, iou=0.4).tolist() == [[1, 0], [-1, -1], [0, -1]]
+    assert match(plain, other, iou=0.6)[2].tolist() == [-1, -1]
 
 
 def test_matching_ties_go_to_the_lowest_rows():
     same = [([0, 0, 10, 10], SURE)] * 3
-    assert match(detections(same[:2]), detections(same).boxes, detections(same)).tolist() == [[0, 1]]
-    assert match(detections(same), detections(same[:2]).boxes, detections(same[:2])).tolist() == [[0, 1, -1]]
+    assert match(detections(same[:2]), detections(same)).tolist() == [[0, 1]]
+    assert match(detections(same), detections(same[:2])).tolist() == [[0, 1, -1]]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_matching_equals_the_oracle(seed):
     plain, other = two_views(seed, images=30, most=9)
-    got, lengths = match(plain, other.boxes, other, iou=0.2), []
+    got, lengths = match(plain, other, iou=0.2), []
     for row, mine, theirs in zip(got.tolist(), lists(plain), lists(other), strict=True):
         pairs = slow_match([b for b, *_ in mine], [b for b, *_ in theirs], 0.2)
         assert row == [pairs.get(i, -1) for i in range(len(row))]
@@ -266,7 +188,7 @@ def test_matching_equals_the_oracle(seed):
     assert max(lengths) > 4
 
 
-# -------------------------------------------------------------------------------------------------- HUALE by hand
+# --- HUALE by hand ----------------------------------------------------------------------------------------------------
 
 
 def one_view(*images, columns=2):
@@ -351,7 +273,7 @@ def test_localisation_confidence_by_hand():
     assert huale.localisation_confidence(flipped, plain).values == pytest.approx([19 / 36, 1, 0])
 
 
-# ------------------------------------------------------------------------------------------------- laws of the metrics
+# --- laws of the metrics ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [1, 3, 20])
@@ -377,132 +299,3 @@ def test_two_equal_views_have_nothing_to_disagree_about():
     # the test can fail: boxes that were not mapped back are somewhere else
     assert huale.semantic_disagreement(plain, mirrored).values.max() == pytest.approx(LN2)
     assert huale.localisation_confidence(plain, mirrored).values.max() == 1
-
-
-@pytest.fixture(scope="module")
-def crowded():
-    """So many pairs of boxes that they are gone through in blocks."""
-    return sight_of(2, images=500, most=25)
-
-
-# ------------------------------------------------------------------------------------------------------------- cascade
-
-
-def test_the_filters_are_named_in_the_published_order():
-    assert list(FILTERS) == ["semantic", "diversity", "overlap", "localisation"]
-
-
-# ---------------------------------------------------------------------------------------------------------------- CALD
-
-
-def cald_sight(plain, *views, labelled=None):
-    """Views that leave the boxes where they are."""
-    return observed(
-        len(plain),
-        plain,
-        views={f"v{i}": View(plain.boxes, v) for i, v in enumerate(views)},
-        labelled_class_counts=labelled,
-    )
-
-
-def slow_second_stage(sight):
-    """How unlike the labelled set each image is: no update within the batch, so the order is a sort by it."""
-    views = [lists(found) for found in (sight.detections, *(view.found for view in sight.views.values()))]
-    known, unlike = soft_max(sight.labelled_class_counts), []
-    for i in range(sight.count):
-        v = [
-            sum(max((row[2] for row in view[i] if row[3] == c), default=0) for view in views) / len(views)
-            for c in range(1, len(known) + 1)
-        ]
-        unlike.append(slow_js(soft_max(v), known) if any(v) else math.inf)
-    return unlike
-
-
-def soft_max(values):
-    return [math.exp(x) / sum(math.exp(y) for y in values) for x in values]
-
-
-# ----------------------------------------------------------------------------------------------------------------- HUA
-
-
-@pytest.mark.parametrize(("p", "loss"), [([0.5, 0.3, 0.2], 1.0), ([0.05, 0.9, 0.05], 6.0), ([0.0, 0.6, 0.4], 20.0)])
-def test_epistemic_uncertainty_equals_its_monte_carlo_estimate(p, loss):
-    # scale .8: e = 20, 3.33 and 1. 20,000 samples: standard error below .3 / sqrt(20000) = .002
-    got = float(epistemic(torch.tensor([p]), torch.tensor([loss]), 0.8)[0])
-    alpha = np.array(p) * 25 * 0.8 / (loss + 1e-7)
-    drawn = np.zeros((20_000, 3))
-    drawn[:, alpha > 0] = rng_for(0, "dirichlet").dirichlet(alpha[alpha > 0], 20_000)
-    within = np.mean([slow_entropy(one) for one in drawn])
-    assert got == pytest.approx(slow_entropy(p) - within, abs=0.008) and got > 0.03
-
-
-def test_epistemic_uncertainty_in_its_limits():
-    p = torch.tensor([[0.5, 0.3, 0.2]] * 4)
-    values = epistemic(p, torch.tensor([0.0, 0.1, 1.0, 1e12]), 1.0)
-    assert values[0] == pytest.approx(0, abs=1e-7)  # endless evidence: nothing left to learn
-    assert values[3] == pytest.approx(slow_entropy([0.5, 0.3, 0.2]), abs=1e-6)  # none: all of the entropy
-    assert values.tolist() == sorted(values.tolist()) and (values >= 0).all()
-    sure = epistemic(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1.0]), 1.0)
-    assert sure.tolist() == [0]
-    # only the ratio of a box's predicted loss to the mean counts
-    assert epistemic(p, torch.full((4,), 2.0), 2.0) == pytest.approx(values[2].expand(4), abs=1e-6)
-
-
-def test_the_hierarchy_by_hand():
-    # image 0, object 0: level 0: class 1 mean(1, 3) = 2, class 2: 5 -> 7; level 1: class 1: 4 -> 4; the larger: 7
-    # image 0, object 2: level 1: class 2: 6 -> 6. Sum 13. Image 1: nothing. Image 2, object 0: .5
-    rows = [(1, 0, 0, 0, 1), (3, 0, 0, 0, 1), (5, 0, 0, 0, 2), (4, 0, 0, 1, 1), (6, 0, 2, 1, 2), (0.5, 2, 0, 3, 1)]
-    columns = torch.tensor(rows, dtype=torch.float64).T
-    for order in (list(range(6)), [5, 3, 1, 4, 2, 0]):
-        values, *keys = columns[:, order]
-        assert pool_hierarchy(values, *(key.long() for key in keys), 3).tolist() == [13, 0, 0.5]
-    nobody = torch.zeros(0, dtype=torch.int64)
-    assert pool_hierarchy(nobody.float(), nobody, nobody, nobody, nobody, 2).tolist() == [0, 0]
-
-
-@given(st.lists(st.tuples(*(st.integers(0, n) for n in (20, 3, 2, 3, 4))), max_size=60))
-def test_the_hierarchy_equals_the_oracle(rows):
-    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5).T
-    got = pool_hierarchy(columns[0].float(), *columns[1:], 4).tolist()
-    assert got == pytest.approx([slow_pool([(r[0], *r[2:]) for r in rows if r[1] == i]) for i in range(4)])
-
-
-def quota_sight(seen, unseen):
-    """`seen` images of different entropies, then `unseen` ones without a box."""
-    images = [[([0, 0, 10, 10], [0.1 + 0.3 * i / seen, 0.9 - 0.3 * i / seen])] for i in range(seen)]
-    found = detections(*images, *[[]] * unseen, columns=2)
-    return observed(seen + unseen, found, pre_nms_detections=found)
-
-
-# ---------------------------------------------------------------------------------------------------- choosing by name
-
-
-def spoilt(found, field, value):
-    image, row = (found.valid & (found.valid.sum(1, keepdim=True) > 1)).nonzero()[0].tolist()
-    tensor = getattr(found, field).clone()
-    tensor[image, row] = value
-    return dataclasses.replace(found, **{field: tensor}), image
-
-
-def test_sides_outside_their_range_are_refused():
-    a = ([0, 0, 10, 10], SURE)
-    good, bad = (detections([a], sides=[[[0.5, 0.5, 0.5, last]]]) for last in (1.0, 1.5))
-    for pair in ((good, bad), (bad, good)):
-        with pytest.raises(ValueError, match=r"confidence of a side must lie in \[0, 1\]"):
-            huale.localisation_confidence(*pair)
-    assert huale.localisation_confidence(good, good).values == pytest.approx([0.375])
-
-
-def test_labels_are_nowhere_to_be_had():
-    hidden = {"labels", "truth", "classes", "targets", "oracle", "pool"}
-    for name, function in inspect.getmembers(huale, inspect.isfunction):
-        assert not hidden & set(inspect.signature(function).parameters) or name == "_per_class", name
-    assert not {"fedal_utils.data", "fedal_utils.pool"} & {
-        getattr(value, "__module__", "") for value in vars(huale).values()
-    }
-
-
-# ------------------------------------------------------------------------------------------------ the experiment's arms
-
-
-# ---------------------------------------------------------------------------------------------------- the paper's size

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import chosen, observed
+from observed import chosen, detections, observed
 
-from fedal_utils.data import Detections
 from fedal_utils.sampling import Scores, top_k
-from fedal_utils.sampling import ksas as kafal
 from fedal_utils.sampling import logo as logo_room
-from fedal_utils.sampling.ksas import box_divergence, ksas_boxes, specialised_divergence
+from fedal_utils.sampling.ksas import box_divergence, specialised_divergence
+from fedal_utils.sampling.scores import reduce
 from fedal_utils.seeding import rng_for, torch_rng_for
 
 fewer = settings(max_examples=40)
@@ -29,12 +28,20 @@ def logs(*rows):
     return torch.tensor(rows, dtype=torch.float64).log()
 
 
+def reduced(found, own, counts, how):
+    return reduce(*box_divergence(found, own, counts), how)
+
+
 def jeffreys(p, q):
     """Half the sum of both Kullback-Leibler divergences of two lists that sum to one."""
     return sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
 
 
-# ----------------------------------------------------------------------------------------------- whole images, by hand
+def normed(values):
+    return [x / sum(values) for x in values]
+
+
+# --- whole images, by hand --------------------------------------------------------------------------------------------
 
 
 def test_ksas_eq_1_to_3_by_hand():
@@ -42,9 +49,13 @@ def test_ksas_eq_1_to_3_by_hand():
     client, world, counts = logs([1, 2, 9], [1, 1, 1]), logs([1, 1, 1 / 7], [1, 1, 5]), np.array([2, 1, 0])
     p_to_q = 0.5 * math.log(0.5 * 3 / 2) + 0.5 * math.log(0.5 * 3)
     q_to_p = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
-    for direction, want in (("both", (p_to_q + q_to_p) / 2), ("client", p_to_q), ("global", q_to_p)):
-        found = specialised_divergence(client, world, counts, direction)
-        assert found.dtype == torch.float64 and found.tolist() == pytest.approx([want, 0], rel=1e-12, abs=1e-15)
+    found = specialised_divergence(client, world, counts)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([(p_to_q + q_to_p) / 2, 0], rel=1e-12, abs=1e-15)
+    # labels of one class: nothing to disagree on; scores far apart stay finite
+    assert specialised_divergence(client, world, np.array([0, 5, 0])).tolist() == [0, 0]
+    far = torch.tensor([[5000.0, -5000, 0]])
+    assert specialised_divergence(far, -far, np.array([1, 1, 0])).item() == pytest.approx(10_000)
     # without the counts: P = (1, 2, 9) / 12, Q = (7, 7, 1) / 15
     plain = specialised_divergence(client[:1], world[:1], np.ones(3)).item()
     assert plain == pytest.approx(jeffreys([1 / 12, 2 / 12, 9 / 12], [7 / 15, 7 / 15, 1 / 15]), rel=1e-12)
@@ -72,21 +83,7 @@ def test_classes_without_labels_are_a_limit_here_and_nan_in_the_released_formula
     torch.testing.assert_close(specialised_divergence(client, world, counts + 1), released(client, world, counts + 1))
 
 
-def test_a_client_with_labels_of_one_class_has_nothing_to_disagree_on():
-    client, world = logs([1, 2, 9], [4, 1, 1]), logs([1, 1, 7], [1, 9, 1])
-    for direction in kafal.DIRECTIONS:
-        assert specialised_divergence(client, world, np.array([0, 5, 0]), direction).tolist() == [0, 0]
-
-
-def test_a_frequent_class_counts_more_than_a_rare_one():
-    # the models disagree about class 0 against 1 in the first image, about 1 against 2 in the second
-    client, world = logs([4, 1, 1], [1, 1, 4]), logs([1, 4, 1], [1, 4, 1])
-    often_zero = specialised_divergence(client, world, np.array([50, 50, 1]))
-    often_two = specialised_divergence(client, world, np.array([1, 50, 50]))
-    assert often_zero[0] > often_zero[1] and often_two[0] < often_two[1]
-
-
-# -------------------------------------------------------------------------------------------------- whole images, laws
+# --- whole images, laws -----------------------------------------------------------------------------------------------
 
 
 numbers = st.floats(-20, 20)
@@ -102,19 +99,12 @@ def two_models(some):
 @given(rows, some_counts)
 def test_ksas_equals_a_loop_and_is_symmetric_and_not_negative(some, counts):
     client, world = two_models(some)
-    found = {d: specialised_divergence(client, world, np.array(counts), d) for d in kafal.DIRECTIONS}
+    found = specialised_divergence(client, world, np.array(counts))
     known = [c for c in range(3) if counts[c]]
     for i, row in enumerate(some):
-        p, q = ([counts[c] * math.exp(model[c]) for c in known] for model in (row[:3], row[3:]))
-        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
-        there = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-        back = sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
-        for direction, want in (("both", (there + back) / 2), ("client", there), ("global", back)):
-            assert found[direction][i].item() == pytest.approx(want, rel=1e-6, abs=1e-9), direction
-    assert all((values >= 0).all() for values in found.values())
-    swapped = {d: specialised_divergence(world, client, np.array(counts), d) for d in kafal.DIRECTIONS}
-    assert torch.equal(found["both"], swapped["both"])
-    assert torch.equal(found["client"], swapped["global"]) and torch.equal(found["global"], swapped["client"])
+        p, q = (normed([counts[c] * math.exp(model[c]) for c in known]) for model in (row[:3], row[3:]))
+        assert found[i].item() == pytest.approx(jeffreys(p, q), rel=1e-6, abs=1e-9)
+    assert (found >= 0).all() and torch.equal(found, specialised_divergence(world, client, np.array(counts)))
     assert not specialised_divergence(client, client.clone(), np.array(counts)).any()
 
 
@@ -132,47 +122,11 @@ def test_counts_in_another_unit_and_a_constant_on_the_scores_change_nothing(some
     assert torch.equal(specialised_divergence(rubbish, world, np.array(counts)), want)
 
 
-def test_images_and_classes_in_another_order_give_the_same_scores():
-    rng = torch_rng_for(0, "orders")
-    client, world = (torch.randn(9, 4, generator=rng) for _ in range(2))
-    counts, images, classes = torch.tensor([3.0, 0, 8, 1]), torch.randperm(9, generator=rng), [2, 0, 3, 1]
-    want = specialised_divergence(client, world, counts)
-    assert torch.equal(specialised_divergence(client[images], world[images], counts), want[images])
-    moved = specialised_divergence(client[:, classes], world[:, classes], counts[classes])
-    torch.testing.assert_close(moved, want, rtol=1e-12, atol=1e-15)
-
-
-def test_scores_far_apart_stay_finite():
-    client, world = torch.tensor([[5000.0, -5000, 0]]), torch.tensor([[-5000.0, 5000, 0]])
-    found = specialised_divergence(client, world, np.array([1, 1, 0]))
-    assert found.item() == pytest.approx(10_000)
-
-
-# ----------------------------------------------------------------------------------------------------- boxes, by hand
+# --- boxes, by hand ---------------------------------------------------------------------------------------------------
 
 A, B = (0, 0, 10, 10), (40, 40, 60, 60)
 NEAR_A = (0, 0, 10, 8)  # IoU .8
 MIXED, OTHER = (0.2, 0.6, 0.2), (0.4, 0.2, 0.4)
-
-
-def detections(*images, columns=3, length=0):
-    """Each image a list of (box, class vector). Padding is NaN but for the labels."""
-    length = max([len(image) for image in images] + [length])
-    found = Detections(
-        torch.full((len(images), length, 4), math.nan),
-        torch.full((len(images), length), math.nan),
-        torch.zeros(len(images), length, dtype=torch.int64),
-        torch.full((len(images), length, columns), math.nan),
-    )
-    for i, image in enumerate(images):
-        for j, (box, p) in enumerate(image):
-            found.boxes[i, j], found.probs[i, j] = torch.tensor(box).float(), torch.tensor(p).float()
-            found.scores[i, j], found.labels[i, j] = found.probs[i, j, 1:].max(), found.probs[i, j, 1:].argmax() + 1
-    return found
-
-
-def normed(values):
-    return [x / sum(values) for x in values]
 
 
 # n = 3, 1: pi = 1, 3/2, 1/2. MIXED: .2, .9, .1; OTHER: .4, .3, .2
@@ -186,35 +140,22 @@ def test_classes_without_labels_are_left_out_of_class_vectors():
     # (.1, .3, .1, .5) without its last class is MIXED, (.2, .1, .2, .5) OTHER
     found = detections([(A, (0.1, 0.3, 0.1, 0.5))], [(A, (0.1, 0.3, 0.1, 0.5))], columns=4)
     own = detections([(A, (0.2, 0.1, 0.2, 0.5))], [], columns=4)
-    values = ksas_boxes(found, own, np.array([3, 1, 0]), "sum").values
+    values = reduced(found, own, np.array([3, 1, 0]), "sum").values
     assert values == pytest.approx([PAIR, LONE_MIXED], rel=1e-6)
     # all of it on the class without labels: what is left is floored at 1e-6, so alike; silence is .95 to .05
     sure = detections([(A, (0, 0, 0, 1.0))], columns=4)
-    value = ksas_boxes(sure, detections([], columns=4), np.array([1, 1, 0]), "sum").values
+    value = reduced(sure, detections([], columns=4), np.array([1, 1, 0]), "sum").values
     assert value == pytest.approx([jeffreys([1 / 3] * 3, [0.95, 0.025, 0.025])], rel=1e-6)
 
 
 def test_certain_boxes_are_floored_and_finite():
     # (0, 1, 0) against (0, 0, 1): 1e-6, 1, 1e-6 and 1e-6, 1e-6, 1
     found, own = detections([(A, (0, 1.0, 0))]), detections([(A, (0, 0, 1.0))])
-    value = ksas_boxes(found, own, np.array([1, 1]), "max").values
+    value = reduced(found, own, np.array([1, 1]), "max").values
     assert value == pytest.approx([math.log(1e6)], rel=1e-5)
 
 
-def test_how_much_silence_says_is_a_parameter():
-    found, own = detections([(A, (0.25, 0.75, 0))]), detections([])
-    for unseen in (0.01, 0.25, 0.9):
-        value = ksas_boxes(found, own, np.array([1, 0]), "sum", unseen=unseen).values
-        assert value == pytest.approx([jeffreys([0.25, 0.75], [1 - unseen, unseen])], rel=1e-5)
-
-
-def test_the_overlap_that_makes_a_pair_is_a_parameter():
-    found, own = detections([(A, MIXED)]), detections([(NEAR_A, OTHER)])
-    kinds = [box_divergence(found, own, np.array([1, 1]), iou).kind.tolist() for iou in (0.5, 0.79, 0.81)]
-    assert kinds == [[[1, 0]], [[1, 0]], [[3, 2]]]
-
-
-# --------------------------------------------------------------------------------------------------------- boxes, laws
+# --- boxes, laws ------------------------------------------------------------------------------------------------------
 
 
 def random_pair(seed, images=8, classes=3, most=4):
@@ -282,7 +223,7 @@ def test_ksas_on_boxes_equals_the_oracle_and_its_laws_hold(seed, counts):
     for d in rubbish:
         d.boxes[~d.valid] = 0  # of no size, where the first kind of padding is NaN
     for how in HOW:
-        scores = ksas_boxes(found, own, np.array(counts), how)
+        scores = reduced(found, own, np.array(counts), how)
         want = [slow_ksas(a, b, counts, how) for a, b in zip(one, other, strict=True)]
         assert scores.scored.tolist() == [w is not None for w in want]
         assert scores.values == pytest.approx([w or 0 for w in want], rel=1e-4, abs=1e-6)
@@ -293,15 +234,13 @@ def test_ksas_on_boxes_equals_the_oracle_and_its_laws_hold(seed, counts):
             (*padded, counts),
             (*rubbish, counts),
         ):
-            again = ksas_boxes(a, b, np.array(n), how)
+            again = reduced(a, b, np.array(n), how)
             assert again.values == pytest.approx(scores.values, rel=1e-9, abs=1e-12)
             assert np.array_equal(again.scored, scores.scored)
-        moved = ksas_boxes(found.take(order), own.take(order), np.array(counts), how)
+        moved = reduced(found.take(order), own.take(order), np.array(counts), how)
         assert np.array_equal(moved.values, scores.values[order])
-    values, valid, kind = box_divergence(found, own, np.array(counts))
-    both = kind == 1
-    assert (both.sum(1) * 2 + (kind > 1).sum(1) == found.valid.sum(1) + own.valid.sum(1)).all()  # nobody is lost
-    assert not values[~valid].any() and not valid[:, : found.labels.shape[1]][~found.valid].any()
+    values, valid = box_divergence(found, own, np.array(counts))
+    assert not values[~valid].any() and torch.equal(valid[:, : found.labels.shape[1]], found.valid)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -309,7 +248,7 @@ def test_equal_detectors_disagree_on_nothing(how):
     one, _ = random_pair(3)
     one[0] = [(A, MIXED + (0.0,)), (A, OTHER + (0.0,)), (B, MIXED + (0.0,))]  # two objects in one place
     found = detections(*one, columns=4)
-    scores = ksas_boxes(found, found, np.array([4, 0, 1]), how)
+    scores = reduced(found, found, np.array([4, 0, 1]), how)
     assert not scores.values.any() and scores.scored.tolist() == [bool(image) for image in one]
 
 
@@ -317,11 +256,11 @@ def test_without_any_detection_nothing_is_scored():
     for length in (0, 3):
         none = detections([], [], length=length)
         for how in HOW:
-            assert not ksas_boxes(none, none, np.array([1, 1]), how).scored.any()
-        assert ksas_boxes(none, detections([(A, MIXED)], []), np.array([1, 1]), "sum").scored.tolist() == [True, False]
+            assert not reduced(none, none, np.array([1, 1]), how).scored.any()
+        assert reduced(none, detections([(A, MIXED)], []), np.array([1, 1]), "sum").scored.tolist() == [True, False]
 
 
-# --------------------------------------------------------------------------------------------------------------- LoGo
+# --- LoGo -------------------------------------------------------------------------------------------------------------
 
 
 def sure_as(*best):
@@ -372,52 +311,15 @@ def test_logo_moves_with_the_pool():
     assert order[moved].tolist() == want.tolist()
 
 
-# --------------------------------------------------------------------------------------------------- choosing by name
-
-
-def full_sight(seed=0, images=8, classes=3):
-    """All that the strategies here look at."""
-    rng = torch_rng_for(seed, "sight")
-    one, other = random_pair(seed, images, classes)
-    logits, own_logits, alone = (torch.randn(images, classes, generator=rng) for _ in range(3))
-    return observed(
-        images,
-        detections(*one, columns=classes + 1),
-        local_detections=detections(*other, columns=classes + 1),
-        labelled_class_counts=np.array([2.5, 0, 0.5]),
-        class_scores=logits,
-        local_class_scores=own_logits,
-        local_only_class_scores=alone,
-        local_only_embeddings=torch.randn(images, 5, generator=rng),
-    )
-
-
-seen: set[str] = set()
-
-
-def broken(field, *where):
-    sight = full_sight()
-    values = getattr(sight, field).clone()
-    values[where] = math.nan
-    return dataclasses.replace(sight, **{field: values})
-
-
-GOOD = detections([(A, MIXED)])
-
-
-def boxes_with(**changes):
-    return ksas_boxes(dataclasses.replace(GOOD, **changes), GOOD, np.ones(2), "sum")
+# --- choosing by name -------------------------------------------------------------------------------------------------
 
 
 def test_boxes_by_hand():
     found = detections([(A, MIXED)], [(A, MIXED)], [], [(B, OTHER), (A, MIXED)], [])
     own = detections([(NEAR_A, OTHER)], [], [(A, OTHER)], [(NEAR_A, OTHER), (B, OTHER), ((80, 80, 90, 90), MIXED)], [])
-    values, valid, kind = box_divergence(found, own, np.array([3, 1]))  # two columns of the global one, three
-    names = [[kafal.KINDS[k] for k in row] for row in kind.tolist()]
-    assert names[0] == ["paired", *["nothing"] * 4] and names[1] == ["only global", *["nothing"] * 4]
-    assert names[2] == ["nothing", "nothing", "only client", "nothing", "nothing"]
-    assert names[3] == ["paired", "paired", "nothing", "nothing", "only client"] and set(names[4]) == {"nothing"}
-    assert torch.equal(valid, kind > 0) and values.dtype == torch.float64
+    values, valid = box_divergence(found, own, np.array([3, 1]))  # two columns of the global one, three
+    want = [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 1, 0, 0, 1], [0] * 5]
+    assert valid.int().tolist() == want and values.dtype == torch.float64
     assert values[0, 0].item() == pytest.approx(PAIR, rel=1e-6)
     assert values[1, 0].item() == pytest.approx(LONE_MIXED, rel=1e-6)
     assert values[2, 2].item() == pytest.approx(LONE_OTHER, rel=1e-6)
@@ -429,7 +331,7 @@ def test_boxes_by_hand():
     }
     sight = observed(5, found, local_detections=own, labelled_class_counts=np.array([3, 1]))
     for how, numbers in want.items():
-        scores = ksas_boxes(found, own, np.array([3, 1]), how)
+        scores = reduced(found, own, np.array([3, 1]), how)
         assert scores.values == pytest.approx(numbers, rel=1e-6)
         assert scores.scored.tolist() == [True] * 4 + [False]
         choice = chosen(f"ksas_{how}", sight, 5, rng_for(0, "c"))

@@ -39,7 +39,7 @@ def test_a_strategy_of_ones_own_is_found_by_name_and_selects(own):
 
 
 def test_what_is_wrong_with_a_strategy_is_said(own):
-    with pytest.raises(ValueError, match="needs 'labels', which nobody observes: known are detections"):
+    with pytest.raises(ValueError, match="needs 'labels', which nobody observes: known are"):
         sampling.strategy("bad", needs=("labels",))
     with pytest.raises(ValueError, match="a strategy's name has letters"):
         sampling.strategy("a+b")
@@ -55,7 +55,7 @@ def test_what_is_wrong_with_a_strategy_is_said(own):
 
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_need_can_be_observed_and_every_strategy_names_its_source(kind):
-    known = set(sampling.observations())
+    known = set(sampling.OBSERVATIONS)
     for name, strategy in sampling.registered(kind).items():
         assert strategy.needs <= known and strategy.source, name
     assert not any(
@@ -80,3 +80,22 @@ def test_an_observation_is_made_once_and_only_when_it_is_read(monkeypatch):
     monkeypatch.setattr(PoolObservation, "images", None)
     seen = object.__new__(PoolObservation)
     assert not made and seen.detections == seen.detections == "found" and made == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "settings", "reason"),
+    [
+        ("boxes", "model_outlier", {}, "set held_out_images"),
+        ("boxes", "vae", {"detector": "yolo"}, "set detector='ssd'"),
+        ("boxes", "d4", {}, "set image_loss_head=True"),
+        ("boxes", "d0", {}, "set diagnostic=True"),
+        ("images", "logo", {"classifier": "linear"}, "trained on one client's labels anyway"),
+        ("images", "model_outlier", {"classifier": "resnet8"}, "needs classifier='linear'"),
+        ("boxes", "sum", {"classifier": "resnet8"}, "it is for detectors"),
+        ("images", "ksas", {}, "for classifiers of whole images"),
+    ],
+)
+def test_what_an_experiment_cannot_give_is_refused_with_a_way_out(kind, name, settings, reason):
+    config = Config.of(**settings)
+    assert reason in sampling.find(name, kind).refusal(config)
+    assert not sampling.find("coreset", kind).refusal(config)
