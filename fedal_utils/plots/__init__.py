@@ -10,7 +10,6 @@ from .curves import (
     learning_curve,
     learning_curves,
     paired_differences,
-    round_curves,
     traffic,
 )
 from .effects import ablation, effects

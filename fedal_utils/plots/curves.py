@@ -22,7 +22,6 @@ from .style import (
     X_LABELS,
     Look,
     handles_of,
-    keep_fractions,
     legend_below,
     marks,
     mean_and_band,
@@ -53,11 +52,13 @@ def learning_curve(
     points: "cycle" (the last round of each) or "round" (every evaluated round).
     bands: the methods that get a band; None = all.
 
-    A method that pays nothing on this axis (bytes of central training) is a dashed line at its final value. ValueError
-    for an unknown column or method and for a table without server rows.
+    A method that pays nothing on this axis (bytes of central training) is a dashed line at its final value.
     """
     rows = _server_rows(table, x, y, points)
-    methods, alone, ax = _chosen(rows, methods), ax is None, ax or plt.subplots(figsize=(7, 4))[1]
+    methods = (
+        ordered(rows["method"].unique()) if methods is None else [m for m in methods if (rows["method"] == m).any()]
+    )
+    alone, ax = ax is None, ax or plt.subplots(figsize=(7, 4))[1]
     for method, name in names_of(methods).items():
         mine, look = rows[rows["method"] == method], style_of(method)._replace(name=name)
         if (mine["x"] == 0).all():
@@ -67,7 +68,8 @@ def learning_curve(
             _line(ax, look, mine, by, bands is None or method in bands, len(methods))
     ax.set(xlabel=X_LABELS[x], ylabel=y_label(y), title=title)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x in ("images", "boxes", "rounds")))
-    keep_fractions(ax, y)
+    if y.startswith("ap"):  # an AP ends at 0 and 1
+        ax.set_ylim(max(0, ax.get_ylim()[0]), min(1.02, ax.get_ylim()[1]))
     if alone:
         legend_below(ax.figure, handles_of(ax))
     drawn = rows[rows["method"].isin(methods)].groupby(["method", "cycle", "round"])["seed"]
@@ -94,19 +96,13 @@ def learning_curves(
     figure, axes = plt.subplots(1, len(panels), sharey=len(ys) == 1, squeeze=False, figsize=size)
     caption = ""
     for ax, (name, x, metric) in zip(axes[0], panels, strict=True):
-        mine = methods and [m for m in methods if len(tables) == 1 or m in set(tables[name]["method"])]
-        _, text = learning_curve(tables[name], x, metric, ax, mine, title=name)
+        _, text = learning_curve(tables[name], x, metric, ax, methods, title=name)
         caption = caption or text
         if len(ys) == 1 and ax is not axes[0, 0]:
             ax.set_ylabel("")
     legend_below(figure, handles_of(*axes[0]))
     figure.suptitle(title or None)
     return figure, caption
-
-
-def round_curves(table: pd.DataFrame, y: str = "ap50", **options) -> tuple[Figure, str]:
-    """Metric `y` after every communication round, counted through all cycles; options as in `learning_curve`."""
-    return learning_curve(table, "rounds", y, points="round", **options)
 
 
 @style()
@@ -133,52 +129,32 @@ def traffic(
 
 @style()
 def chain_progress(
-    table: pd.DataFrame,
-    clients: int,
-    y: str = "ap50",
-    methods: Sequence[str] | None = None,
-    reference: Sequence[str] = (),
-    title: str = "",
+    table: pd.DataFrame, clients: int, reference: Sequence[str] = (), title: str = "", y: str = "ap50"
 ) -> tuple[Figure, str]:
-    """Metric `y` along a chain: after each device of its first pass and the merge (left), after later passes (right).
+    """Metric `y` along chains of so many clients, against passes over all of them; the merge is a step at 1.
 
-    table: a chain has cycle 0 only, its rounds are visits; a round of chain-fedavg after the merge is a whole pass.
-    clients: devices of a pass. methods: chains; None = all of the table. reference: methods drawn as a dashed line at
-    their final value. Only evaluated rounds are drawn.
+    A chain's rounds are visits, `clients` of them a pass; a round of chain-fedavg after the merge is a whole pass.
+    reference: methods drawn as a dashed line at their final value.
     """
     rows = _server_rows(table, "rounds", y, "round")
-    chains = rows[[m.split("+")[0] in ("chain", "chain-fedavg", "accumulate") for m in rows["method"]]]
-    if chains.empty:
-        raise ValueError(f"the table has no evaluated round of a chain, only of {sorted(set(rows['method']))}")
-    methods = _chosen(chains, methods)
-    names = names_of([*methods, *reference])
-    done = chains["round"].astype(int) + 1 - clients  # visits of the first pass that are left (<= 0), merge (1), later
-    per_pass = np.where([m.startswith("chain-fedavg") for m in chains["method"]], 1, clients)
-    first = chains.assign(x=np.minimum(done, 1) + clients)[done <= 1]
-    later = chains.assign(x=(done - 1) / per_pass)[done > 1]
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(8.6, 4), width_ratios=(1, 1.4))
-    for ax, part in ((left, first), (right, later)):
-        for place, method in enumerate(methods, start=1):
-            look, mine = style_of(method)._replace(name=names[method]), part[part["method"] == method]
-            width = 1.8 + 1.4 * (len(methods) - place) * (ax is left)  # often equal there: thick below thin
-            if len(mine):
-                _line(ax, look, mine, ["x"], True, len(methods), width)
-        for method in reference:
-            _level(ax, style_of(method)._replace(name=names[method]), rows[rows["method"] == method])
-    ticks = [*range(1, clients + 1, math.ceil(clients / 5)), clients + 1]
-    left.set_xticks(ticks, [*map(str, ticks[:-1]), "merge"])
-    left.set(xlabel="device of the first pass", ylabel=y_label(y), xlim=(0.5, clients + 1.6))
-    right.set(xlabel="later passes over all devices", xlim=(0, None))
-    right.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    keep_fractions(left, y)
-    legend_below(figure, handles_of(right, left))
-    figure.suptitle(title or None)
-    caption = (
-        f"{y_label(y)} on the test images after each device of the chain's first pass, after the merge, and after the "
-        f"later passes; line: {mean_and_band(chains.groupby(['method', 'round'])['seed'])}"
-    )
-    return figure, caption + (
-        f"; dashed: the end of {' and '.join(names[m] for m in reference)}." if reference else "."
+    chains = [m for m in ordered(rows["method"].unique()) if m.split("+")[0] in ("chain", "chain-fedavg", "accumulate")]
+    names, (figure, ax) = names_of([*chains, *reference]), plt.subplots(figsize=(8, 4))
+    for method, name in names.items():
+        mine, look = rows[rows["method"] == method], style_of(method)._replace(name=name)
+        if method in reference:
+            _level(ax, look, mine)
+            continue
+        later = mine["round"] - clients  # rounds after the first pass; 0 = the merge
+        passes = later.clip(lower=0) / (1 if method.startswith("chain-fedavg") else clients)
+        at = np.where(later < 0, (mine["round"] + 1) / clients, 1 + passes)
+        _line(ax, look, mine.assign(x=at), ["round"], True, len(chains))
+    ax.axvline(1, color="0.6", linestyle=":", linewidth=1)
+    ax.set(xlabel="passes over all devices (dotted: the merge)", ylabel=y_label(y), title=title)
+    legend_below(figure, handles_of(ax))
+    return figure, (
+        f"{y_label(y)} on the test images after each device of the first pass, the merge, and later passes; "
+        f"line: {mean_and_band(rows[rows['method'].isin(chains)].groupby(['method', 'round'])['seed'])}; "
+        "dashed: the end of one node."
     )
 
 
@@ -202,8 +178,6 @@ def beside_paper(
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.1))
     _, caption = learning_curve(table, x, y, right, methods, "round" if x == "rounds" else "cycle", title=titles[1])
     points = paper.dropna(subset=["x", "value"])
-    if points.empty:
-        raise ValueError(f"no row of the paper has x and value; its items are {sorted(set(paper['item']))}")
     methods_of = {name: (settings or {}).get(name, name) for name in dict.fromkeys(points["setting"])}
     for name in sorted(methods_of, key=lambda name: ordered(methods_of.values()).index(methods_of[name])):
         rows, look = points[points["setting"] == name].sort_values("x"), style_of(methods_of[name])
@@ -249,12 +223,6 @@ def paired_differences(
 
 def _server_rows(table: pd.DataFrame, x: str, y: str, points: str) -> pd.DataFrame:
     """Server rows with the columns x (in the unit of the axis) and y, sorted, those without a y left out."""
-    if x not in X_LABELS:
-        raise ValueError(f"x must be one of {sorted(X_LABELS)}, got {x!r}")
-    needed = {"bytes": ["bytes_up", "bytes_down"], "rounds": []}.get(x, [x])
-    absent = [c for c in ("method", "seed", "cycle", "round", "client", y, *needed) if c not in table.columns]
-    if absent:
-        raise ValueError(f"the table lacks the columns {absent}; it has {list(table.columns)}")
     rows = table[table["client"].astype(str) == "server"].sort_values(["method", "seed", "cycle", "round"])
     runs = [rows["method"], rows["seed"]]
     if x == "bytes":
@@ -269,21 +237,12 @@ def _server_rows(table: pd.DataFrame, x: str, y: str, points: str) -> pd.DataFra
     return cycle_ends(rows) if points == "cycle" else rows
 
 
-def _chosen(rows: pd.DataFrame, methods: Sequence[str] | None) -> list[str]:
-    """The methods to draw, in order; ValueError for one that the table does not have."""
-    there = list(dict.fromkeys(rows["method"]))
-    missing = [m for m in methods or () if m not in there]
-    if missing:
-        raise ValueError(f"no server rows with a value for {missing}; the table has {there}")
-    return ordered(there) if methods is None else list(methods)
-
-
-def _line(ax: Axes, look: Look, rows: pd.DataFrame, by: list[str], banded: bool, lines: int, width=1.8) -> None:
+def _line(ax: Axes, look: Look, rows: pd.DataFrame, by: list[str], banded: bool, lines: int) -> None:
     """The mean over seeds at each point of `by`, and its band."""
     groups = [at for _, at in rows.groupby(by, sort=True)]
     x, y = (np.array([at[c].mean() for at in groups]) for c in ("x", "y"))
     marked = sorted({*range(0, len(x), math.ceil(len(x) / 12)), len(x) - 1})
-    line = {"color": look.colour, "linestyle": look.line, "label": look.name, "zorder": 3, "linewidth": width}
+    line = {"color": look.colour, "linestyle": look.line, "label": look.name, "zorder": 3, "linewidth": 1.8}
     ax.plot(x, y, markevery=marked, **line, **marks(look))
     low, high = np.array([seed_interval(at["y"]) for at in groups]).T
     if banded and np.isfinite(low).any():

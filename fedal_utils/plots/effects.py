@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..metrics import seed_interval
-from .style import NAMED, Y_LABELS, marks, mean_and_band, names_of, ordered, style, style_of, y_label
+from .style import LISTED, Y_LABELS, marks, mean_and_band, names_of, ordered, style, style_of, y_label
 
 PARTS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#7F7F7F"), ("D", "#009E73"))  # marker and colour of each part
 
@@ -27,9 +27,6 @@ def effects(
     Names of methods and metrics are written out. An interval that holds zero is pale and its marker hollow; one seed
     has none. y: the metric whose points (100 x) these are.
     """
-    absent = [column for column in ("effect", "part", "points", "low", "high") if column not in frame.columns]
-    if absent or not len(frame):
-        raise ValueError(f"the frame lacks {absent or 'rows'}; it has {list(frame.columns)} and {len(frame)} rows")
     names, parts = list(dict.fromkeys(frame["effect"])), list(dict.fromkeys(frame["part"]))
     ax = ax or plt.subplots(figsize=(7.6, 1.2 + 0.5 * len(names)))[1]
     for number, part in enumerate(parts):
@@ -41,7 +38,7 @@ def effects(
             ax.hlines(at, row.low, row.high, color=colour, linewidth=1.8, alpha=1 if shown else 0.4, zorder=2)
             ax.plot(row.points, at, marker, color=colour, markerfacecolor=colour if shown else "white", zorder=3)
     ax.axvline(0, color="0.5", linewidth=0.8, zorder=1)
-    ax.set_yticks(range(len(names)), [style_of(n).name if n.split("+")[-1] in NAMED else n for n in names])
+    ax.set_yticks(range(len(names)), [style_of(n).name if n.split("+")[-1] in LISTED else n for n in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(False, axis="y")
     ax.set_xlabel(xlabel or f"difference in points, {y_label(y)}")
@@ -60,10 +57,7 @@ def ablation(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", title
     frame: columns arm, method, seed, value (of `metrics.finals`); arms in order of appearance along x, methods side by
     side. Thin grey lines join the dots of a seed from arm to arm; the number is the mean.
     """
-    absent = [column for column in ("arm", "method", "seed", "value") if column not in frame.columns]
-    rows = frame if absent else frame.dropna(subset=["value"])
-    if absent or rows.empty or rows.duplicated(["arm", "method", "seed"]).any():
-        raise ValueError(f"an ablation needs one value for each arm, method and seed; lacking {absent or 'that'}")
+    rows = frame.dropna(subset=["value"])
     arms, methods = list(dict.fromkeys(rows["arm"])), ordered(rows["method"].unique())
     names = names_of(methods)
     ax = ax or plt.subplots(figsize=(1.6 + len(arms) * (0.45 + 0.62 * len(methods)), 4))[1]

@@ -36,13 +36,11 @@ def show_boxes(
     [0, 0, W, H] frames the image.
     """
     pixels, boxes = np.asarray(pixels), np.asarray(boxes, dtype=float).reshape(-1, 4)
-    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"pixels must be uint8 (3, H, W), got {pixels.dtype} {pixels.shape}")
     ax = ax or plt.subplots()[1]
     height, width = pixels.shape[1:]
     ax.imshow(pixels.transpose(1, 2, 0), extent=(0, width, height, 0))
     for k, (x1, y1, x2, y2) in enumerate(boxes):
-        colour = _class_colour(int(classes[k]) if len(classes) else 1)
+        colour = PALETTE[(int(classes[k]) if len(classes) else 1) % len(PALETTE) - 1]
         aside = ignore is not None and bool(ignore[k])
         line = {"linewidth": 1.0 if aside else 2.0, "linestyle": "--" if aside else "-"}
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, **line))
@@ -54,10 +52,6 @@ def show_boxes(
     ax.grid(False)
     ax.spines[:].set_visible(False)
     return ax.figure, ""
-
-
-def _class_colour(number: int) -> str:
-    return PALETTE[(number - 1) % len(PALETTE)]
 
 
 def _panels(count: int, columns: int, aspect: float, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -75,11 +69,6 @@ def _panels(count: int, columns: int, aspect: float, titles: Sequence[str]) -> t
     for ax, title in zip(axes.flat, wrapped, strict=False):
         ax.set_title(title, fontsize=9)
     return figure, list(axes.flat[:count])
-
-
-def _class_legend(figure: Figure, classes: set[int], class_names: Sequence[str]) -> None:
-    handles = {class_names[c - 1]: Line2D([], [], color=_class_colour(c), linewidth=3) for c in sorted(classes)}
-    legend_below(figure, handles)
 
 
 def _of_image(labels: Labels | Detections | None, i: int, above: float):
@@ -106,8 +95,6 @@ def image_grid(
 ) -> tuple[Figure, str]:
     """The images `index` side by side: bare, with their labels, or with detections of a confidence over `above`."""
     index = np.asarray(index, dtype=int)
-    if not len(index):
-        raise ValueError("image_grid needs at least one image")
     pixels = np.asarray(images.batch(index).cpu())  # (B, 3, H, W)
     figure, axes = _panels(len(index), columns, pixels.shape[2] / pixels.shape[3], titles)
     seen: set[int] = set()
@@ -115,7 +102,8 @@ def image_grid(
         boxes, classes, scores, ignore = _of_image(labels, int(i), above)
         show_boxes(shown, boxes, classes, scores, ax, ignore)
         seen |= set(classes.tolist())
-    _class_legend(figure, seen, class_names)
+    colours = {class_names[c - 1]: PALETTE[c % len(PALETTE) - 1] for c in sorted(seen)}
+    legend_below(figure, {name: Line2D([], [], color=colour, linewidth=3) for name, colour in colours.items()})
     if isinstance(labels, Detections):
         return figure, f"Detections of a confidence above {above:g}, which stands at each box; colour: class."
     return (
@@ -159,8 +147,6 @@ def score_strip(
     """
     scores = np.asarray(scores, dtype=float)
     index = np.arange(len(scores)) if index is None else np.asarray(index, dtype=int)
-    if scores.shape != index.shape or not len(scores) or not np.isfinite(scores).all():
-        raise ValueError(f"need one finite score per image, got {scores.shape} scores for {len(index)} images")
     order = np.argsort(-scores, kind="stable")
     show = min(show, len(scores))
     chosen = np.concatenate([order[:show], order[-show:]])  # both rows from high to low
@@ -181,8 +167,6 @@ def client_histograms(
     """How many objects (or `what`) of each class every client holds: counts (M, C) as shades with the numbers."""
     counts = np.asarray(counts)
     clients = list(client_names) if client_names is not None else [f"client {m}" for m in range(len(counts))]
-    if counts.shape != (len(clients), len(class_names)) or not counts.size:
-        raise ValueError(f"counts must be ({len(clients)} clients, {len(class_names)} classes), got {counts.shape}")
     ax = ax or plt.subplots(figsize=tuple(np.clip((1.6 + 0.52 * counts.shape[1], 1.1 + 0.34 * len(counts)), 3, 12)))[1]
     top = max(1, counts.max())
     ax.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto")

@@ -1,7 +1,7 @@
 """The look of every figure: one style file, and for each method a colour, a marker, a line and a shown name.
 
-A strategy has a colour and a marker, the same in every figure; under a scheme other than FedAvg the scheme gives the
-line and most of the colour. A strategy that is not listed here gets a colour and a marker of its own from its name.
+A strategy has a colour and a marker, the same in every figure, from its place in a list or else from its name; under a
+scheme other than FedAvg the scheme gives the line and most of the colour.
 """
 
 from __future__ import annotations
@@ -34,51 +34,30 @@ PALETTE = tuple(
     "#999933 #661100 #44AA99 #CC6677 #6F4C9B #B8860B #005F73 #8B0000 #5C7A29 #1F3A93".split()
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "<", ">", "p", "h", "*", "d", (4, 1, 0), (5, 1, 36), (6, 1, 0), (8, 1, 0))
-
-NAMED: dict[str, tuple[str, str | tuple, str]] = {  # strategy -> colour, marker, shown name; in the order of legends
-    "random": ("#7F7F7F", "X", "random"),
-    "federated": ("#AA4499", "*", "federated"),
-    "sum": ("#0072B2", "o", "SUM"),
-    "avg": ("#E69F00", "s", "AVG"),
-    "max": ("#009E73", "^", "MAX"),
-    "count": ("#CC79A7", "D", "box count"),
-    "entropy": ("#C51B7D", (4, 1, 0), "entropy"),
-    "entropy_sum": ("#332288", "v", "entropy SUM"),
-    "entropy_avg": ("#D55E00", "P", "entropy AVG"),
-    "entropy_max": ("#44AA99", "<", "entropy MAX"),
-    "margin": ("#4393C3", "p", "margin"),
-    "confidence": ("#BF812D", "h", "least confidence"),
-    "ratio": ("#5C7A29", "d", "ratio"),
-    "coreset": ("#01665E", "*", "core-set"),
-    "badge": ("#35978F", (6, 1, 0), "BADGE"),
-    "qbc": ("#9970AB", (7, 1, 0), "committee"),
-    "cascade": ("#8C1D40", (3, 1, 0), "HUALE cascade"),
-    "cald": ("#5E3C99", "H", "CALD"),
-    "hua": ("#1B7837", "8", "HUA pooling"),
-    "ksas": ("#B2182B", "o", "KSAS"),
-    "ksas_sum": ("#67001F", (9, 1, 0), "KSAS on boxes, SUM"),
-    "ksas_avg": ("#A8123E", (10, 1, 0), "KSAS on boxes, AVG"),
-    "ksas_max": ("#EF3B2C", (12, 1, 0), "KSAS on boxes, MAX"),
-    "jeffreys": ("#E78AC3", "v", "plain symmetric KL"),
-    "logo": ("#1A1A8C", "^", "LoGo"),
-    "vae": ("#7A5195", "<", "VAE novelty"),
-    "d0": ("#B0B0B0", "P", "D0, hidden labels"),
-    "d1": ("#EF8A17", "o", "D1, reconstruction consistency"),
-    "d2": ("#006D77", "s", "D2, self-training"),
-    "d3": ("#84A98C", "D", "D3, entropy"),
-    "d4": ("#3D5A80", "v", "D4, learned loss"),
-    "vae_d0": ("#8A8A8A", "P", "VAE + D0, hidden labels"),
-    "vae_d1": ("#BC4B00", "o", "VAE + D1"),
-    "vae_d2": ("#004C54", "s", "VAE + D2"),
-    "vae_d3": ("#4F772D", "D", "VAE + D3"),
-    "vae_d4": ("#1D3557", "v", "VAE + D4"),
-    "model_outlier": ("#8E6C8A", "<", "model-based outlier"),
-    "embedding_outlier": ("#C4A000", ">", "embedding outlier"),
-    "cluster": ("#2A9D8F", "s", "cluster centres"),
-    "representative": ("#577590", "D", "representative"),
-    "mix": ("#E63946", "o", "mixture"),
-    "mix_diverse": ("#9D0208", "^", "mixture with diversity"),
-    "centralised": ("#444444", "d", "centralised"),
+# Published strategies in the order of legends; each has the colour and the marker of its place.
+LISTED = tuple(
+    "random sum avg max count entropy margin confidence ratio coreset badge qbc jeffreys logo ksas "
+    "ksas_sum ksas_avg ksas_max entropy_sum entropy_avg entropy_max cascade cald hua "
+    "vae vae_d1 vae_d2 vae_d3 vae_d4 vae_d0 d1 d2 d3 d4 d0 mix mix_diverse cluster representative "
+    "model_outlier embedding_outlier federated centralised".split()
+)
+SHOWN = {  # where it is not the strategy's name with spaces
+    **dict(sum="SUM", avg="AVG", max="MAX", count="box count", confidence="least confidence", coreset="core-set"),
+    **dict(entropy_sum="entropy SUM", entropy_avg="entropy AVG", entropy_max="entropy MAX", badge="BADGE"),
+    **dict(qbc="committee", cascade="HUALE cascade", cald="CALD", hua="HUA pooling", ksas="KSAS", logo="LoGo"),
+    **dict(ksas_sum="KSAS on boxes, SUM", ksas_avg="KSAS on boxes, AVG"),
+    **dict(ksas_max="KSAS on boxes, MAX"),
+    **dict(jeffreys="plain symmetric KL", vae="VAE novelty"),
+    **dict(d0="D0, hidden labels", d1="D1, reconstruction consistency", d2="D2, self-training", d3="D3, entropy"),
+    **dict(d4="D4, learned loss", vae_d0="VAE + D0, hidden labels", vae_d1="VAE + D1", vae_d2="VAE + D2"),
+    **dict(vae_d3="VAE + D3", vae_d4="VAE + D4", mix="mixture", mix_diverse="mixture with diversity"),
+    **dict(model_outlier="model-based outlier", cluster="cluster centres"),
+}
+GREYS = {
+    "random": ("#7F7F7F", "X"),
+    "centralised": ("#444444", "d"),
+    "d0": ("#B0B0B0", "P"),
+    "vae_d0": ("#8A8A8A", "P"),
 }
 SCHEMES: dict[str, tuple[str, str | tuple, str]] = {  # scheme -> colour, line, shown name
     "fedavg": ("", "-", "FedAvg"),
@@ -118,7 +97,12 @@ def style_of(method: str) -> Look:
     """Colour, marker, line and shown name of a method: a strategy, or schemes and a strategy joined by '+'."""
     scheme, _, rest = method.partition("+")
     if scheme not in SCHEMES or not rest:
-        colour, marker, name = NAMED.get(method) or _from_name(method)
+        place = LISTED.index(method) if method in LISTED else int(hashlib.sha256(method.encode()).hexdigest(), 16)
+        colour, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+        if method not in LISTED:  # a shade that no listed strategy has
+            colour = _mix(colour, ("black", "white")[place % 2], 0.1 + place % 97 / 400)
+        colour, marker = GREYS.get(method, (colour, marker))
+        name = SHOWN.get(method, method.replace("_", " "))
         return Look(colour, marker, "--" if method == "centralised" else "-", name)
     look, (colour, line, name) = style_of(rest), SCHEMES[scheme]
     if scheme == "fedavg":
@@ -128,13 +112,6 @@ def style_of(method: str) -> Look:
             colour=_mix(colour, look.colour, 0.5), line=line, name=f"centralised on the labels of {look.name}"
         )
     return look._replace(colour=_mix(colour, look.colour, 0.2), line=line, name=f"{name}, {look.name}")
-
-
-def _from_name(strategy: str) -> tuple[str, str | tuple, str]:
-    """What a strategy that nobody listed looks like: drawn from its name, so the same in every figure."""
-    hue, shade, marker, *_ = hashlib.sha256(strategy.encode()).digest()
-    colour = _mix(PALETTE[hue % len(PALETTE)], ("black", "white")[shade % 2], shade / 256 * 0.35)
-    return colour, MARKERS[marker % len(MARKERS)], strategy.replace("_", " ")
 
 
 def _mix(colour: str, other: str, part: float) -> str:
@@ -147,7 +124,7 @@ def ordered(methods: Sequence[str]) -> list[str]:
     def place(method: str) -> tuple[int, int, str]:
         scheme, strategy = method.split("+")[0], method.split("+")[-1]
         first = list(SCHEMES).index(scheme) if scheme in SCHEMES else 0
-        return first, (list(NAMED) + [strategy]).index(strategy), method
+        return first, (*LISTED, strategy).index(strategy), method
 
     return sorted(methods, key=place)
 
@@ -188,13 +165,6 @@ def legend_below(figure: Figure, handles: dict[str, object]) -> None:
         place = {"loc": "outside lower center", "ncols": math.ceil(len(handles) / rows), "handlelength": 2.6}
         figure.legend(list(handles.values()), list(handles), **place)
         figure.set_figheight(figure.get_figheight() + 0.22 * rows)
-
-
-def keep_fractions(ax: Axes, y: str) -> None:
-    """The y axis of an AP ends at 0 and 1."""
-    if y.startswith("ap"):
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(0, low), min(1.02, high))
 
 
 def mean_and_band(seeds, band: str = "band") -> str:

@@ -1,7 +1,6 @@
 """Images with boxes: what stands where; the highest scores above; counts in their cells."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -45,8 +44,6 @@ def test_boxes_stand_at_their_pixels_in_the_colour_of_their_class():
     assert boxes_of(ax) == [(2, 3, 10, 10, PALETTE[1]), (5, 5, 1, 1, PALETTE[0])]
     assert [p.get_linestyle() for p in ax.patches] == ["-", "--"] and not ax.texts
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 30), (20, 0))
-    with pytest.raises(ValueError, match=r"pixels must be uint8 \(3, H, W\)"):
-        plots.show_boxes(pixels.float())
 
 
 def test_a_grid_shows_labels_or_good_detections_and_a_legend_of_the_classes_there():
@@ -62,8 +59,6 @@ def test_a_grid_shows_labels_or_good_detections_and_a_legend_of_the_classes_ther
     assert figure.get_figwidth() == pytest.approx(12)
     figure, caption = plots.image_grid(images(), None, NAMES, range(2))
     assert caption == "" and not figure.legends and not any(ax.patches for ax in figure.axes)
-    with pytest.raises(ValueError, match="at least one image"):
-        plots.image_grid(images(), None, NAMES, [])
 
 
 def test_two_views_draw_the_mirrored_box_where_it_lies_in_the_mirror_image():
@@ -79,8 +74,6 @@ def test_the_highest_scores_stand_above_and_the_lowest_below():
     titles = [ax.get_title() for ax in shown(figure)]
     assert titles == ["queried first: 0.9", "queried first: 0.9", "queried last: 0.1", "queried last: 0"]
     assert [int(ax.images[0].get_array()[0, 0, 0]) for ax in shown(figure)] == [1, 3, 0, 5]
-    with pytest.raises(ValueError, match="one finite score per image"):
-        plots.score_strip(images(), [0.1, np.nan, 0, 0])
 
 
 def test_every_count_is_written():
@@ -89,5 +82,3 @@ def test_every_count_is_written():
     assert [t.get_text() for t in ax.texts] == ["1", "20", "3", "0", "5", "6"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["client 00", "day 2"]
     assert ax.get_xlabel() == "images of each class" and caption.startswith("Images of each class")
-    with pytest.raises(ValueError, match=r"counts must be \(1 clients, 3 classes\)"):
-        plots.client_histograms([[1, 2, 3], [4, 5, 6]], NAMES, ["one"])
