@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..metrics import seed_interval
-from .style import LISTED, Y_LABELS, marks, mean_and_band, names_of, ordered, style, style_of, y_label
+from .style import Y_LABELS, marks, mean_and_band, names_of, ordered, style, style_of, y_label
 
 PARTS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#7F7F7F"), ("D", "#009E73"))  # marker and colour of each part
 
@@ -38,7 +38,7 @@ def effects(
             ax.hlines(at, row.low, row.high, color=colour, linewidth=1.8, alpha=1 if shown else 0.4, zorder=2)
             ax.plot(row.points, at, marker, color=colour, markerfacecolor=colour if shown else "white", zorder=3)
     ax.axvline(0, color="0.5", linewidth=0.8, zorder=1)
-    ax.set_yticks(range(len(names)), [style_of(n).name if n.split("+")[-1] in LISTED else n for n in names])
+    ax.set_yticks(range(len(names)), [style_of(name).name for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(False, axis="y")
     ax.set_xlabel(xlabel or f"difference in points, {y_label(y)}")
