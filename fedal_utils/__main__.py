@@ -152,11 +152,11 @@ def doctor(given: argparse.Namespace) -> None:
 @command("names")
 def data(given: argparse.Namespace) -> None:
     """Download data sets into $FEDAL_DATA or data/."""
-    from .data import download
+    from .data import KITTI, PINNED, fetch
 
-    known = {name.lower(): name for name in (*download.PINNED, download.KITTI)}
-    for name in given.names or download.PINNED:
-        print(f"{name}: {download.fetch(known.get(name.lower(), name), data_folder())}")
+    known = {name.lower(): name for name in (*PINNED, KITTI)}
+    for name in given.names or PINNED:
+        print(f"{name}: {fetch(known.get(name.lower(), name), data_folder())}")
 
 
 @command("path --json --picture --seed")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from . import download
 from .digits import Digits, digit_scenes
 from .files import images_in
 from .folders import Found, kitti_found, own_folder
-from .formats import How, Record, assemble
-from .formats_coco import coco_records, entries_of, read_json
+from .formats import Record, assemble
+from .formats_coco import coco_records, read_json
 from .formats_kitti import KITTI_CLASSES, KITTI_TWO
 from .formats_voc import VOC_CLASSES, devkit_records, voc_record
 from .pixels import size_pair
@@ -25,8 +26,7 @@ BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 HIT_UAV_CLASSES = ("Person", "Car", "Bicycle", "OtherVehicle")
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A set known by name: how it is read, the places below the data root it may lie in, and where it comes from."""
 
     find: Callable[[Path], Found]
@@ -35,12 +35,12 @@ class _Source:
     download: str | None = None
 
 
-def _devkit(train: Sequence[str], test: str) -> Callable[[Path], Found]:
+def _voc(train: Sequence[str], test: str) -> Callable[[Path], Found]:
     """Splits such as 'VOC2007/trainval' of a devkit, `place` being one of its years."""
 
     def find(place: Path) -> Found:
         read = [devkit_records(place.parent / Path(s).parent, Path(s).name, one_based=True) for s in (*train, test)]
-        return Found([record for part in read[:-1] for record in part], read[-1], VOC_CLASSES)
+        return Found(sum(read[:-1], []), read[-1], VOC_CLASSES)
 
     return find
 
@@ -50,8 +50,7 @@ def _voc07_half(place: Path) -> Found:
     if place.name == "VOC07":
         return Found(*(devkit_records(place, split, one_based=True) for split in ("trainval", "test")), VOC_CLASSES)
     every, held = devkit_records(place, "test", one_based=True), read_json(Path(__file__).with_name("voc07_half.json"))
-    train, test = ([r for r in every if (r.id in held) == side] for side in (False, True))
-    return Found(train, test, VOC_CLASSES)
+    return Found(*([r for r in every if (r.id in held) == side] for side in (False, True)), VOC_CLASSES)
 
 
 def _bccd(place: Path) -> Found:
@@ -79,27 +78,21 @@ def _hit_uav(place: Path) -> Found:
     days: dict[str, list[Record]] = {}
     pictures = images_in(place / "normal_xml" / "JPEGImages")
     for split in ("train", "val", "test"):
-        file = place / "normal_json" / "annotations" / f"{split}.json"
-        for entry in entries_of(read_json(file), "images", file):
-            name, day = Path(str(entry.get("filename"))).stem, str(entry.get("date_captured"))
-            if name not in pictures:
-                raise ValueError(f"annotation {file}: image {entry} is not in normal_xml/JPEGImages")
+        for entry in read_json(place / "normal_json" / "annotations" / f"{split}.json")["images"]:
+            name, day = Path(entry["filename"]).stem, str(entry["date_captured"])
             record = voc_record(name, pictures[name], place / "normal_xml" / "Annotations" / f"{name}.xml")
-            days.setdefault(day, []).append(_with_regions(record, day))
-    train, test = [], []
+            things = []
+            for thing in record.objects:
+                names = HIT_UAV_CLASSES if thing.name == "DontCare" else (thing.name,)
+                things += [replace(thing, name=name, crowd=thing.name == "DontCare") for name in names]
+            days.setdefault(day, []).append(replace(record, id=record.file.name, objects=tuple(things), group=day))
+    sides = [], []
     for records in days.values():
         records.sort(key=lambda record: int(record.file.stem.split("_")[-1]))
         count = round(0.8 * len(records))
-        train, test = train + records[:count], test + records[count:]
-    return Found(*(sorted(side, key=lambda record: record.id) for side in (train, test)), HIT_UAV_CLASSES)
-
-
-def _with_regions(record: Record, day: str) -> Record:
-    things = []
-    for thing in record.objects:
-        names = HIT_UAV_CLASSES if thing.name == "DontCare" else (thing.name,)
-        things += [replace(thing, name=name, crowd=thing.name == "DontCare") for name in names]
-    return replace(record, id=record.file.name, objects=tuple(things), group=day)
+        sides[0].extend(records[:count])
+        sides[1].extend(records[count:])
+    return Found(*(sorted(side, key=lambda record: record.id) for side in sides), HIT_UAV_CLASSES)
 
 
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
@@ -109,10 +102,10 @@ _07, _12, _TEST = "VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"
 SOURCES = {
     "bccd": _Source(_bccd, ("BCCD",), "https://github.com/Shenggan/BCCD_Dataset", "BCCD"),
     "hit-uav": _Source(_hit_uav, ("HIT-UAV",), "https://github.com/suojiashun", "HIT-UAV"),
-    "voc07": _Source(_devkit([_07], _TEST), ("VOCdevkit/VOC2007",), _VOC + "voc2007"),
+    "voc07": _Source(_voc([_07], _TEST), ("VOCdevkit/VOC2007",), _VOC + "voc2007"),
     "voc07-half": _Source(_voc07_half, ("VOC07", "VOCdevkit/VOC2007"), _VOC + "voc2007"),
-    "voc12": _Source(_devkit(["VOC2012/train"], "VOC2012/val"), ("VOCdevkit/VOC2012",), _VOC + "voc2012"),
-    "voc0712": _Source(_devkit([_07, _12], _TEST), ("VOCdevkit/VOC2012",), _VOC),
+    "voc12": _Source(_voc(["VOC2012/train"], "VOC2012/val"), ("VOCdevkit/VOC2012",), _VOC + "voc2012"),
+    "voc0712": _Source(_voc([_07, _12], _TEST), ("VOCdevkit/VOC2012",), _VOC),
     "coco": _Source(_coco, ("coco",), "https://cocodataset.org/#download"),
     "kitti": _Source(lambda place: kitti_found(place, KITTI_CLASSES), _KITTI_PLACES, _KITTI),
     "kitti-2": _Source(lambda place: kitti_found(place, KITTI_TWO), _KITTI_PLACES, _KITTI),
@@ -125,14 +118,6 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("FEDAL_DATA") or "data").expanduser()
 
 
-def checked_limit(limit: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """At most so many train and test images; ValueError below 1."""
-    limit = limit or (None, None)
-    if any(most is not None and most < 1 for most in limit):
-        raise ValueError(f"limit must be at least 1 image or None, got {limit}")
-    return limit
-
-
 def within_limit(count: int, most: int | None, seed: int, split: str) -> np.ndarray:
     """Which of `count` images stay, in their order; nested: the 50 of a limit are among the 100 of another."""
     if most is None or most >= count:
@@ -140,9 +125,9 @@ def within_limit(count: int, most: int | None, seed: int, split: str) -> np.ndar
     return np.sort(rng_for(seed, "limit", split).permutation(count)[:most])
 
 
-def find(name: str, root: Path, seed: int = 0, how: How | None = None) -> tuple[Found, Path]:
-    """Both sides of a set before any pixel is read, and its folder: a known name, or a folder here or in `root`."""
-    how, source = how or How(), SOURCES.get(name)
+def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: bool = False) -> Found:
+    """Both sides of a set before any pixel is read: a known name, or a folder here or in `root`."""
+    source = SOURCES.get(name)
     if source is None:
         folder = next((f for f in (Path(name).expanduser(), root / name) if f.is_dir()), None)
         if folder is None:
@@ -150,16 +135,16 @@ def find(name: str, root: Path, seed: int = 0, how: How | None = None) -> tuple[
                 f"data set {name!r} is not known and no folder of that name exists here or in {root}; "
                 f"allowed are {', '.join(NAMES)} or the path of a folder of images"
             )
-        return own_folder(folder, seed, how.unlabelled), folder
+        return own_folder(folder, seed, unlabelled)
     place = next((root / place for place in source.places if (root / place).is_dir()), None)
-    if place is None and source.download and how.fetch:
+    if place is None and source.download and fetch:
         place = download.fetch(source.download, root)
     if place is None:
         raise ValueError(
             f"data set {name!r}: folder {root / source.places[0]} does not exist; get it from {source.origin} and put "
             "it there, or point FEDAL_DATA to the folder that holds it"
         )
-    return replace(source.find(place), reading=Reading(name, "the published list", "as published")), place
+    return replace(source.find(place), reading=Reading(name, "the published list", "as published"))
 
 
 def load(
@@ -170,7 +155,7 @@ def load(
     limit: tuple[int | None, int | None] | None = None,
     min_object: float = 0,
     digits: Digits | None = None,
-    how: How | None = None,
+    unlabelled: bool = False,
 ) -> tuple[Dataset, Dataset]:
     """Train and test of a data set by name (`NAMES`), or of a folder of the user's own.
 
@@ -180,23 +165,20 @@ def load(
     limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
     min_object: objects whose shorter side, letterboxed, is below this many pixels become ignore.
     digits: DigitScenes in train and test, and their classes.
-    how: downloading, streaming, threads, and what becomes of images without an annotation.
+    unlabelled: keep images of a folder that have no annotation, as not labelled.
     """
-    limit = checked_limit(limit)
+    limit = limit or (None, None)
     if name == "digits":
-        digits, size = digits or Digits(), size_pair(image_size)
-        counts = [n if most is None else min(n, most) for n, most in zip(digits.scenes, limit, strict=True)]
-        side = tuple(round(side * min(size) / 64) for side in (14, 28))  # digits grow with the image
-        return digit_scenes(*counts, size, seed, digits.classes, min_object, digit_side=side)
-    found, place = find(name, data_root(root), seed, how)
+        return digit_scenes(digits or Digits(), size_pair(image_size), seed, min_object, limit)
+    found = find(name, data_root(root), seed, unlabelled=unlabelled)
     shared = {r.id for r in found.train} & {r.id for r in found.test}
     if shared:
-        raise ValueError(f"{place}: image id {min(shared)!r} is in train and in test")
-    sides, label = [], name if name in SOURCES else place.absolute().name
+        raise ValueError(f"data set {name!r}: image id {min(shared)!r} is in train and in test")
+    sides, label = [], name if name in SOURCES else Path(name).absolute().name
     for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):
         kept = [records[i] for i in within_limit(len(records), most, seed, split)]
         drops = found.drops if split == "train" else None
         sides.append(
-            assemble(f"{label} {split}", kept, image_size, found.class_names, min_object, how, drops, found.reading)
+            assemble(f"{label} {split}", kept, image_size, found.class_names, min_object, drops, found.reading)
         )
     return sides[0], sides[1]

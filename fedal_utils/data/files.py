@@ -1,15 +1,18 @@
-"""Files of strangers, found and read safely: links, hidden files, encodings, names; and text written in one step."""
+"""Files of strangers, found and read safely: links, hidden files, encodings, names."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from yaml import YAMLError
 
 from .pixels import SUFFIXES
 
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, YAMLError)
 NOT_DATA = ("__MACOSX", "@eaDir")  # folders that systems leave behind
 # Folders that only say what kind of file they hold: images/train/a.jpg and labels/train/a.txt belong together.
 LAYOUT = {"images", "jpegimages", "labels", "annotations", "annotation", "xml", "imagesets", "main"}
@@ -36,7 +39,7 @@ def find_files(root: str | Path, *suffixes: str) -> list[Path]:
             if name.startswith(".") or (suffixes and os.path.splitext(name)[1].lower() not in suffixes):
                 continue
             path = Path(folder, name)
-            if not str(path).isprintable() and not plain(str(path)):
+            if not plain(str(path)):
                 raise ValueError(f"file name {ascii(str(path))} is not UTF-8 or holds control characters; rename it")
             if path.is_file():
                 found.append(path)
@@ -63,8 +66,7 @@ def images_in(folder: Path) -> dict[str, Path]:
     """Image files directly in `folder` by name without suffix, sorted."""
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist; it should hold the images")
-    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return by_key(paths, folder)
+    return by_key((p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and p.name[0] != "."), folder)
 
 
 def read_text(file: Path) -> str:
@@ -79,40 +81,55 @@ def read_text(file: Path) -> str:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """The file with this text, or as it was before; line ends are not changed."""
+    """The file with this text in UTF-8, its folder made if need be; line ends are not changed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as sink:
-            sink.write(text)
-        os.chmod(name, 0o644)  # mkstemp's file is private
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8", newline="")
     return path
+
+
+@contextlib.contextmanager
+def reading(where: str, needed: str) -> Iterator[None]:
+    """Whatever is wrong with a value that is read inside becomes a ValueError that names the entry and what is needed."""
+    try:
+        yield
+    except _WRONG as error:
+        told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{where[:400]}: {told[:400]}; needed: {needed}") from None
+
+
+def number(value: object) -> float:
+    """A number as JSON has it, and no text; not finite ones pass, for `settled` to name with their box."""
+    if type(value) not in (int, float) or abs(value) >= 1e300 != value:
+        raise ValueError(f"{str(value)[:99]!r} is no number")
+    return float(value)
+
+
+def whole(value: object, least: int = 0) -> int:
+    """A whole number from `least` up, of at most nine digits."""
+    if not least <= number(value) < 1e9 or value % 1:
+        raise ValueError(f"{str(value)[:99]!r} is no whole number from {least} up")
+    return int(value)
 
 
 def plain(text: str) -> bool:
     """Can every format hold this text in one line?"""
-    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\ufffe\uffff" for c in text)
+    odd = ("Cc", "Cs", "Zl", "Zp")
+    return not any(unicodedata.category(c) in odd or c in "\ufffe\uffff" for c in text)
 
 
-def class_name(name: object, where: str | Path) -> str:
+def class_name(name: object) -> str:
     """The name of a class as it is written; ValueError unless it is text in one line without outer spaces."""
     if not isinstance(name, str) or not name or name != name.strip() or not plain(name):
-        raise ValueError(f"{where}: class {name!r} is no name; allowed is text in one line without outer spaces")
+        raise ValueError(f"class {name!r} is no name; allowed is text in one line without outer spaces")
     return name
 
 
-def relative(name: object, where: str | Path) -> str:
+def relative(name: object) -> str:
     """A path below a set's folder, with '/' for '\\'; ValueError for any other."""
     parts = name.replace("\\", "/").removeprefix("./").split("/") if isinstance(name, str) else [""]
     if any(p in ("", ".", "..") for p in parts) or ":" in parts[0] or not plain(name):
-        raise ValueError(
-            f"{where}: {name!r} is no path below the set's folder; allowed are relative paths without '..', drives and "
-            "control characters"
-        )
+        raise ValueError(f"{name!r} is no path below the set's folder")
     return "/".join(parts)
 
 

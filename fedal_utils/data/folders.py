@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..seeding import rng_for
-from .files import by_key, find_files, key_of, read_text, same_form
+from .files import find_files, key_of, read_text, same_form
 from .formats import Record, names_in
 from .formats_coco import coco_records, read_json
 from .formats_kitti import KITTI_CLASSES, kitti_records, kitti_split
-from .formats_voc import split_lines, voc_record, xml_root
+from .formats_voc import split_lines, voc_records
 from .formats_yolo import data_yamls, yolo_names, yolo_records
 from .pixels import SUFFIXES
 from .types import Reading
@@ -30,6 +30,7 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_TOOLS = {"shapes": "LabelMe", "_via_img_metadata": "VIA", "annotations": "COCO, CreateML or Label Studio"}  # by a key
 Told = dict[str, list[Path]]  # train, val, test -> images
 
 
@@ -54,13 +55,14 @@ def split_of(words: Iterable[str]) -> str | None:
     return None
 
 
-def drawn_split(records: Sequence, seed: int, source: object) -> tuple[list, list]:
-    """80 : 20 by a named generator, at least one image in either; for sets that come without a split."""
+def drawn_split(records: Sequence, seed: int, source: object) -> tuple[list, list, str]:
+    """80 : 20 by a named generator, at least one image in either, and what to say of it; where nothing tells a split."""
     if len(records) < 2:
         raise ValueError(f"{source}: {len(records)} image(s) cannot be split into train and test; 2 are needed")
     count = max(1, round(0.2 * len(records)))
     test = set(rng_for(seed, "split", "test").permutation(len(records))[:count].tolist())
-    return [r for i, r in enumerate(records) if i not in test], [r for i, r in enumerate(records) if i in test]
+    sides = ([r for i, r in enumerate(records) if (i in test) == side] for side in (False, True))
+    return *sides, f"drawn 80 : 20 with seed {seed}, as nothing tells one"
 
 
 def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
@@ -71,26 +73,36 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     images = [f for f in files if f.suffix.lower() in SUFFIXES]
     if not images:
         raise ValueError(f"data set {str(root)!r} is empty: no {', '.join(SUFFIXES)} file in it")
-    keys = {key_of(path, root) for path in images}
-    voc = any(f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations") for f in files)
-    contents = {f: read_json(f) for f in files if f.suffix.lower() == ".json" and not voc}
-    coco = {f: c for f, c in contents.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys()}
-    said: dict[Path, str] = {}
-    if voc:
-        layout, records, names, told = "Pascal VOC", _voc(root, files, images), None, []
+    keys, said = {key_of(path, root) for path in images}, {}
+    xmls = [
+        f for f in files if f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations")
+    ]
+    jsons = {f: read_json(f) for f in files if f.suffix.lower() == ".json"}
+    coco = {
+        f: c for f, c in jsons.items() if not xmls and isinstance(c, dict) and {"images", "annotations"} <= c.keys()
+    }
+    names, told = None, []
+    if xmls:
+        layout, records = "Pascal VOC", voc_records(root, files)
     elif coco:
         layout, (records, names, said), told = "COCO", _coco(root, images, coco), list(coco)
     elif any(f.suffix.lower() == ".txt" and key_of(f, root) in keys for f in files):
         numbers, told = yolo_names(files)
         layout, (records, names) = "YOLO", yolo_records(root, files, numbers)
     else:
-        _refuse_foreign(root, files, contents)
-        layout, names, told = "images without labels", None, []
+        layout = "images without labels"
         records = [Record(path.relative_to(root).as_posix(), path, source=path) for path in images]
+    missing = next((record for record in records if record.file is None), None)
+    if missing:
+        raise ValueError(f"annotation {missing.source} has no image {missing.id} with one of {', '.join(SUFFIXES)}")
+    foreign = _foreign(files, {f: c for f, c in jsons.items() if f not in coco}, xmls)
     labelled = [record for record in records if record.objects is not None]
-    drops: Counter = Counter()
+    if foreign and not labelled:  # or somebody would take the images for unlabelled
+        tool, file = next(iter(foreign.items()))
+        raise ValueError(f"{root} has labels of {tool} ({file}), which is not read; convert them to COCO, VOC or YOLO")
+    drops = Counter({f"labels of {tool} beside it, such as {file.name}, not read": 1 for tool, file in foreign.items()})
     if labelled:
-        records, drops = _with_the_rest(root, layout, labelled, images, unlabelled)
+        records = _with_the_rest(root, layout, labelled, images, unlabelled, drops)
         names = names_in(labelled) if names is None else names
     train, test, split_from = _sides(root, files, records, said, seed, drops)
     classes_from = ", ".join(f.relative_to(root).as_posix() for f in told) or ("the objects" if labelled else "")
@@ -105,22 +117,10 @@ def kitti_found(root: Path, class_names: Sequence[str]) -> Found:
     return Found([records[i] for i in train], [records[i] for i in held], class_names, reading)
 
 
-# ---------------------------------------------------------------------------------------------- formats in a folder
-
-
-def _voc(root: Path, files: Sequence[Path], images: Sequence[Path]) -> list[Record]:
-    pictures = {key_of(path, root): path for path in images}
-    xmls = by_key((f for f in files if f.suffix.lower() == ".xml"), root)
-    for key, path in xmls.items():
-        if key not in pictures:
-            raise ValueError(f"annotation {path} has no image {key} with one of {', '.join(SUFFIXES)}")
-    by_key((path for path in images if key_of(path, root) in xmls), root)  # two images of one annotation are an error
-    return [voc_record(key, path, xmls[key]) for key, path in pictures.items() if key in xmls]
-
-
 def _coco(
     root: Path, images: Sequence[Path], contents: Mapping[Path, Any]
 ) -> tuple[list[Record], tuple[str, ...] | None, dict[Path, str]]:
+    """Records and class names of all COCO files, and the split of each image whose file's name tells one."""
     if any(f.name.startswith("instances") for f in contents):  # beside captions and key points of the same images
         contents = {f: c for f, c in contents.items() if f.name.startswith("instances")}
     by_name, names, said, read = _by_name(images), None, {}, []
@@ -130,62 +130,51 @@ def _coco(
         if split is None and len(contents) > 1:
             listed = ", ".join(str(f.relative_to(root)) for f in contents)
             raise ValueError(f"{root} has several COCO files ({listed}); each name must say train, val or test: {file}")
-        beside = file.parent
         prefer = (
-            lambda p, beside=beside: beside in p.parents,
+            lambda p, file=file: file.parent in p.parents,
             lambda p, split=split: split_of(p.relative_to(root).parts) == split,
             lambda p: p.relative_to(root).parts[0].lower() == "images",  # not masks or previews of the same names
         )
-        find = lambda name, file=file, prefer=prefer: _named(name, by_name, prefer, file) or file.parent / name  # noqa: E731
+        find = lambda name, file=file, prefer=prefer: _named(name, by_name, file, prefer) or file.parent / name  # noqa: E731
         records, told = coco_records(file, content, find)
         if names not in (None, told):
             raise ValueError(f"annotation {file} has the categories {list(told)}, another file of {root} {list(names)}")
-        names = told
-        read += records
+        names, read = told, read + records
         said |= {record.file: split for record in records} if split else {}
-    shared = Counter(record.id for record in read)
-    if len({record.file for record in read}) < len(read):
-        twice = next(f for f, n in Counter(record.file for record in read).items() if n > 1)
-        raise ValueError(f"image {twice} stands more than once in {', '.join(map(str, contents))}")
-    if max(shared.values(), default=0) > 1:  # equal file names in two folders: ids carry the folder
+    twice = [file for file, n in Counter(record.file for record in read).items() if n > 1]
+    if twice:
+        raise ValueError(f"image {twice[0]} stands more than once in {', '.join(map(str, contents))}")
+    if len({record.id for record in read}) < len(read):  # equal file names in two folders: ids carry the folder
         read = [replace(record, id=record.file.relative_to(root).as_posix()) for record in read]
     return read, names, said
 
 
-def _refuse_foreign(root: Path, files: Sequence[Path], contents: Mapping[Path, Any]) -> None:
-    """ValueError where labels of a tool lie there that is not read, so that nobody takes the images for unlabelled."""
-    found = {}
+def _foreign(files: Sequence[Path], contents: Mapping[Path, Any], xmls: Sequence[Path]) -> dict[str, Path]:
+    """The first label file of each tool that is not read."""
+    found: dict[str, Path] = {}
     for file, content in contents.items():
-        keys = content.keys() if isinstance(content, dict) else content[0].keys() if _of_dicts(content) else ()
-        for tool, key in (
-            ("LabelMe", "shapes"),
-            ("VIA", "_via_img_metadata"),
-            ("CreateML or Label Studio", "annotations"),
-        ):
-            found |= {file: tool} if key in keys else {}
-    for file in files:
-        if file.suffix.lower() == ".xml" and xml_root(file).tag == "annotations":
-            found[file] = "CVAT"
-        if file.suffix.lower() == ".csv" and re.search(r"(?i)\b(x_?min|x1|bbox|left)\b", read_text(file)[:999]):
-            found[file] = "a CSV table"
-    for file, tool in found.items():
-        raise ValueError(f"{root} has labels of {tool} ({file}), which is not read; convert them to COCO, VOC or YOLO")
-
-
-def _of_dicts(content: Any) -> bool:
-    return isinstance(content, list) and bool(content) and isinstance(content[0], dict)
+        entry = content[0] if isinstance(content, list) and content else content
+        for tool in (tool for key, tool in _TOOLS.items() if isinstance(entry, dict) and key in entry):
+            found.setdefault(tool, file)
+    for file in (f for f in files if f.suffix.lower() in (".xml", ".csv") and f not in xmls):
+        head = file.read_bytes()[:2000]
+        if b"<annotations" in head:
+            found.setdefault("CVAT", file)
+        elif file.suffix.lower() == ".csv" and re.search(rb"(?i)\b(x_?min|x1|bbox|left)\b", head):
+            found.setdefault("a CSV table", file)
+    return found
 
 
 def _with_the_rest(
-    root: Path, layout: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool
-) -> tuple[list[Record], Counter]:
-    """The labelled images and those without an annotation that belong to the set; what was left out, by reason.
+    root: Path, layout: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool, drops: Counter
+) -> list[Record]:
+    """The labelled images and those without an annotation that belong to the set; counts in `drops` what is left out.
 
     Masks, thumbnails and previews beside a set are no images without objects: an image belongs to the set if one of its
     folder is labelled, or the folder is named images or after a split.
     """
     known = {record.file for record in labelled}
-    folders, records, drops = {path.parent for path in known}, list(labelled), Counter()
+    folders, records = {path.parent for path in known}, list(labelled)
     for path in (path for path in images if path not in known):
         inner = path.relative_to(root)
         if path.parent not in folders and inner.parts[0] != "images" and not split_of(inner.parts[:-1]):
@@ -200,10 +189,7 @@ def _with_the_rest(
         else:
             drops["not_in_json" if layout == "COCO" else "no_label_file"] += 1
             records += [Record(key_of(path, root), path, None, (), source=path)] if layout == "YOLO" else []
-    if layout != "COCO":  # whose order is that of the ids in the file
-        order = {path: i for i, path in enumerate(images)}
-        records.sort(key=lambda record: order[record.file])
-    return records, drops
+    return records if layout == "COCO" else sorted(records, key=lambda record: record.file)  # COCO's order is of ids
 
 
 # ------------------------------------------------------------------------------------------------------------ splits
@@ -225,7 +211,7 @@ def _sides(
     learn = {path for split in ("trainval", "train", "val") if split != held for path in told.get(split, ())}
     test = set(told.get(held, ()))
     if not test or not learn - test:
-        return *drawn_split(records, seed, root), f"drawn 80 : 20 with seed {seed}, as nothing tells one"
+        return drawn_split(records, seed, root)
     if both := test & {*told.get("train", ()), *told.get("trainval", ())}:
         raise ValueError(f"{root}: image {min(both)} is in train and in {held} ({by})")
     train, test = ([r for r in records if r.file in side] for side in (learn - test, test))
@@ -234,9 +220,10 @@ def _sides(
 
 
 def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Told, str]:
+    """The split as ImageSets/Main tells it, by ids."""
     sets = {f.stem: f for f in files if f.suffix == ".txt" and f.parts[-3:-1] == ("ImageSets", "Main")}
     held = next((split for split in ("test", "val") if split in sets), None)
-    learn = [s for s in (("trainval",) if "trainval" in sets and held == "test" else ("train", "val")) if s in sets]
+    learn = ["trainval"] if "trainval" in sets and held == "test" else [s for s in ("train", "val") if s in sets]
     learn = [split for split in learn if split != held]
     if held is None or not learn:
         return {}, ""
@@ -263,15 +250,14 @@ def _lists(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[T
 
 def _entry(entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path], by_name: Mapping) -> list[Path]:
     """The images of an entry, a folder or a list of files, never outside `root`; [] if there is no such place."""
-    top = os.path.abspath(root)
-    for base in bases:
-        for text in (entry, re.sub(r"^(\.\./)+", "", entry)):  # some tools write ../train for the folder beside
-            place = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
-            if place.startswith(top + os.sep) and os.path.isdir(place):
+    top = os.path.abspath(root) + os.sep
+    for text in (entry, re.sub(r"^(\.\./)+", "", entry)):  # some tools write ../train for the folder beside
+        for place in (os.path.abspath(base / text.replace("\\", "/")) for base in bases):
+            if place.startswith(top) and os.path.isdir(place):
                 return [path for path in images if os.path.abspath(path).startswith(place + os.sep)]
-            if place.startswith(top + os.sep) and os.path.isfile(place):
+            if place.startswith(top) and os.path.isfile(place):
                 lines = [line.strip() for line in read_text(Path(place)).splitlines() if line.strip()]
-                found = [_named(line, by_name, (), Path(place)) for line in lines]
+                found = [_named(line, by_name, Path(place)) for line in lines]
                 if None in found:
                     raise ValueError(f"{place} lists {lines[found.index(None)]!r}; the set has no such image")
                 return found
@@ -285,7 +271,9 @@ def _by_name(images: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def _named(name: str, by_name: Mapping[str, list[Path]], prefer: Sequence, file: Path) -> Path | None:
+def _named(
+    name: str, by_name: Mapping[str, list[Path]], file: Path, prefer: Sequence[Callable[[Path], bool]] = ()
+) -> Path | None:
     """The image whose path ends as `name` does, as far as that decides; ValueError if several do."""
     parts = [p for p in same_form(name).replace("\\", "/").split("/") if p not in ("", ".", "..")]
     found = by_name.get(parts[-1], []) if parts else []

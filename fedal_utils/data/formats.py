@@ -1,10 +1,9 @@
-"""What all formats share: the record, files found and read safely, boxes settled in their image, a Dataset made of it.
+"""What all formats share: the record, boxes settled in their image, what writers ask for, a Dataset made of records.
 
 What a reader does with imperfect input, the same for every format:
 
 * kept as *ignore* and counted: VOC `difficult`, COCO `iscrowd`, objects whose shorter side is below `min_object`;
-* changed and counted: a box partly outside its image is clipped; a box of the stored image is turned with it;
-* dropped and counted: a box without area;
+* changed and counted: a box partly outside its image is clipped; dropped and counted: a box without area;
 * a ValueError that names file and entry: a missing, truncated, 16-bit or huge image, an unreadable annotation, an image
   size that is not the annotated one, a box wholly outside its image, inverted or not finite, an unknown class, a
   duplicate id, a path that leaves the set's folder, an empty set.
@@ -15,18 +14,16 @@ An annotation that lists no object is no error: the image is a negative. An imag
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
 from .boxes import letterbox_boxes, pad_boxes
-from .files import class_name, key_of, relative
-from .pixels import SUFFIXES, ImageInfo, image_info, in_order, read_all, size_pair, threads_for, turned_box
+from .pixels import SUFFIXES, in_order, read_all, size_pair, upright_size
 from .types import Dataset, Images, Labels, Reading, StreamedImages
 
 MAX_BYTES = 8 << 30  # of a set's pixels; larger sets stream
@@ -62,52 +59,29 @@ class Record:
     drops: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
-@dataclass(frozen=True)
-class How:
-    """How a set is read: may it be downloaded; above how many bytes it streams; threads; are unlabelled images kept."""
-
-    fetch: bool = True
-    max_bytes: int = MAX_BYTES
-    workers: int | None = None
-    unlabelled: bool = False
-
-
 # ---------------------------------------------------------------------------------------- boxes inside their image
 
 
-def settled(record: Record, info: ImageInfo | None = None) -> Record:
+def settled(record: Record) -> Record:
     """The record with the size of its upright image and its boxes in pixels inside it; `drops` counts what was done.
 
-    info: what the image file says, None where there is none. An annotated size that is that of the stored image (before
-    EXIF turns it) says that the boxes are, too, and they are turned along. Any other size is an error.
+    The image's file may be missing where the annotation tells the size; where both tell it they must agree.
     """
-    size, orientation = record.size, 1
-    if info is not None and size not in (None, info.size):
-        if info.orientation < 5 or size != info.size[::-1]:
-            raise ValueError(
-                f"image {info.path} is {info.size[0]} x {info.size[1]} (height x width), but its annotation "
-                f"{record.source} says {size[0]} x {size[1]}; they must agree"
-            )
-        orientation = info.orientation
-    size = info.size if info is not None else size
+    there = record.file is not None and record.file.is_file()
+    size = upright_size(record.file) if there else record.size
+    if record.size not in (None, size):
+        raise ValueError(
+            f"image {record.file} is {size[0]} x {size[1]} (height x width, upright), but its annotation "
+            f"{record.source} says {record.size[0]} x {record.size[1]}; they must agree"
+        )
     if size is None and record.objects:
         raise ValueError(f"{record.source}: image {record.id!r} has no size, and there is no file of it")
-    drops, objects = Counter(record.drops), []
-    for thing in record.objects or ():
-        box = _inside(record, thing, size if orientation == 1 else size[::-1], drops)
-        if box is not None:
-            objects.append(replace(thing, box=turned_box(box, orientation, size)))
-    if orientation > 1:
-        drops["turned"] += len(objects)
-    kept = None if record.objects is None else tuple(objects)
-    return replace(record, size=size, objects=kept, fractions=False, drops=dict(drops))
-
-
-def with_image(record: Record) -> Record:
-    """`settled` for labels alone: the image's file may be missing where the annotation tells its size."""
-    if record.file is not None and record.file.is_file():
-        return settled(record, image_info(record.file))
-    return settled(replace(record, file=None))
+    drops, objects = Counter(record.drops), record.objects
+    if objects is not None:
+        boxes = [_inside(record, thing, size, drops) for thing in objects]
+        objects = tuple(replace(t, box=box) for t, box in zip(objects, boxes, strict=True) if box is not None)
+    file = record.file if there else None
+    return replace(record, file=file, size=size, objects=objects, fractions=False, drops=dict(drops))
 
 
 def _inside(record: Record, thing: Object, size: tuple[int, int], drops: Counter) -> tuple[float, ...] | None:
@@ -115,9 +89,7 @@ def _inside(record: Record, thing: Object, size: tuple[int, int], drops: Counter
     height, width = size
     sides = (width, height) * 2 if record.fractions else (1, 1, 1, 1)
     box = x1, y1, x2, y2 = tuple(float(round(v * side, 20)) for v, side in zip(thing.box, sides, strict=True))
-    where = (
-        f"{record.source}: image {record.id!r}, class {thing.name!r}, box {[round(v, 3) for v in box]} (xyxy pixels)"
-    )
+    where = f"{record.source}: image {record.id!r}, class {thing.name!r}, box {box} (xyxy pixels)"
     if not all(math.isfinite(v) for v in box):
         raise ValueError(f"{where} has a coordinate that is not finite")
     if x2 < x1 or y2 < y1:
@@ -128,8 +100,7 @@ def _inside(record: Record, thing: Object, size: tuple[int, int], drops: Counter
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
         raise ValueError(f"{where} lies outside its image, which spans x 0..{width}, y 0..{height}")
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if any(abs(a - b) > 1e-6 * max(width, height) for a, b in zip(inside, box, strict=True)):
-        drops["clipped"] += 1
+    drops["clipped"] += any(abs(a - b) > 1e-6 * max(width, height) for a, b in zip(inside, box, strict=True))
     return inside
 
 
@@ -138,47 +109,32 @@ def names_in(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(sorted({thing.name for record in records for thing in record.objects or ()}))
 
 
-def unique(records: Sequence[Record]) -> list[Record]:
+def unique(records: Iterable[Record]) -> list[Record]:
     """The records; ValueError if two have one id."""
     seen: dict[str, Record] = {}
     for record in records:
-        if record.id in seen:
-            first = seen[record.id].source
-            raise ValueError(f"{record.source}: image id {record.id!r} occurs more than once, first in {first}")
-        seen[record.id] = record
-    return list(records)
+        first = seen.setdefault(record.id, record)
+        if first is not record:
+            raise ValueError(f"{record.source}: image id {record.id!r} occurs more than once, first in {first.source}")
+    return list(seen.values())
 
 
 # ------------------------------------------------------------------------------------------------- before writing
 
 
-def to_write(
-    records: Iterable[Record], classes: Sequence[str], what: str, difficult: bool = True, crowd: bool = True
-) -> list[Record]:
-    """The records; ValueError for the first that the format `what` could not give back as it is.
-
-    difficult, crowd: has the format a place for such objects?
-    """
-    records = unique(list(records))
-    if not records:
-        raise ValueError(f"nothing to write as {what}: the list of records is empty")
-    for name in classes:
-        class_name(name, what)
-    if not classes or len(set(classes)) != len(classes):
-        raise ValueError(f"{what} needs one or more classes, each once, got {list(classes)}")
+def to_write(records: Iterable[Record], classes: Sequence[str], what: str, flags: Sequence[str] = ()) -> list[Record]:
+    """The records; ValueError for one without size or boxes, of other classes, or with a flag not among `flags`."""
+    records = unique(records)
     for record in records:
-        where = f"image {record.id!r}"
-        if relative(record.id, what) != record.id or record.objects is None or record.size is None:
-            raise ValueError(f"{where} cannot be written as {what}: needed are an id with '/', objects and a size")
-        height, width = record.size
+        if record.objects is None or record.size is None:
+            raise ValueError(f"image {record.id!r} cannot be written as {what}: it has no boxes or no size")
         for thing in record.objects:
-            x1, y1, x2, y2 = thing.box
-            if thing.name not in classes:
-                raise ValueError(f"{where} has a box of class {thing.name!r}; allowed are {list(classes)}")
-            if (thing.difficult and not difficult) or (thing.crowd and not crowd):
-                raise ValueError(f"{where} has a difficult or crowd object; {what} cannot hold it: use COCO or CSV")
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # False for nan as well
-                raise ValueError(f"{where} has the box {thing.box}; needed is 0 <= x1 < x2 <= {width} and so on in y")
+            odd = [flag for flag in ("difficult", "crowd") if getattr(thing, flag) and flag not in flags]
+            if odd or thing.name not in classes:
+                raise ValueError(
+                    f"image {record.id!r} has a box of class {thing.name!r} {' '.join(odd)}; {what} holds the classes "
+                    f"{list(classes)} and of flags {list(flags)}"
+                )
     return records
 
 
@@ -186,42 +142,42 @@ def beside(folder: Path, records: Sequence[Record], suffix: str) -> list[Path]:
     """For each record the path of its annotation below `folder`, which must be new; ValueError where two share one."""
     if folder.exists():
         raise ValueError(f"{folder} is there already; give a folder without it, so that nothing is overwritten")
-    paths: dict[str, Path] = {}
-    for record in records:
-        stem, ending = os.path.splitext(record.id)
-        path = folder / f"{stem if ending.lower() in SUFFIXES else record.id}{suffix}"
-        if paths.setdefault(key_of(path, folder).lower(), path) is not path:
-            raise ValueError(f"image {record.id!r} would share its annotation {path} with another one")
-    return list(paths.values())
+    ids = (PurePosixPath(record.id) for record in records)
+    paths = [folder / f"{i.with_suffix('') if i.suffix.lower() in SUFFIXES else i}{suffix}" for i in ids]
+    shared = [path for path, n in Counter(str(path).lower() for path in paths).items() if n > 1]
+    if shared:
+        raise ValueError(f"two images would share the annotation {shared[0]}; rename one of them")
+    return paths
 
 
 # -------------------------------------------------------------------------------------------------------- a Dataset
 
 
 def _labels_of(
-    records: Sequence[Record], class_names: Sequence[str], image_size: tuple[int, int], min_object: float, drops: dict
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    image_size: tuple[int, int],
+    min_object: float,
+    drops: Counter,
 ) -> Labels:
     number = {name: i + 1 for i, name in enumerate(class_names)}
     for record in records:
-        for thing in record.objects or ():
-            if thing.name not in number:
-                raise ValueError(
-                    f"{record.source}: image {record.id!r} has an object of class {thing.name!r}; "
-                    f"allowed are {list(class_names)}"
-                )
+        odd = next((thing.name for thing in record.objects or () if thing.name not in number), None)
+        if odd is not None:
+            raise ValueError(
+                f"{record.source}: image {record.id!r} has an object of class {odd!r}; allowed are {list(class_names)}"
+            )
     objects = [record.objects or () for record in records]
     longest = max(1, max(len(things) for things in objects))  # one padding row, so that reductions over K are defined
 
-    def padded(value, dtype: torch.dtype) -> Tensor:
-        out = torch.zeros(len(records), longest, dtype=dtype)
-        for i, things in enumerate(objects):
-            out[i, : len(things)] = torch.tensor([value(thing) for thing in things], dtype=dtype)
-        return out  # (N, K)
+    def padded(rows: list, dtype: torch.dtype, *shape: int) -> Tensor:
+        tensors = [torch.tensor(row, dtype=dtype).reshape(-1, *shape) for row in rows]
+        return pad_boxes([*tensors, torch.zeros(longest, *shape, dtype=dtype)])[:-1]  # (N, K, ...)
 
-    classes = padded(lambda thing: number[thing.name], torch.int64)
-    difficult, crowd = padded(lambda thing: thing.difficult, torch.bool), padded(lambda thing: thing.crowd, torch.bool)
-    rows = [torch.tensor([thing.box for thing in things], dtype=torch.float64).reshape(-1, 4) for things in objects]
-    boxes = pad_boxes([*rows, torch.zeros(longest, 4, dtype=torch.float64)])[:-1]
+    classes = padded([[number[thing.name] for thing in things] for things in objects], torch.int64)
+    difficult = padded([[thing.difficult for thing in things] for things in objects], torch.bool)
+    crowd = padded([[thing.crowd for thing in things] for things in objects], torch.bool)
+    boxes = padded([[thing.box for thing in things] for things in objects], torch.float64, 4)
     sizes = torch.tensor([record.size for record in records])
     boxes = letterbox_boxes(boxes, sizes, image_size) * (classes > 0)[..., None]
     small = (torch.minimum(*(boxes[..., 2:] - boxes[..., :2]).unbind(-1)) < min_object) & (classes > 0)
@@ -237,26 +193,22 @@ def assemble(
     image_size: int | Sequence[int],
     class_names: Sequence[str] | None = None,
     min_object: float = 0,
-    how: How | None = None,
     drops: Mapping[str, int] | None = None,
     reading: Reading | None = None,
 ) -> Dataset:
-    """The Dataset of these records: annotations are checked first, then pixels are read.
+    """The Dataset of these records: annotations are checked first, then pixels are read, of large sets when needed.
 
     name: what it is called. image_size: (height, width), or one side, that images are letterboxed to.
     class_names: default: those of the objects, sorted. min_object: a box with a shorter side (letterboxed) is ignore.
-    how: streaming and threads. drops: what was left out before, by reason. reading: how the records were read.
+    drops: what was left out before, by reason. reading: how the records were read.
     """
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")
+    image_size, counts = size_pair(image_size), Counter(drops)
+    records = list(in_order(settled, unique(records)))
     for record in records:
         if record.file is None:
             raise ValueError(f"{record.source}: image {record.id!r} of {name!r} does not exist")
-    how, image_size, counts = how or How(), size_pair(image_size), Counter(drops)
-    threads = threads_for(how.workers)
-    infos = list(in_order(lambda record: image_info(record.file), unique(records), threads))
-    records = [settled(record, info) for record, info in zip(records, infos, strict=True)]
-    for record in records:
         counts.update(record.drops)
     labelled = torch.tensor([record.objects is not None for record in records])
     labels = None
@@ -265,14 +217,13 @@ def assemble(
         if not class_names:
             raise ValueError(f"{records[0].source}: no object in any annotation of {name!r}; give class_names")
         labels = _labels_of(records, class_names, image_size, min_object, counts)
-    ids = tuple(record.id for record in records)
-    groups = tuple(record.group for record in records)
+    ids, files, groups = (tuple(getattr(record, what) for record in records) for what in ("id", "file", "group"))
     groups = None if None in groups else groups
-    sizes = torch.tensor([info.size for info in infos], dtype=torch.int64)
-    if len(records) * 3 * image_size[0] * image_size[1] > how.max_bytes:
-        images = StreamedImages(ids, tuple(infos), sizes, image_size, groups, threads)
+    sizes = torch.tensor([record.size for record in records], dtype=torch.int64)
+    if len(records) * 3 * image_size[0] * image_size[1] > MAX_BYTES:
+        images = StreamedImages(ids, files, sizes, groups, image_size)
     else:
-        images = Images(ids, read_all(infos, image_size, threads), sizes, groups)
+        images = Images(ids, read_all(files, image_size)[0], sizes, groups)
     kept = {reason: n for reason, n in counts.items() if n}
     partly = None if labels is None or labelled.all() else labelled
     return Dataset(name, images, labels, tuple(class_names or ()), kept, partly, reading or Reading())

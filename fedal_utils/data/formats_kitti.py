@@ -7,18 +7,20 @@ negative.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..seeding import rng_for
-from .files import images_in, read_text
+from .files import images_in, read_text, reading
 from .formats import Object, Record
 
 KITTI_CLASSES = ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
 KITTI_TWO = ("Car", "Pedestrian")
 KITTI_SPLIT_SEED = 11111  # van Bommel 2021, released code
+_LINE = f"one of {', '.join(KITTI_CLASSES)}, DontCare, then 14 finite numbers, or 15 with a score"
 
 
 def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -35,48 +37,29 @@ def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
     return [i for n, i in enumerate(ids) if n not in held], [i for n, i in enumerate(ids) if n in held]
 
 
-def _box(fields: Sequence[str], where: str) -> tuple[float, ...]:
-    try:
-        values = [float(text) for text in fields[1:]]
-        if "_" in "".join(fields[1:]) or not all(map(math.isfinite, values)):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"{where} has {fields[1:]} after the type; allowed are finite numbers") from None
-    return tuple(float(int(v)) for v in values[3:7])
-
-
-def kitti_objects(file: Path, class_names: Sequence[str]) -> tuple[tuple[Object, ...], Counter]:
-    """The objects of one label file and how many were left out, by reason."""
-    if not file.exists():
-        raise ValueError(f"annotation {file} does not exist; an image without objects needs an empty file")
-    known, objects, left_out = (*KITTI_CLASSES, "DontCare"), [], Counter()
-    for i, line in enumerate(read_text(file).splitlines(), start=1):
-        fields, where = line.split(), f"{file}: line {i}"
-        if not fields:
+def kitti_record(key: str, image: Path, file: Path, class_names: Sequence[str]) -> Record:
+    """The image `key` with the objects that its label file lists."""
+    objects, left_out = [], Counter()
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if not line.strip():
             continue
-        if len(fields) not in (15, 16):
-            raise ValueError(
-                f"{where} has {len(fields)} fields: {line[:200]!r}; allowed are 15, or 16 with a score: type, "
-                "truncated, occluded, alpha, left, top, right, bottom, 3 dimensions, 3 coordinates, rotation"
-            )
-        if fields[0] not in known:
-            raise ValueError(f"{where} has the type {fields[0]!r}; allowed are {', '.join(known)}")
-        box = _box(fields, where)
-        if fields[0] in class_names:
-            objects.append(Object(fields[0], box))
+        with reading(f"{file}: line {number} is {line[:200]!r}", _LINE):
+            name, *fields = line.split()
+            values = [float(text) for text in fields]
+            if name not in (*KITTI_CLASSES, "DontCare") or len(values) not in (14, 15) or not np.isfinite(values).all():
+                raise ValueError(f"type {name!r} and {len(values)} numbers")
+        if name in class_names:
+            objects.append(Object(name, tuple(float(int(v)) for v in values[3:7])))
         else:
-            left_out["dont_care" if fields[0] == "DontCare" else "other_class"] += 1
-    return tuple(objects), left_out
+            left_out["dont_care" if name == "DontCare" else "other_class"] += 1
+    return Record(key, image, None, tuple(objects), source=file, drops=left_out)
 
 
 def kitti_records(folder: Path, class_names: Sequence[str] = KITTI_CLASSES) -> list[Record]:
     """The images of a folder that holds `training`, sorted by id."""
-    images, labels = images_in(folder / "training" / "image_2"), folder / "training" / "label_2"
+    pictures, labels = folder / "training" / "image_2", folder / "training" / "label_2"
     if not labels.is_dir():
-        raise ValueError(f"folder {labels} does not exist; it should hold one txt file an image")
-    records = []
-    for i in sorted(images.keys() | {p.stem for p in labels.glob("*.txt") if not p.name.startswith(".")}):
-        objects, left_out = kitti_objects(labels / f"{i}.txt", class_names)
-        image = images.get(i, folder / "training" / "image_2" / f"{i}.png")
-        records.append(Record(i, image, None, objects, source=labels / f"{i}.txt", drops=left_out))
-    return records
+        raise ValueError(f"folder {labels} does not exist; it should hold one txt file an image, empty without objects")
+    images = images_in(pictures)
+    keys = sorted(images.keys() | {p.stem for p in labels.glob("*.txt") if not p.name.startswith(".")})
+    return [kitti_record(i, images.get(i, pictures / f"{i}.png"), labels / f"{i}.txt", class_names) for i in keys]

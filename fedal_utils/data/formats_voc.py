@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .files import by_key, class_name, find_files, images_in, read_text, same_form, write_text
-from .formats import Object, Record, beside, to_write, unique, with_image
+from .files import by_key, class_name, find_files, images_in, key_of, read_text, reading, same_form, whole, write_text
+from .formats import Object, Record, beside, settled, to_write, unique
 from .pixels import SUFFIXES
 
 VOC_CLASSES = (
@@ -21,62 +21,52 @@ VOC_CLASSES = (
     "sofa train tvmonitor"
 ).split()
 _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>]*\?>""")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def xml_root(file: Path) -> ElementTree.Element:
     """The root of an XML file in the encoding that it declares; ValueError that names the file."""
-    declared = _DECLARED.match(file.read_bytes()[:200]) if file.is_file() else None
-    try:
-        if declared is None:
-            text = re.sub(r"^\s*<\?xml[^>]*\?>", "", read_text(file))
-        else:
-            text = file.read_bytes()[declared.end() :].decode(declared[1].decode())
+    text = "" if file.is_file() and _DECLARED.match(file.read_bytes()[:200]) else read_text(file)
+    with reading(f"annotation {file} is truncated, not XML or wrongly encoded", "plain XML without entities"):
+        if not text:
+            raw = file.read_bytes()
+            declared = _DECLARED.match(raw)
+            text = raw[declared.end() :].decode(declared[1].decode())
         if "<!ENTITY" in text:
-            raise ValueError(f"annotation {file} defines entities; allowed is plain XML")
-        return ElementTree.fromstring(text)
-    except (ElementTree.ParseError, UnicodeError, LookupError) as error:
-        raise ValueError(f"annotation {file} is truncated, not XML or wrongly encoded: {error}") from None
+            raise ValueError("it defines entities")
+        return ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
 
 
-def _number(element: ElementTree.Element, tag: str, where: str) -> float:
-    """The number in <tag>; not finite ones pass, for `settled` to name with their box."""
-    texts = [found.text for found in element.findall(tag)]
-    try:
-        (text,) = texts
-        return float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} has <{tag}> {texts}; one number is needed") from None
-
-
-def _only(element: ElementTree.Element, tag: str, where: str) -> ElementTree.Element:
-    found = element.findall(tag)
-    if len(found) != 1:
-        raise ValueError(f"{where} has {len(found)} <{tag}>; one is needed")
-    return found[0]
+def _numbers(element: ElementTree.Element, inner: str, tags: Sequence[str]) -> list[float]:
+    """The numbers in the tags of the one <inner>; not finite ones pass, for `settled` to name with their box."""
+    texts = [[e.text or "" for e in found.findall(tag)] for found in element.findall(inner) for tag in tags]
+    if [len(found) for found in texts] != [1] * len(tags):
+        raise ValueError(f"<{inner}> with {', '.join(tags)} is not there once, but {texts}")
+    return [float(text) for (text,) in texts]
 
 
 def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False) -> Record:
     """What one XML file says about an image; a size of 0 in it counts as not told, as some tools write it."""
     root = xml_root(file)
-    if root.tag != "annotation":
-        raise ValueError(f"annotation {file} has the root <{root.tag}>; <annotation> is needed")
-    size = _only(root, "size", f"annotation {file}")
-    sides = [_number(size, tag, f"{file}: <size>") for tag in ("height", "width")]
-    if not all(side.is_integer() and 0 <= side < 1e9 for side in sides):  # False for nan and inf as well
-        raise ValueError(f"annotation {file} has the <size> {sides} (height, width); whole numbers are needed")
-    shift = 1.0 if one_based else 0.0
-    objects = []
+    with reading(f"annotation {file}", "an <annotation> with one <size> of whole numbers"):
+        if root.tag != "annotation":
+            raise ValueError(f"its root is <{root.tag}>")
+        size = tuple(whole(side) for side in _numbers(root, "size", ("height", "width")))
+    shift, objects = 1.0 if one_based else 0.0, []
     for i, element in enumerate(root.findall("object")):
-        name = class_name((element.findtext("name") or "").strip(), f"{file}: object {i}")
-        where = f"{file}: object {i} ({name})"
-        box = _only(element, "bndbox", where)
-        x1, y1, x2, y2 = (_number(box, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = (element.findtext("difficult") or "0").strip()
-        if difficult not in ("0", "1"):
-            raise ValueError(f"{where} has <difficult> {difficult!r}; allowed are 0 and 1")
-        objects.append(Object(name, (x1 - shift, y1 - shift, x2, y2), difficult == "1"))
-    stated = tuple(int(side) for side in sides) if min(sides) > 0 else None
-    return Record(root.findtext("sample") or key, image, stated, tuple(objects), source=file)
+        name, difficult = ((element.findtext(tag) or "").strip() for tag in ("name", "difficult"))
+        with reading(f"{file}: object {i} ({name})", "a <name>, one <bndbox> of four numbers, <difficult> 0 or 1"):
+            x1, y1, x2, y2 = _numbers(element, "bndbox", _SIDES)
+            flag = {"": False, "0": False, "1": True}[difficult]
+            objects.append(Object(class_name(name), (x1 - shift, y1 - shift, x2, y2), flag))
+    return Record(root.findtext("sample") or key, image, size if all(size) else None, tuple(objects), source=file)
+
+
+def voc_records(root: Path, files: Sequence[Path]) -> list[Record]:
+    """A record an XML file among `files`; Annotations/a.xml is the image 'a', whose file is None where it is missing."""
+    xmls = by_key((f for f in files if f.suffix.lower() == ".xml"), root)
+    images = by_key((f for f in files if f.suffix.lower() in SUFFIXES and key_of(f, root) in xmls), root)
+    return unique(voc_record(key, images.get(key), file) for key, file in xmls.items())
 
 
 def split_lines(file: Path, ids: Mapping[str, object]) -> list[str]:
@@ -90,13 +80,11 @@ def split_lines(file: Path, ids: Mapping[str, object]) -> list[str]:
             line = re.sub(r"\s+(-1|0|1)$", "", line)
             if line not in ids:
                 raise ValueError(f"split file {file}: line {number} lists the image id {whole!r}; there is none such")
-        if line:
-            found.append(line)
-    if not found:
-        raise ValueError(f"split file {file} is empty; it should list one image id a line")
+        found += [line] if line else []
     twice = [i for i, n in Counter(found).items() if n > 1]
-    if twice:
-        raise ValueError(f"split file {file} lists the image id {twice[0]!r} more than once")
+    if twice or not found:
+        told = f"lists the image id {twice[0]!r} more than once" if twice else "is empty"
+        raise ValueError(f"split file {file} {told}; it should list one image id a line")
     return found
 
 
@@ -110,33 +98,32 @@ def devkit_records(root: Path, split: str, one_based: bool) -> list[Record]:
     return [voc_record(i, images[i], root / "Annotations" / f"{i}.xml", one_based) for i in ids]
 
 
-def read_voc(folder: str | Path, one_based: bool = False) -> list[Record]:
-    """All VOC XML files below a folder, with their images where they lie; Annotations/a.xml is the image 'a'."""
-    root = Path(folder)
-    images, files = (by_key(find_files(root, *suffixes), root) for suffixes in (SUFFIXES, (".xml",)))
-    if not files:
-        raise ValueError(f"folder {root} has no annotation: no .xml file in it")
-    return unique([with_image(voc_record(key, images.get(key), file, one_based)) for key, file in files.items()])
+def read_voc(folder: str | Path) -> list[Record]:
+    """All VOC XML files below a folder, with their images where they lie."""
+    records = voc_records(Path(folder), find_files(folder, *SUFFIXES, ".xml"))
+    if not records:
+        raise ValueError(f"folder {folder} has no annotation: no .xml file in it")
+    return [settled(record) for record in records]
 
 
 def write_voc(folder: str | Path, records: Iterable[Record], classes: Sequence[str]) -> Path:
     """`Annotations/<image>.xml` with float coordinates from 0; images belong into `JPEGImages`. Reads back exactly."""
-    folder = Path(folder)
-    records = to_write(records, classes, "VOC XML", crowd=False)
+    folder, add = Path(folder), ElementTree.SubElement
+    records = to_write(records, classes, "VOC XML", ("difficult",))
     for record, name in zip(records, beside(folder / "Annotations", records, ".xml"), strict=True):
         root = ElementTree.Element("annotation")
-        ElementTree.SubElement(root, "filename").text = record.file.name if record.file else record.id
-        ElementTree.SubElement(root, "sample").text = record.id
-        size = ElementTree.SubElement(root, "size")
+        add(root, "filename").text = record.file.name if record.file else record.id
+        add(root, "sample").text = record.id
+        size = add(root, "size")
         for tag, value in (("width", record.size[1]), ("height", record.size[0]), ("depth", 3)):
-            ElementTree.SubElement(size, tag).text = str(int(value))
+            add(size, tag).text = str(int(value))
         for thing in record.objects:
-            element = ElementTree.SubElement(root, "object")
-            ElementTree.SubElement(element, "name").text = thing.name
-            ElementTree.SubElement(element, "difficult").text = str(int(thing.difficult))
-            frame = ElementTree.SubElement(element, "bndbox")
-            for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), thing.box, strict=True):
-                ElementTree.SubElement(frame, tag).text = repr(float(value))
+            element = add(root, "object")
+            add(element, "name").text = thing.name
+            add(element, "difficult").text = str(int(thing.difficult))
+            frame = add(element, "bndbox")
+            for tag, value in zip(_SIDES, thing.box, strict=True):
+                add(frame, tag).text = repr(float(value))
         ElementTree.indent(root)
         write_text(name, ElementTree.tostring(root, encoding="unicode") + "\n")
     return folder

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from .files import by_key, class_name, find_files, key_of, read_text, write_text
-from .formats import Object, Record, beside, to_write, with_image
+from .files import by_key, class_name, find_files, key_of, read_text, reading, write_text
+from .formats import Object, Record, beside, settled, to_write
 from .pixels import SUFFIXES
 
 _LABEL_LINE = re.compile(r"^\s*[0-9]+(\s+[-+.0-9eE]+){4,}\s*$", re.MULTILINE)
@@ -28,24 +28,16 @@ class _AsWritten(yaml.BaseLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias stands in line {self.peek_event().start_mark.line + 1}; write it out")
+            raise ValueError(f"an alias stands in line {self.peek_event().start_mark.line + 1}; write it out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         found: dict[str, Any] = {}
         for key, value in node.value:
             if key.value in found or not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice or is no text")
+                raise ValueError(f"the key {key.value!r} stands twice or is no text")
             found[key.value] = self.construct_object(value, deep=True)
         return found
-
-
-def read_yaml(file: Path) -> Any:
-    """The content of a YAML file, every value a text; ValueError that names the file."""
-    try:
-        return yaml.load(read_text(file), Loader=_AsWritten)  # noqa: S506 (BaseLoader makes texts only)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
 
 
 def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
@@ -53,72 +45,66 @@ def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
     found = {}
     for file in files:
         if file.suffix.lower() in (".yaml", ".yml") and (file.stem == "data" or "names" in read_text(file)):
-            content = read_yaml(file)
+            text = read_text(file)
+            with reading(f"{file} is not YAML", "plain YAML"):
+                content = yaml.load(text, Loader=_AsWritten)  # noqa: S506 (BaseLoader makes texts only)
             found |= {file: content} if isinstance(content, dict) else {}
     told = {f: c for f, c in found.items() if f.stem == "data" or ("names" in c and c.keys() & {"train", "val", "nc"})}
     return told or {file: content for file, content in found.items() if "names" in content}
 
 
-def _from_yaml(file: Path, content: dict) -> dict[int, str]:
-    names = content.get("names")
-    if isinstance(names, list):
-        names = {str(number): name for number, name in enumerate(names)}
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{file}: names is {names!r}; a list of names, or a mapping of numbers to names, is needed")
-    odd = next((key for key in names if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key)), None)
+def _names_of(told: object) -> dict[int, str]:
+    """The names of a file by number."""
+    if isinstance(told, list):
+        told = {str(number): name for number, name in enumerate(told)}
+    if not isinstance(told, dict) or not told:
+        raise ValueError(f"names is {told!r}")
+    odd = next((key for key in told if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key)), None)
     if odd is not None:
-        raise ValueError(f"{file}: names has the key {odd!r}; whole numbers from 0 up are needed")
-    if content.get("nc", str(len(names))) != str(len(names)):
-        raise ValueError(f"{file}: nc is {content['nc']!r}, but there are {len(names)} names")
-    return {int(number): name for number, name in names.items()}
-
-
-def _from_lines(file: Path) -> dict[int, str]:
-    lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
-    return dict(enumerate(lines))
+        raise ValueError(f"names has the key {odd!r}")
+    names = {int(key): class_name(told[key]) for key in sorted(told, key=int)}
+    if len(set(names.values())) != len(names):
+        raise ValueError(f"a class name stands more than once: {list(names.values())}")
+    return names
 
 
 def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]]:
     """Class names by number, and the files that told them; None where no file does."""
     yamls = data_yamls(files)
-    told = {file: _from_yaml(file, content) for file, content in yamls.items() if "names" in content}
-    told |= {f: _from_lines(f) for f in files if f.suffix == ".names" or f.name == "classes.txt"}
+    told: dict[Path, Any] = {file: content["names"] for file, content in yamls.items() if "names" in content}
+    for file in files:
+        if file.suffix == ".names" or file.name == "classes.txt":
+            told[file] = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if not told and yamls:
         raise ValueError(f"{next(iter(yamls))} has no names, and there is no classes.txt: the classes are unknown")
-    for file, names in told.items():
-        for number, name in names.items():
-            class_name(name, f"{file}: class {number}")
-        if len(set(names.values())) != len(names):
-            raise ValueError(f"{file} has a class name more than once: {list(names.values())}")
-        first = next(iter(told))
-        if names != told[first]:
-            raise ValueError(f"{file} names the classes {names}, but {first} {told[first]}; they must agree")
-    names = next(iter(told.values()), None)
-    return None if names is None else {number: names[number] for number in sorted(names)}, list(told)
+    first: dict[int, str] | None = None
+    for file, content in told.items():
+        with reading(str(file), "a list of unique names, or a mapping of whole numbers to them, nc as many"):
+            names = _names_of(content)
+            if yamls.get(file, {}).get("nc", str(len(names))) != str(len(names)):
+                raise ValueError(f"nc is {yamls[file]['nc']!r}, but there are {len(names)} names")
+        first = first or names
+        if names != first:
+            raise ValueError(f"{file} names the classes {names}, but {next(iter(told))} {first}; they must agree")
+    return first, list(told)
 
 
 def yolo_objects(file: Path, names: Mapping[int, str] | None) -> tuple[Object, ...]:
     """The objects of one file, boxes in exact fractions of the image."""
     objects = []
+    allowed = f"0 to {MOST_CLASSES - 1}" if names is None else ", ".join(f"{n} ({name})" for n, name in names.items())
     for i, line in enumerate(read_text(file).splitlines(), start=1):
-        fields = line.split()
-        if not fields:
+        if not line.strip():
             continue
-        try:
-            if "_" in line or not re.fullmatch(r"-?[0-9]{1,9}", fields[0]):
-                raise ValueError
-            number, (cx, cy, w, h) = int(fields[0]), (Decimal(text) for text in fields[1:])
+        with reading(f"{file}: line {i} is {line[:200]!r}", f"`class cx cy w h`, the class one of {allowed}"):
+            number, *fields = line.split()
+            cx, cy, w, h = (Decimal(text) for text in fields)
             box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            if not all(abs(v) < 10**6 for v in box):
-                raise ValueError
-        except (ValueError, ArithmeticError):
-            raise ValueError(
-                f"{file}: line {i} is {line[:200]!r}; allowed is `class cx cy w h`, a whole number and four fractions"
-            ) from None
-        if not 0 <= number < MOST_CLASSES or (names is not None and number not in names):
-            allowed = ", ".join(f"{n} ({name})" for n, name in names.items()) if names else f"0 to {MOST_CLASSES - 1}"
-            raise ValueError(f"{file}: line {i} has the class {number}; allowed are {allowed}")
-        objects.append(Object(names[number] if names is not None else str(number), box))
+            if "_" in line or not re.fullmatch(r"[0-9]{1,9}", number) or not all(abs(v) < 10**6 for v in box):
+                raise ValueError("not a whole number and four fractions")
+            if names is None and int(number) >= MOST_CLASSES:
+                raise ValueError(f"the class is {number}")
+            objects.append(Object(str(int(number)) if names is None else names[int(number)], box))
     return tuple(objects)
 
 
@@ -133,9 +119,8 @@ def yolo_records(
             raise ValueError(f"{file} belongs to no image: there is no {key} with one of {', '.join(SUFFIXES)}")
     records = []
     for key, image in images.items():
-        file = labels.get(key)
-        objects = None if file is None else yolo_objects(file, names)
-        records.append(Record(key, image, None, objects, source=file or image, fractions=True))
+        objects = yolo_objects(labels[key], names) if key in labels else None
+        records.append(Record(key, image, None, objects, source=labels.get(key, image), fractions=True))
     if names is None:
         found = [int(thing.name) for record in records for thing in record.objects or ()]
         names = {number: str(number) for number in range(1 + max(found, default=-1))}
@@ -144,10 +129,8 @@ def yolo_records(
 
 def read_yolo(folder: str | Path) -> list[Record]:
     """A folder of YOLO txt labels beside their images, or in `labels` for `images`; images/train/a.jpg is 'train/a'."""
-    root = Path(folder)
-    files = find_files(root)
-    records, _ = yolo_records(root, files, yolo_names(files)[0])
-    return [with_image(record) for record in records]
+    files = find_files(folder)
+    return [settled(record) for record in yolo_records(Path(folder), files, yolo_names(files)[0])[0]]
 
 
 def _decimal(value: Decimal) -> str:
@@ -159,14 +142,13 @@ def write_yolo(folder: str | Path, records: Iterable[Record], classes: Sequence[
 
     Fractions have as many digits as it takes to read the same corners again (beside images of the same size).
     """
-    folder, numbers = Path(folder), {name: number for number, name in enumerate(classes)}
-    records = to_write(records, classes, "YOLO txt", difficult=False, crowd=False)
+    folder, records = Path(folder), to_write(records, classes, "YOLO txt")
     for record, name in zip(records, beside(folder / "labels", records, ".txt"), strict=True):
-        sides, lines = (Decimal(record.size[1]), Decimal(record.size[0])), []
+        (height, width), lines = record.size, []
         for thing in record.objects:
             x1, y1, x2, y2 = (Decimal(v) for v in thing.box)
-            numbered = ((x1 + x2) / 2 / sides[0], (y1 + y2) / 2 / sides[1], (x2 - x1) / sides[0], (y2 - y1) / sides[1])
-            lines.append(" ".join([str(numbers[thing.name]), *map(_decimal, numbered)]) + "\n")
+            fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+            lines.append(" ".join([str(list(classes).index(thing.name)), *map(_decimal, fractions)]) + "\n")
         write_text(name, "".join(lines))
     content = {"train": "images", "val": "images", "nc": len(classes), "names": list(classes)}
     write_text(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 30))

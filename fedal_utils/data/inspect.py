@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from . import classification
 from .catalogue import data_root, find, load
-from .formats import How, settled
-from .pixels import image_info
+from .formats import settled
 from .types import Dataset
 
 
@@ -20,14 +20,17 @@ def inspect_folder(
     """What `load` reads, without pixels: a dict that JSON can hold.
 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
-    test images, boxes, per_class, ignored (difficult, crowd), not_labelled and the first ids. Errors are `load`'s.
+    test images, boxes, per_class, ignored (difficult, crowd), not_labelled and the first ids. Errors are `load`'s. Of
+    a set of whole-image classes per_class counts images.
     """
-    found, _ = find(name, data_root(root), seed, How(fetch=False, unlabelled=unlabelled))
-    report: dict[str, Any] = {"format": found.reading.format, "classes": list(found.class_names or ())}
+    if name in classification.NAMES:
+        return _class_report(name, root, seed, ids)
+    found = find(name, data_root(root), seed, False, unlabelled)
+    report, splits = {"format": found.reading.format, "classes": list(found.class_names or ())}, {}
     report |= {"classes_from": found.reading.classes_from, "split_from": found.reading.split_from}
-    left_out, splits = Counter(found.drops), {}
+    left_out = Counter(found.drops)
     for split, records in (("train", found.train), ("test", found.test)):
-        records = [settled(record, image_info(record.file)) for record in records]
+        records = [settled(record) for record in records]
         for record in records:
             left_out.update(record.drops)
         things = [thing for record in records for thing in record.objects or ()]
@@ -40,7 +43,27 @@ def inspect_folder(
             "not_labelled": sum(record.objects is None for record in records),
             "ids": [record.id for record in records[:ids]],
         }
+    if found.class_names is None:  # images without labels: their folders may be classes
+        try:
+            return _class_report(name, root, seed, ids)
+        except ValueError:
+            pass
     return report | {"left_out": {reason: n for reason, n in left_out.items() if n}, "splits": splits}
+
+
+def _class_report(name: str, root: str | Path | None, seed: int, ids: int) -> dict[str, Any]:
+    _, names, sides, reading = classification.find(name, data_root(root), seed)
+    report = {"format": reading.format, "classes": list(names), "classes_from": reading.classes_from}
+    report |= {"split_from": reading.split_from, "left_out": {}, "splits": {}}
+    for split, side in zip(("train", "test"), sides, strict=True):
+        counts = dict(zip(names, (side.classes.count(c + 1) for c in range(len(names))), strict=True))
+        report["splits"][split] = {
+            "images": len(side.ids),
+            "boxes": 0,
+            "per_class": counts,
+            "ids": list(side.ids[:ids]),
+        }
+    return report
 
 
 def report_lines(report: dict[str, Any]) -> str:
@@ -50,4 +73,5 @@ def report_lines(report: dict[str, Any]) -> str:
 
 def contact_sheet(name: str, root: str | Path | None = None, seed: int = 0, count: int = 12) -> Dataset:
     """Some training images of a set at 320 pixels, to be drawn with their boxes."""
-    return load(name, (240, 320), root, seed, limit=(count, 1), how=How(fetch=False))[0]
+    read = classification.load if name in classification.NAMES else load
+    return read(name, (240, 320), root=root, seed=seed, limit=(count, 1))[0]

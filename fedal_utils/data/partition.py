@@ -1,19 +1,15 @@
 """Split a training set over clients: every image goes to one client at most, and no client is empty.
 
 Each function returns a list of sorted index arrays, one a client. What fits no client is returned beside, never lost
-in silence. `save` and `load` keep a split in a small JSON file, by image ids, so that it outlives the order of a set.
+in silence.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1  # of the file that `save` writes
 ALTERNATIONS = 2000  # of normalising rows and columns, before `dirichlet_equal` draws again
 
 
@@ -199,67 +195,3 @@ def class_counts(classes: np.ndarray, parts: Sequence[np.ndarray], class_count: 
     return np.stack(
         [np.bincount(classes[part].reshape(-1), minlength=class_count + 1)[1 : class_count + 1] for part in parts]
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def save(path: str | Path, dataset: str, ids: Sequence[str], parts: Sequence[np.ndarray], names: Sequence[str]) -> Path:
-    """Write who holds which image as JSON: format, data set, client -> its image ids, sorted; clients in their order.
-
-    ids: (N,) of the set; parts: rows of each client; names: of the clients, unique. Images that no client has are
-    allowed. The same split gives the same bytes; the file is put in place by one rename.
-    """
-    path = Path(path)
-    if len(parts) != len(names) or len(set(names)) != len(names):
-        raise ValueError(f"{path}: {len(parts)} clients need as many different names, got {list(names)}")
-    clients = {str(name): sorted(ids[row] for row in part) for name, part in zip(names, parts, strict=True)}
-    _rows(path, clients, ids)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps({"format": FORMAT, "data_set": dataset, "clients": clients}, indent=1, ensure_ascii=False)
-    unfinished.write_bytes((text + "\n").encode())
-    os.replace(unfinished, path)
-    return path
-
-
-def load(path: str | Path, ids: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
-    """The split that `save` wrote, for a set with these ids: sorted rows of each client, and the clients' names.
-
-    ValueError, naming file and value, for anything else: another kind of file, an id that the set does not have, one
-    that is held twice, a client without images.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise ValueError(f"partition file {path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"partition file {path} is truncated or not JSON: {error}") from None
-    clients = content.get("clients") if isinstance(content, dict) and content.get("format") == FORMAT else None
-    if not isinstance(clients, dict) or not clients:
-        raise ValueError(f"partition file {path} needs format {FORMAT} and clients with their image ids")
-    return _rows(path, clients, ids), list(clients)
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys occur once; JSON itself would keep the last in silence."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} occurs more than once")
-    return found
-
-
-def _rows(path: str | Path, clients: dict[str, list[str]], ids: Sequence[str]) -> list[np.ndarray]:
-    """Sorted rows of each client; every id is known and used once, no client is empty."""
-    row, owner = {name: n for n, name in enumerate(ids)}, {}
-    for client, held in clients.items():
-        if not isinstance(held, list) or not held:
-            raise ValueError(f"{path}: client {client!r} must have a list of image ids, got {held!r:.80}")
-        for image in held:
-            if not isinstance(image, str) or image not in row:
-                raise ValueError(f"{path}: client {client!r} has the image id {image!r}, which this data set has not")
-            if image in owner:
-                raise ValueError(f"{path}: image id {image!r} is held by {owner[image]!r} and by {client!r}")
-            owner[image] = client
-    return [np.sort(np.array([row[image] for image in held], dtype=np.int64)) for held in clients.values()]

@@ -7,54 +7,30 @@ image, padded to the largest K; classes are 1..C, 0 = padding (background is cla
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .boxes import flip_boxes
-from .pixels import ImageInfo, read_all
+from .pixels import read_all
 
 Index = Sequence[int] | np.ndarray | Tensor
 
 
 def row_numbers(index: Index, count: int) -> np.ndarray:
-    """Row numbers 0..count-1 as int64 from a list, array, tensor or mask; anything else is an error."""
-    if isinstance(index, Tensor):
-        index = index.detach().cpu().numpy()
-    rows = np.asarray(index)
-    if rows.ndim != 1:
-        raise ValueError(f"row numbers must be one-dimensional, got shape {rows.shape}")
-    if rows.size == 0:
-        return np.zeros(0, dtype=np.int64)
+    """Row numbers 0..count-1 as int64 from a list, array, tensor or mask; ValueError for a row that does not exist."""
+    rows = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
     if rows.dtype == bool:
-        if rows.size != count:
-            raise ValueError(f"a mask over {count} rows was expected, got one of length {rows.size}")
         return np.flatnonzero(rows)
-    if rows.dtype.kind not in "iu":
-        raise ValueError(f"row numbers must be integers, got {rows.dtype}: {rows[:5].tolist()}")
-    if rows.min() < 0 or rows.max() >= count:
-        bad = rows[(rows < 0) | (rows >= count)][0]
-        raise ValueError(f"row {bad} does not exist: rows are 0..{count - 1}")
-    return rows.astype(np.int64)
-
-
-def _check_ids(ids: tuple[str, ...], sizes: Tensor, groups: tuple[str, ...] | None) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(i for i, n in Counter(ids).items() if n > 1)
-        raise ValueError(f"image id {twice!r} occurs more than once; ids must be unique")
-    if tuple(sizes.shape) != (len(ids), 2) or (groups is not None and len(groups) != len(ids)):
-        raise ValueError(f"{len(ids)} ids, sizes of shape {tuple(sizes.shape)} and groups {groups and len(groups)}")
-
-
-def _mirrored(batch: Tensor, flip: Tensor | None) -> Tensor:
-    if flip is None:
-        return batch
-    return torch.where(flip.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
+    rows = rows.astype(np.int64)
+    if rows.size and (rows.min() < 0 or rows.max() >= count):
+        raise ValueError(f"row {rows[(rows < 0) | (rows >= count)][0]} does not exist: rows are 0..{count - 1}")
+    return rows
 
 
 def _of(values: Sequence | None, rows: np.ndarray) -> tuple | None:
@@ -71,11 +47,9 @@ class Images:
     groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_ids(self.ids, self.sizes, self.groups)
-        if self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4 or self.pixels.shape[:2] != (len(self.ids), 3):
-            raise ValueError(
-                f"pixels must be uint8 ({len(self.ids)}, 3, H, W), got {self.pixels.dtype} {tuple(self.pixels.shape)}"
-            )
+        if len(set(self.ids)) != len(self.ids):
+            twice = next(i for i, n in Counter(self.ids).items() if n > 1)
+            raise ValueError(f"image id {twice!r} occurs more than once; ids must be unique")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,36 +66,30 @@ class Images:
     def take(self, index: Index) -> Images:
         """The images of these rows (row numbers or a mask), in this order."""
         rows = row_numbers(index, len(self))
-        pixels = self.pixels[torch.from_numpy(rows).to(self.pixels.device)]
-        return Images(_of(self.ids, rows), pixels, self.sizes[rows], _of(self.groups, rows))
+        return Images(
+            _of(self.ids, rows), self.batch(rows, self.pixels.device), self.sizes[rows], _of(self.groups, rows)
+        )
 
     def batch(self, index: Index, device: str | torch.device = "cpu", flip: Tensor | None = None) -> Tensor:
         """Model inputs for these rows: uint8 (B, 3, H, W) on `device`, mirrored where `flip` (B,) bool is True."""
-        rows = torch.from_numpy(row_numbers(index, len(self))).to(self.pixels.device)
-        return _mirrored(self.pixels[rows].to(device), flip)
+        batch = self._pixels(row_numbers(index, len(self))).to(device)
+        return batch if flip is None else torch.where(flip.to(device)[:, None, None, None], batch.flip(-1), batch)
 
     def batches(self, chunks: Sequence[Index], device: str | torch.device = "cpu") -> Iterator[Tensor]:
-        """`batch` for each chunk of row numbers in turn (a streaming set reads ahead)."""
+        """`batch` for each chunk of row numbers in turn."""
         for chunk in chunks:
             yield self.batch(chunk, device)
 
+    def _pixels(self, rows: np.ndarray) -> Tensor:
+        return self.pixels[torch.from_numpy(rows).to(self.pixels.device)]
+
 
 @dataclass(frozen=True, eq=False)
-class StreamedImages:
-    """`Images` whose pixels stay in their files until asked for: the same rows give the same bytes."""
+class StreamedImages(Images):
+    """`Images` whose `pixels` are paths: they are read when asked for, and the same rows give the same bytes."""
 
-    ids: tuple[str, ...]
-    files: tuple[ImageInfo, ...]
-    sizes: Tensor
-    image_size: tuple[int, int]
-    groups: tuple[str, ...] | None = None
-    workers: int = 4
-
-    def __post_init__(self) -> None:
-        _check_ids(self.ids, self.sizes, self.groups)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    pixels: tuple[Path, ...]
+    image_size: tuple[int, int] = (1, 1)
 
     def to(self, device: str | torch.device) -> StreamedImages:
         """Itself: pixels that are not in memory cannot live on a device; `batch` moves what it reads."""
@@ -130,24 +98,11 @@ class StreamedImages:
     def take(self, index: Index) -> StreamedImages:
         """The images of these rows (row numbers or a mask), in this order; nothing is read."""
         rows = row_numbers(index, len(self))
-        kept = {name: _of(getattr(self, name), rows) for name in ("ids", "files", "groups")}
+        kept = {name: _of(getattr(self, name), rows) for name in ("ids", "pixels", "groups")}
         return replace(self, sizes=self.sizes[rows], **kept)
 
-    def batch(self, index: Index, device: str | torch.device = "cpu", flip: Tensor | None = None) -> Tensor:
-        """Model inputs for these rows: uint8 (B, 3, H, W) on `device`, mirrored where `flip` (B,) bool is True."""
-        files = [self.files[i] for i in row_numbers(index, len(self))]
-        return _mirrored(read_all(files, self.image_size, max(1, self.workers)).to(device), flip)
-
-    def batches(self, chunks: Sequence[Index], device: str | torch.device = "cpu") -> Iterator[Tensor]:
-        """`batch` for each chunk of row numbers in turn; two are read ahead."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead: deque[Future] = deque()
-            for chunk in chunks:
-                ahead.append(pool.submit(self.batch, chunk))
-                if len(ahead) > 2:
-                    yield ahead.popleft().result().to(device)
-            while ahead:
-                yield ahead.popleft().result().to(device)
+    def _pixels(self, rows: np.ndarray) -> Tensor:
+        return read_all(_of(self.pixels, rows), self.image_size)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,13 +161,13 @@ class Reading:
 class Dataset:
     """One split of one data set.
 
-    labels: None for images alone. drops: how many objects or images a reader changed or left out, by reason.
+    labels: None for images alone. drops: how many objects, images or files a reader changed or left out, by reason.
     labelled: (N,) bool, which images somebody has labelled; None = all of them, if there are labels. An image that is
     not labelled is no negative: nobody knows what is on it.
     """
 
     name: str
-    images: Images | StreamedImages
+    images: Images
     labels: Labels | None
     class_names: tuple[str, ...]
     drops: dict[str, int] = field(default_factory=dict)
@@ -238,10 +193,9 @@ class Dataset:
 
     def dominant_class(self) -> Tensor:
         """(N,) int64 the most frequent class of each image, 1..C; the lower one on a tie, 0 without objects."""
-        counts = self.class_counts()
-        best = counts.max(dim=1)  # the first maximum, as the classes are compared in order
-        first = (counts == best.values[:, None]).int().argmax(dim=1) + 1
-        return torch.where(best.values > 0, first, torch.zeros_like(first))
+        counts = self.class_counts().numpy(force=True)
+        first = counts.argmax(axis=1) + 1  # of equal ones the first
+        return torch.from_numpy(np.where(counts.max(axis=1) > 0, first, 0))
 
     def fingerprint(self) -> str:
         """SHA-256 of ids, original sizes, groups, class names, labels and pixels (streamed: name, size, time of files).
@@ -254,7 +208,7 @@ class Dataset:
         if labels is not None:
             tensors += [labels.boxes, labels.classes, labels.ignore, labels.crowd]
         if isinstance(images, StreamedImages):
-            stats = [(file.path.name, (at := file.path.stat()).st_size, at.st_mtime_ns) for file in images.files]
+            stats = [(path.name, (at := path.stat()).st_size, at.st_mtime_ns) for path in images.pixels]
             digest.update(repr(stats).encode())
         else:
             tensors.append(images.pixels)
@@ -266,19 +220,22 @@ class Dataset:
     def describe(self) -> str:
         """One line: images, their size, boxes per class, what is ignored, dropped, not labelled, how it was split."""
         height, width = self.images.image_size
-        line = f"{self.name}: {len(self):,} images {height}x{width}"
+        parts = [f"{self.name}: {len(self):,} images {height}x{width}"]
         if self.labels is None:
-            line += ", no labels"
+            parts.append("no labels")
         else:
             per_class = self.class_counts().sum(dim=0).tolist()
             listed = ", ".join(f"{name} {n:,}" for name, n in zip(self.class_names, per_class, strict=True))
-            line += f", {sum(per_class):,} boxes ({listed})"
-            ignored = int((self.labels.ignore & (self.labels.classes > 0)).sum())
+            parts.append(f"{sum(per_class):,} boxes ({listed})")
             known = torch.ones(len(self), dtype=torch.bool) if self.labelled is None else self.labelled
-            negatives = int((known & (self.labels.classes == 0).all(dim=1).cpu()).sum())
-            line += f", {ignored:,} ignored" if ignored else ""
-            line += f", {negatives:,} images without objects" if negatives else ""
-            line += f", {int((~known).sum()):,} images not labelled" if not known.all() else ""
+            objects = self.labels.classes.cpu() > 0
+            told = {
+                "ignored": self.labels.ignore.sum(),
+                "images without objects": (known & ~objects.any(dim=1)).sum(),
+                "images not labelled": (~known).sum(),
+            }
+            parts += [f"{int(n):,} {what}" for what, n in told.items() if n]
+        line = ", ".join(parts)
         if self.drops:
             line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())
         drawn = self.reading.split_from.startswith("drawn")

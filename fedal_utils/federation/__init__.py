@@ -17,4 +17,4 @@ from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpac
 from .own_data import fitted
 from .query import Query
 from .schemes import SCHEMES, Step, method_of, plan, round_lr_factor
-from .setup import Setup, first_queries, partition_clients, prepare, save_partition, setup_of, short_name
+from .setup import Setup, first_queries, partition_clients, prepare, setup_of, short_name

@@ -116,8 +116,6 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         config = fitted(config, len(train))
     if config.federation.partition == "natural" and train.images.groups:
         config = config.replace(clients=len(set(train.images.groups)))
-    elif config.federation.partition.endswith(".json"):
-        config = config.replace(clients=len(partition.load(config.federation.partition, train.images.ids)[1]))
     check(config)
     setup = setup_of(config, train, test, device)
     torch.set_num_threads(config.threads or cores)
@@ -207,9 +205,6 @@ def _parts(
         groups = train.images.groups
         parts, names = partition.natural(groups if groups is None else [groups[row] for row in rows])
         return [rows[part] for part in parts], [str(name) for name in names]
-    if how.endswith(".json"):
-        parts, names = partition.load(how, train.images.ids)
-        return [np.intersect1d(part, rows) for part in parts], names
     if how == "iid":
         parts = partition.iid(len(rows), federation.clients, rng)
     elif how == "dirichlet":
@@ -224,17 +219,8 @@ def _parts(
         present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
         parts, _ = partition.missing_class(present, federation.missing_classes, rng)
     else:
-        raise ValueError(
-            "partition must be 'iid', 'dirichlet', 'dirichlet-equal', 'missing', 'natural' or a file saved by "
-            f"partition.save (*.json), got {how!r}"
-        )
+        raise ValueError(f"partition must be iid, dirichlet, dirichlet-equal, missing or natural, got {how!r}")
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
-
-
-def save_partition(setup: Setup, seed: int, path: str | Path) -> Path:
-    """Who holds which training image on this seed, as a file that `partition` of the config can name."""
-    parts, names = partition_clients(setup, seed)
-    return partition.save(path, setup.name, setup.train.images.ids, parts, names)
 
 
 def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
