@@ -72,7 +72,7 @@ class DataConfig(Part):
     dataset: str = "digits"  # a known name, or the path of a folder
     image_size: tuple[int, int] = (64, 64)
     scenes: tuple[int, int] = (600, 150)  # DigitScenes: training and test scenes
-    digit_classes: int = 10  # DigitScenes: the digits 0 to digit_classes - 1
+    digit_classes: int = number(10, least=1)  # DigitScenes: the digits 0 to digit_classes - 1
     limit: tuple[int, int] | None = None  # at most so many training and test images
     min_object: float = 0.0  # pixels: a box with a shorter side is ignored
 

@@ -99,8 +99,8 @@ def reading(where: str, needed: str) -> Iterator[None]:
 
 
 def number(value: object) -> float:
-    """A number as JSON has it, and no text; not finite ones pass, for `settled` to name with their box."""
-    if type(value) not in (int, float) or abs(value) >= 1e300 != value:
+    """A finite number as JSON has it, and no text."""
+    if type(value) not in (int, float) or not abs(value) < 1e300:
         raise ValueError(f"{str(value)[:99]!r} is no number")
     return float(value)
 

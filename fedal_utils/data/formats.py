@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .boxes import letterbox_boxes, pad_boxes
+from .files import relative
 from .pixels import SUFFIXES, in_order, read_all, size_pair, upright_size
 from .types import Dataset, Images, Labels, Reading, StreamedImages
 
@@ -75,7 +76,7 @@ def settled(record: Record) -> Record:
             f"{record.source} says {record.size[0]} x {record.size[1]}; they must agree"
         )
     if size is None and record.objects:
-        raise ValueError(f"{record.source}: image {record.id!r} has no size, and there is no file of it")
+        raise ValueError(f"{record.source}: image {record.id!r} has no size, and the file {record.file} does not exist")
     drops, objects = Counter(record.drops), record.objects
     if objects is not None:
         boxes = [_inside(record, thing, size, drops) for thing in objects]
@@ -113,9 +114,10 @@ def unique(records: Iterable[Record]) -> list[Record]:
     """The records; ValueError if two have one id."""
     seen: dict[str, Record] = {}
     for record in records:
-        first = seen.setdefault(record.id, record)
-        if first is not record:
-            raise ValueError(f"{record.source}: image id {record.id!r} occurs more than once, first in {first.source}")
+        if record.id in seen:
+            first = seen[record.id].source
+            raise ValueError(f"{record.source}: image id {record.id!r} occurs more than once, first in {first}")
+        seen[record.id] = record
     return list(seen.values())
 
 
@@ -126,7 +128,7 @@ def to_write(records: Iterable[Record], classes: Sequence[str], what: str, flags
     """The records; ValueError for one without size or boxes, of other classes, or with a flag not among `flags`."""
     records = unique(records)
     for record in records:
-        if record.objects is None or record.size is None:
+        if relative(record.id) != record.id or record.objects is None or record.size is None:
             raise ValueError(f"image {record.id!r} cannot be written as {what}: it has no boxes or no size")
         for thing in record.objects:
             odd = [flag for flag in ("difficult", "crowd") if getattr(thing, flag) and flag not in flags]

@@ -23,7 +23,7 @@ def inspect_folder(
     test images, boxes, per_class, ignored (difficult, crowd), not_labelled and the first ids. Errors are `load`'s. Of
     a set of whole-image classes per_class counts images.
     """
-    if name in classification.NAMES:
+    if name in classification.NAMES or name.lower().endswith(".zip"):
         return _class_report(name, root, seed, ids)
     found = find(name, data_root(root), seed, False, unlabelled)
     report, splits = {"format": found.reading.format, "classes": list(found.class_names or ())}, {}

@@ -74,17 +74,17 @@ READ = [
     ("12-exif-garbage/e-png-garbage", None, {"cat": 4}, None),
 ]
 REFUSED = [
-    ("01-yolo-names/names-holes", r"p1\.txt: line 1 has the class 1; allowed are 0 \(cat\), 2 \(dog\)"),
-    ("01-yolo-names/names-dup", r"data\.yaml has a class name more than once"),
+    ("01-yolo-names/names-holes", r"p1\.txt: line 1 is '1 .*there is no 1.* 0 \(cat\), 2 \(dog\)"),
+    ("01-yolo-names/names-dup", r"data\.yaml: a class name stands more than once"),
     ("02-yolo-two-name-files/classes-differ", r"val/classes\.txt .*train/classes\.txt .*must agree"),
     ("07-encodings/gbk-classes", r"classes\.txt is not text in UTF-8"),
     ("07-encodings/x-unknown", r"a\d\.xml is .*unknown encoding"),
-    ("09-coco-types/c-size-str", r"instances\.json: image 1: height '64'"),
-    ("09-coco-types/c-cat-mixed", r"instances\.json: category .*id '1'"),
-    ("09-coco-types/c-ann-null", r"instances\.json: entry 4 of 'annotations' is None"),
-    ("09-coco-types/c-bbox-bigint", r"instances\.json: object 1 has bbox \[9999"),
+    ("09-coco-types/c-size-str", r"instances\.json: image .*: '64' is no number"),
+    ("09-coco-types/c-cat-mixed", r"instances\.json: category .*: '1' is no number"),
+    ("09-coco-types/c-ann-null", r"instances\.json: object 4, None"),
+    ("09-coco-types/c-bbox-bigint", r"instances\.json: object 0, .*9999"),
     ("09-coco-types/c-cat-name-null", r"instances\.json: category .*class None"),
-    ("09-coco-types/c-crowd-str0", r"instances\.json: object 1 has iscrowd '0'"),
+    ("09-coco-types/c-crowd-str0", r"instances\.json: object 0, .*'0' is neither 0 nor 1"),
 ]
 
 
@@ -121,9 +121,9 @@ def test_a_case_that_cannot_be_read_is_an_error_that_names_file_and_entry(source
         ("s3-same-base", ["cam1/0001.jpg", "cam2/0001.jpg"]),
         ("upload-subdir", ["a0.jpg"]),
         ("bom", ["a0.jpg"]),
-        ("ann-ids", r"task 1 has no list of annotations"),
+        ("ann-ids", r"export\.json: task 1: "),
         ("label-space", r"task 1: class 'cat '"),
-        ("base64", r"task 1 .*images inside the export are not read"),
+        ("base64", r"task 1: .*images inside the export are not read"),
     ],
 )
 def test_a_case_of_label_studio(source, name, wanted, tmp_path):

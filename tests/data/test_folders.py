@@ -17,8 +17,8 @@ SIZE = (48, 64)
 MANY = [Picture(i) for i in "defg"]
 
 
-def counts(root: Path, **how) -> tuple[int, int]:
-    train, test = data.load(str(root), SIZE, how=data.How(**how))
+def counts(root: Path) -> tuple[int, int]:
+    train, test = data.load(str(root), SIZE)
     return len(train), len(test)
 
 
@@ -187,7 +187,7 @@ def test_masks_and_previews_beside_a_set_are_left_out_and_named(tmp_path, write)
     ("name", "content", "tool"),
     [
         ("a.json", {"version": "5", "shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
-        ("labels.json", [{"image": "a.jpg", "annotations": []}], "CreateML"),
+        ("labels.json", [{"image": "a.jpg", "annotations": []}], "COCO, CreateML or Label Studio"),
         ("project.json", {"_via_img_metadata": {}, "_via_settings": {}}, "VIA"),
         ("labels.xml", "<annotations><image/></annotations>", "CVAT"),
         ("labels.csv", "filename,class,xmin,ymin,xmax,ymax\n", "a CSV table"),
@@ -214,7 +214,7 @@ def test_images_nobody_labelled_are_kept_apart_from_negatives_where_asked(tmp_pa
     for kind, root in roots.items():
         for i in "de":
             image(Picture(i), root / ("JPEGImages" if kind == "voc" else "images"))
-        sides = data.load(str(root), SIZE, how=data.How(unlabelled=True))
+        sides = data.load(str(root), SIZE, unlabelled=True)
         told = {}
         for side in sides:
             known = [True] * len(side) if side.labelled is None else side.labelled.tolist()
@@ -252,7 +252,7 @@ def test_a_file_that_belongs_to_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="'.*none' is empty"):
         counts(tmp_path / "none")
     (coco(tmp_path / "coco") / "images" / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"image .*b\.png does not exist"):
+    with pytest.raises(ValueError, match=r"image 'b\.png' .*does not exist"):
         counts(tmp_path / "coco")
 
 
@@ -337,8 +337,6 @@ def test_limits_are_seeded_and_nested(tmp_path):
     assert few == set(data.load(str(root), SIZE, limit=(5, 2))[0].images.ids)
     assert len(data.load(str(root), SIZE, limit=(None, 2))[1]) == 2
     assert few != set(data.load(str(root), SIZE)[0].images.ids[:5])
-    with pytest.raises(ValueError, match=r"\(0, 3\)"):
-        data.load(str(root), SIZE, limit=(0, 3))
     assert [len(side) for side in data.load("digits", 64, limit=(4, None), digits=data.Digits((9, 9)))] == [4, 9]
 
 

@@ -1,7 +1,5 @@
 """Splits over clients: exact cover without overlap, the skews by their statistics, van Bommel's split at scale."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -226,66 +224,3 @@ def test_a_draw_that_does_not_balance_is_drawn_again_and_at_last_an_error(monkey
     with pytest.raises(ValueError, match=r"none of 5 Dirichlet\(0.1\) draws for 10 clients and 10 classes .* 1 alter"):
         partition.dirichlet_equal(classes, 10, 0.1, rng_for(0, "p"), tries=5)
     assert len(drawn) == 6
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-IDS = ["b", "a", "d", "c", "train/é"]
-SPLIT = [np.array([0, 3]), np.array([4, 1])]
-
-
-def test_a_saved_split_comes_back_also_for_a_set_in_another_order(tmp_path):
-    file = partition.save(tmp_path / "new" / "split.json", "tiny", IDS, SPLIT, ["client 10", "client 2"])
-    parts, names = partition.load(file, IDS)
-    assert names == ["client 10", "client 2"]  # in their order
-    assert [part.tolist() for part in parts] == [[0, 3], [1, 4]] and parts[0].dtype == np.int64
-    order = sorted(IDS)
-    again, _ = partition.load(str(file), order)
-    assert [[order[i] for i in part] for part in again] == [["b", "c"], ["a", "train/é"]]
-    assert [p.name for p in file.parent.iterdir()] == ["split.json"]  # nothing temporary stays
-    shuffled = partition.save(tmp_path / "b.json", "tiny", order, again, names)
-    assert shuffled.read_bytes() == file.read_bytes()  # the same split is the same bytes
-
-
-@pytest.mark.parametrize(
-    ("parts", "names", "message"),
-    [
-        ([[0], [1]], ["x", "x"], "2 clients need as many different names"),
-        ([[0], []], ["x", "y"], "client 'y' must have a list of image ids, got \\[\\]"),
-        ([[0], [1, 0]], ["x", "y"], "image id 'b' is held by 'x' and by 'y'"),
-        ([[0], [1, 1]], ["x", "y"], "image id 'a' is held by 'y' and by 'y'"),
-    ],
-)
-def test_a_split_that_could_not_be_read_back_is_not_written(tmp_path, parts, names, message):
-    file = tmp_path / "split.json"
-    with pytest.raises(ValueError, match=f"split.json: {message}"):
-        partition.save(file, "tiny", IDS, [np.array(p, dtype=int) for p in parts], names)
-    assert not file.exists()
-
-
-def written(**changes):
-    return json.dumps({"format": 1, "data_set": "tiny", "clients": {"x": ["a"], "y": ["b", "c"]}} | changes)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "truncated or not JSON"),
-        ("[1]", "needs format 1 and clients"),
-        (written(format=2), "needs format 1 and clients"),
-        (written(clients={}), "needs format 1 and clients"),
-        (written(clients={"x": "a"}), "client 'x' must have a list of image ids, got 'a'"),
-        (written(clients={"x": [1]}), "client 'x' has the image id 1, which"),
-        (written(clients={"x": ["a", "z"]}), "client 'x' has the image id 'z', which"),
-        (written(clients={"x": ["a"], "y": ["b", "a"]}), "image id 'a' is held by 'x' and by 'y'"),
-        (written(clients={"x": ["a"], "y": ["b"]}).replace('"y"', '"x"'), "'x' occurs more than once"),
-    ],
-)
-def test_a_partition_file_that_is_wrong_is_an_error_that_names_file_and_value(tmp_path, text, message):
-    file = tmp_path / "wrong.json"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as error:
-        partition.load(file, IDS)
-    assert str(file) in str(error.value)
-    with pytest.raises(ValueError, match="none.json does not exist"):
-        partition.load(tmp_path / "none.json", IDS)

@@ -19,7 +19,7 @@ SGD = PLAIN.replace(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
 
 @pytest.fixture(scope="module")
 def scenes():
-    return data.digit_scenes(6, 1, (64, 64), classes=3)[0]
+    return data.digit_scenes(data.Digits((6, 1), 3))[0]
 
 
 @pytest.fixture(scope="module")
