@@ -11,10 +11,11 @@ evaluate     metrics and bytes at the end of a round; own_data: sizes for a fold
 """
 
 from .aggregate import average, class_wise_shares, screen, shares, weighted_states
-from .client import Client, ClientLost
+from .client import KEPT, Client, ClientLost
 from .experiment import Experiment, runs, start
+from .local import train_client
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .own_data import fitted
-from .query import Query
+from .query import Query, query_size, select, strategy_at
 from .schemes import SCHEMES, Step, method_of, plan, round_lr_factor
 from .setup import Setup, first_queries, partition_clients, prepare, setup_of, short_name

@@ -19,9 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 
 from .. import labelling, training
-from ..federation import State, Update, pack, unpack
-from ..federation.local import train_client
-from ..federation.query import select
+from ..federation import State, Update, pack, select, train_client, unpack
 from .messages import DIVERGED, FAILED, UNANSWERED, Task, arrays_from, state_of, without_paths
 from .workspace import Workspace
 

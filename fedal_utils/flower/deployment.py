@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from .server_app import check, serve
 from .strategies import message_of, quietly
 from .workspace import facts_of
 
+ALONE = "--disable-runtime-dependency-installation"  # else our dependencies are installed once more, for each run
+ONE_PORT = tuple(map(int, version("flwr").split(".")[:2])) >= (1, 40)  # for all that a server hears
 Meddle = Callable[[Message], Message | None]
 
 
@@ -166,7 +169,7 @@ class Deployment:
 
     def _start(self) -> None:
         names, authority = list(facts_of(self.place)["clients"]), trustme.CA()
-        port, *others = _free_ports(1 + len(names))
+        port, fleet, *others = _free_ports(2 + len(names))
         own = authority.issue_cert("localhost", "127.0.0.1")
         pem = {"ca": authority.cert_pem, "key": own.private_key_pem, "certificate": own.cert_chain_pems[0]}
         for name, blob in pem.items():
@@ -177,7 +180,8 @@ class Deployment:
         text = "".join(['[superlink]\ndefault = "fedal"\n[superlink.fedal]\n', *lines])
         (self.folder / "home" / "config.toml").write_text(text)
         tls = ["--ssl-certfile", files["certificate"], "--ssl-keyfile", files["key"], "--ssl-ca-certfile", files["ca"]]
-        self._begin("flower-superlink", "server", *tls, "--host", "127.0.0.1", "--port", str(port))
+        more = [ALONE] if ONE_PORT else [ALONE, "--fleet-api-address", f"127.0.0.1:{fleet}"]
+        self._begin("flower-superlink", "server", *tls, "--host", "127.0.0.1", "--port", str(port), *more)
         while not _listens(port):
             if self.processes[0].poll() is not None:
                 raise RuntimeError(f"the server ended: {(self.folder / 'server.log').read_text()[-2000:]}")
@@ -185,7 +189,7 @@ class Deployment:
         for name, free in zip(names, others, strict=True):
             told = {"folder": str(self.place / "clients" / name), "name": name, **self.nodes.get(name, {})}
             words = ["--node-config", " ".join(f"{key}={json.dumps(value)}" for key, value in told.items())]
-            words += ["--root-certificates", files["ca"], "--superlink", address, "--port", str(free)]
+            words += ["--root-certificates", files["ca"], "--superlink", address if ONE_PORT else f"127.0.0.1:{fleet}", "--port", str(free)]
             self._begin("flower-supernode", name, *words)
 
     def run(self, config: Config, notebook: str, seconds: float = 600.0, **waiting: float) -> Iterator[dict[str, Any]]:
@@ -220,10 +224,10 @@ class Deployment:
             time.sleep(0.5)
 
     def _begin(self, program: str, name: str, *words: str) -> subprocess.Popen:
-        """A process of a program beside this Python. Flower's own files go to our folder, and nothing calls home."""
+        """A process of a program beside this Python; Flower's own files go to our folder."""
         bin_, package = Path(sys.executable).parent, Path(__file__).parents[2]
-        ours = {"FLWR_HOME": str(self.folder / "home"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        ours |= {"PATH": f"{bin_}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONPATH": str(package)}
+        ours = {"FLWR_HOME": str(self.folder / "home"), "PYTHONPATH": str(package)}
+        ours["PATH"] = f"{bin_}{os.pathsep}{os.environ.get('PATH', '')}"
         with open(self.folder / f"{name}.log", "ab") as log:
             how = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL, "cwd": self.folder}
             process = subprocess.Popen([str(bin_ / program), *words], env={**os.environ, **ours}, **how)

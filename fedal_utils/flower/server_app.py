@@ -22,9 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from .. import federation, papers, record
 from ..config import Config
-from ..federation import Client, ClientLost, Experiment, Setup, State, Step, Update, broadcast, pack, sent_keys, unpack
-from ..federation import state_of as state_here
-from ..federation.query import query_size
+from ..federation import Client, ClientLost, Experiment, Setup, State, Step, Update, broadcast, pack, unpack
 from ..sampling import Cost, Oracle
 from ..training import STEPS
 from . import messages, strategies
@@ -120,7 +118,7 @@ class RemoteExperiment(ServerExperiment):
         pool, before = client.pool, client.pool.cost()
         try:
             answer, unknown = Answer(answer, step), set(pool.ids) - {row["id"] for row in pool.rows}
-            rows = answer.rows(step.cycle, client.name, unknown, query_size(self, client, step.cycle))
+            rows = answer.rows(step.cycle, client.name, unknown, federation.query_size(self, client, step.cycle))
             images = answer.whole("images", before.images, before.images + len(rows))
             boxes = answer.whole("boxes", before.boxes, before.boxes + MOST_BOXES * len(rows))
             seconds = answer.real("seconds", before.seconds, before.seconds + 86400.0 * len(rows))
@@ -154,8 +152,9 @@ class RemoteExperiment(ServerExperiment):
         if isinstance(answer, ClientLost):
             return answer
         settings, optimizer = self.config.federation, b""
+        keys = federation.sent_keys(self.model, settings.batch_norm)
         try:
-            answer, like = Answer(answer, step), state_here(self.model, sent_keys(self.model, settings.batch_norm))
+            answer, like = Answer(answer, step), federation.state_of(self.model, keys)
             steps, loss = self._steps_and_loss(step, client, answer)
             payload = pack(answer.state(like), settings.message_dtype)
             if step.optimizer_state == "travels":

@@ -26,8 +26,7 @@ from PIL import Image
 from .. import data, federation, labelling, record
 from ..config import Config
 from ..data import Dataset
-from ..federation import Client, Experiment, Setup, State
-from ..federation.client import KEPT
+from ..federation import KEPT, Client, Experiment, Setup, State
 from ..sampling import Cost, Oracle, Pool
 from .messages import Task
 
