@@ -73,8 +73,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--method": dict(default="", help="scheme and query strategy, such as avg or chain+sum"),
     "--simulation": dict(action="store_true", help="Flower's simulation in the place of processes"),
     "--place": dict(metavar="DIR", help="where the clients' folders go; default: in results/runs"),
-    "--human": dict(nargs="*", default=[], metavar="CLIENT", help="clients whose labels a person draws"),
-    "--patience": dict(type=float, default=3600.0, help="seconds that a person has in each cycle"),
     "--timeout": dict(type=float, default=600.0, help="seconds that a round waits for a client"),
 }
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Any], str]] = {}
@@ -228,10 +226,10 @@ def merge(given: argparse.Namespace) -> None:
             print(*record.merge(part), sep="\n")
 
 
-@command("--clients --profile --data --method --seed --set --simulation --place --human --patience --timeout")
+@command("--clients --profile --data --method --seed --set --simulation --place --timeout")
 def clients(given: argparse.Namespace) -> None:
     """Run the experiment with a server and real clients, processes of this machine (Flower)."""
-    from . import federation, labelling
+    from . import federation
 
     try:
         from . import flower
@@ -246,18 +244,10 @@ def clients(given: argparse.Namespace) -> None:
     place = Path(given.place or folder / f"place-{setup.config.digest()[:8]}-seed{given.seed}")
     print(f"clients {', '.join(flower.deal(setup, place, given.seed))}; folders in {place / 'clients'}", flush=True)
     if given.simulation:
-        print(f"run folders: {flower.simulate([setup.config], name, place)}")
-        return
-    patience = given.patience if given.human else 0.0
-    for client in given.human:
-        mine, method = place / "clients" / client, setup.config.methods[0]
-        run = mine / "runs" / name / setup.config.digest()[:8] / method / f"seed{given.seed}"
-        words = f"--data '{mine / 'images'}' --store '{labelling.store_path(run)}' --task boxes --queried"
-        print(f"client {client} waits for labels: python -m fedal_utils label {words}", flush=True)
-    with flower.Deployment(place, {client: {"annotator": "person"} for client in given.human}) as deployment:
-        for row in deployment.run(setup.config, name, 600 + patience, timeout=given.timeout, patience=patience):
-            print("  ".join(f"{k} {row[k]:.4g}" for k in ("cycle", "round", "images", "ap50") if k in row), flush=True)
-    print(f"run folders: {place / 'server' / 'runs'}")
+        root = flower.simulate(setup.config, name, place)
+    else:
+        root = flower.deployed(setup.config, name, place, timeout=given.timeout)
+    print(f"run folders: {root}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,10 +15,6 @@ from .fields import Part, fraction, name, number
 
 PROFILES = ("smoke", "quick", "paper")
 FILTERS = ("semantic", "diversity", "overlap", "localisation")  # of HUALE's cascade, in the published order
-SERVER_STRATEGIES = (  # how a server makes one model of the updates; Flower's strategies of that name
-    *("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"),
-    *("fedmedian", "fedtrimmedavg", "krum", "multikrum"),
-)
 _LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 
 
@@ -118,7 +114,6 @@ class FederationConfig(Part):
     held_out_images: int = number(0, least=0)  # labelled, at the server: the class-wise merge is evaluated on them
     client_fraction: float = number(1.0, above=0, most=1)  # of the clients, in each round
     aggregation_weights: str = name("images", "boxes", "equal")
-    batch_norm: str = name("average", "local", "frozen")
     message_dtype: str = name("fp32", "fp16")
     rounds: int = number(3, least=1)  # in a cycle
     iterations: int = number(12, least=0)  # gradient steps of one client in one round; 0 = `epochs` instead
@@ -131,20 +126,7 @@ class FederationConfig(Part):
     visit_fraction: float = number(1.0, above=0)  # length of an accumulating chain's visit, as part of a round
     dropout_rate: float = fraction(0.0)  # probability that a client's update does not arrive
     on_failure: str = name("stop", "skip")  # a client whose training diverges stops the run | is left out of the round
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig(Part):
-    """How updates become one model at a Flower server; all but plain FedAvg needs `flower`."""
-
     max_update_ratio: float = 0.0  # an update that moved further than so many median updates is left out; 0 = off
-    server_strategy: str = name("fedavg", *SERVER_STRATEGIES)
-    server_lr: float = number(0.0, least=0)  # of the server's own step; 0 = 1 for fedavgm, 0.01 for the adaptive ones
-    server_momentum: float = number(0.9, least=0)  # of fedavgm; beta_1 of fedadam and fedyogi
-    num_byzantine: int = number(1, least=0)  # clients that krum, multikrum and fedtrimmedavg bear
-    privacy: str = name("none", "clip", "secure")  # clipped and noised updates | the server sees their sum only
-    clip_norm: float = number(1.0, above=0)  # L2 norm that a clipped update has at most
-    noise: float = number(0.0, least=0)  # noise multiplier: standard deviation of the noise on the sum, in clip norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +189,6 @@ class Config(Part):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
-    server: ServerConfig = ServerConfig()
     query: QueryConfig = QueryConfig()
     vae: VAEConfig = VAEConfig()
     flywheel: FlywheelConfig = FlywheelConfig()
@@ -228,12 +209,8 @@ class Config(Part):
         falling = (*self.query.cascade, 1.0)
         if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
             raise ValueError(f"cascade must be four numbers >= 1 that do not grow, got {self.query.cascade}")
-        if self.server.server_strategy == "fedprox" and not self.training.proximal > 0:
-            raise ValueError(f"server_strategy 'fedprox' needs proximal > 0 (its mu), got {self.training.proximal}")
-        if not (self.server.max_update_ratio == 0 or self.server.max_update_ratio > 1):
-            raise ValueError(f"max_update_ratio must be 0 (off) or > 1, got {self.server.max_update_ratio}")
-        if not self.server.server_momentum < 1:
-            raise ValueError(f"server_momentum must be in [0, 1), got {self.server.server_momentum}")
+        if not (self.federation.max_update_ratio == 0 or self.federation.max_update_ratio > 1):
+            raise ValueError(f"max_update_ratio must be 0 (off) or > 1, got {self.federation.max_update_ratio}")
         kept = ("restart", "client") if self.model.classifier else ("restart",)
         if self.federation.reset_each_cycle and self.federation.optimizer_state not in kept:
             raise ValueError(

@@ -13,7 +13,6 @@ LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one
 ANOTHER = {
     "profile": "quick",
     "max_update_ratio": 2.0,
-    "server_strategy": "fedadam",
     "limit": (7, 7),
     "seeds": (5,),
     "cascade": (5.0, 3.0, 2.0, 1.5),
@@ -113,8 +112,6 @@ def test_an_integer_for_a_float_and_a_list_for_a_tuple_are_the_same_config():
         ({"seeds": (1, 1)}, "seeds must be a list of different integers"),
         ({"seeds": (-1,)}, "seeds must be a list of different integers >= 0"),
         ({"max_update_ratio": 0.5}, r"max_update_ratio must be 0 \(off\) or > 1, got 0.5"),
-        ({"server_momentum": 1.0}, r"server_momentum must be in \[0, 1\), got 1.0"),
-        ({"server_strategy": "fedprox"}, "'fedprox' needs proximal > 0"),
         ({"cascade_order": ("semantic", "overlap")}, "cascade_order must name each of .* once"),
         ({"cascade": (4.0, 3.0, 2.0)}, "cascade must be four numbers"),
         ({"cascade": (4.0, 5.0, 2.0, 1.5)}, "cascade must be four numbers >= 1 that do not grow"),

@@ -4,13 +4,13 @@ experiment   the loop of every notebook: read it first
 setup        data of a setting, who holds what
 schemes      who participates, who queries, what is sent: FedAvg, local-first, the chains, centralised
 query        a client's query: which model is asked, what the strategy may observe
-client       what stays with a client, and its training; local: all clients of this process
+client       what stays with a client; local: how clients of this process train
 initial      the initial model that the methods of a seed share
-messages     states packed to bytes; aggregate: averages, merging by class, screening
+messages     states packed to bytes; aggregate: averages, merging by class
 evaluate     metrics and bytes at the end of a round; own_data: sizes for a folder of the user's own
 """
 
-from .aggregate import average, class_wise_shares, screen, shares, weighted_states
+from .aggregate import average, class_wise_shares
 from .client import KEPT, Client, ClientLost
 from .experiment import Experiment, runs, start
 from .local import train_client

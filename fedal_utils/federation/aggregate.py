@@ -6,7 +6,7 @@ Sums run in float64 over clients sorted by name: the order in which updates arri
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,15 +15,9 @@ from torch import Tensor
 from ..training import STEPS
 from .messages import State, Update, unpack
 
-WEIGHTS = ("images", "boxes", "equal")
-
 
 def shares(updates: Sequence[Update], weights: str) -> np.ndarray:
     """Each update's part in the average, float64, summing to one: by 'images', by 'boxes', or 'equal'."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
-    if not updates:
-        raise ValueError("no update to average: no client took part")
     counts = [1.0 if weights == "equal" else float(getattr(u, weights)) for u in updates]
     whole = math.fsum(counts)
     if whole <= 0:
@@ -31,13 +25,9 @@ def shares(updates: Sequence[Update], weights: str) -> np.ndarray:
     return np.array(counts, dtype=np.float64) / whole
 
 
-def average(updates: Sequence[Update], weights: str = "images") -> State:
-    """FedAvg: w = sum_m p_m w_m (1602.05629 alg. 1), in float64, over clients sorted by name."""
-    return weighted(updates, shares(updates, weights))
-
-
-def weighted(updates: Sequence[Update], parts: Sequence[float]) -> State:
-    """The sum of the updates' weights, each times its part; float64, over clients sorted by name."""
+def average(updates: Sequence[Update], weights: str = "images", parts: Sequence[float] | None = None) -> State:
+    """FedAvg: w = sum_m p_m w_m (1602.05629 alg. 1). parts: in the place of the shares by `weights`."""
+    parts = shares(updates, weights) if parts is None else parts
     return weighted_states([(u.client, unpack(u.payload)) for u in updates], parts)
 
 
@@ -49,15 +39,16 @@ def average_optimizer_states(updates: Sequence[Update], weights: str = "images")
     if not all(u.optimizer_state for u in updates):
         return {}
     states = {u.client: unpack(u.optimizer_state) for u in updates}
-    counts = {name: int(state.pop(STEPS)) for name, state in states.items()}
+    counts = [int(state.pop(STEPS)) for state in states.values()]
     merged = weighted_states(list(states.items()), shares(updates, weights))
-    return {**merged, STEPS: torch.tensor(max(counts.values()))}
+    return {**merged, STEPS: torch.tensor(max(counts))}
 
 
 def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -> State:
-    """As `weighted`, of (client, state) that are unpacked already."""
-    if len(sent) != len(parts):
-        raise ValueError(f"{len(sent)} updates, but {len(parts)} parts")
+    """The sum of the clients' states, each times its part; float64, over clients sorted by name.
+
+    ValueError with the client's name on entries that cannot be averaged.
+    """
     names = [client for client, _ in sent]
     if len(set(names)) != len(names):
         raise ValueError(f"a client sent two updates: {sorted(names)}")
@@ -66,81 +57,35 @@ def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -
     for place in np.argsort(names):
         (client, state), part = sent[place], float(parts[place])
         if sums and state.keys() != sums.keys():
-            odd = sorted(state.keys() ^ sums.keys())[:3]
-            raise ValueError(f"client {client} sent other entries than the rest: {odd}")
+            raise ValueError(
+                f"client {client} sent other entries than the rest: {sorted(state.keys() ^ sums.keys())[:3]}"
+            )
         for key, value in state.items():
             if not value.is_floating_point():
                 raise ValueError(f"client {client} sent integer entry {key!r}: counters are never averaged")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"client {client} sent a non-finite {key!r}: it is not averaged")
-            kinds[key] = value.dtype
-            if key in sums:
-                if value.shape != sums[key].shape:
-                    got, rest = tuple(value.shape), tuple(sums[key].shape)
-                    raise ValueError(f"client {client} sent {key!r} of shape {got}, the rest {rest}")
-                sums[key] += value.double() * part
-            else:
-                sums[key] = value.double() * part
+            if key in sums and value.shape != sums[key].shape:
+                shape = tuple(sums[key].shape)
+                raise ValueError(f"client {client} sent {key!r} of shape {tuple(value.shape)}, the rest {shape}")
+            kinds[key], term = value.dtype, value.double() * part
+            sums[key] = sums[key] + term if key in sums else term
     return {key: value.to(kinds[key]) for key, value in sums.items()}
 
 
-@torch.no_grad()
-def screen(updates: Sequence[Update], before: State, above: float = 0.0) -> tuple[list[Update], dict[str, str]]:
-    """The updates that are fit to be averaged, in the order in which they came, and of each other client the reason.
+def too_large(updates: Sequence[Update], before: Mapping[str, Tensor], ratio: float) -> set[str]:
+    """Clients whose update moved further from `before` than `ratio` times the median update (L2, float64).
 
-    before: the state that was sent to the clients. Reasons, the first that holds, by client name:
-    'unreadable': the payload does not hold a state of plain tensors;
-    'wrong shape': other entries than `before`, or an entry of another shape, or integers in the place of floats;
-    'not finite': a value is NaN or infinite;
-    'too large': with above > 0, the update's distance from `before` (L2 over all entries, float64) is more than `above`
-    times the median distance of all updates that none of the other reasons holds for, itself among them. Of fewer than
-    three such updates none is too large: the median of two is half way between them and says nothing about either.
-    above: 0 = any distance, else > 1. The median stands while less than half of the updates are too large. What an
-    optimizer sends along (`Update.optimizer_state`) is not looked at.
+    Of fewer than three nobody: the median of two is half way between them. It stands while less than half of the
+    updates are too large.
     """
-    if not (above == 0 or 1 < above < math.inf):
-        raise ValueError(f"above must be 0 (off) or a finite number > 1 (times the median distance), got {above}")
-    reasons: dict[str, str] = {}
-    moved: dict[int, float] = {}  # by place in `updates`
-    for place in sorted(range(len(updates)), key=lambda place: updates[place].client):
-        state = _read(updates[place].payload)
-        reason = "unreadable" if state is None else _unfit(state, before)
-        if reason:
-            reasons[updates[place].client] = reason
-        else:
-            moved[place] = _distance(state, before)
-    if above and len(moved) >= 3:
-        most = above * float(np.median(list(moved.values())))
-        for place in [place for place, distance in moved.items() if distance > most]:
-            reasons[updates[place].client] = "too large"
-            del moved[place]
-    return [updates[place] for place in sorted(moved)], dict(sorted(reasons.items()))
-
-
-def _read(payload: bytes) -> State | None:
-    """As `unpack`; None if these bytes hold anything but plain tensors by name."""
-    try:
-        state = unpack(payload)
-    except Exception:  # bytes from outside: torch.load raises whatever its readers trip over
-        return None
-    plain = all(v.layout is torch.strided and v.device.type == "cpu" and not v.is_nested for v in state.values())
-    return state if plain else None
-
-
-def _unfit(state: State, before: State) -> str:
-    """Why a state cannot stand in an average with `before`; '' = it can."""
-    if state.keys() != before.keys():
-        return "wrong shape"
-    for key, sent in before.items():
-        if state[key].shape != sent.shape or state[key].is_floating_point() != sent.is_floating_point():
-            return "wrong shape"
-    return "" if all(bool(torch.isfinite(value).all()) for value in state.values()) else "not finite"
-
-
-def _distance(state: State, before: State) -> float:
-    """L2 norm of state - before over all entries, float64."""
-    squares = (float((state[k].double() - sent.cpu().double()).square().sum()) for k, sent in before.items())
-    return math.sqrt(math.fsum(squares))
+    moved = {}
+    for update in updates:
+        state = unpack(update.payload)
+        squares = (float((state[key].double() - sent.cpu().double()).square().sum()) for key, sent in before.items())
+        moved[update.client] = math.sqrt(math.fsum(squares))
+    most = ratio * float(np.median(list(moved.values()))) if len(moved) >= 3 else math.inf
+    return {client for client, distance in moved.items() if distance > most}
 
 
 def percent_shares(count: int) -> np.ndarray:
@@ -159,22 +104,17 @@ def class_wise_shares(metric: np.ndarray) -> np.ndarray:
     released code would give it to the first client; if no class has one, all clients count alike.
     Returns (M,) float64, summing to one. Example: [[.9, .2], [.5, .6], [.1, .1]] -> [1/2, 1/2, 0].
     """
-    metric = np.asarray(metric, dtype=np.float64)
-    if metric.ndim != 2 or not metric.size or (metric < 0).any() or np.isinf(metric).any():
-        raise ValueError(f"metric must be (clients, classes), finite and >= 0, got {metric.tolist()}")
-    judged = np.nan_to_num(metric, nan=0.0)
+    judged = np.nan_to_num(np.asarray(metric, dtype=np.float64), nan=0.0)
     best = judged.max(axis=0)  # (C,)
     votes = (judged == best) & (best > 0)  # (M, C)
     voting = votes.any(axis=0)
     if not voting.any():
-        return np.full(len(metric), 1 / len(metric))
+        return np.full(len(judged), 1 / len(judged))
     return (votes[:, voting] / votes[:, voting].sum(axis=0)).sum(axis=1) / voting.sum()
 
 
 def sample_clients(clients: Sequence[str], fraction: float, rng: np.random.Generator) -> list[str]:
     """Client sampling: max(1, round(fraction * M)) names, drawn without order and returned sorted."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"the fraction of clients must be in (0, 1], got {fraction}")
     ordered = sorted(clients)
     count = max(1, round(fraction * len(ordered)))
     return [ordered[i] for i in sorted(rng.choice(len(ordered), size=count, replace=False))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,27 +19,44 @@ if TYPE_CHECKING:
 
 
 def evaluate(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Metrics on the test set; where clients hold BatchNorm statistics (or weights) of their own, the mean over their
-    models. Of a classifier also by each client's mix of classes.
+    """Metrics on the test set; where clients hold weights of their own, the mean over their models. Of a classifier
+    also by each client's mix of classes.
     """
-    model, clients = experiment.model, experiment.clients
-    own = [{**(client.local_state if step.local else {}), **client.bn_buffers} for client in clients]
-    if any(own):
-        each = [_metrics(experiment, with_state(model, state), ()) for state in own if state]
+    model, own = experiment.model, [client.local_state for client in experiment.clients if client.local_state]
+    if step.local and own:
+        each = [_metrics(experiment, with_state(model, state)) for state in own]
         return {key: float(np.mean([found[key] for found in each])) for key in each[0]}
-    return _metrics(experiment, model, clients)
+    return _metrics(experiment, model)
 
 
-def _metrics(experiment: Experiment, model, clients: Sequence[Client]) -> dict[str, float]:
-    setup = experiment.setup
+def _metrics(experiment: Experiment, model) -> dict[str, float]:
+    setup, clients = experiment.setup, experiment.clients
     test, names = setup.test, setup.class_names
     if experiment.config.model.classifier:
         scores = training.class_scores(model, test.images, device=setup.device)
         held = setup.train.class_counts().numpy()
         mixes = np.stack([held[client.pool.index].sum(axis=0) for client in clients]) if len(clients) > 1 else None
         return metrics.accuracy(scores, test.labels.classes[:, 0].cpu() - 1, names, mixes)
-    found = training.predict(model, test.images, device=setup.device)
-    return metrics.evaluate(found, test.labels, names)
+    return metrics.evaluate(training.predict(model, test.images, device=setup.device), test.labels, names)
+
+
+def ap_by_class(experiment: Experiment, clients: Sequence[Client]) -> np.ndarray:
+    """(M, C) AP50 of each class by each client's own model; NaN where it cannot be evaluated.
+
+    On the images that the server holds out, or if there are none on those of the initial model, which all of them have
+    seen. as_released: on the test set, as the released code does.
+    """
+    setup, seed = experiment.setup, experiment.run.seed
+    rows = setup.held_out_rows(seed) if len(setup.held_out_rows(seed)) else setup.initial_rows(seed)
+    shown = setup.test if experiment.config.as_released else setup.train.take(rows)
+    if not len(shown):
+        return np.full((len(clients), len(setup.class_names)), math.nan)
+    table = []
+    for client in clients:
+        found = training.predict(with_state(experiment.model, client.local_state), shown.images, device=setup.device)
+        ap = metrics.evaluate(found, shown.labels, setup.class_names)
+        table.append([ap.get(f"ap50/{name}", math.nan) for name in setup.class_names])
+    return np.array(table, dtype=float)
 
 
 def traffic(experiment: Experiment, step: Step, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:

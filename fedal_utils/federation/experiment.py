@@ -12,20 +12,18 @@ for run in federation.runs(setup, NOTEBOOK):        # finished runs are skipped,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .. import detectors, metrics, record, training
+from .. import detectors, record
 from ..config import Config, TrainingConfig
 from ..sampling import Oracle, Pool, total
-from ..training import TrainingDiverged
 from . import aggregate as merging
 from . import query as querying
 from .client import KEPT, Client, ClientLost
-from .evaluate import evaluate, traffic
-from .initial import initial_model, shared_first_updates
+from .evaluate import ap_by_class, evaluate, traffic
+from .initial import initial_model
 from .local import train_here
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .schemes import Step, method_of, plan
@@ -53,16 +51,14 @@ def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> Experi
         raise ValueError(f"data set {setup.train.name!r} has no labels: it can be scored, but nobody can annotate it")
     query = run.config.query
     oracle = oracle or Oracle(setup.train.labels, query.seconds_per_image, query.seconds_per_box, query.diagnostic)
-    pools = [
-        Pool(name, setup.train.images, oracle, part)
-        for part, name in zip(*partition_clients(setup, run.seed), strict=True)
-    ]
-    if run.resumed is not None:
-        rows = run.query_rows()
-        for pool in pools:
-            pool.replay(rows)
+    clients = []
+    for part, name in zip(*partition_clients(setup, run.seed), strict=True):
+        pool = Pool(name, setup.train.images, oracle, part)
+        if run.resumed is not None:
+            pool.replay(run.query_rows())
             pool.exclude(oracle.undecided({cycle for cycle, _ in run.plan[: run.committed]}))
-    return Experiment(run, setup, [Client(pool.client, pool) for pool in pools], oracle)
+        clients.append(Client(name, pool))
+    return Experiment(run, setup, clients, oracle)
 
 
 class Experiment:
@@ -70,8 +66,6 @@ class Experiment:
 
     Flower's server overrides `query` and `train_clients`, for its clients are elsewhere.
     """
-
-    screens_updates = False  # whether updates come from outside
 
     def __init__(self, run: record.Run, setup: Setup, clients: Sequence[Client], oracle: Oracle | None = None):
         self.run, self.setup, self.config, self.clients, self.oracle = run, setup, run.config, list(clients), oracle
@@ -132,14 +126,13 @@ class Experiment:
         """Each participant trains from the global model (or its own), on its own labels.
 
         A client without labels sends nothing, nor (with on_failure='skip') does one whose update is lost, whose
-        training diverges, or whose update is not fit to be averaged (`aggregate.screen`); its `status` says why.
+        training diverges, or whose update is too large; its `status` says why.
         """
-        config = self.config
-        if config.federation.reset_each_cycle and step.cycle > 0 and step.round == 0:
+        if self.config.federation.reset_each_cycle and step.cycle > 0 and step.round == 0:
             self._remember_global(self.clients)
             self.model.load_state_dict(initial_model(self.run, self.setup), strict=False)
             for client in self.clients:
-                client.optimizer_state, client.bn_buffers, client.local_state = {}, {}, {}
+                client.optimizer_state, client.local_state = {}, {}
         for client in self.clients:
             client.status, client.bytes_down = "", 0
         if not step.participants:
@@ -154,14 +147,13 @@ class Experiment:
 
     def message(self, step: Step) -> bytes:
         """What is sent to the participants: the model, or its head. Freezes the backbone where the step does."""
-        settings, model = self.config.federation, self.model
-        if not step.head_only:
-            return broadcast(model, settings.batch_norm, settings.message_dtype)
-        if step.send_backbone and not self.config.model.frozen:
-            model.unfreeze_backbone()
-        message = broadcast(model, settings.batch_norm, settings.message_dtype)
-        model.freeze_backbone()
-        return message if step.send_backbone else broadcast(model, settings.batch_norm, settings.message_dtype)
+        dtype = self.config.federation.message_dtype
+        if step.head_only and step.send_backbone and not self.config.model.frozen:
+            self.model.unfreeze_backbone()
+        message = broadcast(self.model, dtype)
+        if step.head_only:
+            self.model.freeze_backbone()
+        return message if step.send_backbone else broadcast(self.model, dtype)
 
     def _participants(self, step: Step, message: bytes) -> tuple[list[Client], dict[str, Update | Exception]]:
         """Who trains in this round, and who would have but its update is lost."""
@@ -181,8 +173,7 @@ class Experiment:
             client.bytes_down = 0 if client.local_state else len(message) + extra
             drop = settings.dropout_rate and not step.local
             if drop and self.run.rng("lost", client.name, step.cycle, step.round).random() < settings.dropout_rate:
-                where = f"cycle {step.cycle}, round {step.round}"
-                lost[client.name] = ClientLost(f"client {client.name}: its update did not arrive in {where}")
+                lost[client.name] = _lost(client.name, step, "did not arrive", "lost")
             else:
                 here.append(client)
         if lost and settings.on_failure == "stop":
@@ -191,22 +182,18 @@ class Experiment:
 
     def train_clients(self, step: Step, clients: Sequence[Client], message: bytes) -> dict[str, Update | Exception]:
         """What each of these clients sends, by name, or why it sends nothing."""
-        updates = shared_first_updates(self, step, clients, lambda: train_here(self, step, clients, message))
+        updates = train_here(self, step, clients, message)
         return {client.name: update for client, update in zip(clients, updates, strict=True)}
 
     def _accepted(self, step: Step, sent: dict[str, Update | Exception], message: bytes) -> list[Update]:
         """The updates that may be averaged; notes at each client why it has none, or its local model."""
-        config = self.config
-        if self.screens_updates or config.server.max_update_ratio:
+        if ratio := self.config.federation.max_update_ratio:
             before = unpack(message)
-            expected = {key: before[key] for key in sent_keys(self.model, config.federation.batch_norm)}
+            before = {key: before[key] for key in sent_keys(self.model)}
             arrived = [update for update in sent.values() if isinstance(update, Update)]
-            if any(update.payload for update in arrived):  # of a secure sum there is nothing to look at
-                _, reasons = merging.screen(arrived, expected, config.server.max_update_ratio)
-                for name, reason in reasons.items():
-                    where = f"in cycle {step.cycle}, round {step.round}"
-                    sent[name] = ClientLost(f"client {name}: its update {where} is {reason}", status=reason)
-        if config.federation.on_failure == "stop":
+            for name in merging.too_large(arrived, before, ratio):
+                sent[name] = _lost(name, step, "is too large", "too large")
+        if self.config.federation.on_failure == "stop":
             _stop(sent)
         updates = []
         for client in step.participants:
@@ -217,16 +204,14 @@ class Experiment:
                 updates.append(result)
                 if step.first_pass:
                     client.local_state = unpack(result.payload)
-                if self.method.strategy.compares_local() and result.payload:
+                if self.method.strategy.compares_local():
                     client.last_local_state = unpack(result.payload)
         return updates
 
     def recipe(self, step: Step) -> tuple[TrainingConfig, int | None]:
         """How a participant trains in this step, and for how many gradient steps (None: in epochs)."""
-        training_config, settings = self.config.training, self.config.federation
-        recipe = training_config.replace(
-            lr=training_config.lr * step.lr_factor, epochs=max(1, round(training_config.epochs * step.length))
-        )
+        recipe, settings = self.config.training, self.config.federation
+        recipe = recipe.replace(lr=recipe.lr * step.lr_factor, epochs=max(1, round(recipe.epochs * step.length)))
         if step.first_pass and recipe.schedule == "constant" and settings.round_lr_decay < 1:
             # one long call in the place of many rounds: the learning rate falls within it
             recipe = recipe.replace(schedule="cosine", final_lr=settings.round_lr_decay)
@@ -241,29 +226,23 @@ class Experiment:
     def average(self, updates: Sequence[Update]) -> None:
         """The global model becomes the updates' average (of one update: that one).
 
-        Optimizer states that were sent along are averaged too and handed to every client.
+        Optimizer states that were sent along are averaged too and handed to every client. as_released: equal parts in
+        whole percent, whatever the clients hold.
         """
         if not updates:
             return
+        weights, parts = self.config.federation.aggregation_weights, None
+        if self.config.as_released and len(updates) > 1 and not self.config.model.classifier:
+            updates, parts = sorted(updates, key=lambda one: one.client), merging.percent_shares(len(updates))
         merged = {update.client for update in updates}
         self._remember_global([client for client in self.clients if client.name not in merged])
-        self.model.load_state_dict(self.averaged(updates), strict=False)
-        sent_along = merging.average_optimizer_states(updates, self.config.federation.aggregation_weights)
+        self.model.load_state_dict(merging.average(updates, weights, parts), strict=False)
+        sent_along = merging.average_optimizer_states(updates, weights)
         for client in self.clients:
             if client.name in merged:
                 client.stale_global_state = {}
             if sent_along:
                 client.optimizer_state = dict(sent_along)
-
-    def averaged(self, updates: Sequence[Update]) -> State:
-        """One state of the updates. as_released: equal parts in whole percent, whatever the clients hold."""
-        server = self.config.server
-        if server.privacy != "none" or server.server_strategy not in ("fedavg", "fedprox"):
-            raise ValueError(f"server_strategy={server.server_strategy!r} with privacy={server.privacy!r} needs Flower")
-        if self.config.as_released and len(updates) > 1 and not self.config.model.classifier:
-            ordered = sorted(updates, key=lambda update: update.client)
-            return merging.weighted(ordered, merging.percent_shares(len(ordered)))
-        return merging.average(updates, self.config.federation.aggregation_weights)
 
     def _remember_global(self, clients: Sequence[Client]) -> None:
         """These clients miss what comes next: the global model that they know is this one, or an older one."""
@@ -280,38 +259,17 @@ class Experiment:
     def merge_by_class(self) -> dict[str, float]:
         """The chain's merge after its first pass: each class votes for the client whose model detects it best (7.2).
 
-        The models are evaluated, class by class at AP50, on the images that the server holds out (`held_out_images`),
-        or if there are none on those of the initial model, which all of them have seen; a server without a labelled
-        image counts all alike. as_released: on the test set, as the released code does. Returns each client's part;
-        clients that sent nothing have none.
+        Returns each client's part; clients that sent nothing have none.
         """
         sent = [client for client in self.clients if client.local_state]
         if not sent:
             raise ValueError(f"{self.run}: no client came through the chain's first pass: there is nothing to merge")
-        parts = merging.class_wise_shares(self._ap_by_class(sent))
+        parts = merging.class_wise_shares(ap_by_class(self, sent))
         merged = merging.weighted_states([(client.name, client.local_state) for client in sent], parts)
         self.model.load_state_dict(merged, strict=False)
         for client in self.clients:
             client.local_state, client.status, client.bytes_down = {}, "", 0
         return dict(zip((client.name for client in sent), parts.tolist(), strict=True))
-
-    def _ap_by_class(self, clients: Sequence[Client]) -> np.ndarray:
-        """(M, C) AP50 of each class by each client's own model; NaN where it cannot be evaluated."""
-        settings, setup, seed = self.config.federation, self.setup, self.run.seed
-        if self.config.as_released:
-            shown = setup.test
-        elif settings.held_out_images or settings.initial_model_images:
-            rows = setup.held_out_rows(seed) if settings.held_out_images else setup.initial_rows(seed)
-            shown = setup.train.take(rows)
-        else:
-            return np.full((len(clients), len(setup.class_names)), math.nan)
-        table = []
-        for client in clients:
-            model = querying.with_state(self.model, client.local_state)
-            found = training.predict(model, shown.images, device=setup.device)
-            ap = metrics.evaluate(found, shown.labels, setup.class_names)
-            table.append([ap.get(f"ap50/{name}", math.nan) for name in setup.class_names])
-        return np.array(table, dtype=float)
 
     # --- log
 
@@ -320,17 +278,15 @@ class Experiment:
 
         A client that sent nothing has a row that says why. more: what else the resume point keeps.
         """
-        by_name, bytes_of = {client.name: client for client in self.clients}, traffic(self, step, updates)
-        rows = []
-        for update in updates:
-            if client := by_name.get(update.client):
-                up, down = bytes_of[client.name]
-                row = {"bytes_up": up, "bytes_down": down, "loss": update.loss, "steps": update.steps}
-                rows.append({**self._labels(step, client.name, [client]), **row, **client.metrics})
+        by_name, bytes_of = {update.client: update for update in updates}, traffic(self, step, updates)
+        trained, silent = [], []
         for client in self.clients:
-            if client.status:
-                row = {"bytes_up": 0, "bytes_down": bytes_of[client.name][1], "steps": 0, "status": client.status}
-                rows.append({**self._labels(step, client.name, [client]), **row, **client.metrics})
+            update, (up, down) = by_name.get(client.name), bytes_of[client.name]
+            row = {**self._labels(step, client.name, [client]), "bytes_up": up, "bytes_down": down}
+            if update is not None:
+                trained.append({**row, "loss": update.loss, "steps": update.steps})
+            elif client.status:
+                silent.append({**row, "bytes_up": 0, "steps": 0, "status": client.status})
         server = {
             **self._labels(step, "server", self.clients),
             "bytes_up": sum(up for up, _ in bytes_of.values()),
@@ -346,7 +302,7 @@ class Experiment:
             **{what: {c.name: getattr(c, what) for c in self.clients if getattr(c, what)} for what in KEPT},
             **(more or {}),
         }
-        self.run.commit(step.cycle, step.round, [*rows, server], queries, state)
+        self.run.commit(step.cycle, step.round, [*trained, *silent, server], queries, state)
         return server
 
     def _labels(self, step: Step, who: str, clients: Sequence[Client]) -> dict:
@@ -355,7 +311,11 @@ class Experiment:
         return {"cycle": step.cycle, "round": step.round, "client": who, **counts}
 
 
+def _lost(name: str, step: Step, what: str, status: str) -> ClientLost:
+    return ClientLost(f"client {name}: its update {what} in cycle {step.cycle}, round {step.round}", status)
+
+
 def _stop(sent: dict[str, Update | Exception]) -> None:
     for result in sent.values():
-        if isinstance(result, (ClientLost, TrainingDiverged)):
+        if isinstance(result, Exception):
             raise type(result)(f"{result}; on_failure='skip' goes on without it") from result

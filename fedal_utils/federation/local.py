@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from .. import detectors, training
 from ..config import TrainingConfig
-from ..training import ClassifierTask, LocalTask, TrainingDiverged
-from .client import Client, Exchange, train_detector
-from .messages import Update, broadcast, pack, state_of, unpack
+from ..data import Images, Labels
+from ..detectors import Detector
+from ..training import CachedImages, ClassifierTask, LocalTask, TrainingDiverged
+from .client import Client
+from .messages import Update, broadcast, pack, sent_keys, state_of, unpack
 from .query import classifier_task
 from .schemes import CENTRALISED, Step
 
@@ -27,7 +31,7 @@ def train_here(
     if experiment.method.scheme.central:
         return [_train_on_one_node(experiment, step)]
     if experiment.config.model.classifier == "linear":
-        return [_fit_linear(experiment, step, client) for client in clients]
+        return [_fit_linear(experiment, client) for client in clients]
     if experiment.config.model.classifier:
         return _train_classifiers(experiment, step, clients, message)
     scratch, sent = detectors.clone(experiment.model), []
@@ -46,8 +50,7 @@ def train_client(experiment: Experiment, step: Step, client: Client, scratch, me
 
     scratch: a detector of the right shape, whatever it holds; for a step that trains the head, its backbone is frozen.
     """
-    config, keeps = experiment.config, step.optimizer_state != "restart"
-    recipe, iterations = experiment.recipe(step)
+    keeps, (recipe, iterations) = step.optimizer_state != "restart", experiment.recipe(step)
     task = LocalTask(
         experiment.run.torch_rng("train", client.name, step.cycle, step.round),
         client.name,
@@ -55,11 +58,56 @@ def train_client(experiment: Experiment, step: Step, client: Client, scratch, me
         client.optimizer_state if keeps else None,
         _position(experiment, step, client, recipe, iterations) if keeps else None,
     )
-    dtype = "fp32" if step.local else config.federation.message_dtype
-    exchange = Exchange(config.federation.batch_norm, dtype, client.bn_buffers, step.optimizer_state == "travels")
     payload = pack(client.local_state) if client.local_state else message
-    images, labels = client.pool.training_set()
-    return train_detector(scratch, payload, images, labels, recipe, task, exchange, experiment.setup.device)
+    dtype, sends = (
+        "fp32" if step.local else experiment.config.federation.message_dtype,
+        step.optimizer_state == "travels",
+    )
+    return train_detector(
+        scratch, payload, client.pool.training_set(), recipe, task, dtype, sends, experiment.setup.device
+    )
+
+
+def train_detector(
+    model: Detector,
+    payload: bytes,
+    part: tuple[Images | CachedImages, Labels],
+    recipe: TrainingConfig,
+    task: LocalTask,
+    dtype: str = "fp32",
+    sends_state: bool = False,
+    device: str | torch.device = "cpu",
+) -> Update:
+    """Unpack the weights, train on these images and labels, pack the result.
+
+    model: scratch space, whatever weights it holds.
+    payload: the message with the weights to start from.
+    part: what the client has labelled.
+    recipe: how to train.
+    task: generator, steps, and the optimizer state, which is updated if training succeeds.
+    dtype: precision of the answer; an optimizer state is sent in full, for second moments vanish in half precision.
+    sends_state: the optimizer state is sent along.
+    device: where to train.
+
+    TrainingDiverged: a loss or weight is not finite; the optimizer state is as it was.
+    """
+    model.load_state_dict(unpack(payload), strict=False)
+    images, labels = part
+    kept = task.optimizer_state
+    if kept is not None:
+        task = replace(task, optimizer_state=dict(kept))
+    rows = list(training.fit(model, images, labels, recipe, task, device=device))
+    if not rows:
+        raise ValueError(f"client {task.client} made no step: iterations={task.iterations}, epochs={recipe.epochs}")
+    try:
+        sent = pack(state_of(model, sent_keys(model)), dtype)
+        optimizer = pack(task.optimizer_state) if sends_state and task.optimizer_state else b""
+    except ValueError as error:
+        raise TrainingDiverged(f"client {task.client}: {error}") from None
+    if kept is not None:
+        kept.update(task.optimizer_state)
+    boxes = int((labels.classes > 0).sum())
+    return Update(task.client, sent, len(images), boxes, rows[-1]["steps"], rows[-1]["loss"], optimizer)
 
 
 def _position(
@@ -75,11 +123,11 @@ def _position(
 
 def _train_on_one_node(experiment: Experiment, step: Step) -> Update:
     """On everyone's labels, for as many gradient steps as the clients take together."""
-    config, clients, setup = experiment.config, experiment.clients, experiment.setup
+    clients, setup = experiment.clients, experiment.setup
     node, count = clients[0], len(clients)
     rows = np.sort(np.concatenate([c.pool.index[c.pool.labelled()] for c in clients]))
     recipe, iterations = experiment.recipe(step)
-    keeps = config.federation.optimizer_state != "restart"
+    keeps = experiment.config.federation.optimizer_state != "restart"
     before, whole = _position(experiment, step, node, recipe, iterations)
     task = LocalTask(
         experiment.run.torch_rng("train", CENTRALISED, step.cycle, step.round),
@@ -88,11 +136,9 @@ def _train_on_one_node(experiment: Experiment, step: Step) -> Update:
         node.optimizer_state if keeps else None,
         (before, whole * count) if keeps else None,
     )
-    payload = broadcast(experiment.model, config.federation.batch_norm, "fp32")
-    images, labels = setup.train.images.take(rows), node.pool.labels_of(rows)
-    scratch = detectors.clone(experiment.model)
-    recipe = recipe.replace(proximal=0.0)
-    return train_detector(scratch, payload, images, labels, recipe, task, Exchange(), setup.device)
+    scratch, payload = detectors.clone(experiment.model), broadcast(experiment.model)
+    part = setup.train.images.take(rows), node.pool.labels_of(rows)
+    return train_detector(scratch, payload, part, recipe.replace(proximal=0.0), task, device=setup.device)
 
 
 def _train_classifiers(
@@ -107,47 +153,33 @@ def _train_classifiers(
     recipe, iterations = experiment.recipe(step)
     ordered = sorted(clients, key=lambda client: client.name)
     tasks = [_task_of(experiment, step, client, iterations) for client in ordered]
-    teacher = experiment.model if step.round else None
-    model = detectors.clone(experiment.model)
-    start = [unpack(message)] * len(tasks)
+    model, teacher, start = detectors.clone(experiment.model), experiment.model if step.round else None, unpack(message)
     options = {"teacher": teacher, "device": setup.device, "as_released": config.as_released}
-    found = training.fit_together(model, start, tasks, setup.train.images, recipe, **options)
-    results = dict(zip((c.name for c in ordered), found, strict=True))
-    sizes = {task.client: len(task.rows) for task in tasks}
-    sent: list[Update | TrainingDiverged] = []
-    for client in clients:
-        result, count = results[client.name], sizes[client.name]
+    found = training.fit_together(model, [start] * len(tasks), tasks, setup.train.images, recipe, **options)
+    sent: dict[str, Update | TrainingDiverged] = {}
+    for task, result in zip(tasks, found, strict=True):
         if not isinstance(result, TrainingDiverged):
-            payload = pack(result.state, config.federation.message_dtype)
-            result = Update(client.name, payload, count, count, result.steps, result.loss)
-        sent.append(result)
-    return sent
+            payload, count = pack(result.state, config.federation.message_dtype), len(task.rows)
+            result = Update(task.client, payload, count, count, result.steps, result.loss)
+        sent[task.client] = result
+    return [sent[client.name] for client in clients]
 
 
 def _task_of(experiment: Experiment, step: Step, client: Client, iterations: int | None) -> ClassifierTask:
     """This client's task in this round: its labels, its unlabelled images, and its optimizer state."""
     config, run, pool = experiment.config, experiment.run, client.pool
     rows = pool.index[pool.labelled()]
-    unlabelled = pool.index[pool.queried_in != 0] if config.as_released else pool.index[pool.unlabelled()]
-    state, position = None, None
+    more = {"unlabelled": pool.index[pool.queried_in != 0] if config.as_released else pool.index[pool.unlabelled()]}
     if config.federation.optimizer_state == "client":
-        state = client.optimizer_state
-        each = config.federation.iterations or config.training.epochs * math.ceil(len(rows) / config.training.batch)
+        each = iterations or config.training.epochs * math.ceil(len(rows) / config.training.batch)
         here = [r for c, r in run.plan if c == step.cycle] if config.federation.reset_each_cycle else run.plan
-        position = (int(state.get(training.STEPS, 0)), each * len(here))
-    return classifier_task(
-        experiment.setup,
-        client,
-        rows,
-        run.torch_rng("train", client.name, step.cycle, step.round),
-        iterations=iterations,
-        optimizer_state=state,
-        schedule_position=position,
-        unlabelled=unlabelled,
-    )
+        done = int(client.optimizer_state.get(training.STEPS, 0))
+        more |= {"optimizer_state": client.optimizer_state, "schedule_position": (done, each * len(here))}
+    rng = run.torch_rng("train", client.name, step.cycle, step.round)
+    return classifier_task(experiment.setup, client, rows, rng, iterations=iterations, **more)
 
 
-def _fit_linear(experiment: Experiment, step: Step, client: Client) -> Update:
+def _fit_linear(experiment: Experiment, client: Client) -> Update:
     """Logistic regression on frozen features, from scratch on all labels so far."""
     pool, model = client.pool, detectors.clone(experiment.model)
     rows = pool.index[pool.labelled()]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-BATCH_NORM = ("average", "local", "frozen")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -21,8 +20,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 class Update:
     """What one client sends back: its packed weights, and the numbers that weigh and record them.
 
-    optimizer_state: packed, where that is sent along with the model; else empty. size: bytes sent
-    where the payload is not to be seen (secure aggregation), which is then empty.
+    optimizer_state: packed, where that is sent along with the model; else empty.
     """
 
     client: str
@@ -32,24 +30,20 @@ class Update:
     steps: int
     loss: float
     optimizer_state: bytes = b""
-    size: int = 0
 
     @property
     def bytes(self) -> int:
         """Size of the whole message."""
-        return len(self.payload) + len(self.optimizer_state) + self.size
+        return len(self.payload) + len(self.optimizer_state)
 
 
 def pack(state: Mapping[str, Tensor], dtype: str = "fp32") -> bytes:
     """Serialise a state for sending; floats in this precision ('fp32' | 'fp16'), integers as they are."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"message precision must be one of {tuple(_DTYPES)}, got {dtype!r}")
-    sent_as = _DTYPES[dtype]
     sent = {}
     for name, value in state.items():
         value = value.detach().cpu()
         if value.is_floating_point():
-            cast = value.to(sent_as)
+            cast = value.to(_DTYPES[dtype])
             if not bool(torch.isfinite(cast).all()):
                 raise ValueError(f"{name!r} is not finite in {dtype} (largest size {float(value.abs().max()):.4g})")
             value = cast
@@ -66,29 +60,10 @@ def unpack(payload: bytes) -> State:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-def batch_norm_keys(model: nn.Module) -> set[str]:
-    """Names of the running statistics and counters of BatchNorm layers in `model.state_dict()`."""
-    names = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            start = f"{prefix}." if prefix else ""
-            names |= {start + buffer for buffer in ("running_mean", "running_var", "num_batches_tracked")}
-    return names & set(model.state_dict())
-
-
-def sent_keys(model: nn.Module, batch_norm: str = "average") -> list[str]:
-    """What travels: all but a frozen backbone, integer counters, and (unless averaged) BatchNorm's statistics.
-
-    batch_norm: 'average' float statistics with the weights; 'local': each client keeps its own (FedBN's idea, Li et al.
-    2021, 2102.07623); 'frozen': nobody changes them. Counters are never averaged. A model without BatchNorm (the small
-    size uses GroupNorm) is the same under all three.
-    """
-    if batch_norm not in BATCH_NORM:
-        raise ValueError(f"the BatchNorm policy must be one of {BATCH_NORM}, got {batch_norm!r}")
-    keys = model.exchanged() if hasattr(model, "exchanged") else list(model.state_dict())
-    not_sent = set() if batch_norm == "average" else batch_norm_keys(model)
+def sent_keys(model: nn.Module) -> list[str]:
+    """What travels: all but a frozen backbone and integer counters, which are never averaged."""
     state = model.state_dict()
-    return [k for k in keys if k not in not_sent and state[k].is_floating_point()]
+    return [key for key in model.exchanged() if state[key].is_floating_point()]
 
 
 def state_of(model: nn.Module, keys: Sequence[str]) -> State:
@@ -97,6 +72,6 @@ def state_of(model: nn.Module, keys: Sequence[str]) -> State:
     return {k: state[k].detach().cpu().clone() for k in keys}
 
 
-def broadcast(model: nn.Module, batch_norm: str = "average", dtype: str = "fp32") -> bytes:
+def broadcast(model: nn.Module, dtype: str = "fp32") -> bytes:
     """The message that carries the global model to one client."""
-    return pack(state_of(model, sent_keys(model, batch_norm)), dtype)
+    return pack(state_of(model, sent_keys(model)), dtype)

@@ -18,15 +18,9 @@ def fitted(config: Config, images: int) -> Config:
     first = max(1, min(config.query.initial_labels, share // 3))
     budget = max(1, min(config.query.query_size, (share - first) // 2))
     cycles = max(1, min(config.query.cycles, 1 + (share - first) // budget))
-    first_pass = min(
-        config.federation.first_pass_rounds,
-        max(1, cycles * config.federation.rounds + config.federation.extra_rounds - 1),
-    )  # leaves one later pass
+    rounds = cycles * config.federation.rounds + config.federation.extra_rounds
+    first_pass = min(config.federation.first_pass_rounds, max(1, rounds - 1))  # leaves one later pass
     return config.replace(
-        clients=clients,
-        initial_model_images=start_images,
-        initial_labels=first,
-        query_size=budget,
-        cycles=cycles,
-        first_pass_rounds=first_pass,
+        **dict(clients=clients, initial_model_images=start_images, initial_labels=first, query_size=budget),
+        **dict(cycles=cycles, first_pass_rounds=first_pass),
     )

@@ -25,16 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Query:
-    """What a client would have labelled next.
+    """What a client would have labelled next."""
 
-    positions (k,) of its pool; why (k,) their scores (NaN: none); scores of everything that was observed, in the order
-    of the pool; detected: (C,) how many boxes of each class the model predicts there, where the strategy reads boxes.
-    """
-
-    positions: np.ndarray
-    why: np.ndarray
-    scores: np.ndarray
-    detected: np.ndarray | None = None
+    positions: np.ndarray  # (k,) of its pool
+    why: np.ndarray  # (k,) their scores, NaN: none
+    scores: np.ndarray  # of everything that was observed, in the order of the pool
+    detected: np.ndarray | None = (
+        None  # (C,) boxes of each class that the model predicts, where the strategy reads them
+    )
 
 
 NOTHING = Query(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))
@@ -53,9 +51,9 @@ def query_size(experiment: Experiment, client: Client, cycle: int) -> int:
     config, query = experiment.config, experiment.config.query
     if experiment.method.scheme.queries_at_once:
         return config.labels_needed()
-    count, part = (
-        (query.initial_labels, query.initial_fraction) if cycle == 0 else (query.query_size, query.query_fraction)
-    )
+    count, part = query.query_size, query.query_fraction
+    if cycle == 0:
+        count, part = query.initial_labels, query.initial_fraction
     if part:
         count = math.ceil(round(part * len(client.pool), 9))  # 0.05 * 20 is a little more than one
     return min(count, len(client.pool.unlabelled())) if config.model.classifier else count
@@ -71,12 +69,10 @@ def select(experiment: Experiment, step: Step, client: Client) -> Query:
     strategy, count = strategy_at(experiment, cycle), query_size(experiment, client, cycle)
     if count == 0:  # all is labelled
         return NOTHING
-    model = experiment.model
-    for state in (client.stale_global_state, client.local_state):
-        model = with_state(model, state) if state else model
+    state = client.local_state or client.stale_global_state
+    model = with_state(experiment.model, state) if state else experiment.model
     if config.federation.message_dtype != "fp32":  # it observes with what it received
-        message = broadcast(model, config.federation.batch_norm, config.federation.message_dtype)
-        model = with_state(model, unpack(message))
+        model = with_state(model, unpack(broadcast(model, config.federation.message_dtype)))
     unlabelled = client.pool.unlabelled()
     rng, most = run.rng("ask", client.name, cycle), config.query.pool_subset_size
     if most and strategy.needs and len(unlabelled) > most:
@@ -90,17 +86,15 @@ def select(experiment: Experiment, step: Step, client: Client) -> Query:
     scores = np.where(selection.scores.scored, selection.scores.values, np.nan)
     detected = None
     if "detections" in seen.__dict__:
-        found = seen.detections
-        classes = len(experiment.setup.class_names)
+        found, classes = seen.detections, len(experiment.setup.class_names)
         detected = torch.bincount(found.labels[found.valid].flatten(), minlength=classes + 1)[1:].numpy()
     return Query(unlabelled[selection.positions], scores[selection.positions], scores, detected)
 
 
-def with_state(model: Detector | Classifier, *states: State) -> Detector | Classifier:
+def with_state(model: Detector | Classifier, state: State) -> Detector | Classifier:
     """A copy of the model with these weights."""
     copied = detectors.clone(model)
-    for state in states:
-        copied.load_state_dict(state, strict=False)
+    copied.load_state_dict(state, strict=False)
     return copied
 
 
@@ -114,9 +108,8 @@ class ClientModels:
     @cached_property
     def local(self) -> Detector | Classifier | None:
         """The client's own after its latest training."""
-        client = self.client
-        state = client.last_local_state
-        return with_state(self.model, state, client.bn_buffers) if state else None
+        state = self.client.last_local_state
+        return with_state(self.model, state) if state else None
 
     @cached_property
     def committee(self) -> list[Classifier]:
@@ -175,13 +168,8 @@ def local_only_states(experiment: Experiment, clients: Sequence[Client], cycle: 
     config, run, setup = experiment.config, experiment.run, experiment.setup
     model = detectors.build(config, len(setup.class_names), run.torch_rng("local-only weights", cycle))
     recipe = config.training.replace(
-        epochs=config.query.local_only_epochs,
-        schedule="step",
-        step_at=(0.75,),
-        warmup=0,
-        balanced_softmax=False,
-        distillation_weight=0.0,
-        proximal=0.0,
+        **dict(epochs=config.query.local_only_epochs, schedule="step", step_at=(0.75,), warmup=0),
+        **dict(balanced_softmax=False, distillation_weight=0.0, proximal=0.0),
     )
     tasks = []
     for client in clients:
@@ -201,5 +189,5 @@ def classifier_task(setup, client: Client, rows: np.ndarray, rng: torch.Generato
     """What a classifier's client trains on: rows of the training set, and the labels that the Oracle gave for them."""
     classes = client.pool.labels_of(rows).classes[:, 0] - 1
     counts = torch.bincount(classes, minlength=len(setup.class_names))
-    more.setdefault("unlabelled", np.zeros(0, dtype=np.int64))
+    more = {"unlabelled": np.zeros(0, dtype=np.int64), **more}
     return ClassifierTask(rng=rng, client=client.name, rows=rows, classes=classes, counts=counts, **more)

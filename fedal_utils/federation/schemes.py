@@ -16,7 +16,7 @@ released code (Univ. of Twente, 2021) as described in its repository, unless mar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .. import record, sampling
@@ -33,34 +33,24 @@ CENTRALISED = "centralised"
 
 @dataclass(frozen=True)
 class Step:
-    """One round: who acts, and how.
-
-    participants: one in a chain, nobody in the round of its class-wise merge (`merge_by_class`), else all; sampling and
-    dropout come later. querying: they query before they train. last: of its cycle. evaluate: the model is evaluated.
-    local: each participant goes on from its own weights, nothing is averaged. first_pass: a visit of the chain's first
-    pass. handed_on: the model goes to the next visitor, not to the server. length: training as long as so many rounds.
-    schedule_rounds: how many such steps make one schedule, where the optimizer state lives on. head_only: the head
-    alone is trained and sent back. send_backbone: the message to the client carries the backbone all the same, for it
-    has not received the merged one yet. optimizer_state: as `FederationConfig.optimizer_state`. lr_factor: on the
-    learning rate.
-    """
+    """One round: who acts, and how."""
 
     cycle: int
     round: int
-    participants: tuple[Client, ...] = ()
-    querying: tuple[Client, ...] = ()
-    last: bool = False
+    participants: tuple[Client, ...] = ()  # one in a chain, nobody in its merge, else all; sampling comes later
+    querying: tuple[Client, ...] = ()  # they query before they train
+    last: bool = False  # of its cycle
     evaluate: bool = False
-    local: bool = False
+    local: bool = False  # each participant goes on from its own weights, nothing is averaged
     merge_by_class: bool = False
-    first_pass: bool = False
-    handed_on: bool = False
-    length: float = 1.0
-    schedule_rounds: int = 1
-    head_only: bool = False
-    send_backbone: bool = True
-    optimizer_state: str = "restart"
-    lr_factor: float = 1.0
+    first_pass: bool = False  # a visit of the chain's first pass
+    handed_on: bool = False  # the model goes to the next visitor, not to the server
+    length: float = 1.0  # training as long as so many rounds
+    schedule_rounds: int = 1  # such steps in one schedule, where the optimizer state lives on
+    head_only: bool = False  # the head alone is trained and sent back
+    send_backbone: bool = True  # to a client that has not received the merged one yet, even if it trains the head
+    optimizer_state: str = "restart"  # as `FederationConfig.optimizer_state`
+    lr_factor: float = 1.0  # on the learning rate
 
 
 class FedAvg:
@@ -84,24 +74,17 @@ class FedAvg:
 
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
         """Who acts in this round, and how."""
-        plan, everyone = self.plan(config), tuple(clients)
+        plan, everyone, every = self.plan(config), tuple(clients), config.evaluate_every
         last = (cycle, number + 1) not in plan
         return Step(
-            cycle,
-            number,
-            everyone,
+            *(cycle, number, everyone),
             querying=everyone if number == 0 else (),
             last=last,
-            evaluate=last or _due(config, number),
-            local=self.is_local(config, cycle),
+            evaluate=last or every > 0 and (number + 1) % every == 0,
             schedule_rounds=len(plan),
             optimizer_state=config.federation.optimizer_state,
             lr_factor=round_lr_factor(config, cycle, number),
         )
-
-    def is_local(self, config: Config, cycle: int) -> bool:
-        """True while each client goes its own way."""
-        return False
 
     def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
         """The global model becomes the updates' average."""
@@ -113,8 +96,8 @@ class LocalFirst(FedAvg):
 
     name = "local-first"
 
-    def is_local(self, config: Config, cycle: int) -> bool:
-        return cycle < config.query.cycles - 1
+    def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
+        return replace(super().step(config, clients, cycle, number), local=cycle < config.query.cycles - 1)
 
     def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
         if step.local:
@@ -135,11 +118,6 @@ class Chain(FedAvg):
     """The model visits one client after another; the first pass is merged class by class, later ones train the head."""
 
     name, queries_at_once = "chain", True
-
-    def refusal(self, config: Config, strategy: Strategy) -> str:
-        if config.federation.batch_norm == "local":
-            return "a chain hands one model on: batch_norm='local' is for schemes that average"
-        return super().refusal(config, strategy)
 
     def plan(self, config: Config) -> list[tuple[int, int]]:
         """One cycle: `clients` visits of the first pass, the merge, then the visits of the later passes."""
@@ -164,42 +142,29 @@ class Chain(FedAvg):
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
         count, last = len(clients), number + 1 == len(self.plan(config))
         if number < count:
-            visitor = (clients[number],)
-            return Step(
-                *(cycle, number, visitor),
-                querying=visitor,
-                last=last,
-                evaluate=True,
-                first_pass=True,
-                length=config.federation.first_pass_rounds,
-            )
+            visitor, length = (clients[number],), config.federation.first_pass_rounds
+            return Step(cycle, number, visitor, visitor, last=last, evaluate=True, first_pass=True, length=length)
         if number == count:
             return Step(cycle, number, last=last, evaluate=True, merge_by_class=True)
         return self.later_step(config, clients, number, number - count - 1)
 
     def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
         """A visit after the merge; done: how many came before it."""
-        count, passes = len(clients), self.later_passes(config)
-        sent_along = config.federation.optimizer_state == "travels"
-        return self.visit(
-            *(config, clients, number, done),
-            head_only=True,
-            send_backbone=done < count,
-            optimizer_state=config.federation.optimizer_state,
-            schedule_rounds=passes * (count if sent_along else 1),
-        )
+        count, state = len(clients), config.federation.optimizer_state
+        whole = self.later_passes(config) * (count if state == "travels" else 1)
+        how = dict(head_only=True, send_backbone=done < count, optimizer_state=state, schedule_rounds=whole)
+        return self.visit(config, clients, number, done, **how)
 
     def visit(self, config: Config, clients: Sequence[Client], number: int, done: int, **how) -> Step:
         """One client's turn; the last of a pass is evaluated, the last of all hands the result in."""
         count, last = len(clients), number + 1 == len(self.plan(config))
         visitor = clients[done % count]
-        factor = _falling(config, done // count, self.later_passes(config))
         return Step(
             *(0, number, (visitor,)),
             last=last,
             evaluate=last or visitor is clients[-1],
             handed_on=not last,
-            lr_factor=factor,
+            lr_factor=_falling(config, done // count, self.later_passes(config)),
             **how,
         )
 
@@ -244,12 +209,9 @@ class AccumulatingChain(Chain):
         return max(1, round(super().later_passes(config) / part))  # the nearest whole number of passes
 
     def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
-        return self.visit(
-            *(config, clients, number, done),
-            length=config.federation.visit_fraction,
-            optimizer_state="travels",
-            schedule_rounds=self.later_passes(config) * len(clients),
-        )
+        whole, length = self.later_passes(config) * len(clients), config.federation.visit_fraction
+        how = dict(length=length, optimizer_state="travels", schedule_rounds=whole)
+        return self.visit(config, clients, number, done, **how)
 
 
 SCHEMES = {
@@ -275,21 +237,19 @@ def method_of(name: str, config: Config) -> Method:
     """
     scheme, plus, rest = name.partition("+")
     if name == CENTRALISED:
-        scheme, rest = CENTRALISED, "random"
+        rest = "random"
     elif not plus:
         scheme, rest = "fedavg", name
     if scheme not in SCHEMES:
         raise ValueError(f"method {name!r}: scheme {scheme!r} is unknown, write one of {', '.join(SCHEMES)} before '+'")
-    kind = sampling.kind_of(config)
-    if scheme == CENTRALISED and rest != "random":
-        method_of(rest, config)
-        method = Method(name, SCHEMES[scheme], sampling.find("random", kind), labels_of=rest)
-    else:
-        method = Method(name, SCHEMES[scheme], sampling.find(rest, kind))
-    reason = method.strategy.refusal(config) or method.scheme.refusal(config, method.strategy)
+    labels_of = rest if scheme == CENTRALISED and rest != "random" else ""
+    if labels_of:
+        method_of(labels_of, config)
+    strategy = sampling.find("random" if labels_of else rest, sampling.kind_of(config))
+    reason = strategy.refusal(config) or SCHEMES[scheme].refusal(config, strategy)
     if reason:
         raise ValueError(f"method {name!r} cannot run here: {reason}")
-    return method
+    return Method(name, SCHEMES[scheme], strategy, labels_of)
 
 
 def plan(config: Config, method: str) -> list[tuple[int, int]]:
@@ -310,7 +270,3 @@ def round_lr_factor(config: Config, cycle: int, number: int) -> float:
 def _falling(config: Config, done: int, whole: int) -> float:
     """1 in the first of `whole` steps, `round_lr_decay` in the last, evenly in between."""
     return 1.0 if whole == 1 else 1 + (config.federation.round_lr_decay - 1) * done / (whole - 1)
-
-
-def _due(config: Config, number: int) -> bool:
-    return config.evaluate_every > 0 and (number + 1) % config.evaluate_every == 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +19,18 @@ from ..training import CachedImages
 from .own_data import fitted
 from .schemes import method_of
 
-LEAST = 10  # images of a classifier's client under 'dirichlet', at least
-
 
 @dataclass(frozen=True)
 class Setup:
-    """The data of one setting.
-
-    train, test: what models read: pixels, or a frozen backbone's features cached once. photos: train and test with
-    their pixels, for pictures. views: a frozen backbone's features of changed training images, by view. server_rows: of
-    a server that holds nobody's images but its own, which are `train`: so many for the initial model, then so many that
-    are held out.
-    """
+    """The data of one setting."""
 
     config: Config
-    train: Dataset
+    train: Dataset  # what models read: pixels, or a frozen backbone's features cached once
     test: Dataset
-    photos: tuple[Dataset, Dataset]
+    photos: tuple[Dataset, Dataset]  # train and test with their pixels, for pictures
     device: torch.device
-    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)
-    server_rows: tuple[int, int] | None = None
+    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)  # features, changed images
+    server_rows: tuple[int, int] | None = None  # of a server that holds its own images alone: initial model, held out
 
     @property
     def name(self) -> str:
@@ -96,23 +87,14 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     `config.threads` (0 = as it was).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cores = torch.get_num_threads()
-    place = data_place(root)
+    cores, settings = torch.get_num_threads(), config.data
     if config.model.classifier:
-        train, test = data.load_classes(
-            config.data.dataset, config.data.image_size, root=place, limit=config.data.limit
-        )
+        load, more = data.load_classes, {}
     else:
-        digits = data.Digits(config.data.scenes, config.data.digit_classes)
-        train, test = data.load(
-            config.data.dataset,
-            config.data.image_size,
-            root=place,
-            limit=config.data.limit,
-            min_object=config.data.min_object,
-            digits=digits,
-        )
-    if not known_name(config.data.dataset):
+        load, more = data.load, {"digits": data.Digits(settings.scenes, settings.digit_classes)}
+        more["min_object"] = settings.min_object
+    train, test = load(settings.dataset, settings.image_size, root=data_place(root), limit=settings.limit, **more)
+    if not known_name(settings.dataset):
         config = fitted(config, len(train))
     if config.federation.partition == "natural" and train.images.groups:
         config = config.replace(clients=len(set(train.images.groups)))
@@ -143,12 +125,10 @@ def setup_of(
         train, test = training.embedded_sets(*photos, config.flywheel.feature_side, device, folder)
     elif config.model.frozen:
         model = detectors.build(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)
-        train, test = (
-            dataclasses.replace(part, images=training.cache_features(model, part.images, device=device, folder=folder))
-            for part in photos
-        )
+        cached = [training.cache_features(model, part.images, device=device, folder=folder) for part in photos]
+        train, test = (replace(part, images=images) for part, images in zip(photos, cached, strict=True))
     if device.type == "cuda":
-        train, test = (dataclasses.replace(part, images=part.images.to(device)) for part in (train, test))
+        train, test = (replace(part, images=part.images.to(device)) for part in (train, test))
     return Setup(config, train, test, photos, device, server_rows=server_rows)
 
 
@@ -172,20 +152,18 @@ def data_place(root: str | Path | None = None) -> Path:
 
 def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[str]]:
     """Rows of each client, and the clients' names; depends on the seed and on no method."""
-    config, train, federation = setup.config, setup.train, setup.config.federation
-    aside = federation.initial_model_images + federation.held_out_images
-    if len(train) <= aside:
+    config, train, query = setup.config, setup.train, setup.config.query
+    first, held_out = config.federation.initial_model_images, config.federation.held_out_images
+    if len(train) <= first + held_out:
         raise ValueError(
-            f"data set {train.name!r} has {len(train)} training images, and initial_model_images="
-            f"{federation.initial_model_images} with held_out_images={federation.held_out_images} leaves none for the "
-            "clients; lower them"
+            f"data set {train.name!r} has {len(train)} training images, and initial_model_images={first} with "
+            f"held_out_images={held_out} leaves none for the clients; lower them"
         )
-    rows = np.sort(setup._order(seed)[aside:])
+    rows = np.sort(setup._order(seed)[first + held_out :])
     parts, names = _parts(config, train, rows, seeding.rng_for(seed, "partition"))
     needed = 1 if config.model.classifier else config.labels_needed()
     for name, part in zip(names, parts, strict=True):
         if len(part) < needed:
-            query = config.query
             raise ValueError(
                 f"client {name} holds {len(part)} images, but initial_labels={query.initial_labels} and "
                 f"{query.cycles - 1} cycles of query_size={query.query_size} need {needed}; lower query_size, "
@@ -198,26 +176,25 @@ def _parts(
     config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[str]]:
     """Rows of the training set for each client, and the clients' names, by `partition`."""
-    federation, how = config.federation, config.federation.partition
+    settings, how, groups = config.federation, config.federation.partition, train.images.groups
     if config.model.classifier == "linear":  # one annotator's flywheel
         return [rows], ["person"]
     if how == "natural":
-        groups = train.images.groups
         parts, names = partition.natural(groups if groups is None else [groups[row] for row in rows])
         return [rows[part] for part in parts], [str(name) for name in names]
     if how == "iid":
-        parts = partition.iid(len(rows), federation.clients, rng)
+        parts = partition.iid(len(rows), settings.clients, rng)
     elif how == "dirichlet":
+        least = 10 if config.model.classifier else config.labels_needed()  # images of a client
         dominant = train.dominant_class().numpy()[rows]
-        least = LEAST if config.model.classifier else config.labels_needed()
-        parts = partition.dirichlet(dominant, federation.clients, federation.dirichlet_alpha, rng, least=least)
+        parts = partition.dirichlet(dominant, settings.clients, settings.dirichlet_alpha, rng, least=least)
     elif how == "dirichlet-equal":
         dominant = train.dominant_class().numpy()[rows]
-        parts = partition.dirichlet_equal(dominant, federation.clients, federation.dirichlet_alpha, rng)
+        parts = partition.dirichlet_equal(dominant, settings.clients, settings.dirichlet_alpha, rng)
     elif how == "missing":
         classes = train.labels.classes.numpy()[rows]
         present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
-        parts, _ = partition.missing_class(present, federation.missing_classes, rng)
+        parts, _ = partition.missing_class(present, settings.missing_classes, rng)
     else:
         raise ValueError(f"partition must be iid, dirichlet, dirichlet-equal, missing or natural, got {how!r}")
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]

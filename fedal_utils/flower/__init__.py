@@ -3,7 +3,6 @@
 messages     what travels, and what the server takes of an answer
 workspace    a client's folder; `deal` hands the data out
 client_app   what a client answers
-strategies   how the server makes one model of the updates: Flower's strategies, clipping, secure aggregation
 line         the server's connection to its clients; server_app: the notebooks' loop with clients at its end
 deployment   clients in this process, in Flower's simulation, or as processes of this machine over TLS
 """
@@ -16,7 +15,6 @@ except ImportError as error:
         f"runs in the plain loop of the notebooks ({error})"
     ) from error
 
-from .deployment import Deployment, InProcess, in_process, simulate
-from .line import Line
-from .server_app import RemoteExperiment, ServerExperiment, check, serve, start
-from .workspace import RemotePool, Workspace, deal, facts_of, read_set, server_setup
+from .deployment import deployed, in_process, simulate
+from .server_app import RemoteExperiment, check, serve
+from .workspace import Workspace, deal, facts_of, read_set, server_setup

@@ -1,6 +1,6 @@
 """Where the clients run: in this process, in Flower's simulation, or as processes of this machine, over TLS.
 
-All three run `server_app.serve`; `in_process` sends every message through Flower's bytes and starts at once.
+All three run `server_app.serve`, and return the root of the run folders.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 import trustme
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -30,53 +27,34 @@ from flwr.simulation import run_simulation
 from .. import record
 from ..config import Config
 from . import client_app
-from .line import Line
-from .messages import FAILED
+from .messages import message_of
 from .server_app import check, serve
-from .strategies import message_of, quietly
 from .workspace import facts_of
 
-ALONE = "--disable-runtime-dependency-installation"  # else our dependencies are installed once more, for each run
-ONE_PORT = tuple(map(int, version("flwr").split(".")[:2])) >= (1, 40)  # for all that a server hears
 Meddle = Callable[[Message], Message | None]
 
 
 class InProcess:
     """What a `Line` needs of Flower's Grid, with a ClientApp in this process for each node.
 
-    Messages cross as bytes, in the form in which they travel. nodes: the configuration of each. meddle: sees each
-    message as it arrives, and gives what arrives in its place, or None where it is lost.
+    Messages cross as bytes, in the form in which they travel. nodes: the folder of each. meddle: sees each message as
+    it arrives, and gives what arrives in its place, or None where it is lost.
     """
 
-    def __init__(
-        self, app: ClientApp, nodes: Mapping[int, Mapping[str, Any]], meddle: Meddle = lambda message: message
-    ):
-        self._app, self._meddle = app, meddle
-        self._replies: dict[str, Message] = {}
-        self._contexts = {node: Context(1, node, dict(config), RecordDict(), {}) for node, config in nodes.items()}
-
-    def message(self, content: RecordDict, node: int, kind: str, ttl: float) -> Message:
-        return message_of(content, node, kind, ttl, str(uuid.uuid4()))
+    def __init__(self, app: ClientApp, nodes: Mapping[int, str], meddle: Meddle):
+        self._app, self._meddle, self.message = app, meddle, message_of
+        self._contexts = {node: Context(1, node, {"folder": nodes[node]}, RecordDict(), {}) for node in nodes}
 
     def get_node_ids(self) -> list[int]:
         return list(self._contexts)
 
-    def push_messages(self, messages: Sequence[Message]) -> list[str]:
-        ids = [message.metadata.message_id for message in messages]
-        for id_, message in zip(ids, messages, strict=True):
-            request = self._meddle(_carried(message))
-            reply = None if request is None else self._meddle(_carried(self._answer(request)))
-            self._replies |= {} if reply is None else {id_: reply}
-        return ids
-
-    def pull_messages(self, message_ids: Sequence[str]) -> list[Message]:
-        return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
-
-    def _answer(self, request: Message) -> Message:
-        try:
-            return self._app(request, self._contexts[request.metadata.dst_node_id])
-        except Exception as error:  # as Flower's own node does
-            return Message(Error(FAILED, f"{type(error)}:<'{error}'>"), reply_to=request)
+    def send_and_receive(self, messages: Sequence[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = []
+        for message in messages:
+            if (request := self._meddle(_carried(message))) is not None:
+                answer = self._app(request, self._contexts[message.metadata.dst_node_id])
+                replies.append(self._meddle(_carried(answer)))
+        return [reply for reply in replies if reply is not None]
 
 
 def _carried(message: Message) -> Message:
@@ -90,149 +68,104 @@ def _carried(message: Message) -> Message:
 
 
 def in_process(
-    config: Config,
-    notebook: str,
-    place: str | Path,
-    nodes: Mapping[str, Mapping[str, Any]] | None = None,
-    meddle: Meddle = lambda message: message,
-    **waiting: float,
-) -> Line:
-    """The experiment with the clients of this place, in this process; its line tells the traffic.
+    config: Config, notebook: str, place: str | Path, meddle: Meddle = lambda message: message, **waiting: float
+) -> Path:
+    """The experiment with the clients of this place, in this process; the root of the run folders.
 
-    nodes: what nodes are told beside their folder, by client.
+    Nodes are 101, 102, ... in the order of the clients' names.
     meddle: see `InProcess`.
     waiting: see `server_app.serve`.
     """
-    told = {name: {"folder": str(Path(place) / "clients" / name)} for name in facts_of(place)["clients"]}
-    told = {number: told[name] | dict((nodes or {}).get(name, {})) for number, name in enumerate(told, start=101)}
-    with quietly():
-        return serve(InProcess(client_app.build(), told, meddle), place, config, notebook, **waiting)
+    folders = [str(Path(place) / "clients" / name) for name in facts_of(place)["clients"]]
+    grid = InProcess(client_app.build(), dict(enumerate(folders, start=101)), meddle)
+    return serve(grid, place, config, notebook, **waiting)
 
 
-def simulate(configs: Sequence[Config], notebook: str, place: str | Path, cpus: int = 1) -> Path:
-    """The experiments, one after another, in Flower's simulation of the clients of this place; root of the run folders.
+def simulate(config: Config, notebook: str, place: str | Path) -> Path:
+    """The experiment in Flower's simulation of the clients of this place; the root of the run folders.
 
-    cpus: of each of the workers that play the clients. RuntimeError if a run was not finished.
+    RuntimeError if a run was not finished.
     """
     place, server = Path(place).absolute(), ServerApp()
-    root, facts = place / "server" / "runs", facts_of(place)
-    for config in configs:
-        check(config)
+    check(config)
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        for config in configs:
-            serve(grid, place, config, notebook)
+        serve(grid, place, config, notebook)
 
-    resources = {"client_resources": {"num_cpus": cpus, "num_gpus": 0.0}}
-    with quietly():
-        run_simulation(server, client_app.build(place), len(facts["clients"]), backend_config=resources)
-    for config in configs:
-        if missing := record.missing(config, notebook, config.methods, [facts["dealt"]["seed"]], root):
-            raise RuntimeError(f"the simulation did not finish {missing}: see what Flower said above")
-    return root
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server, client_app.build(place), len(facts_of(place)["clients"]), backend_config=resources)
+    return _finished(config, notebook, place, "see what it said above")
 
 
-class Deployment:
-    """A server and a node for each client of a place, as processes of this machine, over TLS on free ports.
+def deployed(config: Config, notebook: str, place: str | Path, **waiting: float) -> Path:
+    """The experiment with processes of this machine; the root of the run folders.
 
-    Certificates are made at each start, and each node checks the server by them; nodes need no key of their own, so
-    this is for the loopback. nodes: what nodes are told beside their folder, by client. Use it as a context manager:
-    whatever happens, no process is left behind.
+    A server and a node for each client of the place, over TLS on free ports of the loopback, with certificates of this
+    start. Whatever happens, no process is left behind. waiting: see `server_app.serve`. RuntimeError if a run was not
+    finished.
     """
+    check(config)
+    place, package, bin_ = Path(place).absolute(), Path(__file__).parents[2], Path(sys.executable).parent
+    folder = place / "deployment"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    path = f"{bin_}{os.pathsep}{os.environ.get('PATH', '')}"
+    own = {"PATH": path, "PYTHONPATH": str(package), "FLWR_HOME": str(folder)}  # Flower's own files lie there, too
+    with contextlib.ExitStack() as stack:
 
-    def __init__(self, place: str | Path, nodes: Mapping[str, Mapping[str, Any]] | None = None):
-        self.place, self.nodes = Path(place).absolute(), nodes or {}
-        self.folder = self.place / "deployment"
-        self.processes: list[subprocess.Popen] = []
+        def begin(program: str, name: str, *words: str) -> subprocess.Popen:
+            log = stack.enter_context(open(folder / f"{name}.log", "wb"))
+            how = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL, "cwd": folder}
+            process = subprocess.Popen([str(bin_ / program), *words], env={**os.environ, **own}, **how)
+            stack.callback(_end, process)
+            return process
 
-    def __enter__(self) -> Deployment:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        (self.folder / "home").mkdir(parents=True)
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        _start(place, folder, begin)
+        told = {"place": str(place), "notebook": notebook, "settings": json.dumps(config.flat()), **waiting}
+        (folder / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items()))
+        begin("flwr", "run", "run", str(package), "fedal", "--run-config", str(folder / "run.toml"), "--stream").wait()
+        return _finished(config, notebook, place, (folder / "run.log").read_text()[-2000:])
 
-    def __exit__(self, *_: object) -> None:
-        """End all processes, and what they have started."""
-        family: list[psutil.Process] = []
-        for process in self.processes:
+
+def _start(place: Path, folder: Path, begin: Callable[..., subprocess.Popen]) -> None:
+    """Flower's server, then a node for each client, which checks the server by the certificate."""
+    names, authority = list(facts_of(place)["clients"]), trustme.CA()
+    port, *others = _free_ports(1 + len(names))
+    own = authority.issue_cert("localhost", "127.0.0.1")
+    ca, certificate, key = (str(folder / f"{name}.pem") for name in ("ca", "certificate", "key"))
+    authority.cert_pem.write_to_path(ca)
+    own.cert_chain_pems[0].write_to_path(certificate)
+    own.private_key_pem.write_to_path(key)
+    connection = f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(ca)}\n'
+    (folder / "config.toml").write_text(f'[superlink]\ndefault = "fedal"\n[superlink.fedal]\n{connection}')
+    words = ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certfile", ca]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    server = begin("flower-superlink", "server", *words)
+    while not _listens(port):
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended: {(folder / 'server.log').read_text()[-2000:]}")
+        time.sleep(0.2)
+    for name, free in zip(names, others, strict=True):
+        words = ["--node-config", f"folder={json.dumps(str(place / 'clients' / name))}", "--port", str(free)]
+        begin("flower-supernode", name, "--root-certificates", ca, "--superlink", f"127.0.0.1:{port}", *words)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a process and all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                family += [*(parent := psutil.Process(process.pid)).children(recursive=True), parent]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=10)
+                child.kill()
+    process.kill()
+    process.wait()
 
-    def _start(self) -> None:
-        names, authority = list(facts_of(self.place)["clients"]), trustme.CA()
-        port, fleet, *others = _free_ports(2 + len(names))
-        own = authority.issue_cert("localhost", "127.0.0.1")
-        pem = {"ca": authority.cert_pem, "key": own.private_key_pem, "certificate": own.cert_chain_pems[0]}
-        for name, blob in pem.items():
-            blob.write_to_path(str(self.folder / f"{name}.pem"))
-        address, files = f"127.0.0.1:{port}", {name: str(self.folder / f"{name}.pem") for name in pem}
-        connection = {"address": address, "root-certificates": files["ca"]}
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in connection.items()]
-        text = "".join(['[superlink]\ndefault = "fedal"\n[superlink.fedal]\n', *lines])
-        (self.folder / "home" / "config.toml").write_text(text)
-        tls = ["--ssl-certfile", files["certificate"], "--ssl-keyfile", files["key"], "--ssl-ca-certfile", files["ca"]]
-        more = [ALONE] if ONE_PORT else [ALONE, "--fleet-api-address", f"127.0.0.1:{fleet}"]
-        self._begin("flower-superlink", "server", *tls, "--host", "127.0.0.1", "--port", str(port), *more)
-        while not _listens(port):
-            if self.processes[0].poll() is not None:
-                raise RuntimeError(f"the server ended: {(self.folder / 'server.log').read_text()[-2000:]}")
-            time.sleep(0.2)
-        for name, free in zip(names, others, strict=True):
-            told = {"folder": str(self.place / "clients" / name), "name": name, **self.nodes.get(name, {})}
-            words = ["--node-config", " ".join(f"{key}={json.dumps(value)}" for key, value in told.items())]
-            words += ["--root-certificates", files["ca"], "--superlink", address if ONE_PORT else f"127.0.0.1:{fleet}", "--port", str(free)]
-            self._begin("flower-supernode", name, *words)
 
-    def run(self, config: Config, notebook: str, seconds: float = 600.0, **waiting: float) -> Iterator[dict[str, Any]]:
-        """Start the experiment (`flwr run`); the server's row of each round that is committed, until the end.
-
-        seconds: without a new round, until TimeoutError. waiting: see `server_app.serve`. RuntimeError with the run's
-        own words if it fails.
-        """
-        check(config)
-        told = {"place": str(self.place), "notebook": notebook, "settings": json.dumps(config.flat())}
-        told |= {"wait": 60.0, "timeout": 600.0, "patience": 0.0, **waiting}
-        (self.folder / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items()))
-        for old in (self.place / "server").glob("ended-*.json"):
-            old.unlink()
-        app = str(Path(__file__).parents[2])
-        submitted = self._begin("flwr", "submit", "run", app, "fedal", "--run-config", str(self.folder / "run.toml"))
-        if submitted.wait():
-            raise RuntimeError(f"flwr run failed: {(self.folder / 'submit.log').read_text()[-2000:]}")
-        seen, latest, seed = 0, time.monotonic(), facts_of(self.place)["dealt"]["seed"]
-        runs = [record.Run(config, notebook, method, seed, self.place / "server" / "runs") for method in config.methods]
-        while True:
-            ended = list((self.place / "server").glob("ended-*.json"))  # before the rows: none is missed
-            rows = [row for run in runs for row in _rows(run.folder / "rounds.csv")]
-            yield from rows[seen:]
-            latest, seen = (latest if seen == len(rows) else time.monotonic()), len(rows)
-            if ended:
-                if error := json.loads(ended[0].read_text())["error"]:
-                    raise RuntimeError(f"the run failed: {error}")
-                return
-            if time.monotonic() - latest > seconds:
-                raise TimeoutError(f"no new round within {seconds:.0f} s; see {self.folder}/*.log")
-            time.sleep(0.5)
-
-    def _begin(self, program: str, name: str, *words: str) -> subprocess.Popen:
-        """A process of a program beside this Python; Flower's own files go to our folder."""
-        bin_, package = Path(sys.executable).parent, Path(__file__).parents[2]
-        ours = {"FLWR_HOME": str(self.folder / "home"), "PYTHONPATH": str(package)}
-        ours["PATH"] = f"{bin_}{os.pathsep}{os.environ.get('PATH', '')}"
-        with open(self.folder / f"{name}.log", "ab") as log:
-            how = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL, "cwd": self.folder}
-            process = subprocess.Popen([str(bin_ / program), *words], env={**os.environ, **ours}, **how)
-        self.processes.append(process)
-        return process
+def _finished(config: Config, notebook: str, place: Path, said: str) -> Path:
+    root, seed = place / "server" / "runs", facts_of(place)["dealt"]["seed"]
+    if missing := record.missing(config, notebook, config.methods, [seed], root):
+        raise RuntimeError(f"Flower did not finish {missing}: {said}")
+    return root
 
 
 def _free_ports(count: int) -> list[int]:
@@ -246,9 +179,3 @@ def _free_ports(count: int) -> list[int]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The server's rows of a run so far."""
-    table = pd.read_csv(file, dtype={"client": str}) if file.is_file() else pd.DataFrame({"client": []})
-    return table[table["client"] == "server"].to_dict("records")

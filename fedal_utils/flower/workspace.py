@@ -4,18 +4,17 @@
     <place>/server/start, test       the server's images: of the initial model and held out; test images
     <place>/server/runs              its run folders (`record`)
     <place>/clients/00/              annotations.json (COCO) and images/, which only this client opens
-    <place>/clients/00/runs          what it keeps of each run: its queries, its states, a person's label store
+    <place>/clients/00/runs          what it keeps of each run between rounds
 
 Every message can be repeated: a client starts from what it kept before that step, and gives the same answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import data, federation, labelling, record
+from .. import data, federation, record
 from ..config import Config
 from ..data import Dataset
 from ..federation import KEPT, Client, Experiment, Setup, State
@@ -41,21 +40,17 @@ def write_set(folder: Path, part: Dataset) -> None:
     """A set as COCO: annotations.json, and letterboxed pixels as PNG in images/. `read_set` reads the same bits."""
     images, labels, names, records = part.images, part.labels, part.class_names, []
     for i, sample in enumerate(images.ids):
-        file = folder / "images" / f"{sample.removesuffix('.png')}.png"
+        name = sample if Path(sample).suffix.lower() in data.SUFFIXES else f"{sample}.png"
+        file = folder / "images" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images.batch([i])[0].permute(1, 2, 0).cpu().numpy()).save(file)
+        Image.fromarray(images.batch([i])[0].permute(1, 2, 0).cpu().numpy()).save(file, format="PNG")
         objects = []
         for j in torch.nonzero(labels.classes[i])[:, 0].tolist():
             box, crowd = tuple(labels.boxes[i, j].double().tolist()), bool(labels.crowd[i, j])
             difficult = bool(labels.ignore[i, j]) and not crowd
             objects.append(data.Object(names[int(labels.classes[i, j]) - 1], box, difficult, crowd))
-        name = file.relative_to(folder / "images").as_posix()
-        records.append(data.Record(name, file, images.image_size, tuple(objects)))
-    path = data.write_coco(folder / "annotations.json", records, names)
-    content = json.loads(path.read_text())
-    for entry, sample in zip(content["images"], images.ids, strict=True):
-        entry["sample"] = sample  # its id
-    record.write_atomic(path, json.dumps(content))
+        records.append(data.Record(sample, file, images.image_size, tuple(objects)))
+    data.write_coco(folder / "annotations.json", records, names)
 
 
 def read_set(folder: Path, classes: Sequence[str], image_size: Sequence[int]) -> Dataset:
@@ -72,7 +67,7 @@ def deal(setup: Setup, place: str | Path, seed: int = 0) -> list[str]:
     """
     place, fingerprint, (train, test) = Path(place), setup.fingerprint, setup.photos
     if (place / "server" / "federation.json").is_file():
-        facts = _dealt_for(place, setup.config, seed)
+        facts = facts_of(place, setup.config, seed)
         if facts["fingerprint"] != fingerprint:
             raise ValueError(f"{place} was dealt from other images or labels: give another place, or delete it")
         return list(facts["clients"])
@@ -97,31 +92,32 @@ def _dealt(config: Config, seed: int) -> dict[str, Any]:
     return json.loads(json.dumps({**{name: flat[name] for name in _DEALT}, "seed": seed}))
 
 
-def _dealt_for(place: Path, config: Config, seed: int | None = None) -> dict[str, Any]:
-    """The facts of a place; ValueError if it was dealt for something else."""
-    facts = facts_of(place)
-    then, now = facts["dealt"], _dealt(config, facts["dealt"]["seed"] if seed is None else seed)
-    if changed := [name for name in now if then.get(name) != now[name]]:
-        name = changed[0]
-        raise ValueError(f"{place} was dealt with {name} = {then.get(name)!r}, now it is {now[name]!r}: give another")
-    return facts
+def facts_of(place: str | Path, config: Config | None = None, seed: int | None = None) -> dict[str, Any]:
+    """What `deal` noted: dealt (settings and seed), clients (name -> ids), classes, start, held_out.
 
-
-def facts_of(place: str | Path) -> dict[str, Any]:
-    """What `deal` noted: dealt (settings and seed), clients (name -> ids), classes, start, held_out."""
+    ValueError if the place was dealt for other settings than those of the config, or for another seed.
+    """
     file = Path(place) / "server" / "federation.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: hand the data out first (flower.deal)")
-    return json.loads(file.read_text())
+    facts = json.loads(file.read_text())
+    then = facts["dealt"]
+    now = then if config is None else _dealt(config, then["seed"] if seed is None else seed)
+    for name in now:
+        if then.get(name) != now[name]:
+            raise ValueError(
+                f"{place} was dealt with {name} = {then.get(name)!r}, now it is {now[name]!r}: give another"
+            )
+    return facts
 
 
-def server_setup(place: str | Path, config: Config, device: str | torch.device = "cpu") -> Setup:
+def server_setup(place: str | Path, config: Config) -> Setup:
     """What the server works with: its own images in the place of everybody's, and the test set."""
-    facts, folder = _dealt_for(Path(place), config), Path(place) / "server"
+    facts, folder = facts_of(place, config), Path(place) / "server"
     test = read_set(folder / "test", facts["classes"], config.data.image_size)
     own = (facts["start"], facts["held_out"])
     train = read_set(folder / "start", facts["classes"], config.data.image_size) if any(own) else test.take([])
-    return federation.setup_of(config, train, test, torch.device(device), own)
+    return federation.setup_of(config, train, test, torch.device("cpu"), own)
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,70 +126,38 @@ def _setup(folder: Path, config: Config, classes: tuple[str, ...], device: str) 
     return federation.setup_of(config, part, part.take([0]), torch.device(device))
 
 
-@dataclass(frozen=True)
 class Workspace:
-    """One client's folder. person: labels are drawn by a person at the labelling page, else known by annotations."""
+    """One client's folder, which has its name."""
 
-    folder: Path
-    name: str
-    person: bool = False
-    device: str = "cpu"
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.name
 
-    @contextmanager
+    @contextlib.contextmanager
     def experiment(self, task: Task, received: State, trains: bool) -> Iterator[Experiment]:
         """The experiment as this client knows it at this step: one client, and the model that it received.
 
-        A backbone that does not travel any more is the one received last. trains: after its queries of this step, else
-        before them.
+        A backbone that does not travel any more is the one received last. At the end, what stays here is kept; what was
+        kept of later steps is no longer true. trains: after the queries of this step, else before them.
         """
-        run = self._run(task)
+        run = record.Run(task.config, task.notebook, task.method, task.seed, self.folder / "runs", federation.plan)
         run.folder.mkdir(parents=True, exist_ok=True)
-        setup = _setup(self.folder.absolute(), task.config, task.classes, self.device)
-        before = [file for file in sorted(run.folder.glob("after-*.pt")) if file < self._file(task, trains)]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        setup = _setup(self.folder.absolute(), task.config, task.classes, device)
+        place = run.plan.index((task.step.cycle, task.step.round))
+        here, states = run.folder / f"after-{place:06d}-{int(trains)}.pt", sorted(run.folder.glob("after-*.pt"))
+        before = [file for file in states if file < here]
         kept = torch.load(before[-1], weights_only=True) if before else {}
         run.resumed = {**kept, "model": {**kept.get("model", {}), **received}}
-        query, store = task.config.query, None
+        query = task.config.query
         oracle = Oracle(setup.train.labels, query.seconds_per_image, query.seconds_per_box)
-        if self.person:
-            store = labelling.Store(labelling.store_path(run.folder), setup.class_names, "boxes")
-            oracle = labelling.StoreOracle(store, setup.train.images, setup.class_names, strategy=run.method)
-        try:
-            pool = Pool(self.name, setup.train.images, oracle, np.arange(len(setup.train)))
-            pool.replay(row for row in self.queries(task) if row["cycle"] in task.labelled_in)
-            pool.exclude(oracle.undecided(set(task.labelled_in)))
-            yield Experiment(run, setup, [Client(self.name, pool)], oracle)
-        finally:
-            if store is not None:
-                store.close()
-
-    def queries(self, task: Task) -> list[dict[str, Any]]:
-        """What it has queried in this run: cycle, client, id, score."""
-        file = self._run(task).folder / "queries.json"
-        return json.loads(file.read_text()) if file.is_file() else []
-
-    def keep_queries(self, task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Note the queries of this cycle; earlier ones that the server does not know of are forgotten."""
-        earlier = [row for row in self.queries(task) if row["cycle"] in set(task.labelled_in) - {task.step.cycle}]
-        record.write_atomic(self._run(task).folder / "queries.json", json.dumps([*earlier, *rows], indent=1))
-
-    def keep(self, task: Task, experiment: Experiment, trains: bool) -> None:
-        """What stays here after this step; what was kept of later ones is no longer true."""
-        (client,), file = experiment.clients, self._file(task, trains)
+        client = Client(self.name, Pool(self.name, setup.train.images, oracle, np.arange(len(setup.train))))
+        client.pool.replay(task.queries)
+        yield Experiment(run, setup, [client], oracle)
         content = {what: {self.name: getattr(client, what)} for what in KEPT if what != "local_state"}
-        content["model"] = experiment.run.resumed["model"]
-        record.write_atomic(file, lambda out: torch.save(content, out))
-        states = sorted(file.parent.glob("after-*.pt"))
-        for old in [*[f for f in states if f > file], *[f for f in states if f <= file][:-STATES_KEPT]]:
+        content["model"] = run.resumed["model"]
+        record.write_atomic(here, lambda out: torch.save(content, out))
+        for old in {*states, here} - {*before[1 - STATES_KEPT :], here}:
             old.unlink()
-
-    def _run(self, task: Task) -> record.Run:
-        """This client's side of a run: where its things lie, and the generators by name."""
-        root = self.folder / "runs"
-        return record.Run(task.config, task.notebook, task.method, task.seed, root, federation.plan)
-
-    def _file(self, task: Task, trains: bool) -> Path:
-        run = self._run(task)
-        return run.folder / f"after-{run.plan.index((task.step.cycle, task.step.round)):06d}-{int(trains)}.pt"
 
 
 class RemotePool:

@@ -123,15 +123,15 @@ def paper_megabytes(
 def message_sizes(setup: federation.Setup) -> dict[str, float]:
     """MB of one packed message of this setup's detector: 'full', 'head' (backbone frozen), 'optimizer' (its state)."""
     config = setup.config
-    given = (config.federation.batch_norm, config.federation.message_dtype)
+    dtype = config.federation.message_dtype
     model = detectors.build(config, max(1, len(setup.class_names)), torch.Generator().manual_seed(0))
-    full = len(federation.broadcast(model, *given))
+    full = len(federation.broadcast(model, dtype))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     moments = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.training.optimizer]
     state = {f"{moment}:{n}": torch.tensor(0.0) if moment == "step" else p for n, p in trained for moment in moments}
     state[training.STEPS] = torch.tensor(0)
     model.freeze_backbone()
-    head = len(federation.broadcast(model, *given))
+    head = len(federation.broadcast(model, dtype))
     return {"full": full / 1e6, "head": head / 1e6, "optimizer": len(federation.pack(state)) / 1e6}
 
 

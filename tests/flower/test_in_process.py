@@ -21,10 +21,10 @@ def results(root: Path) -> dict[str, bytes]:
     "changes",
     [
         {"methods": ("avg", "chain+sum")},
-        {"methods": ("sum",), "optimizer_state": "travels", "message_dtype": "fp16"},
+        {"methods": ("sum",), "optimizer_state": "client", "message_dtype": "fp16"},
         {"methods": ("ksas_avg",), "clients": 3, "client_fraction": 0.7},
     ],
-    ids=["avg and chain", "state sent along, fp16", "KSAS, two of three"],
+    ids=["avg and chain", "optimizer state kept, fp16", "KSAS, two of three"],
 )
 def test_the_plain_loop_and_flowers_messages_agree_bit_for_bit(changes, tmp_path):
     setup = small_run.prepared(**changes)
