@@ -212,7 +212,7 @@ def code(name: str) -> list[ast.Module]:
     return [ast.parse(re.sub(r"^(\s*)[!%].*", r"\1pass", text, flags=re.MULTILINE)) for text in sources]
 
 
-@each_notebook("60_real_clients")
+@each_notebook()
 def test_a_notebook_is_valid_stripped_and_small(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     book = nbformat.read(path, as_version=4)
@@ -228,7 +228,7 @@ def test_a_notebook_is_valid_stripped_and_small(name):
             assert len(cell.source.splitlines()) <= 25, f"cell {number} has more than 25 lines"
 
 
-@each_notebook("60_real_clients")
+@each_notebook()
 def test_a_notebooks_code_is_plain(name):
     """No classes, no exec, nothing that Python calls by the name is called `round` in a loop."""
     for number, tree in enumerate(code(name)):
