@@ -93,7 +93,7 @@ env:  ## build the environment in VENV (at once if it is there already)
 	else \
 	    echo "Bringing the environment in $(VENV) up to date."; \
 	fi; \
-	$(PY) -m pip install -q --disable-pip-version-check --progress-bar off $(PIP_ARGS) -e '.[backbones,fast,dev,flower]' || { \
+	$(PY) -m pip install -q --disable-pip-version-check --progress-bar off $(PIP_ARGS) -e '.[backbones,dev,flower]' || { \
 	    echo "error: pip could not install the packages (see above). Is the network there?" >&2; exit 1; }; \
 	printf '%s\n%s\n' "$$key" "$$here" > "$$stamp"
 

@@ -316,7 +316,7 @@ def test_badges_and_navigation_are_up_to_date():
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MADE = [*PROJECT["dependencies"], *(part for name in ("backbones", "fast", "dev", "flower") for part in EXTRAS[name])]
+MADE = [*PROJECT["dependencies"], *(part for name in ("backbones", "dev", "flower") for part in EXTRAS[name])]
 
 
 def split(requirement: str) -> tuple[str, str]:
@@ -409,7 +409,7 @@ def test_make_env_leaves_a_current_environment_alone_and_passes_its_settings_on(
     given = (f"PYTHON={sys.executable}", f"VENV={tmp_path / 'my env'}")
     assert make("env", *given).returncode == 0
     first = log.read_text()
-    assert "<.[backbones,fast,dev,flower]>" in first and "<--no-deps>" not in first
+    assert "<.[backbones,dev,flower]>" in first and "<--no-deps>" not in first
     assert make("env", *given).returncode == 0
     assert log.read_text() == first  # nothing to do
     stamp = tmp_path / "my env" / ".fedal-stamp"

@@ -2,18 +2,9 @@
 
 ap: three kinds of AP from one detection list, and accuracy of classifiers.
 statistics: learning curves, intervals over seeds, paired tests, the summary of a table.
-effects: differences in points between arms and strategies, paired by seed.
+effects: differences in points between arms and strategies, paired by seed, and what they show in sentences.
 """
 
 from .ap import accuracy, evaluate
-from .effects import (
-    EFFECT,
-    arm_gains,
-    curves_by_arm,
-    effect,
-    effect_findings,
-    finals,
-    gains_at_equal,
-    gaps,
-)
-from .statistics import area_under_curve, cycle_ends, findings, holm, paired_test, seed_interval, summary
+from .effects import EFFECT, arm_gains, curves_by_arm, effect, finals, findings, gains_at_equal, gaps
+from .statistics import area_under_curve, cycle_ends, holm, paired_test, seed_interval, summary

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .statistics import area_under_curve, curve, cycle_ends, paired_test, shown
+from .statistics import area_under_curve, cycle_ends, paired_test
 
 EFFECT = ("effect", "part", "points", "low", "high", "p", "seeds")
 Curves = dict[int, np.ndarray]  # seed -> learning curve in points
 
 
 def curves_by_arm(table: pd.DataFrame, y: str) -> dict[tuple[str, str], Curves]:
-    """(arm, method) -> seed -> learning curve in points; table: rows of several arms, named in `arm`."""
+    """(arm, method) -> seed -> learning curve in points; table: rows of several arms, named and in order in `arm`."""
     curves: dict[tuple[str, str], Curves] = {}
-    for arm, runs in table.groupby("arm") if len(table) else ():
+    for arm, runs in table.groupby("arm", sort=False):
         for (method, seed), rows in cycle_ends(runs).groupby(["method", "seed"]):
             curves.setdefault((arm, method), {})[int(seed)] = 100 * rows.sort_values("cycle")[y].to_numpy(dtype=float)
     return curves
@@ -28,10 +28,14 @@ def curves_by_arm(table: pd.DataFrame, y: str) -> dict[tuple[str, str], Curves]:
 def effect(
     name: str, part: str, one: Curves, other: Curves, seeds: Sequence[int], where: slice = slice(None)
 ) -> dict[str, object]:
-    """A row of EFFECT: the mean of this part of each curve of `one` minus that of `other`, paired by seed."""
+    """A row of EFFECT: the mean of this part of each curve of `one` minus that of `other`, paired by seed.
+
+    name, part: what the row is called.
+    one, other, seeds: curves, and the seeds of both that count.
+    where: the part of a curve.
+    """
     test = paired_test([one[s][where].mean() for s in seeds], [other[s][where].mean() for s in seeds])
-    values = (test["difference"], test["low"], test["high"], test["p"], len(seeds))
-    return dict(zip(EFFECT, (name, part, *values), strict=True))
+    return dict(zip(EFFECT, (name, part, *test.values()), strict=True))
 
 
 def arm_gains(
@@ -70,7 +74,8 @@ def gains_at_equal(
 
 def _mean_heights(one: pd.DataFrame, other: pd.DataFrame, x: str, y: str) -> tuple[float, ...]:
     """Mean heights of two curves over the range of x that they share; where x stands still, its last point counts."""
-    curves = [curve(rows[x], rows[y]) for rows in (part.drop_duplicates(x, keep="last") for part in (one, other))]
+    parts = [part.drop_duplicates(x, keep="last").astype({x: float}) for part in (one, other)]
+    curves = [(part[x].to_numpy(), part[y].to_numpy(dtype=float)) for part in parts]
     low, high = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
     if not low < high:
         raise ValueError(f"two curves share no range of {x}: {curves[0][0].tolist()} and {curves[1][0].tolist()}")
@@ -80,56 +85,47 @@ def _mean_heights(one: pd.DataFrame, other: pd.DataFrame, x: str, y: str) -> tup
 
 def finals(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     """The end of every run's curve: columns arm, method, seed, value; arms in the order of the table."""
-    if "arm" not in table.columns:
-        raise ValueError(f"an ablation's table needs the column 'arm', it has {list(table.columns)}")
-    server = table[(table["client"].astype(str) == "server") & table[y].notna()]
-    ordered = server.sort_values(["seed", "cycle", "round"], kind="stable")
-    last = ordered.groupby(["arm", "method", "seed"], sort=False)[y].last().rename("value").reset_index()
-    place = {arm: i for i, arm in enumerate(dict.fromkeys(table["arm"]))}
-    return last.sort_values(["method", "seed"]).sort_values(
-        "arm", key=lambda a: a.map(place), kind="stable", ignore_index=True
-    )
+    curves = curves_by_arm(table, y)
+    rows = [(*key, seed, curve[-1] / 100) for key, seeds in curves.items() for seed, curve in seeds.items()]
+    return pd.DataFrame(rows, columns=["arm", "method", "seed", "value"])
 
 
-def gaps(finals: pd.DataFrame, method: str = "random", reference: str = "centralised") -> pd.DataFrame:
+def gaps(table: pd.DataFrame, y: str = "ap50", method: str = "random", reference: str = "centralised") -> pd.DataFrame:
     """An ablation's ends as effects, on the seeds that all arms have.
 
     For each arm: the method minus the best reference (that of the last arm that has one: a single node, trained as
     well as the ablation knows how), then its gain over the first arm, and the reference's own gain over the first arm.
     """
-    values = finals.assign(value=100 * finals["value"]).pivot(index="seed", columns=["method", "arm"], values="value")
-    absent = [m for m in (method, reference) if m not in values.columns.get_level_values(0)]
-    if absent:
-        raise ValueError(f"no finished run of {absent} among {sorted(set(values.columns.get_level_values(0)))}")
-    arms = list(dict.fromkeys(finals["arm"]))
-    values = values[[c for c in values.columns if c[0] in (method, reference)]].dropna()
-    if values.empty or any((method, arm) not in values for arm in arms):
-        raise ValueError(f"no seed has finished in all arms {arms}")
-    ends = {
-        name: {arm: {s: np.array([v]) for s, v in values[name, arm].items()} for arm in arms if (name, arm) in values}
-        for name in (method, reference)
-    }
-    nodes, seeds = ends[reference], values.index
-    best, first_node = list(nodes.values())[-1], next(iter(nodes))
+    curves, arms, end = curves_by_arm(table, y), list(dict.fromkeys(table["arm"])), slice(-1, None)
+    nodes = [arm for arm in arms if (arm, reference) in curves]
+    keys = [*((arm, method) for arm in arms), *((arm, reference) for arm in nodes)]
+    seeds = sorted(set.intersection(*(set(curves.get(key, {})) for key in keys)))
+    if not nodes or not seeds:
+        raise ValueError(f"no seed of {method!r} and {reference!r} has finished in all arms {arms}")
     found = []
-    for arm, mine in ends[method].items():
-        found.append(effect(arm, f"{method} minus {reference}", mine, best, seeds))
+    for arm in arms:
+        mine, parts = curves[arm, method], {f"{method} minus {reference}": curves[nodes[-1], reference]}
         if arm != arms[0]:
-            found.append(effect(arm, f"gain over {arms[0]}", mine, ends[method][arms[0]], seeds))
-        if arm in nodes and arm != first_node:
-            found.append(effect(arm, f"{reference}'s gain", nodes[arm], nodes[first_node], seeds))
+            parts[f"gain over {arms[0]}"] = curves[arms[0], method]
+        found += [effect(arm, part, mine, other, seeds, end) for part, other in parts.items()]
+        if arm in nodes[1:]:
+            node, first = curves[arm, reference], curves[nodes[0], reference]
+            found.append(effect(arm, f"{reference}'s gain", node, first, seeds, end))
     return pd.DataFrame(found, columns=EFFECT)
 
 
-def effect_findings(effects: pd.DataFrame) -> str:
-    """What a frame of effects shows, in sentences; an interval that holds zero is no difference shown."""
+def findings(frame: pd.DataFrame, baseline: str = "random") -> str:
+    """What a frame of effects or a `summary` shows, in sentences made by rule.
+
+    A difference counts when its 95 % interval leaves out zero; one seed shows nothing.
+    """
+    if f"minus_{baseline}" in frame:
+        rest = frame.assign(part=f"area above {baseline}", points=100 * frame[f"minus_{baseline}"])
+        rest = rest.assign(low=100 * frame["low"], high=100 * frame["high"], effect=frame["method"])
+        frame = rest.dropna(subset=["points"])
     lines = []
-    for row in effects[effects["part"] != "first cycle"].itertuples() if len(effects) else ():
-        interval = f"{row.low:+.1f} to {row.high:+.1f}: "
-        verdict = {
-            "one seed": "one seed, so no interval",
-            "not shown": f"{interval}no difference shown",
-            "shown": f"{interval}{'a gain' if row.points > 0 else 'a loss'}",
-        }[shown(row.low, row.high)]
-        lines.append(f"{row.effect}, {row.part}: {row.points:+.1f} points ({verdict}).")
-    return "\n".join(lines) or "Not run."
+    for row in frame.itertuples():
+        verdict = "a gain" if row.low > 0 else "a loss" if row.high < 0 else "no difference shown"
+        interval = "one seed, so no interval" if np.isnan(row.low) else f"{row.low:+.1f} to {row.high:+.1f}: {verdict}"
+        lines.append(f"{row.effect}, {row.part}: {row.points:+.1f} points ({interval}).")
+    return "\n".join(lines) or "Nothing to compare."

@@ -1,4 +1,4 @@
-"""Learning curves and what can be said of them over seeds: areas, intervals, paired tests, a summary in words.
+"""Learning curves and what can be said of them over seeds: areas, intervals, paired tests, a summary.
 
 A table is one of `record.table`: a row per method, seed, cycle, round and client, metrics in the rows of "server".
 """
@@ -19,65 +19,44 @@ def cycle_ends(table: pd.DataFrame) -> pd.DataFrame:
     return server.groupby(["method", "seed", "cycle"], sort=False).tail(1)
 
 
-def curve(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """A learning curve as two arrays; ValueError for fewer than two points, NaN, or x that does not grow."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
-        raise ValueError(f"a curve needs two or more points, as many x as y; got shapes {x.shape} and {y.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError(f"a curve must be finite, got x = {x.tolist()}, y = {y.tolist()}")
-    if not (np.diff(x) > 0).all():
-        raise ValueError(f"x must grow from point to point, got {x.tolist()}")
-    return x, y
-
-
 def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
     """Area under a learning curve by trapezoids, divided by its width: the mean of y over the range of x.
 
-    A constant curve gives its constant. Errors as in `curve`.
+    A constant curve gives its constant. ValueError for fewer than two points, NaN, or x that does not grow.
     """
-    x, y = curve(x, y)
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(x) < 2 or x.shape != y.shape or not (np.isfinite(y).all() and (np.diff(x) > 0).all() and np.isfinite(x[-1])):
+        raise ValueError(f"a curve needs two or more finite points with growing x, got {x.tolist()} and {y.tolist()}")
     return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
 
 
-def _over_seeds(values: Sequence[float], level: float = 0.95) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"need one finite value per seed, got {values.tolist()!r}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level!r}")
-    return values
-
-
-def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The band that figures draw: t interval of the mean for three or more seeds, min to max for two, NaN for one.
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The band that figures draw: 95 % t interval of the mean for three or more seeds, both for two, NaN for one.
 
     Min to max of two seeds covers the true mean about half the time: a picture of the runs, never a test.
     """
-    values = _over_seeds(values, level)
-    if len(values) == 1:
-        return math.nan, math.nan
-    if len(values) == 2:
-        return float(values.min()), float(values.max())
-    half = _half_width(values, level)
+    values = np.asarray(values, dtype=float)
+    if len(values) < 3:
+        return (float(values.min()), float(values.max())) if len(values) == 2 else (math.nan, math.nan)
+    half = _half_width(values)
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def _half_width(values: np.ndarray, level: float) -> float:
-    """Half the Student's t interval of the mean."""
-    return float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+def _half_width(values: np.ndarray) -> float:
+    """Half the Student's 95 % t interval of the mean."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def paired_test(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> dict[str, float]:
+def paired_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     """Is a different from b, seed by seed? {'difference', 'low', 'high', 'p', 'n'}; entry i of both is the same seed.
 
-    `difference` is the mean of a - b, `low` and `high` its t interval (NaN for one seed), `p` two-sided from all 2^n
-    sign flips of the differences (n seeds can show no p below 2 / 2^n). Sums that differ by rounding only are ties.
+    `difference` is the mean of a - b, `low` and `high` its 95 % t interval (NaN for one seed), `p` two-sided from all
+    2^n sign flips of the differences (n seeds can show no p below 2 / 2^n). Sums that differ by rounding only are ties.
     ValueError for unequal or non-finite values and for more than 16 seeds, where 2^n is no longer small.
     """
-    a, b = _over_seeds(a, level), _over_seeds(b)
-    if len(a) != len(b) or len(a) > 16:
-        raise ValueError(f"need the same 1..16 seeds on both sides, got {len(a)} and {len(b)} values")
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or not 1 <= len(a) <= 16 or not np.isfinite([a, b]).all():
+        raise ValueError(f"need finite values of the same 1..16 seeds, got {a.tolist()} and {b.tolist()}")
     rounding = 1e-12 * float(np.abs(a).sum() + np.abs(b).sum())
     difference = np.where(np.abs(a - b) <= rounding, 0.0, a - b)
     n, mean = len(a), float(difference.mean())
@@ -85,7 +64,7 @@ def paired_test(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> 
         return {"difference": mean, "low": math.nan, "high": math.nan, "p": 1.0, "n": 1}
     signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2^n, n), every way to flip n signs
     p = float(np.mean(np.abs(signs @ difference) >= abs(difference.sum()) - rounding))
-    half = _half_width(difference, level)
+    half = _half_width(difference)
     return {"difference": mean, "low": mean - half, "high": mean + half, "p": p, "n": n}
 
 
@@ -93,18 +72,16 @@ def holm(p: Sequence[float]) -> np.ndarray:
     """P values corrected for their number (Holm 1979): the chance that any of them is this small by luck; NaN stays."""
     p = np.asarray(p, dtype=float)
     out, order = np.full(len(p), math.nan), np.argsort(p)[: int(np.isfinite(p).sum())]  # NaN sorts last
-    steps = p[order] * np.arange(len(order), 0, -1)
-    out[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
+    out[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1.0)
     return out
 
 
 def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> pd.DataFrame:
-    """One row per method: the end of its learning curve, the area under it over labelled images, and both against
-    `baseline` on the same seeds.
+    """One row per method: the end of its learning curve, the area under it, and what lies between it and `baseline`.
 
     Columns: method, seeds, images, boxes, minutes (estimated annotation time), megabytes (both ways, whole run), last,
-    last_low, last_high, area, area_low, area_high, minus_<baseline> (difference of areas), low, high, p, p_holm (p
-    corrected for the number of methods).
+    last_low, last_high, area (over labelled images), area_low, area_high, minus_<baseline> (difference of areas on the
+    same seeds), low, high, p, p_holm (p corrected for the number of methods).
     """
     ends = cycle_ends(table)
     server = table[table["client"].astype(str) == "server"]
@@ -116,15 +93,11 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
         if all(len(part) > 1 and (part["images"].diff().iloc[1:] > 0).all() for part in curves.values()):
             areas[method] = {seed: area_under_curve(part["images"], part[y]) for seed, part in curves.items()}
         finals = pd.concat([part.tail(1) for part in curves.values()])
-        row = {
-            "method": method,
-            "seeds": len(curves),
-            "images": finals["images"].mean(),
-            "boxes": finals["boxes"].mean(),
-        }
-        row |= {"minutes": finals["seconds"].mean() / 60, "megabytes": traffic.mean() / 1e6}
+        costs = finals[["images", "boxes"]].mean().to_dict()
+        row = {"method": method, "seeds": len(curves), **costs, "minutes": finals["seconds"].mean() / 60}
+        row["megabytes"] = traffic.mean() / 1e6
         for name, values in (("last", finals[y].tolist()), ("area", list(areas.get(method, {}).values()))):
-            low, high = seed_interval(values) if values else (math.nan, math.nan)
+            low, high = seed_interval(values)
             row |= {name: float(np.mean(values)) if values else math.nan, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     for row in rows:
@@ -133,28 +106,4 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
         test = paired_test([mine[s] for s in both], [theirs[s] for s in both]) if both else {}
         row[f"minus_{baseline}"] = test.get("difference", math.nan)
         row |= {name: test.get(name, math.nan) for name in ("low", "high", "p")}
-    frame = pd.DataFrame(rows)
-    return frame.assign(p_holm=holm(frame["p"])) if len(frame) else frame
-
-
-def shown(low: float, high: float) -> str:
-    """'shown' if the interval leaves out zero, 'not shown' if it holds zero, 'one seed' if there is no interval."""
-    return "one seed" if math.isnan(low) else "not shown" if low <= 0 <= high else "shown"
-
-
-def findings(summary: pd.DataFrame, baseline: str = "random") -> str:
-    """What `summary` shows, in sentences made by rule: a difference counts when its interval leaves out zero."""
-    lines = []
-    for row in summary.to_dict("records"):
-        difference = row[f"minus_{baseline}"]
-        if math.isnan(difference):
-            continue
-        text = f"{row['method']} is {abs(difference):.3f} {'above' if difference > 0 else 'below'} {baseline} in area"
-        interval = f"95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
-        ends = {
-            "one seed": ": one seed, so nothing can be said about chance.",
-            "not shown": f": no difference shown ({interval}).",
-            "shown": f" ({interval}, {row['seeds']} seeds).",
-        }
-        lines.append(text + ends[shown(row["low"], row["high"])])
-    return "\n".join(lines) or f"Nothing to compare with {baseline!r}."
+    return pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows]))

@@ -14,7 +14,7 @@ from .. import config as _config
 from ..config import Config
 from . import flywheel, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
 
-__all__ = ["flywheel", "huale", "kafal", "load", "one_node", "real_clients", "sizes", "ssd_vae", "van_bommel"]
+__all__ = ["flywheel", "huale", "kafal", "load", "real_clients", "sizes", "ssd_vae", "van_bommel"]
 
 _PRESETS = {
     k: v for paper in (van_bommel, huale, kafal, ssd_vae, flywheel, real_clients) for k, v in paper.PRESETS.items()
@@ -43,20 +43,10 @@ def load(
         own = preset.small.get(data, preset.small.get("", {}))
         chosen = {**sizes.BY_DATA.get(data, sizes.PHOTOGRAPHS), **base, **own}
     config = Config.of(**{"methods": preset.methods, **chosen, "profile": profile, "dataset": data})
-    if number == "10" and "clients" not in overrides:
-        config = one_node(config)
+    if number == "10" and "clients" not in overrides:  # on one node: the labels and the steps of all clients together
+        many = config.federation.clients
+        labels = {name: many * getattr(config.query, name) for name in ("initial_labels", "query_size")}
+        config = config.replace(clients=1, partition="iid", iterations=many * config.federation.iterations, **labels)
     if seeds is not None:
         overrides["seeds"] = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     return config.replace(**overrides)
-
-
-def one_node(config: Config) -> Config:
-    """The same experiment on a single node: as many labels and gradient steps as all clients take together."""
-    clients = config.federation.clients
-    return config.replace(
-        clients=1,
-        partition="iid",
-        initial_labels=config.query.initial_labels * clients,
-        query_size=config.query.query_size * clients,
-        iterations=config.federation.iterations * clients,
-    )

@@ -8,9 +8,11 @@ it knows nothing of.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,11 @@ from torch import Tensor
 from .. import metrics
 from ..detectors import LinearClassifier, out_of_fold
 from ..federation import Setup
-from ..labelling import Annotator, Simulated, Store, StoreOracle, truth_of
+from ..labelling import Simulated, Store, StoreOracle, truth_of
 from ..sampling import Scores, top_k
 from ..seeding import rng_for
 from . import ssd_vae
 from .sizes import Preset, Sizes
-
-ERRORS = "label errors"  # the strategy of questions that are asked again
 
 _CLASSES: Sizes = dict(classifier="linear", clients=1, initial_model_images=0, rounds=1, seconds_per_box=0.0)
 _SMALL: dict[str, Sizes] = {
@@ -76,7 +76,7 @@ def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: flo
 
     The evaluation set decides here, as in active-vision: a number that stops a loop is not a fair report of it. A rule
     that never strikes has no images.
-    table: of `record.table`, several seeds; y: its column.
+    table, y: of `record.table`, several seeds; its column.
     goal: the mean over seeds reaches it.
     budget: so many images.
     plateau: the 95 % interval of the gain over the last cycle, paired by seed, lies below this many points (100 x y).
@@ -85,13 +85,12 @@ def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: flo
     for method, runs in metrics.cycle_ends(table).groupby("method", sort=False):
         wide = runs.pivot(index="cycle", columns="seed", values=y).dropna(axis=1)
         images, mean, cycles = runs.groupby("cycle")["images"].mean(), wide.mean(axis=1), list(wide.index)
-        pairs = list(zip(cycles, cycles[1:], strict=False))
-        gains = [metrics.paired_test(100 * wide.loc[after], 100 * wide.loc[before]) for before, after in pairs]
-        most = [gain["difference"] if math.isnan(gain["high"]) else gain["high"] for gain in gains]
+        gains = {b: metrics.paired_test(100 * wide.loc[b], 100 * wide.loc[a]) for a, b in pairwise(cycles)}
+        most = {cycle: gain["difference" if math.isnan(gain["high"]) else "high"] for cycle, gain in gains.items()}
         strikes = {
             "goal": [cycle for cycle in cycles if mean[cycle] >= goal],
             "budget": [cycle for cycle in cycles if images[cycle] >= budget],
-            "plateau": [cycle for cycle, high in zip(cycles[1:], most, strict=True) if high < plateau],
+            "plateau": [cycle for cycle, high in most.items() if high < plateau],
         }
         for rule, where in strikes.items():
             at = (float(images[where[0]]), float(mean[where[0]])) if where else (math.nan, math.nan)
@@ -105,28 +104,7 @@ def suspects(held_out: Tensor, classes: Tensor) -> Scores:
     held_out (L, C) log-probabilities of `detectors.out_of_fold`, classes (L,) as given. Self-confidence of confident
     learning (Northcutt et al. 2021, 1911.00068).
     """
-    if len(held_out) != len(classes):
-        raise ValueError(f"one label for each of {len(held_out)} rows is needed, got {len(classes)}")
     return Scores.all(1 - held_out.gather(1, classes[:, None])[:, 0].exp())
-
-
-def ask_again(
-    oracle: StoreOracle, rows: np.ndarray, annotator: Annotator | None, cycle: int, who: str = "checker"
-) -> pd.DataFrame:
-    """Have labels of these rows looked at once more, by somebody else; the last word counts.
-
-    Returns image, before, after. The questions go through the same store, under the strategy "label errors", in a cycle
-    of their own: ValueError for one in which an image was queried first.
-    """
-    ids = [oracle.images.ids[int(row)] for row in rows]
-    history, before = oracle.store.history(), _classes(oracle, rows)
-    first = history[(history["cycle"] == cycle) & (history["strategy"] != ERRORS)]
-    if first["image"].isin(ids).any():
-        raise ValueError(f"some of these images were first queried in cycle {cycle}: ask again in a later one")
-    StoreOracle(oracle.store, oracle.images, oracle.store.classes, annotator, ERRORS, who).annotate(rows, cycle)
-    oracle.refresh()
-    named = [[oracle.class_names[c] for c in said.tolist()] for said in (before, _classes(oracle, rows))]
-    return pd.DataFrame({"image": ids, "before": named[0], "after": named[1]})
 
 
 def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int) -> pd.DataFrame:
@@ -134,37 +112,37 @@ def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, 
 
     wrong: the share of wrong labels; found: of wrong ones among the suspects (at random one would find `wrong`).
     Accuracies: with the labels as given, after the suspects were corrected, after as many random ones were, and with as
-    many more labels in their place (the same person, the same error), which cost as much.
+    many more labels in their place (the same person, the same error), which cost as much. The last word counts.
     labels: random images that are labelled. error: the share of them whose label is wrong.
     again: how many suspects are looked at once more.
     """
-    truth, rows_out = truth_of(setup.photos[0], "classes"), []
+    truth, found = truth_of(setup.photos[0], "classes"), []
     for seed in seeds:
         rng = rng_for(seed, "label errors")
         order = rng.permutation(len(setup.train))
-        rows = np.sort(order[:labels])
-        with tempfile.TemporaryDirectory() as folder:
+        rows, more_rows = np.sort(order[:labels]), np.sort(order[: labels + again])
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stores:
+            person = Simulated(truth, error, setup.config.query.seconds_per_image, 0.0, seed)
 
-            def labelled(name: str, rows: np.ndarray = rows, folder: str = folder, seed: int = seed) -> StoreOracle:
-                store = Store(Path(folder) / f"{name}.sqlite", setup.class_names)
-                person = Simulated(truth, error, setup.config.query.seconds_per_image, 0.0, seed)
+            def oracle_of(name: str, stores=stores, folder=folder, person=person, rows=rows) -> StoreOracle:
+                store = stores.enter_context(Store(Path(folder) / f"{name}.sqlite", setup.class_names))
                 oracle = StoreOracle(store, setup.train.images, setup.class_names, person, "random")
                 oracle.annotate(rows)
                 return oracle
 
-            checked, control, more = (labelled(name) for name in ("suspects", "random", "more"))
-            more_rows = np.sort(order[: labels + again])
+            checked, control, more = (oracle_of(name) for name in ("suspects", "random", "more"))
             more.annotate(np.setdiff1d(more_rows, rows), 1)
             given, before = _classes(checked, rows), _accuracy(setup, checked, rows)
             features, strength = setup.train.images.take(rows).features[0], setup.config.flywheel.regularisation
             _, logs = out_of_fold(features, given, len(setup.class_names), rng, strength)
             chosen = top_k(suspects(logs, given), again, rng)
-            right = setup.train.labels.classes[torch.from_numpy(rows), 0].cpu() - 1
-            wrong = (given != right).numpy()
-            checker = Simulated(truth, seed=seed)
-            ask_again(checked, rows[chosen], checker, 1)
-            ask_again(control, rows[rng.permutation(len(rows))[:again]], checker, 1)
-            rows_out.append(
+            wrong = (given != setup.train.labels.classes[torch.from_numpy(rows), 0].cpu() - 1).numpy()
+            for oracle, where in ((checked, chosen), (control, rng.permutation(len(rows))[:again])):
+                checker = Simulated(truth, seed=seed)
+                args = (oracle.store, oracle.images, oracle.store.classes, checker, "label errors", "checker")
+                StoreOracle(*args).annotate(rows[where], 1)
+                oracle.refresh()
+            found.append(
                 {
                     "seed": seed,
                     "wrong": float(wrong.mean()),
@@ -175,9 +153,7 @@ def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, 
                     "as many more labels": _accuracy(setup, more, more_rows),
                 }
             )
-            for oracle in (checked, control, more):
-                oracle.store.close()
-    return pd.DataFrame(rows_out)
+    return pd.DataFrame(found)
 
 
 def _classes(oracle: StoreOracle, rows: np.ndarray) -> Tensor:

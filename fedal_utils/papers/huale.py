@@ -60,9 +60,8 @@ EMPHASIS = 1.0  # strength; the larger of the two that the notes propose
 def loss_arms(config: Config) -> dict[str, Config]:
     """The same experiment under other losses: torchvision's own, all of HUALE's (*reconstructed*), and each one alone.
 
-    The weights are the config's `box_weight` (of an IoU loss) and `auxiliary_weight`. Which loss HUALE's "EIoU" names
-    is not known: Extended IoU stands in the whole, the likelier reading, and Efficient IoU alone beside it; the IoU
-    head is the other reading of "Synchronic IoU-Localization".
+    Which loss HUALE's "EIoU" names is not known: Extended IoU stands in the whole, the likelier reading, and Efficient
+    IoU alone beside it; the IoU head is the other reading of "Synchronic IoU-Localization".
     """
     plain = config.replace(box_loss="smooth_l1", auxiliary_head="none", emphasis=0.0)
     return {
@@ -92,26 +91,22 @@ EFFECTS = {  # name: (arm and method) minus (arm and method)
     "against CALD as published": ((WHOLE, "cascade"), (PLAIN, "cald")),
     "cascade - CALD, equal losses": ((WHOLE, "cascade"), (WHOLE, "cald")),
 }
+PARTS = {"all cycles": slice(None), "without the first": slice(1, None), "first cycle": slice(0, 1)}
 
 
 def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
-    """HUALE's gain over random taken apart, in points (100 x AP), paired by seed.
+    """HUALE's gain over random taken apart: a frame of effects (`metrics.EFFECT`), one row per effect and part.
 
-    table: rows of `record.table` of several arms, with a column `arm` (names of `loss_arms`). One row per effect of
-    `EFFECTS` and part of the curve: 'all cycles' (as HUALE's abstract averages), 'without the first' (as CALD's),
-    'first cycle' (random labels for everybody). Columns: effect, part, points, low, high (`metrics.paired_test`), p,
-    seeds. An effect whose runs are missing is left out.
+    table: rows of `record.table` of several arms, with a column `arm` (names of `loss_arms`). Parts of the curve: 'all
+    cycles' (as HUALE's abstract averages), 'without the first' (as CALD's), 'first cycle' (random labels for
+    everybody). An effect whose runs are missing is left out.
     """
     curves = metrics.curves_by_arm(table, y)
-    parts = {"all cycles": slice(None), "without the first": slice(1, None), "first cycle": slice(0, 1)}
     found = []
     for effect, (one, other) in EFFECTS.items():
         a, b = curves.get(one, {}), curves.get(other, {})
-        seeds = sorted(set(a) & set(b))
-        for part, where in parts.items() if seeds else ():
-            if any(len(a[seed]) != len(b[seed]) or not len(a[seed][where]) for seed in seeds):
-                continue
-            found.append(metrics.effect(effect, part, a, b, seeds, where))
+        seeds = [seed for seed in sorted(set(a) & set(b)) if len(a[seed]) == len(b[seed]) > 1]
+        found += [metrics.effect(effect, part, a, b, seeds, where) for part, where in PARTS.items() if seeds]
     return pd.DataFrame(found, columns=metrics.EFFECT)
 
 

@@ -1,4 +1,4 @@
-"""KAFAL: notebook 30. Its training taken apart, and where its disagreement lies.
+"""KAFAL: notebook 30. Its training taken apart.
 
 Classification; every cycle trains from the first weights, and the optimizer state lives for the cycle. Eight of ten
 clients take part in a round, in the last one too (the paper's algorithm 1; its released code then takes all:
@@ -7,12 +7,7 @@ clients take part in a round, in the last one too (the paper's algorithm 1; its 
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from ..config import Config
-from ..sampling import ksas
 from .sizes import Preset, Sizes
 
 _ALL: Sizes = {
@@ -59,19 +54,3 @@ def training_arms(config: Config) -> dict[str, Config]:
         BALANCED: config.replace(balanced_softmax=True, distillation_weight=0.0),
         WHOLE: config.replace(balanced_softmax=True, distillation_weight=1.0),
     }
-
-
-def disagreement_map(
-    client_logits: Tensor, global_logits: Tensor, counts: np.ndarray | Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Disagreement by the class that the global model predicts: (C,) each of plain KL and of KSAS, adding up to one.
-
-    Which classes would get a client's budget if images were queried in proportion to their score.
-    """
-    predicted, classes = global_logits.argmax(1), global_logits.shape[1]
-    out = []
-    for prior in (np.ones(classes), counts):
-        score = ksas.specialised_divergence(client_logits, global_logits, prior).cpu()
-        total = torch.zeros(classes, dtype=torch.float64).index_add_(0, predicted.cpu(), score)
-        out.append((total / total.sum().clamp(min=1e-300)).numpy())
-    return out[0], out[1]

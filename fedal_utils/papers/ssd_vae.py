@@ -1,4 +1,4 @@
-"""SSD with a VAE's dual score: notebook 40. Its weights swept, its published subsets.
+"""SSD with a VAE's dual score: notebook 40. Its weights swept.
 
 One node; in every cycle the detector begins again, and takes the same number of steps.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .. import seeding
 from ..config import Config
 from .sizes import ONE_NODE, Preset, Sizes
 
@@ -34,8 +33,8 @@ _SMALL: dict[str, Sizes] = {
 }
 
 # SSD300 of the released code on VOC07 + VOC12 with the start and the steps of the learning-loss line of work (1,000
-# images a cycle), which its subsets of 1,000 and 5,000 ids fit; the VAE in its published shape. Its 120,000 iterations
-# of batch 32 are for the whole set: a cycle takes 40,000, as its runs on 1,000 images did.
+# images a cycle), which its fixed subsets of 1,000 and 5,000 ids fit; the VAE in its published shape. Its 120,000
+# iterations of batch 32 are for the whole set: a cycle takes 40,000, as its runs on 1,000 images did.
 FULL_SSD: Sizes = {
     **ONE_NODE,
     **dict(dataset="voc0712", image_size=(300, 300)),
@@ -62,19 +61,3 @@ def sweep(config: Config, term: str = "d1", parts: Sequence[float] = PARTS) -> d
         part: (config, ends[part]) if part in ends else (config.replace(vae_weight=part), f"vae_{term}")
         for part in parts
     }
-
-
-def subsets(ids: Sequence[str], seed: int = 137, first: int = 1000, more: int = 4000) -> dict[str, list[str]]:
-    """The released code's fixed subsets of its training ids, in their file order (section 4.1).
-
-    'J1': `first` ids drawn with Python's `random.sample` from `seed`, sorted as the file has them; 'J2': all others;
-    'J3': J1 and the first `more` of J2, chosen by no score; 'remaining': the others of J2. That the draw is `sample` is
-    *reconstructed*; sizes, seed and order are *released code*.
-    """
-    ids = list(ids)
-    if first > len(ids):
-        raise ValueError(f"a subset of {first} ids needs as many, got {len(ids)}")
-    chosen = set(seeding.python_sample(seed, len(ids), first))
-    initial = [name for row, name in enumerate(ids) if row in chosen]
-    rest = [name for row, name in enumerate(ids) if row not in chosen]
-    return {"J1": initial, "J2": rest, "J3": initial + rest[:more], "remaining": rest[more:]}

@@ -1,11 +1,7 @@
 """Arms change what their names say; gains are split as by hand; fixed subsets are the published ones."""
 
-import random
-
-import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from fedal_utils import papers, record
 from fedal_utils.config import FILTERS
@@ -133,13 +129,6 @@ def test_kafals_training_is_taken_apart():
     assert parts == [(False, 0.0), (True, 0.0), (True, 1.0)] and changes(arms[kafal.WHOLE], base) == {}
 
 
-def test_the_map_of_disagreement_by_hand():
-    """Both images are predicted as class 1 and 0; the client agrees on the first: all of it lies in class 0."""
-    server, client = torch.tensor([[0.0, 2.0], [2.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])
-    plain, specialised = kafal.disagreement_map(client, server, np.array([5, 5]))
-    assert plain.tolist() == pytest.approx([1, 0]) and specialised.tolist() == pytest.approx([1, 0])
-
-
 # --- SSD with a VAE ---------------------------------------------------------------------------------------------------
 
 
@@ -150,24 +139,3 @@ def test_the_sweep_ends_in_the_single_terms():
     assert arms[1.0] == (base, "vae") and arms[0.0] == (base, "d3")
     for alpha in (0.75, 0.5, 0.25):
         assert arms[alpha] == (base.replace(vae_weight=alpha), "vae_d3")
-
-
-VOC = [f"{year}_{i:06d}" for year, count in (("2007", 5011), ("2012", 11540)) for i in range(count)]
-
-
-def test_the_published_subsets_have_their_sizes_cover_all_and_overlap_nowhere():
-    parts = ssd_vae.subsets(VOC)
-    assert parts == ssd_vae.subsets(tuple(VOC))
-    assert {name: len(part) for name, part in parts.items()} == {
-        "J1": 1000,
-        "J2": 15551,
-        "J3": 5000,
-        "remaining": 11551,
-    }
-    assert parts["J1"] == [VOC[row] for row in sorted(random.Random(137).sample(range(16551), 1000))]
-    taken = set(parts["J1"])
-    assert parts["J2"] == [name for name in VOC if name not in taken]
-    assert parts["J3"] == parts["J1"] + parts["J2"][:4000] and parts["remaining"] == parts["J2"][4000:]
-    assert ssd_vae.subsets(VOC, seed=138)["J1"] != parts["J1"]
-    with pytest.raises(ValueError, match="a subset of 1000 ids needs as many, got 999"):
-        ssd_vae.subsets(VOC[:999])
