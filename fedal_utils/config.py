@@ -91,10 +91,8 @@ class ModelConfig(Part):
     frozen: bool = False  # the backbone is not trained: its features are cached once
     box_loss: str = name("smooth_l1", "efficient_iou", "extended_iou")  # Faster R-CNN's second stage
     box_weight: float = number(1.0, least=0)  # of an IoU loss
-    box_focal: float = number(0.0, least=0)
     auxiliary_head: str = name("none", "sides", "iou")  # a deviation per side | a head that predicts the box's IoU
     auxiliary_weight: float = number(1.0, least=0)
-    iou_power: float = number(0.5, least=0)
     emphasis: float = number(0.0, least=0)
     box_loss_head: bool = False  # predicts each box's classification loss; strategy 'hua' needs it
     image_loss_head: bool = False  # beside an SSD: learns to rank images by their loss

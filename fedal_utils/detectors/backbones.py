@@ -162,7 +162,6 @@ class ResNet50FPN(nn.Module):
     """torchvision's ResNet-50 with a feature pyramid: five maps of 256 channels (strides 4 to 64)."""
 
     strides = (4, 8, 16, 32, 64)
-    channels = (256, 256, 256, 256, 256)
 
     def __init__(self, pretrained: bool = False):
         super().__init__()

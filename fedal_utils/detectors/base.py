@@ -1,12 +1,6 @@
 """What all detectors share: their interface, the code of boxes relative to anchors, and post-processing.
 
-A detector is a module with
-
-    features(pixels)                uint8 (B, 3, H, W) -> tuple of maps; the part that can be frozen and cached
-    loss(inputs, boxes, classes, ignore, generator) -> {"classification": scalar, "regression": scalar, ...}
-    predict(inputs, ...)            -> data.Detections, best first
-
-where `inputs` is uint8 pixels or the cached maps of a frozen backbone. Boxes are (B, K, 4) xyxy pixels, classes
+`inputs` are uint8 pixels (B, 3, H, W) or the cached maps of a frozen backbone. Boxes are (B, K, 4) xyxy pixels, classes
 (B, K) 1..C with 0 = padding, ignore (B, K) bool.
 """
 
@@ -50,25 +44,8 @@ def with_a_column(boxes: Tensor, classes: Tensor, ignore: Tensor) -> tuple[Tenso
     return F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1)), F.pad(ignore, (0, 1))
 
 
-class RawDetections(NamedTuple):
-    """Detections before NMS of B images, A boxes each.
-
-    boxes (B, A, 4), or (B, A, C, 4) with a box per class; probs (B, A, C + 1), background first.
-    scores (B, A, C): what is thresholded, ranked and returned as score in the place of the classes' probs.
-    extra: more about each box, (B, A, ...) by name, or (B, A * C, ...) where every class has its own; handed on.
-    """
-
-    boxes: Tensor
-    probs: Tensor
-    scores: Tensor | None = None
-    extra: Mapping[str, Tensor] = {}
-
-
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float] = (10.0, 5.0)) -> Tensor:
-    """Boxes (..., 4) as deltas (..., 4) from anchors (..., 4); Ren et al. 2015 (1506.01497) eq. 2.
-
-    weights: of the centre's shift and of the logarithm of the sides' ratio; torchvision's, as in its `BoxCoder`.
-    """
+    """Boxes (..., 4) as deltas (..., 4) from anchors (..., 4), as torchvision's; Ren et al. 2015 (1506.01497) eq. 2."""
     sides, own = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]  # (..., 2)
     apart = (boxes[..., :2] + 0.5 * sides) - (anchors[..., :2] + 0.5 * own)  # of the centres
     return torch.cat([weights[0] * apart / own, weights[1] * torch.log(sides / own)], dim=-1)
@@ -80,6 +57,19 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, float] =
     centre = deltas[..., :2] / weights[0] * own + (anchors[..., :2] + 0.5 * own)
     half = 0.5 * (torch.exp((deltas[..., 2:] / weights[1]).clamp(max=LARGEST_GROWTH)) * own)
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+class RawDetections(NamedTuple):
+    """Detections before NMS of B images, A boxes each.
+
+    boxes (B, A, 4), or (B, A, C, 4) with a box per class; probs (B, A, C + 1), background first; scores (B, A, C) in
+    the place of the classes' probs; extra: more about each box, (B, A, ...) by name.
+    """
+
+    boxes: Tensor
+    probs: Tensor
+    scores: Tensor | None = None
+    extra: Mapping[str, Tensor] = {}
 
 
 def clone(model: Detector) -> Detector:
@@ -107,7 +97,7 @@ class Detector(nn.Module):
         self.backbone.eval()
 
     def unfreeze_backbone(self) -> None:
-        """The opposite of `freeze_backbone`. A clone made while it was frozen shares it: unfreeze only one of them."""
+        """The opposite of `freeze_backbone`."""
         self.frozen = False
         self.backbone.requires_grad_(True)
         self.backbone.train(self.training)
@@ -118,16 +108,13 @@ class Detector(nn.Module):
             self.backbone.eval()
         return self
 
-    def check_size(self, pixels: Tensor) -> None:
-        if tuple(pixels.shape[-2:]) != self.image_size:
-            raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
-
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Maps of the backbone for pixels (B, 3, H, W) in 0..255, uint8 or float.
 
         A frozen backbone keeps no graph, unless the pixels require a gradient: then it flows through to them.
         """
-        self.check_size(pixels)
+        if tuple(pixels.shape[-2:]) != self.image_size:
+            raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
         if self.frozen and not pixels.requires_grad:
             with torch.no_grad():
                 return self.backbone(pixels)
@@ -156,38 +143,37 @@ class Detector(nn.Module):
         score_above: float = 0.01,
         nms_iou: float | None = None,
         top: int = 100,
-        candidates: int | None = None,
         class_agnostic: bool = False,
         **views,
     ) -> Detections:
-        """Detections of each image, best first, see `select_detections`; None: the detector's own number.
+        """Detections of each image in eval mode, best first, see `select_detections`.
 
-        views: of a YOLO, see `YOLO.raw_detections`. ValueError: the detector is in training mode, or what it finds is
-        not finite.
+        nms_iou: None = the detector's own. views: of a YOLO, see `YOLO.raw_detections`.
         """
-        if self.training:
-            raise ValueError("predict needs eval mode: call detector.eval() first")
         raw = self.raw_detections(inputs, **views)
         nms_iou = self.nms_iou if nms_iou is None else nms_iou
-        return select_detections(raw, score_above, nms_iou, top, candidates or self.candidates, class_agnostic)
+        return select_detections(raw, score_above, nms_iou, top, self.candidates, class_agnostic)
 
     def exchanged(self) -> list[str]:
         """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""
         return [k for k in self.state_dict() if not (self.frozen and k.startswith("backbone."))]
 
 
-def survivors(boxes: Tensor, groups: Tensor, keep: Tensor, iou: float) -> Tensor:
-    """Which of the kept boxes (B, T, 4), best first, survive NMS within each group (B, T) of an image: (B, T) bool.
+def suppress(
+    boxes: Tensor, valid: Tensor, iou: float, groups: Tensor | None = None, rounds: int | None = None
+) -> Tensor:
+    """Which of the valid boxes (B, N, 4), best first, survive NMS within each group (B, N) of an image: (B, N) bool.
 
-    For a GPU, which goes through one long NMS box by box. A box survives if no survivor before it, of its group,
-    overlaps it: a round settles the next link of every chain, and all is settled when a round changes nothing.
+    For a GPU, which goes through one long NMS box by box. A box survives if no survivor before it overlaps it: a round
+    settles the next link of every chain. rounds: so many, without waiting for the device; None: until nothing changes.
     """
-    above = (pairwise_iou(boxes, boxes) > iou).triu(1) & (groups[..., None] == groups[:, None])  # (B, better, worse)
-    alive = keep
+    above = (pairwise_iou(boxes, boxes) > iou).triu(1)  # (B, better, worse)
+    above = above if groups is None else above & (groups[..., None] == groups[:, None])
+    alive = valid
     while True:
-        for _ in range(8):  # a comparison waits for the device
-            before, alive = alive, keep & ~(above & alive[..., None]).any(1)
-        if torch.equal(alive, before):
+        for _ in range(rounds or 8):
+            before, alive = alive, valid & ~(above & alive[..., None]).any(1)
+        if rounds or torch.equal(alive, before):
             return alive
 
 
@@ -196,16 +182,15 @@ def select_detections(
 ) -> Detections:
     """Threshold, the best `candidates` (box, class) pairs of each image, NMS within each class, the best `top`.
 
-    One NMS call serves the batch. class_agnostic: a box counts once, with its best class, and suppresses across
-    classes. ValueError: a score or a box that is not finite.
+    class_agnostic: a box counts once, with its best class, and suppresses across classes. ValueError: not finite.
     """
     boxes, probs, scores, extra = raw
-    _, anchors, columns = probs.shape
+    columns = probs.shape[2]
     foreground = probs[..., 1:] if scores is None else scores  # (B, A, C)
     if class_agnostic:
         best = foreground.argmax(-1, keepdim=True)
         foreground = torch.zeros_like(foreground).scatter(-1, best, foreground.gather(-1, best))
-    scores, pair = foreground.flatten(1).topk(min(candidates, anchors * (columns - 1)), dim=1)  # (B, T)
+    scores, pair = foreground.flatten(1).topk(min(candidates, foreground[0].numel()), dim=1)  # (B, T)
     row, label = pair // (columns - 1), pair % (columns - 1)
     chosen = take(boxes.flatten(1, 2), pair) if boxes.dim() == 4 else take(boxes, row)  # (B, T, 4)
     # topk puts NaN first, so a broken model is seen here; without this its detections would just vanish.
@@ -213,18 +198,18 @@ def select_detections(
         raise ValueError("the detector's scores or boxes are not finite: its weights are broken, or its input is")
     keep = (scores > score_above) & (chosen[..., 2:] - chosen[..., :2] > 1e-2).all(-1)
     if keep.is_cuda:
-        alive = survivors(chosen, label * (not class_agnostic), keep, nms_iou)
+        alive = suppress(chosen, keep, nms_iou, groups=label * (not class_agnostic))
     else:
         image, place = keep.nonzero(as_tuple=True)
         group = image if class_agnostic else image * (columns - 1) + label[image, place]
-        offset = boxes.abs().max().double() + 1 if boxes.numel() else 0.0
+        offset = boxes.abs().max().double() + 1
         # Groups are moved apart so that one NMS serves all; in float64 the shift costs no precision.
         shifted = chosen[image, place].double() + (group * 2 * offset)[:, None]
         kept = nms(shifted, scores[image, place].double(), nms_iou)
         alive = torch.zeros_like(keep)
         alive[image[kept], place[kept]] = True
     # topk gave each row in falling order, so the survivors are in order already: move them to the front.
-    length = int(min(top, alive.sum(1).max().item())) if alive.numel() else 0
+    length = min(top, int(alive.sum(1).max()))
     front = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, length)
     alive = alive.gather(1, front)
 
@@ -238,5 +223,5 @@ def select_detections(
         scores=left(scores),
         labels=left(label + 1),
         probs=left(take(probs, row)),
-        extra={name: left(take(v, row if v.shape[1] == anchors else pair)) for name, v in extra.items()},
+        extra={name: left(take(value, row)) for name, value in extra.items()},
     )

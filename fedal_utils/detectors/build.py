@@ -18,28 +18,30 @@ DETECTORS = {"ssd": SSD, "faster_rcnn": FasterRCNN, "yolo": YOLO}
 BACKBONES = {"ssd": ("small", "lite0", "vgg16"), "faster_rcnn": ("small", "lite0", "resnet50")}
 
 
-def build(config: Config, classes: int, rng: torch.Generator) -> Detector | Classifier:
-    """The config's detector (or classifier) with weights drawn from `rng`.
-
-    With config.model.frozen the backbone is not trained, not sent, and its maps may be cached; a YOLO has no pretrained
-    weights, so its backbone stays random until a trained one is loaded.
-    """
+def build(config: Config, classes: int, rng: torch.Generator) -> Detector | Classifier | LinearClassifier:
+    """The config's detector (or classifier) with weights drawn from `rng`; with config.model.frozen ready to cache."""
     if config.model.classifier == "linear":
         return LinearClassifier(classes)
-    if config.model.classifier:
-        return _classifier(config, classes, rng)
     refuse(config, classes)
+    name, size = config.model.classifier, config.data.image_size
     with borrowed_global_rng(rng):
-        model = DETECTORS[config.model.detector](config.model, config.data.image_size, classes)
+        if name:
+            return resnet8(classes) if name == "resnet8" else conv4(classes, size)
+        model = DETECTORS[config.model.detector](config.model, size, classes)
     if config.model.frozen:
         model.freeze_backbone()
     return model
 
 
 def refuse(config: Config, classes: int) -> None:
-    """ValueError, with the reason, where no detector has all that the config asks for."""
-    model, size = config.model, config.data.image_size
-    kind, backbone = model.detector, model.backbone
+    """ValueError, with the reason, where no model has all that the config asks for."""
+    model, size, kind, backbone = config.model, config.data.image_size, config.model.detector, config.model.backbone
+    if model.classifier:
+        if model.classifier not in CLASSIFIERS:
+            raise ValueError(f"classifier must be one of {CLASSIFIERS}, got {model.classifier!r}")
+        if classes < 2 or (model.classifier == "conv4" and min(size) < 16):
+            raise ValueError(f"a classifier needs 2 classes (got {classes}), 'conv4' also sides >= 16, got {size}")
+        return
     localised = model.box_loss != "smooth_l1" or model.auxiliary_head != "none" or model.emphasis != 0
     if classes < 1:
         raise ValueError(f"a detector needs at least one class, got {classes}")
@@ -51,29 +53,19 @@ def refuse(config: Config, classes: int) -> None:
         raise ValueError("detector 'yolo' has no box_loss_head: use 'faster_rcnn' or 'ssd'")
     if kind != "ssd" and model.image_loss_head:
         raise ValueError(f"detector {kind!r} has no image_loss_head: use 'ssd'")
-    if kind != "yolo" and backbone not in BACKBONES[kind]:
-        raise ValueError(f"detector {kind!r} takes a backbone of {BACKBONES[kind]}, got {backbone!r}")
-    if kind != "yolo" and backbone == "vgg16" and size != (300, 300):
-        raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {size}")
     if (kind == "yolo" or backbone in ("small", "lite0")) and (min(size) < 32 or size[0] % 32 or size[1] % 32):
         raise ValueError(f"{kind} on {backbone!r} needs image sides that are multiples of 32, got {size}")
-    if kind != "yolo" and model.frozen and backbone != "lite0":
+    if kind == "yolo":
+        return
+    if backbone not in BACKBONES[kind]:
+        raise ValueError(f"detector {kind!r} takes a backbone of {BACKBONES[kind]}, got {backbone!r}")
+    if backbone == "vgg16" and size != (300, 300):
+        raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {size}")
+    if model.frozen and backbone != "lite0":
         raise ValueError(
             f"backbone {backbone!r} holds layers without pretrained weights: frozen, they would stay random; "
             "freeze 'lite0', or train it"
         )
-
-
-def _classifier(config: Config, classes: int, rng: torch.Generator) -> Classifier:
-    name, size = config.model.classifier, config.data.image_size
-    if name not in CLASSIFIERS:
-        raise ValueError(f"classifier must be one of {CLASSIFIERS}, got {name!r}")
-    if classes < 2:
-        raise ValueError(f"a classifier needs 2 classes or more, got {classes}")
-    if name == "conv4" and min(size) < 16:
-        raise ValueError(f"classifier 'conv4' halves the image four times: sides >= 16, got {size}")
-    with borrowed_global_rng(rng):
-        return resnet8(classes) if name == "resnet8" else conv4(classes, size)
 
 
 def build_vae(config: Config, rng: torch.Generator) -> VAE:

@@ -96,13 +96,12 @@ class FasterRCNN(Detector):
     ) -> dict[str, Tensor]:
         """{"objectness", "proposal_regression"} and what `LocalisedRoIHeads.losses_of` gives.
 
-        generator: of the samples; on a GPU best one of that device, see `proposals.sample`.
+        generator: of the samples, on the detector's device.
         """
         boxes, classes, ignore = with_a_column(boxes, classes, ignore)
         images, maps = self.pyramid(inputs)
         classes = classes * ~ignore  # 0 = padding
-        # Outside of autocast: torchvision casts anchors and boxes to the maps' type, and bfloat16 cannot tell x = 401
-        # from x = 400.
+        # Outside of autocast: torchvision casts boxes to the maps' type, and bfloat16 cannot tell 401 from 400.
         with torch.autocast(boxes.device.type, enabled=False):
             if boxes.device.type == "cpu":
                 return self.loss_by_image(images, maps, boxes, classes, generator)
@@ -118,13 +117,9 @@ class FasterRCNN(Detector):
             for box, name, share in zip(boxes, classes, density, strict=True)
         ]
         with borrowed_global_rng(generator):
-            proposals, rpn_losses = self.rpn(images, maps, targets)
-            roi_losses = self.roi.loss(maps, proposals, images.image_sizes, targets)
-        return {
-            "objectness": rpn_losses["loss_objectness"],
-            "proposal_regression": rpn_losses["loss_rpn_box_reg"],
-            **roi_losses,
-        }
+            proposals, rpn = self.rpn(images, maps, targets)
+            rest = self.roi.loss(maps, proposals, images.image_sizes, targets)
+        return {"objectness": rpn["loss_objectness"], "proposal_regression": rpn["loss_rpn_box_reg"], **rest}
 
     def loss_at_once(
         self, maps: dict[str, Tensor], boxes: Tensor, classes: Tensor, generator: torch.Generator
@@ -203,5 +198,5 @@ class FasterRCNN(Detector):
         extra = {name: padded(value) for name, value in extra.items()}
         scores = None
         if self.roi.iou_head is not None:
-            scores = probs[..., 1:] * extra["sides"][..., :1] ** self.roi.config.iou_power
+            scores = probs[..., 1:] * extra["sides"][..., :1] ** 0.5
         return RawDetections(boxes, probs, scores, extra)

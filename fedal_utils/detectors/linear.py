@@ -23,8 +23,7 @@ class LinearClassifier(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.classes = classes
-        shapes = {"weight": (classes, 0), "bias": (classes,), "seen": (classes,)}
-        for name, shape in shapes.items():
+        for name, shape in {"weight": (classes, 0), "bias": (classes,), "seen": (classes,)}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 
     def exchanged(self) -> list[str]:
@@ -37,27 +36,19 @@ class LinearClassifier(nn.Module):
             setattr(self, name, value.double().clone())
 
     def activations(self, features: Tensor) -> Tensor:
-        """(N, C) class scores as they are; 0 for unseen classes."""
-        return (
-            features.double() @ self.weight.T + self.bias
-            if self.weight.shape[1]
-            else features.new_zeros(len(features), len(self.bias))
-        )
+        """(N, C) class scores as they are; 0 before training."""
+        if not self.weight.shape[1]:
+            return features.new_zeros(len(features), self.classes)
+        return features.double() @ self.weight.T + self.bias
 
-    def forward(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """(N, C) as `scores`."""
-        return self.scores(features)
-
-    def scores(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def forward(self, features: Tensor | tuple[Tensor]) -> Tensor:
         """(N, C) log-probabilities, `LEAST` at least."""
-        features = features[0] if isinstance(features, tuple) else features
-        unseen = self.seen == 0
-        activations = self.activations(features)
+        activations, unseen = self.activations(self.embed(features)), self.seen == 0
         if bool(unseen.all()):
             return activations
         return activations.masked_fill(unseen, -torch.inf).log_softmax(1).clamp(min=LEAST)
 
-    def embed(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def embed(self, features: Tensor | tuple[Tensor]) -> Tensor:
         """(N, D) the features themselves."""
         return features[0] if isinstance(features, tuple) else features
 
@@ -69,22 +60,16 @@ class LinearClassifier(nn.Module):
         """
         from sklearn.linear_model import LogisticRegression
 
-        if not len(classes):
-            raise ValueError("a classifier needs one labelled image at least, got none")
-        count = len(self.bias)
-        weight = torch.zeros(count, features.shape[1], dtype=torch.float64)
-        bias, seen = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        weight = torch.zeros(self.classes, features.shape[1], dtype=torch.float64)
+        bias, seen = torch.zeros(self.classes, dtype=torch.float64), torch.zeros(self.classes, dtype=torch.float64)
         found = torch.unique(classes)
         if len(found) > 1:
             model = LogisticRegression(C=regularisation, max_iter=500).fit(features.double().numpy(), classes.numpy())
-            coefficients, intercept = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
-            if len(found) == 2:  # one row there: the second class's
-                coefficients = torch.cat([torch.zeros_like(coefficients), coefficients])
-                intercept = torch.cat([torch.zeros_like(intercept), intercept])
-            weight[found], bias[found] = coefficients.double(), intercept.double()
+            rows = found[-len(model.coef_) :]  # of two classes one row: the second's
+            weight[rows], bias[rows] = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
         seen[found] = 1
         self.weight, self.bias, self.seen = weight, bias, seen
-        return float(nn.functional.nll_loss(self.scores(features), classes))
+        return float(nn.functional.nll_loss(self(features), classes))
 
 
 def out_of_fold(
@@ -92,7 +77,8 @@ def out_of_fold(
 ) -> tuple[Tensor, Tensor]:
     """Activations and log-probabilities (L, C) of labelled images by classifiers that were not trained on them.
 
-    `FOLDS` parts in turn; one labelled image alone is predicted by the classifier that it made.
+    features, classes: of L images; count: C. rng: of the `FOLDS` parts that are left out in turn. regularisation: as
+    in `fit`. One labelled image alone is predicted by the classifier that it made.
     """
     activations = torch.zeros(len(classes), count, dtype=torch.float64)
     logs = torch.zeros_like(activations)
@@ -100,5 +86,5 @@ def out_of_fold(
     for part in np.array_split(order, min(FOLDS, len(order))):
         rest = np.setdiff1d(order, part) if len(order) > 1 else order
         model.fit(features[rest], classes[rest], regularisation)
-        activations[part], logs[part] = model.activations(features[part]), model.scores(features[part])
+        activations[part], logs[part] = model.activations(features[part]), model(features[part])
     return activations, logs

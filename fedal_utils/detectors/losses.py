@@ -1,12 +1,8 @@
 """Losses that torch or torchvision lack: CIoU and two EIoUs, likelihood per side, crowding weights, classes, ranking.
 
-Of boxes: row i of `boxes` is compared with row i of `targets`, both (N, 4) xyxy in pixels, float32 or float64; results
-are (N,) of the same dtype, without reduction, and empty for N = 0. A box may have zero area: a ratio whose denominator
-vanishes is 0 then, and no NaN comes of it, in the value or the gradient.
-
-Of classes: logits are (..., B, C) for B images, `...` nothing or (M,) clients side by side; results are (...,), means
-over the images of each client. Values are not checked here, and no device is waited for: what is not a number stays
-none, so that who reads the loss sees it.
+Of boxes: row i of `boxes` is compared with row i of `targets`, both (N, 4) xyxy in pixels; results are (N,). A ratio
+whose denominator vanishes is 0, and no NaN comes of it, in the value or the gradient. Of classes: results are means
+over images. Values are not checked, and no device is waited for: what is not a number stays none, so that it is seen.
 """
 
 from __future__ import annotations
@@ -27,45 +23,35 @@ def complete_iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tens
     torchvision's to the bit, which asks the device which boxes overlap.
     """
 
-    def overlap() -> Tensor:
-        (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
-        left, top, right, bottom = torch.max(x1, x3), torch.max(y1, y3), torch.min(x2, x4), torch.min(y2, y4)
-        both = torch.where((bottom > top) & (right > left), (right - left) * (bottom - top), 0.0)
-        return both / ((x2 - x1) * (y2 - y1) + (x4 - x3) * (y4 - y3) - both + eps)
+    def corners() -> tuple[Tensor, ...]:  # anew for each term: so gradients are added up in torchvision's order
+        return *boxes.unbind(-1), *targets.unbind(-1)
 
-    def distance() -> Tensor:
-        (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
-        width, height = torch.max(x2, x4) - torch.min(x1, x3), torch.max(y2, y4) - torch.min(y1, y3)
-        between = ((x2 + x1) / 2 - (x3 + x4) / 2) ** 2 + ((y2 + y1) / 2 - (y3 + y4) / 2) ** 2
-        return between / (width**2 + height**2 + eps)
-
-    def aspect() -> Tensor:
-        (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
-        return 4 / math.pi**2 * (torch.atan((x4 - x3) / (y4 - y3)) - torch.atan((x2 - x1) / (y2 - y1))) ** 2
-
-    iou = overlap()
-    loss = 1 - iou + distance()
-    shape = aspect()
+    x1, y1, x2, y2, x3, y3, x4, y4 = corners()
+    left, top, right, bottom = torch.max(x1, x3), torch.max(y1, y3), torch.min(x2, x4), torch.min(y2, y4)
+    both = torch.where((bottom > top) & (right > left), (right - left) * (bottom - top), 0.0)
+    iou = both / ((x2 - x1) * (y2 - y1) + (x4 - x3) * (y4 - y3) - both + eps)
+    x1, y1, x2, y2, x3, y3, x4, y4 = corners()
+    width, height = torch.max(x2, x4) - torch.min(x1, x3), torch.max(y2, y4) - torch.min(y1, y3)
+    between = ((x2 + x1) / 2 - (x3 + x4) / 2) ** 2 + ((y2 + y1) / 2 - (y3 + y4) / 2) ** 2
+    loss = 1 - iou + between / (width**2 + height**2 + eps)
+    x1, y1, x2, y2, x3, y3, x4, y4 = corners()
+    shape = 4 / math.pi**2 * (torch.atan((x4 - x3) / (y4 - y3)) - torch.atan((x2 - x1) / (y2 - y1))) ** 2
     with torch.no_grad():
         alpha = shape / (1 - iou + shape + eps)
     return loss + alpha * shape
 
 
-def efficient_iou_loss(boxes: Tensor, targets: Tensor, focal: float = 0.0) -> Tensor:
+def efficient_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Efficient IoU loss (N,) in [0, 3.25]; Zhang et al. 2021 (2101.08158): 0 for equal boxes, symmetric.
 
     1 - IoU + rho^2 / (cw^2 + ch^2) + (w - w*)^2 / cw^2 + (h - h*)^2 / ch^2, where rho is the distance of the centres
-    and cw, ch the sides of the enclosing box. focal >= 0 multiplies it by IoU^focal (0.5 in the paper). That weight is
-    detached, so no gradient flows through it, and it is 0 where boxes do not overlap: with focal > 0 these rows teach
-    nothing. Two boxes without area have IoU 0 even if they are equal: their loss is then 1, with a finite gradient.
+    and cw, ch the sides of the enclosing box. Two boxes without area have IoU 0 even if they are equal.
     """
-    iou = _iou(boxes, targets)
     enclosing = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     between = ((boxes[:, :2] + boxes[:, 2:]) - (targets[:, :2] + targets[:, 2:])) / 2  # (N, 2) of the centres
     sides = (boxes[:, 2:] - boxes[:, :2]) - (targets[:, 2:] - targets[:, :2])  # (N, 2) differences
     distance = _ratio(between.square().sum(1), enclosing.square().sum(1))
-    loss = 1 - iou + distance + _ratio(sides, enclosing).square().sum(1)
-    return loss * iou.detach().pow(focal) if focal else loss
+    return 1 - _iou(boxes, targets) + distance + _ratio(sides, enclosing).square().sum(1)
 
 
 def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
@@ -74,8 +60,7 @@ def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
     From the top left corner of the enclosing box, let a be the larger start and e the smaller end along an axis. Then
     I = (ex - ax)(ey - ay) where both axes overlap, (ex - ax)(ey + ay) where only x is disjoint, (ex + ax)(ey - ay)
     where only y is, 2(ex ey - ax ay) where both are, and the value is I / (area + area* - I). It falls towards -1 as
-    boxes part, is symmetric in its arguments, and a common shift or scale changes nothing; a mirror does: unless boxes
-    overlap, it matters which corner is the origin. Two boxes without area: 0 if I is 0, else -1, far or near.
+    boxes part. Two boxes without area: 0 if I is 0, else -1.
     """
     corner = torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     starts = torch.maximum(boxes[:, :2], targets[:, :2]) - corner
@@ -90,10 +75,9 @@ def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 def extended_iou_loss(boxes: Tensor, targets: Tensor, smooth: float = 0.1) -> Tensor:
-    """Smoothed Extended IoU loss (N,) in [0, 2 - smooth / 2) for 0 < smooth <= 2; Peng and Yu 2021.
+    """Smoothed Extended IoU loss (N,) in [0, 2 - smooth / 2); Peng and Yu 2021.
 
-    z = 1 - Extended IoU: z^2 / (2 smooth) if z < smooth, else z - smooth / 2. The gradient is 0 for equal boxes and
-    not 0 for disjoint ones. Two boxes without area have z = 1 or 2, see `extended_iou`.
+    z = 1 - Extended IoU: z^2 / (2 smooth) if z < smooth, else z - smooth / 2.
     """
     value = extended_iou(boxes, targets)
     return F.smooth_l1_loss(value, torch.ones_like(value), reduction="none", beta=smooth)
@@ -103,9 +87,8 @@ def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, siz
     """IoU-weighted Gaussian negative log-likelihood (N,) of left, top, right and bottom; it can be below 0.
 
     IoU * sum over sides of error^2 / (2 s^2) + ln s, with error = (target - box) / (w, h, w, h), without the constant.
-    deviations: (N, 4) s > 0 in units of the size, as the errors; a floor that keeps s^2 a normal number is the
-    caller's. sizes: (N, 2) width, height > 0 of the proposals in pixels. The IoU is detached: disjoint rows and boxes
-    without area give 0 and no gradient. After UAD (2006.15607); a reconstruction, HUALE's own loss is not public.
+    deviations: (N, 4) s > 0. sizes: (N, 2) width, height > 0 of the proposals in pixels. The IoU is detached. After
+    UAD (2006.15607); a reconstruction, HUALE's own loss is not public.
     """
     errors = (targets - boxes) / sizes.repeat(1, 2)  # (N, 4)
     variances = deviations.square()
@@ -116,8 +99,7 @@ def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, siz
 def crowding(boxes: Tensor, real: Tensor) -> Tensor:
     """For each of the boxes (B, K, 4) of an image the share (B, K) in [0, 1] of its other real ones that overlap it.
 
-    real: (B, K), False for padding. Overlap means IoU > 0: touching is none, nor is a box without area. One box alone
-    has 0. No gradient.
+    real: (B, K), False for padding. Overlap means IoU > 0: touching is none. One box alone has 0.
     """
     others = ~torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device) & real[:, None]
     overlaps = (pairwise_iou(boxes, boxes) > 0) & others  # (B, K, K); 0 / 0 is NaN, and not > 0
@@ -127,8 +109,8 @@ def crowding(boxes: Tensor, real: Tensor) -> Tensor:
 def emphasis_weights(density: Tensor, strength: float, counted: Tensor | None = None) -> Tensor:
     """Weights (N,) with mean 1 of N foreground RoIs, larger where it is crowded: 1 + strength * density over its mean.
 
-    density: (N,) in [0, 1], for example `crowding` of the matched box; strength >= 0, 0 gives ones; counted: (N,) 1 for
-    RoIs that are foreground, else 0. A reconstruction of HUALE's Emphasis loss, whose formula is not public.
+    density: (N,) in [0, 1], see `crowding`. counted: (N,) 1 for RoIs that are foreground, else 0; None: all. A
+    reconstruction of HUALE's Emphasis loss, whose formula is not public.
     """
     weights = 1 + strength * density
     if counted is None:
@@ -139,56 +121,54 @@ def emphasis_weights(density: Tensor, strength: float, counted: Tensor | None = 
 def balanced_cross_entropy(
     logits: Tensor, labels: Tensor, counts: Tensor | None, valid: Tensor | None = None
 ) -> Tensor:
-    """Balanced softmax loss (...,), for training only; Ren et al. 2020 (2007.10740), KAFAL's balanced classifier.
+    """Balanced softmax loss, for training only; Ren et al. 2020 (2007.10740), KAFAL's balanced classifier.
 
-    Cross-entropy of logits (..., B, C) + ln n over the classes with n > 0; a class without labels is left out, and its
-    logit gets a gradient of exactly 0. labels (..., B) int64, 0 .. C - 1; counts (..., C) of the client's labels, in
-    any unit, None: plain cross-entropy; valid (..., B) bool: images that count, without any the loss is 0. The loss of
-    a label whose count is 0 is infinite.
+    Cross-entropy of logits (B, C) + ln n over the classes with n > 0; a class without labels is left out. labels (B,)
+    int64, 0 .. C - 1; counts (C,) of the client's labels, None: plain cross-entropy; valid (B,) bool: images that
+    count, without any the loss is 0.
     """
-    valid = torch.ones_like(labels, dtype=torch.bool) if valid is None else valid
-    labels = labels.masked_fill(~valid, 0)
-    logits = _at_least_float32(logits).masked_fill(~valid[..., None], 0)  # whatever stands there, no NaN comes of it
+    logits = _at_least_float32(logits)
+    if valid is not None:
+        labels, logits = labels.masked_fill(~valid, 0), logits.masked_fill(~valid[:, None], 0)  # whatever stands there
     if counts is not None:
-        present = (counts > 0)[..., None, :]  # (..., 1, C)
-        prior = torch.where(present, counts[..., None, :], 1).to(logits.dtype).log()
-        present = present | ~present.any(-1, keepdim=True)  # a client without labels: its images do not count either
+        present = counts > 0
+        prior = torch.where(present, counts, 1).to(logits.dtype).log()
+        present = present | ~present.any()  # a client without labels: its images do not count either
         logits = (logits + prior).masked_fill(~present, -torch.inf)
-    each = -logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)  # (..., B)
-    return each.masked_fill(~valid, 0).sum(-1) / valid.sum(-1).clamp(min=1)
+    each = -logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)  # (B,)
+    if valid is None:
+        return each.sum() / max(1, len(labels))
+    return each.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
 
 
 def compensation_weights(counts: Tensor) -> Tensor:
-    """Class weights (..., C) of KAFAL's distillation (ICCV 2023, released code): the fewer labels, the larger.
+    """Class weights (C,) of KAFAL's distillation (ICCV 2023, released code): the fewer labels, the larger.
 
-    1 / (n + 1e-6) over its sum, over the classes with n > 0; 0 for the others, and all 0 without a label. counts:
-    (..., C) >= 0. The result is float64 for float64 counts, else float32.
+    1 / (n + 1e-6) over its sum, over the classes with n > 0; 0 for the others, and all 0 without a label.
     """
     inverse = torch.where(counts > 0, 1 / (counts.double() + 1e-6), 0)
-    total = inverse.sum(-1, keepdim=True)
+    total = inverse.sum()
     weights = inverse / torch.where(total > 0, total, 1)
     return weights.to(torch.promote_types(counts.dtype, torch.float32))
 
 
 def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """KAFAL's knowledge-compensatory distillation (...,), >= 0 (ICCV 2023, released code); 0 where both agree.
+    """KAFAL's knowledge-compensatory distillation, >= 0 (ICCV 2023, released code); 0 where both agree.
 
-    mean_b w_b (1 / C) sum_c q_c (ln q_c - ln p_c), p and q softmaxes of the student's and the teacher's logits
-    (..., B, C); the mean, not the sum, over classes is the released code's. weights (..., B) >= 0, one an image. No
-    gradient flows to the teacher.
+    mean_b w_b (1 / C) sum_c q_c (ln q_c - ln p_c), p and q softmaxes of the student's and the teacher's logits (B, C);
+    the mean, not the sum, over classes is the released code's. weights (B,) >= 0. No gradient flows to the teacher.
     """
     log_p = _at_least_float32(student).log_softmax(-1)
     log_q = _at_least_float32(teacher.detach()).log_softmax(-1)
-    divergence = (log_q.exp() * (log_q - log_p)).mean(-1)  # (..., B)
-    return (weights * divergence).mean(-1)
+    divergence = (log_q.exp() * (log_q - log_p)).mean(-1)  # (B,)
+    return (weights * divergence).mean()
 
 
 def ranking_loss(predicted: Tensor, loss: Tensor, margin: float = 1.0) -> Tensor:
     """How badly predicted losses (B,) order images as their true losses (B,) do; Yoo and Kweon 2019 (1905.03677) eq. 2.
 
     Mean over pairs of max(0, -sign(l_i - l_j) (p_i - p_j) + margin). The paper pairs image i with image B - 1 - i; here
-    all pairs i < j count but those of equal loss, which have no order. Without a pair it is 0, with a gradient of 0.
-    Only sign(l_i - l_j) is read of the true losses, so no gradient flows to them, and one that is NaN makes no pair.
+    all pairs i < j count but those of equal loss, which have no order. Without a pair it is 0.
     """
     predicted, loss = _at_least_float32(predicted), _at_least_float32(loss.detach())
     i, j = torch.triu_indices(len(loss), len(loss), 1, device=loss.device)  # B = 3: (0, 1), (0, 2), (1, 2)

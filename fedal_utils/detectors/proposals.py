@@ -1,8 +1,7 @@
 """Faster R-CNN's proposals and samples of a whole batch with fixed shapes: how `FasterRCNN.loss` goes on a GPU.
 
-torchvision goes image by image and asks at each step how many boxes are left; on a GPU every such question waits for
-the device. These functions mark with a mask what it leaves out. It stays what runs on a CPU, and what tests compare
-with. Letters: B images, K ground-truth boxes, N anchors or proposals, L levels (maps); boxes are xyxy pixels.
+torchvision asks for each image how many boxes are left, and waits for the GPU; here a mask marks what it leaves out.
+B images, K ground-truth boxes, N anchors or proposals; boxes are xyxy pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from ..data import clip_boxes
-from .base import decode_boxes, pairwise_iou, take
+from .base import decode_boxes, pairwise_iou, suppress, take
 
 OUTSIDE = 1e6  # pixels
 ROUNDS = 16  # of suppression; a chain of boxes that suppress each other in turn is hardly ever longer than nine
@@ -25,8 +24,7 @@ ROUNDS = 16  # of suppression; a chain of boxes that suppress each other in turn
 def match(boxes: Tensor, real: Tensor, others: Tensor, low: float, high: float, rescue: bool = False) -> Tensor:
     """Which real box (B, K) each of `others` ((N, 4) or (B, N, 4)) matches: (B, N), -1 below `low`, -2 below `high`.
 
-    As torchvision's Matcher; rescue: a box's best overlap counts whatever it is (its `allow_low_quality_matches`). What
-    overlaps a box that is not a number matches it, so that the loss shows it.
+    As torchvision's Matcher; rescue: a box's best overlap counts whatever it is. A box that is not a number matches.
     """
     iou = pairwise_iou(boxes, others).masked_fill(~real[..., None], -1.0)  # (B, K, N)
     best, index = iou.max(dim=1)
@@ -40,14 +38,10 @@ def match(boxes: Tensor, real: Tensor, others: Tensor, low: float, high: float, 
 def sample(positive: Tensor, negative: Tensor, sizes: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random sample of each image (B, N), as masks: positives up to a part of its size, negatives up to the rest.
 
-    sizes: torchvision's sampler, which says how many an image. generator: best on the masks' device; one of another
-    device seeds one there, which no CUDA graph can replay.
+    sizes: torchvision's sampler, which says how many an image. generator: on the masks' device.
     """
     count, device = sizes.batch_size_per_image, positive.device
     most = min(count, positive.shape[1])
-    if generator.device != device:
-        seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
-        generator = torch.Generator(device).manual_seed(seed)
     places = torch.arange(most, device=device)
 
     def draw(mask: Tensor, wanted: int | Tensor) -> Tensor:
@@ -57,15 +51,6 @@ def sample(positive: Tensor, negative: Tensor, sizes: nn.Module, generator: torc
 
     chosen = draw(positive, int(count * sizes.positive_fraction))
     return chosen, draw(negative, count - chosen.sum(1, keepdim=True))
-
-
-def suppress(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
-    """Which boxes (B, N, 4), best first, survive NMS: (B, N) bool."""
-    above = (pairwise_iou(boxes, boxes) > iou).triu(1) & valid[..., None]  # (B, better, worse)
-    keep = valid
-    for _ in range(ROUNDS):  # each round settles the next link of every chain
-        keep = valid & ~(above & keep[..., None]).any(1)
-    return keep
 
 
 def propose(
@@ -78,16 +63,15 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """The best boxes of all levels (B, P, 4), best first, and which of them are real (B, P).
 
-    objectness: of each level (B, n); deltas: (B, n, 4); anchors: (n, 4)
-    image_size: height, width
-    limits: boxes of each level before NMS, and of all levels after it (P, or less where there are not as many)
+    objectness: of each level (B, n); deltas: (B, n, 4); anchors: (n, 4). image_size: height, width.
+    limits: boxes of each level before NMS, and of all levels after it (P, or less where there are not as many).
     """
     boxes, scores = [], []
     for logits, delta, own in zip(objectness, deltas, anchors, strict=True):
         top, index = logits.topk(min(limits[0], logits.shape[1]), dim=1)  # (B, T), best first
         found = decode_boxes(take(delta, index), own[index], (1.0, 1.0))
         found = clip_boxes(found, image_size)
-        keep = suppress(found, (found[..., 2:] - found[..., :2] >= 1e-3).all(-1), nms_iou)
+        keep = suppress(found, (found[..., 2:] - found[..., :2] >= 1e-3).all(-1), nms_iou, rounds=ROUNDS)
         boxes.append(found)
         scores.append(top.sigmoid().masked_fill(~keep, -1.0))
     score = torch.cat(scores, dim=1)

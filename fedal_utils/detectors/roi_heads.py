@@ -1,8 +1,7 @@
 """torchvision's RoI heads with a replaceable box loss, and heads that say how sure each box is.
 
 With the defaults of the config the loss is torchvision's. The rest belongs to HUALE (IEEE BigData 2023), whose
-equations are not public: which loss its names stand for is *reconstructed* (see `losses` for each one's source), and so
-are the weights.
+equations are not public: which loss its names stand for is *reconstructed* (see `losses`), and so are the weights.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ LEAST_DEVIATION = 0.02  # of the proposal's side: below it the likelihood reward
 class LocalisedRoIHeads(RoIHeads):
     """RoI heads whose loss follows the config; other arguments as torchvision's, `hidden` is the box head's width.
 
-    box_loss: 'smooth_l1' on encoded deltas | 'efficient_iou' (with focal exponent `box_focal`) | 'extended_iou' on
-    decoded boxes, times `box_weight`. auxiliary_head: 'sides', a standard deviation per side learned by IoU-weighted
-    Gaussian likelihood | 'iou', a head that predicts the decoded box's IoU (Peng and Yu's interrelated head), times
-    `auxiliary_weight`; with it a detection's score is class probability x IoU ** `iou_power`. emphasis: strength of the
-    weight of foreground RoIs in crowded places. box_loss_head: predicts each RoI's classification loss (Park et al.
-    2023), on features it does not train.
+    box_loss: 'smooth_l1' on encoded deltas | 'efficient_iou' | 'extended_iou' on decoded boxes, times `box_weight`.
+    auxiliary_head: 'sides', a standard deviation per side learned by IoU-weighted Gaussian likelihood | 'iou', a head
+    that predicts the decoded box's IoU (Peng and Yu's interrelated head), times `auxiliary_weight`; with it a
+    detection's score is class probability x root of the IoU. emphasis: of foreground RoIs in crowded places.
+    box_loss_head: predicts each RoI's classification loss (Park et al. 2023), on features it does not train.
     """
 
     def __init__(self, *parts, config: ModelConfig, hidden: int, **settings):
@@ -49,11 +47,12 @@ class LocalisedRoIHeads(RoIHeads):
         """
         proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
         features = self.box_head(self.box_roi_pool(maps, proposals, sizes))  # (R, hidden)
-        goals, density = (
-            torch.cat([_at(t[key], index) for t, index in zip(targets, matched, strict=True)])
-            for key in ("boxes", "density")
-        )
-        return self.losses_of(features, torch.cat(proposals), torch.cat(labels), goals, density)
+
+        def matching(key: str) -> Tensor:  # zeros where the image has no object: nothing of it is foreground
+            pairs = ((t[key], index) for t, index in zip(targets, matched, strict=True))
+            return torch.cat([v[i] if len(v) else v.new_zeros(len(i), *v.shape[1:]) for v, i in pairs])
+
+        return self.losses_of(features, torch.cat(proposals), torch.cat(labels), matching("boxes"), matching("density"))
 
     def losses_of(
         self,
@@ -66,11 +65,8 @@ class LocalisedRoIHeads(RoIHeads):
     ) -> dict[str, Tensor]:
         """The losses of R RoIs.
 
-        features: (R, hidden) of the box head
-        proposals: (R, 4) xyxy pixels
-        labels: (R,) classes, 0 = background
-        goals: (R, 4) matched boxes; of the background's rows nothing is read
-        density: (R,) how crowded it is where the matched box stands
+        features: (R, hidden) of the box head; proposals: (R, 4) xyxy pixels; labels: (R,) classes, 0 = background.
+        goals: (R, 4) matched boxes; density: (R,) how crowded it is where the matched box stands.
         valid: (R,) False for padding, and then no shape depends on values; None: all are RoIs, and the background's
             rows are left out where only the foreground's count
         """
@@ -104,10 +100,9 @@ class LocalisedRoIHeads(RoIHeads):
         else:
             if config.box_loss == "smooth_l1":
                 wrong = F.smooth_l1_loss(own, encode_boxes(goal, place), beta=1 / 9, reduction="none").sum(1)
-            elif config.box_loss == "efficient_iou":
-                wrong = config.box_weight * losses.efficient_iou_loss(boxes, goal, config.box_focal)
             else:
-                wrong = config.box_weight * losses.extended_iou_loss(boxes, goal)
+                named = losses.efficient_iou_loss if config.box_loss == "efficient_iou" else losses.extended_iou_loss
+                wrong = config.box_weight * named(boxes, goal)
             parts = {"classification": (each * emphasis).sum() / count, "regression": mean(wrong)}
         if self.side_head is not None:
             sizes = (place[:, 2:] - place[:, :2]).clamp(min=1e-3)
@@ -151,8 +146,3 @@ def _beside(make: Callable[[], nn.Module]) -> nn.Module:
 
 def _loss_head(hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(hidden, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, 1))
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], or zeros where the image has no object (nothing of it is foreground then)."""
-    return values[index] if len(values) else values.new_zeros((len(index), *values.shape[1:]))

@@ -1,6 +1,6 @@
 """SSD: Liu et al. 2016 (1512.02325), in the full size (SSD300 on VGG16) and in small ones, on torchvision's parts.
 
-Target assignment and loss are batched, without a loop over images; tests hold them to torchvision's on equal inputs.
+Target assignment and loss are batched, of fixed shapes; tests hold them to torchvision's.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tenso
     """Which box each anchor answers for: index into K (B, A), -1 = background, -2 = not used.
 
     As torchvision's SSDMatcher: best box if IoU >= threshold, and each box owns its best anchor whatever the IoU (the
-    later box wins a dispute). Anchors that lie on an ignored box with IoU >= threshold, and on no real box as much, are
-    neither positive nor negative.
+    later box wins a dispute). Anchors that lie on an ignored box, and on no real box as much, are not used.
     """
     real, unwanted = (classes > 0) & ~ignore, (classes > 0) & ignore
     iou = pairwise_iou(boxes, anchors)  # (B, K, A)
@@ -79,12 +78,11 @@ def anchor_losses(
     anchors: Tensor,
     least_negatives: int = 0,
 ) -> AnchorLosses:
-    """Cross-entropy and smooth L1 of each anchor, and which are hard negatives (sec. 2.2); no shape depends on values.
+    """Cross-entropy and smooth L1 of each anchor, and which are hard negatives (sec. 2.2).
 
-    logits: (B, A, C + 1), background first; deltas: (B, A, 4)
-    boxes: (B, K, 4) xyxy pixels; classes: (B, K), 0 = padding
-    matched: (B, A) from `match_anchors`; anchors: (A, 4)
-    least_negatives: 0 in torchvision; more lets an image without objects teach the background
+    logits: (B, A, C + 1), background first; deltas: (B, A, 4). boxes: (B, K, 4) xyxy pixels; classes: (B, K).
+    matched: (B, A) from `match_anchors`; anchors: (A, 4).
+    least_negatives: 0 in torchvision; more lets an image without objects teach the background.
     """
     positive = matched >= 0
     target_class = take(classes, matched) * positive  # (B, A)
@@ -106,14 +104,14 @@ def anchor_losses(
 class LossHead(nn.Module):
     """Predicts an image's loss (B,), in a unit of its own; Yoo and Kweon 2019 (1905.03677), section 3.2.
 
-    Each map's mean -> linear -> ReLU, side by side -> linear, of `width` 32 where the paper has 128. The maps are
+    Each map's mean -> linear -> ReLU, side by side -> linear, of width 32 where the paper has 128. The maps are
     detached: the head never moves the detector; the paper lets its gradient through for 120 of 200 epochs.
     """
 
-    def __init__(self, channels: Sequence[int], width: int = 32):
+    def __init__(self, channels: Sequence[int]):
         super().__init__()
-        self.each = nn.ModuleList(nn.Linear(inputs, width) for inputs in channels)
-        self.joint = nn.Linear(width * len(channels), 1)
+        self.each = nn.ModuleList(nn.Linear(inputs, 32) for inputs in channels)
+        self.joint = nn.Linear(32 * len(channels), 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         means = [m.detach().float().mean((2, 3)) for m in maps]  # (B, channels) each
@@ -131,33 +129,31 @@ class SSD(Detector):
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
         super().__init__(image_size, classes)
-        if config.backbone == "vgg16":
+        full = config.backbone == "vgg16"
+        if full:
             body, neck = VGG16(config.pretrained), None
-            channels, generator = (
-                body.channels,
-                DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=body.strides),
-            )
-            head = SSDHead(list(channels), generator.num_anchors_per_location(), classes + 1)
-            anchors, levels = place_anchors(generator, image_size, body.strides)
-            self.least_negatives = 0
+            channels = list(body.channels)
+            generator = DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=body.strides)
         else:
             body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
+            channels = [config.fpn_channels] * len(body.strides)
             sizes = octave_sizes(config.anchor_side, len(body.strides))
             generator = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
-            channels = [config.fpn_channels] * len(body.strides)
-            head = SSDHead(channels, generator.num_anchors_per_location(), classes + 1)
+        per_cell = generator.num_anchors_per_location()
+        head = SSDHead(channels, per_cell, classes + 1)
+        anchors, levels = place_anchors(generator, image_size, body.strides)
+        if not full:
             # Few positives among many anchors: start from "background", so that no step is spent on finding it.
             for layer in head.classification_head.module_list:
                 with torch.no_grad():
                     layer.bias.view(-1, classes + 1)[:, 0] = 3.0
             neck = TopDown(body.channels, config.fpn_channels, config.norm)
-            anchors, levels = place_anchors(generator, image_size, body.strides)
             anchors = anchors + torch.tensor(body.strides)[levels][:, None] / 2  # to the middle of their cells
-            self.least_negatives = 8
+        self.least_negatives = 0 if full else 8
         self.backbone, self.neck, self.head = body, neck, head
         self.evidence_head = self.loss_head = None
         if config.box_loss_head:
-            pairs = zip(channels, generator.num_anchors_per_location(), strict=True)
+            pairs = zip(channels, per_cell, strict=True)
             self.evidence_head = nn.ModuleList(nn.Conv2d(inputs, count, 1) for inputs, count in pairs)
         if config.image_loss_head:
             self.loss_head = LossHead(channels)
@@ -182,12 +178,10 @@ class SSD(Detector):
         return F.softplus(torch.cat([e.permute(0, 2, 3, 1).flatten(1) for e in each], dim=1).float())
 
     def _anchor_losses(self, maps: list[Tensor], boxes: Tensor, classes: Tensor, ignore: Tensor) -> AnchorLosses:
-        logits, deltas = self._from(maps)
+        outputs = (out.float() for out in self._from(maps))
         boxes, classes, ignore = with_a_column(boxes, classes, ignore)
         matched = match_anchors(boxes, classes, ignore, self.anchors)
-        return anchor_losses(
-            logits.float(), deltas.float(), boxes, classes, matched, self.anchors, self.least_negatives
-        )
+        return anchor_losses(*outputs, boxes, classes, matched, self.anchors, self.least_negatives)
 
     def loss(
         self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
@@ -200,8 +194,7 @@ class SSD(Detector):
             error = (self._predicted_loss(maps) - each.classification.detach()) ** 2
             parts["box_loss_head"] = 5 * (error * each.positive).sum() / each.positive.sum().clamp(min=1)
         if self.loss_head is not None:
-            wanted = sum(each.per_image().values()).detach()  # (B,)
-            parts["ranking"] = ranking_loss(self.loss_head(maps), wanted)
+            parts["ranking"] = ranking_loss(self.loss_head(maps), sum(each.per_image().values()))
         return parts
 
     def image_losses(
@@ -209,16 +202,13 @@ class SSD(Detector):
     ) -> dict[str, Tensor]:
         """The two parts of `loss` for each image as if it were alone: {"classification": (B,), "regression": (B,)}.
 
-        summed: not divided by the number of an image's positive anchors. Pixels may be float, 0..255, and require a
-        gradient: it reaches them through a frozen backbone too.
+        summed: not divided by the number of an image's positive anchors. Gradients reach float pixels 0..255.
         """
         return self._anchor_losses(self._maps(inputs), boxes, classes, ignore).per_image(summed)
 
     @torch.no_grad()
     def predicted_loss(self, inputs: Inputs) -> Tensor:
         """What the image loss head takes each image's loss to be (B,); only the order means something."""
-        if self.loss_head is None:
-            raise ValueError("this detector has no head that learns an image's loss: set image_loss_head=True")
         return self.loss_head(self._maps(inputs))
 
     def raw_detections(self, inputs: Inputs) -> RawDetections:

@@ -1,8 +1,7 @@
 """Variational autoencoders whose reconstruction error says how novel an image is (AL-VAE, papers/vae-ssd.md).
 
 Images x are (B, 3, h, w) in [0, 1] at the autoencoder's own size, pixels (B, 3, H, W) in 0..255 at any size, latents
-(B, D). The second head is log s, s the standard deviation of a latent. The published code calls it a log-variance, uses
-its exponential as s, and penalises something else than the Kullback-Leibler divergence: `kl_as_released`.
+(B, D). The second head is log s, s the standard deviation of a latent.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from .backbones import norm_layer
 class VAE(nn.Module):
     """`encoder` makes features of images, two heads a Gaussian over latents of them, `decoder` images of latents.
 
-    'small': three stride-2 stages with GroupNorm and their mirror; sides multiples of 8, 16 to 256. 'published':
-    AL-VAE's final one, 300 x 300 and nothing else, 341 million parameters with its 1,024 latents.
+    'small': three stride-2 stages with GroupNorm and their mirror. 'published': AL-VAE's final one, 300 x 300.
     as_released: train and score as the published code does (see `training.fit_vae` and `losses_of`).
     """
 
@@ -32,33 +30,25 @@ class VAE(nn.Module):
         self.mean, self.log_std = nn.Linear(features, config.latent), nn.Linear(features, config.latent)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Pixels 0..255 (B, 3, H, W), uint8 or float -> (B, 3, h, w) in [0, 1]; differentiable where they are float."""
+        """Pixels 0..255 (B, 3, H, W), uint8 or float -> x."""
         return _resized(pixels.to(self.mean.weight.dtype) / 255, self.size)
 
     def restore(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The way back: x (B, 3, h, w) in [0, 1] -> float pixels 0..255 (B, 3, H, W) of `size` (H, W)."""
+        """The way back: x -> float pixels 0..255 (B, 3, H, W) of `size` (H, W)."""
         return _resized(x, tuple(size)) * 255
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 3, h, w) in [0, 1] -> mean and log s of the latents, (B, D) each."""
-        features = self.encoder(x)
-        return self.mean(features), self.log_std(features)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, D) -> images (B, 3, h, w) in (0, 1)."""
-        return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x -> its reconstruction (B, 3, h, w), mean and log s (B, D) each.
 
         The latents are mean + s * noise drawn from `generator`, or the mean where there is none.
         """
-        mean, log_std = self.encode(x)
-        z = mean
+        features = self.encoder(x)
+        z = mean = self.mean(features)
+        log_std = self.log_std(features)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
             z = mean + log_std.exp() * noise.to(mean)
-        return self.decode(z), mean, log_std
+        return self.decoder(z), mean, log_std
 
     def reconstruct(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels 0..255 (B, 3, H, W) -> what is left of them, float 0..255 at the same size; gradients flow."""
@@ -90,7 +80,7 @@ def kl_as_released(mean: Tensor, log_std: Tensor) -> Tensor:
 def losses_of(vae: VAE, x: Tensor, reconstruction: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
     """Of each image: "reconstruction" (B,), its sum of squared errors, and "kl" (B,), unweighted.
 
-    x: (B, 3, h, w); the rest is what `vae(x)` gave. "kl" is the published penalty where `vae.as_released`.
+    vae: which penalty "kl" is. x, and what the vae made of it.
     """
     penalty = kl_as_released if vae.as_released else kl
     return {"reconstruction": (reconstruction - x).square().flatten(1).sum(1), "kl": penalty(mean, log_std)}
@@ -115,17 +105,14 @@ def _small(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.S
 
 def _published(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.Sequential]:
     """Encoder, its number of features, decoder of AL-VAE's main branch (papers/vae-ssd.md, sec. 4.3)."""
-
-    def rectified() -> nn.Module:
-        return nn.LeakyReLU(0.2, inplace=True)
-
     down: list[nn.Module] = []
     for inputs, outputs, normed in ((3, 8, False), (8, 16, True), (16, 32, True), (32, 64, False)):
         norm = [nn.BatchNorm2d(outputs)] if normed else []
-        down += [nn.Conv2d(inputs, outputs, 5, 2), *norm, rectified()]  # sides 300 -> 148, 72, 34, 15
-    down += [nn.Flatten(), nn.Linear(14_400, 16_384), rectified()]
-    up = [nn.Linear(latent, 4_096), rectified(), nn.Linear(4_096, 16_384), rectified(), nn.Unflatten(1, (64, 16, 16))]
+        down += [nn.Conv2d(inputs, outputs, 5, 2), *norm, nn.LeakyReLU(0.2)]  # sides 300 -> 148, 72, 34, 15
+    down += [nn.Flatten(), nn.Linear(14_400, 16_384), nn.LeakyReLU(0.2)]
+    up = [nn.Linear(latent, 4_096), nn.LeakyReLU(0.2), nn.Linear(4_096, 16_384), nn.LeakyReLU(0.2)]
+    up += [nn.Unflatten(1, (64, 16, 16))]
     for inputs, outputs in ((64, 32), (32, 16), (16, 8)):
-        up += [nn.ConvTranspose2d(inputs, outputs, 5, 2), nn.BatchNorm2d(outputs), rectified()]  # sides 35, 73, 149
+        up += [nn.ConvTranspose2d(inputs, outputs, 5, 2), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]  # 35, 73, 149
     up += [nn.ConvTranspose2d(8, 3, 4, 2), nn.Sigmoid()]  # 300
     return nn.Sequential(*down), 16_384, nn.Sequential(*up)

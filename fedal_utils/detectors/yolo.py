@@ -1,8 +1,7 @@
 """YOLO: a one-stage detector with anchors, of the shape that was published as YOLOv5s 5.0 and in smaller sizes.
 
 Written from a description of the architecture (the detector of van Bommel 2021); the CSP blocks are of 1911.11929, the
-pyramid pooling of 1406.4729, the path aggregation head of 1803.01534. Outputs and loss: `yolo_loss`. "From released
-code" marks a number or formula that no paper states.
+pyramid pooling of 1406.4729, the path aggregation head of 1803.01534. Outputs and loss: `yolo_loss`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..data import FILL, clip_boxes, flip_boxes
-from .backbones import norm_layer
 from .base import Detector, Inputs, RawDetections
 from .yolo_loss import STRIDES, Cells, cells_of, decode, yolo_loss
 
@@ -28,22 +26,16 @@ ANCHORS = (  # width, height in pixels of a 640 px image, three a level; from re
 VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # (scale, mirrored) of test-time augmentation; from released code
 
 
-def _normalisation(norm: str, channels: int) -> nn.Module:
-    """BatchNorm with the released code's constants, or GroupNorm of 8 channels a group (4 where 8 do not divide)."""
-    if norm == "batch":
-        return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
-    if norm == "group" and channels % 8:
-        return nn.GroupNorm(channels // 4, channels)
-    return norm_layer(norm, channels)
-
-
 class ConvNorm(nn.Module):
-    """Convolution without bias, normalisation, SiLU."""
+    """Convolution without bias, normalisation (BatchNorm with the released code's constants), SiLU."""
 
     def __init__(self, inputs: int, outputs: int, side: int, norm: str, stride: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
-        self.norm = _normalisation(norm, outputs)
+        if norm == "batch":
+            self.norm = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03)
+        else:
+            self.norm = nn.GroupNorm(outputs // (4 if outputs % 8 else 8), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
@@ -115,20 +107,11 @@ class Backbone(nn.Module):
         super().__init__()
         c1, c2, c3, c4, c5 = channels
         few, many = repeats
-        self.stages = nn.ModuleList(
-            [
-                Stem(c1, norm),  # 0, stride 2
-                ConvNorm(c1, c2, 3, norm, stride=2),
-                CSP(c2, c2, few, True, norm),  # 2, stride 4
-                ConvNorm(c2, c3, 3, norm, stride=2),
-                CSP(c3, c3, many, True, norm),  # 4, stride 8
-                ConvNorm(c3, c4, 3, norm, stride=2),
-                CSP(c4, c4, many, True, norm),  # 6, stride 16
-                ConvNorm(c4, c5, 3, norm, stride=2),
-                PyramidPooling(c5, norm),
-                CSP(c5, c5, few, False, norm),  # 9, stride 32
-            ]
-        )
+        stages = [Stem(c1, norm), ConvNorm(c1, c2, 3, norm, stride=2), CSP(c2, c2, few, True, norm)]  # stride 4
+        stages += [ConvNorm(c2, c3, 3, norm, stride=2), CSP(c3, c3, many, True, norm)]  # 4, stride 8
+        stages += [ConvNorm(c3, c4, 3, norm, stride=2), CSP(c4, c4, many, True, norm)]  # 6, stride 16
+        stages += [ConvNorm(c4, c5, 3, norm, stride=2), PyramidPooling(c5, norm), CSP(c5, c5, few, False, norm)]  # 9
+        self.stages = nn.ModuleList(stages)
         self.channels = (c3, c4, c5)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -168,8 +151,8 @@ class YOLO(Detector):
     """The detector: `backbone` is modules 0..9 of the published list, `neck` and `head` the rest.
 
     depth_multiple 0.33 and width_multiple 0.50 of the config are the published size "s": factors on the repeats (at
-    least one) and on the channels (rounded up to multiples of 8) of the nominal size. anchor_side / 10 is the factor on
-    the anchors, which were fitted to images of 640 px.
+    least one) and on the channels (rounded up to multiples of 8). anchor_side / 10 is the factor on the anchors, which
+    were fitted to images of 640 px.
     """
 
     nms_iou = 0.6
@@ -200,8 +183,8 @@ class YOLO(Detector):
     def _expect_few_objects(self, side: float) -> None:
         """Biases start at the logarithm of eight objects in an image of side x side px, and of a class.
 
-        From released code, whose images and anchors are those of 640 px; scaled anchors mean a scaled image. (With the
-        prior of 640 px, AP50 on BCCD at 160 px was up to 0.3 lower after 400 steps.)
+        From released code, whose images and anchors are those of 640 px; scaled anchors mean a scaled image: with the
+        prior of 640 px, AP50 on BCCD at 160 px was up to 0.3 lower after 400 steps.
         """
         for stride, layer in zip(STRIDES, self.head, strict=True):
             bias = layer.bias.view(-1, 5 + self.classes)
@@ -223,7 +206,7 @@ class YOLO(Detector):
     def loss(
         self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """{"box", "objectness", "classification"}; see `yolo_loss`. Nothing is drawn from the generator."""
+        """{"box", "objectness", "classification"}; see `yolo_loss`."""
         return yolo_loss(self(inputs), boxes, classes, ignore, self.cells, self.loss_weights)
 
     def raw_detections(self, inputs: Inputs, views: Sequence[tuple[float, bool]] = ((1.0, False),)) -> RawDetections:
@@ -232,7 +215,7 @@ class YOLO(Detector):
         probs: background = 1 - objectness, the rest shared by the classes in proportion to their probabilities.
         views: (scale, mirrored) of the images to predict on, see `VIEWS`; all of them go through one NMS.
         """
-        parts = [self._view(inputs, float(scale), bool(mirrored)) for scale, mirrored in views]
+        parts = [self._view(inputs, scale, mirrored) for scale, mirrored in views]
         boxes, raw, level = (torch.cat(of_views, dim=1) for of_views in zip(*parts, strict=True))
         objectness = raw[..., 4:5].sigmoid()
         if self.classes == 1:  # its output was never trained
@@ -249,10 +232,7 @@ class YOLO(Detector):
         if scale == 1 and not mirrored:
             raw, cells = self(inputs), self.cells
             boxes = decode(raw, cells.grid)
-        elif not isinstance(inputs, Tensor):
-            raise ValueError("scaled or mirrored views need pixels, but these inputs are cached features")
         else:
-            self.check_size(inputs)
             pixels = inputs.flip(-1) if mirrored else inputs
             inner = (max(1, round(height * scale)), max(1, round(width * scale)))
             canvas = tuple(-(-side // STRIDES[-1]) * STRIDES[-1] for side in inner)

@@ -1,8 +1,7 @@
 """Cells, targets and loss of YOLO; no shape depends on values, so that a training step never waits for its device.
 
 Raw outputs are (B, A, 5 + C): x, y, w, h, objectness, classes; A runs over levels (stride 8, 16, 32), rows, columns and
-the three anchors of a cell, the anchor fastest. Boxes are xyxy pixels, sides and centres too. The CIoU loss is of
-1911.08287; "from released code" marks a number or formula that no paper states.
+the three anchors of a cell, the anchor fastest. "From released code" marks what no paper states.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ class Cells(NamedTuple):
     """Where the A outputs of L levels with P anchors a cell stand in an image; see `cells_of`.
 
     anchors (L, P, 2) width, height; levels (L, 4) int64: columns, rows, stride, number of outputs before it; counts:
-    how many outputs each level has.
-    grid (A, 5): origin x, origin y, stride, anchor width, anchor height in pixels. The origin is half a cell left of
-    and above the cell: a centre may lie from there to half a cell beyond the other side, so that a neighbouring cell
-    can answer for an object.
+    how many outputs each level has. grid (A, 5): origin x, origin y, stride, anchor width, anchor height in pixels; the
+    origin is half a cell left of and above the cell, so that a neighbouring cell can answer for an object.
     """
 
     anchors: Tensor
@@ -41,16 +38,13 @@ def cells_of(image_size: tuple[int, int], anchors: Tensor) -> Cells:
     """The cells of an image of (height, width), both multiples of 32, on the device of anchors (L, P, 2)."""
     parts, levels = [], []
     for stride, own in zip(STRIDES, anchors, strict=True):
-        y, x = torch.meshgrid(
-            *(torch.arange(side // stride, device=anchors.device, dtype=anchors.dtype) for side in image_size),
-            indexing="ij",
-        )
+        sides = (torch.arange(side // stride, device=anchors.device, dtype=anchors.dtype) for side in image_size)
+        y, x = torch.meshgrid(*sides, indexing="ij")
         origin = torch.stack([(x - 0.5) * stride, (y - 0.5) * stride, torch.full_like(x, stride)], dim=-1)  # (h, w, 3)
         shape = (*x.shape, len(own))
+        levels.append([x.shape[1], x.shape[0], stride, sum(map(len, parts))])
         parts.append(torch.cat([origin[:, :, None].expand(*shape, 3), own.expand(*shape, 2)], dim=-1).flatten(0, 2))
-        levels.append([x.shape[1], x.shape[0], stride, sum(map(len, parts[:-1]))])
-    counts = tuple(map(len, parts))
-    return Cells(anchors, torch.tensor(levels, device=anchors.device), torch.cat(parts), counts)
+    return Cells(anchors, torch.tensor(levels, device=anchors.device), torch.cat(parts), tuple(map(len, parts)))
 
 
 def decode(raw: Tensor, grid: Tensor) -> Tensor:
@@ -68,10 +62,9 @@ def claim_cells(boxes: Tensor, classes: Tensor, ignore: Tensor, cells: Cells) ->
     """Which outputs each box claims: index into A and whether it does, both (B, K, L, P, 3); 0 where it does not.
 
     A box claims an anchor if neither side differs by `MATCH_RATIO` or more; of that anchor's level it claims the cell
-    its centre lies in, and the neighbour beyond the nearer border in x and the one in y, if there is one.
-    Several boxes may claim one output. Example, centre (3.2, 5.9) in cells: claims (3, 5), (2, 5) and (3, 6).
-    A border exactly as far as the other draws no neighbour: its cell could not reach the centre. Nor does one exactly a
-    cell from the image's left or upper border, (1.0, 5.9): strictly greater, as in the released code.
+    its centre lies in, and the neighbour beyond the nearer border in x and the one in y, if there is one. Example,
+    centre (3.2, 5.9) in cells: claims (3, 5), (2, 5) and (3, 6). A border exactly as far as the other draws no
+    neighbour, nor does one exactly a cell from the image's left or upper border, as in the released code.
     """
     anchors, levels, *_ = cells
     size, stride, first = levels[:, :2], levels[:, 2:3], levels[:, 3:]
@@ -79,20 +72,16 @@ def claim_cells(boxes: Tensor, classes: Tensor, ignore: Tensor, cells: Cells) ->
     ratio = sides[:, :, None, None] / anchors  # (B, K, L, P, 2)
     # Negated, so that a box that is not a number claims and its loss shows it; a plain < would drop it in silence.
     fits = ~(torch.maximum(ratio, 1 / ratio) >= MATCH_RATIO).any(-1)
-    wanted = (classes > 0) & ~ignore & ~(sides <= 0).any(-1)
-    fits = fits & wanted[..., None, None]  # (B, K, L, P)
+    fits = fits & ((classes > 0) & ~ignore & ~(sides <= 0).any(-1))[..., None, None]  # (B, K, L, P)
 
     place = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, :, None] / stride  # (B, K, L, 2) centre in cells
     cell = torch.minimum(place.floor().long().clamp_(min=0), size - 1)
     beyond = place - cell - 0.5
     step = (beyond > 0).long() - (beyond < 0).long()  # towards the nearer border
     there = cell + step
-    first_border = (step < 0) & (place <= 1)  # one cell from it or less; exactly one draws none either
-    inside = (step != 0) & ~first_border & (there < size)  # (B, K, L, 2)
-
+    inside = (step != 0) & ~((step < 0) & (place <= 1)) & (there < size)  # (B, K, L, 2)
     x, y = cell.unbind(-1)
-    columns = torch.stack([x, there[..., 0], x], dim=-1)  # (B, K, L, 3)
-    rows = torch.stack([y, y, there[..., 1]], dim=-1)
+    columns, rows = torch.stack([x, there[..., 0], x], dim=-1), torch.stack([y, y, there[..., 1]], dim=-1)
     exists = torch.cat([torch.ones_like(inside[..., :1]), inside], dim=-1)  # (B, K, L, 3)
     per_cell = anchors.shape[1]
     index = first + (rows * size[:, :1] + columns) * per_cell  # (B, K, L, 3)
@@ -109,17 +98,15 @@ def yolo_loss(
     cells: Cells,
     weights: tuple[float, float, float] = (0.05, 1.0, 0.5),
 ) -> dict[str, Tensor]:
-    """Box (CIoU), objectness and class loss of raw outputs; their sum is to be minimised.
+    """Box (CIoU, 1911.08287), objectness and class loss of raw outputs; their sum is to be minimised.
 
-    raw: (B, A, 5 + C) float32
-    boxes: (B, K, 4); classes: (B, K), 0 = padding; ignore: (B, K)
-    weights: of box, objectness, classes (the last for 80 classes: times C / 80; one class has no class loss)
+    raw: (B, A, 5 + C) float32. boxes: (B, K, 4); classes: (B, K), 0 = padding; ignore: (B, K).
+    weights: of box, objectness, classes (the last for 80 classes: times C / 80; one class has no class loss).
 
     In each level the box and class losses are means over the claims of the batch, objectness is one over all outputs,
-    towards the CIoU of the box that the output predicts (0 where it is claimed by none or the CIoU is negative, the
-    largest where it is claimed by several); levels are added, objectness in the proportions `BALANCE`. Outputs that no
-    box claims and whose cell's centre lies in an ignored box do not count. All is multiplied by B, as in the released
-    code, whose lr of 0.01 for SGD is meant for it.
+    towards the CIoU of the box that the output predicts (0 where none claims it, the largest where several do); levels
+    are added, objectness in the proportions `BALANCE`. Outputs that no box claims and whose cell's centre lies in an
+    ignored box do not count. All is multiplied by B, as in the released code, whose lr is meant for it.
     """
     count, _, columns = raw.shape
     number = columns - 5
@@ -151,9 +138,8 @@ def yolo_loss(
     with torch.no_grad():
         quality = (1 - ciou_loss).clamp(min=0) * claims
         wanted = torch.zeros_like(raw[..., 4]).scatter_reduce(1, index, quality, "amax")  # in any order the same
-        middle = cells.grid[:, :2] + cells.grid[:, 2:3]  # (A, 2) origin + half a cell + half a cell
+        x, y = (cells.grid[:, :2] + cells.grid[:, 2:3]).T  # (A,) middles: origin + half a cell + half a cell
         x1, y1, x2, y2 = boxes[..., None].unbind(2)  # (B, K, 1)
-        x, y = middle.T
         ignored = (ignore & (classes > 0))[..., None]
         within = ((x >= x1) & (x <= x2) & (y >= y1) & (y <= y2) & ignored).any(1)  # (B, A)
         positive = torch.zeros_like(wanted).scatter_reduce(1, index, claims.to(wanted), "amax")

@@ -166,4 +166,4 @@ def _accuracy(setup: Setup, oracle: StoreOracle, rows: np.ndarray) -> float:
     features = setup.train.images.take(rows).features[0]
     model.fit(features, _classes(oracle, rows), setup.config.flywheel.regularisation)
     truth = setup.test.labels.classes[:, 0].cpu() - 1
-    return metrics.accuracy(model.scores(setup.test.images.features), truth, setup.class_names)["accuracy"]
+    return metrics.accuracy(model(setup.test.images.features), truth, setup.class_names)["accuracy"]

@@ -45,7 +45,6 @@ CLOSE = (0.5, 0.25, 40.125, 40.5)  # against 10 x TARGET: 1 - IoU is 0.034, in t
 
 BOX_LOSSES = {
     "efficient": losses.efficient_iou_loss,
-    "focal": lambda boxes, targets: losses.efficient_iou_loss(boxes, targets, focal=0.5),
     "extended": losses.extended_iou_loss,
     "sides": lambda boxes, targets: losses.side_likelihood_loss(boxes, targets, *unit_sides(boxes)),
 }
@@ -85,35 +84,12 @@ def test_both_eious_notes_5_1_by_hand(name, dtype):
     assert losses.extended_iou_loss(boxes, targets, smooth=2.0).item() == pytest.approx(z * z / 4, rel=tight)
 
 
-def test_focal_efficient_iou_by_hand_and_its_weight_is_detached():
-    for name, (box, extended, efficient) in BY_HAND.items():
-        weight = math.sqrt(max(extended, 0))  # IoU ** 0.5; the nested one has 1/8, the crossing one 6/34
-        boxes = leaf(box)
-        focal = losses.efficient_iou_loss(boxes, rows(TARGET), focal=0.5)
-        assert focal.item() == pytest.approx(weight * efficient, rel=1e-12, abs=0), name
-        wanted = weight * grad(losses.efficient_iou_loss(boxes, rows(TARGET)).sum(), boxes)[0]
-        found = grad(focal.sum(), boxes)[0]
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0, msg=name)
-        assert bool(found.any()) == (extended > 0), name  # not even overlapping: nothing to learn, and no NaN
-
-
 def test_side_likelihood_notes_5_2_by_hand():
     # IoU 7 * 8 / 80 = .7. Errors: -1/10, 0, 0, 2/20. left .01 / .02 = 1/2, bottom .01 / .08 = 1/8; ln(.1 * 1 * .5 * .2)
     boxes, targets, sizes = rows((1, 0, 8, 8)), rows((0, 0, 8, 10)), torch.tensor([[10.0, 20.0]]).double()
     deviations = rows((0.1, 1.0, 0.5, 0.2))
     found = losses.side_likelihood_loss(boxes, targets, deviations, sizes)
     assert found.item() == pytest.approx(0.7 * (0.625 + math.log(0.01)), rel=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_deviations_are_not_floored(dtype):
-    # errors 1e-4 * 4 / 4 on the left only, s = 1e-4 (PyTorch's own floor is 1e-3): 1/2 + 4 ln 1e-4, times IoU
-    boxes, targets, small = rows(TARGET, dtype=dtype), rows(TARGET, dtype=dtype), rows([1e-4] * 4, dtype=dtype)
-    sizes = torch.full((1, 2), 4, dtype=dtype)
-    assert losses.side_likelihood_loss(boxes, targets, small, sizes).item() == pytest.approx(4 * math.log(1e-4))
-    shifted = rows((4e-4, 0, 4, 4), dtype=dtype)
-    found = losses.side_likelihood_loss(shifted, targets, small, sizes)
-    assert found.item() == pytest.approx((1 - 1e-4) * (0.5 + 4 * math.log(1e-4)), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- oracles
@@ -141,11 +117,6 @@ def exact_extended(a, b):
     both = ex * ey + min(ax, ex) * min(ay, ey) - ax * max(ay, ey) - max(ax, ex) * ay
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
     return ratio(both, union)
-
-
-def exact_smoothed(a, b, s=Fraction(1, 10)):
-    z = 1 - exact_extended(a, b)
-    return z * z / (2 * s) if z < s else z - s / 2
 
 
 def slow_sides(a, b, deviations, size):
@@ -177,7 +148,6 @@ def test_both_eious_equal_exact_fractions(some):
         for found, exact in (
             (losses.efficient_iou_loss(boxes, targets), exact_efficient),
             (losses.extended_iou(boxes, targets), exact_extended),
-            (losses.extended_iou_loss(boxes, targets), exact_smoothed),
         ):
             assert found.dtype == dtype and found.shape == (len(some),)
             assert found.tolist() == pytest.approx([float(exact(a, b)) for a, b in some], abs=tight)
@@ -200,18 +170,11 @@ def test_side_likelihood_equals_a_loop(some, deviations, size):
 def test_equal_boxes_have_loss_zero_to_the_last_bit(some):
     for dtype in (torch.float32, torch.float64):
         boxes = rows(*(a for a, _ in some), dtype=dtype) / 7  # not representable: rounded as real boxes are
-        for name in ("efficient", "focal", "extended"):
+        for name in ("efficient", "extended"):
             assert not BOX_LOSSES[name](boxes, boxes.clone()).any(), name
         assert (losses.extended_iou(boxes, boxes.clone()) == 1).all()
         still = boxes.requires_grad_()
         assert not grad(losses.extended_iou_loss(still, boxes.detach().clone()).sum(), still)[0].any()
-
-
-def test_the_ranges_are_used_up():
-    # unit boxes d apart on the diagonal: I = 2 (1 - d^2), U = 2 - I = 2 d^2, so 1 / d^2 - 1; -0.9999 for d = 100
-    assert losses.extended_iou(rows((100, 100, 101, 101)), rows((0, 0, 1, 1))).item() == pytest.approx(1e-4 - 1)
-    # a point in the corner of a box: 1 - 0 + (4 + 4) / 32 + 1 + 1
-    assert losses.efficient_iou_loss(rows((4, 4, 4, 4)), rows(TARGET)).item() == 3.25
 
 
 @fewer
@@ -249,7 +212,7 @@ def test_gradients_of_both_eious_are_right(name):
 
 
 @pytest.mark.parametrize("name", ["nested", "crossing", "close"])
-def test_gradients_of_the_weighted_losses_are_those_with_a_constant_weight(name):
+def test_the_gradient_of_the_likelihood_is_that_with_a_constant_weight(name):
     targets = rows(TARGET) if name != "close" else rows([10 * x for x in TARGET])
     boxes = leaf(CLOSE if name == "close" else BY_HAND[name][0])
     deviations, sizes = leaf((0.3, 0.7, 1.1, 0.2)), torch.tensor([[5.0, 7.0]]).double()
@@ -262,7 +225,6 @@ def test_gradients_of_the_weighted_losses_are_those_with_a_constant_weight(name)
         return losses.side_likelihood_loss(b, targets, s, sizes) / iou(b)
 
     assert gradcheck(without_weight, (boxes, deviations))
-    assert gradcheck(lambda b: losses.efficient_iou_loss(b, targets, focal=0.5) / iou(b).sqrt(), (boxes,))
     # and with it, by hand: the constant IoU times -error / (size s^2), and times (s^2 - error^2) / s^3
     errors = (targets - boxes).detach() / sizes.repeat(1, 2)
     s = deviations.detach()
@@ -385,23 +347,12 @@ def test_emphasis_has_mean_one_and_keeps_the_order(values, strength):
 THREE = torch.tensor([[math.log(2), math.log(3), math.log(5)], [0, 0, 0]], dtype=torch.float64)  # exp: 2, 3, 5; 1, 1, 1
 
 
-def random_batch(*lead, images=5, classes=4):
-    """logits (..., B, C) that need a gradient, labels (..., B), counts (..., C) > 0."""
-    rng = torch_rng_for(0, "batch", len(lead), images, classes)
-    logits = 3 * torch.randn(*lead, images, classes, generator=rng, dtype=torch.float64)
-    labels = torch.randint(0, classes, (*lead, images), generator=rng)
-    counts = torch.randint(1, 30, (*lead, classes), generator=rng)
-    return logits.requires_grad_(), labels, counts
-
-
-def slow_balanced(logits, labels, counts, valid):
-    """Balanced softmax word by word: -log(n_y exp f_y / sum_k n_k exp f_k), mean over the images that count."""
-    each = []
-    for row, label, real in zip(logits.tolist(), labels.tolist(), valid.tolist(), strict=True):
-        if real:
-            parts = [n * math.exp(f) for f, n in zip(row, counts.tolist(), strict=True)]
-            each.append(-math.log(parts[label] / sum(parts)))
-    return sum(each) / max(1, len(each))
+def random_batch(images=5, classes=4):
+    """logits (B, C) that need a gradient, labels (B,), counts (C,) > 0."""
+    rng = torch_rng_for(0, "batch", images, classes)
+    logits = 3 * torch.randn(images, classes, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, classes, (images,), generator=rng)
+    return logits.requires_grad_(), labels, torch.randint(1, 30, (classes,), generator=rng)
 
 
 def test_balanced_softmax_by_hand():
@@ -415,15 +366,6 @@ def test_balanced_softmax_by_hand():
     assert only.item() == pytest.approx(math.log(7 / 4), rel=1e-12)
 
 
-def test_the_gradient_of_a_class_without_labels_is_exactly_zero_and_the_others_are_by_hand():
-    # (P - onehot) / B with P = (8, 6) / 14 for image 0 and (4, 2) / 6 for image 1
-    logits = THREE.clone().requires_grad_()
-    slope = grad(losses.balanced_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([4.0, 2.0, 0.0])), logits)[0]
-    assert (slope[:, 2] == 0).all()
-    wanted = torch.tensor([[4 / 7 - 1, 3 / 7], [2 / 3, 1 / 3 - 1]], dtype=torch.float64) / 2
-    torch.testing.assert_close(slope[:, :2], wanted, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_class_alone_has_nothing_to_learn_and_no_nan(dtype):
     logits = torch.tensor([[80.0, -90.0, 1e4]], dtype=dtype, requires_grad=True)  # the absent ones would win by far
@@ -431,59 +373,33 @@ def test_one_class_alone_has_nothing_to_learn_and_no_nan(dtype):
     assert loss.item() == 0 and not grad(loss, logits)[0].any()
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-def test_equal_counts_are_pytorchs_cross_entropy_in_value_and_gradient(lead):
-    logits, labels, counts = random_batch(*lead)
+def test_equal_counts_are_pytorchs_cross_entropy_in_value_and_gradient():
+    logits, labels, counts = random_batch()
     for n in (None, torch.full_like(counts, 12), torch.full(counts.shape, 0.25)):
-        found = losses.balanced_cross_entropy(logits, labels, n)
-        wanted = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape).mean(-1)
+        found, wanted = losses.balanced_cross_entropy(logits, labels, n), F.cross_entropy(logits, labels)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
-        slopes = [grad(value.sum(), logits, retain_graph=True)[0] for value in (found, wanted)]
+        slopes = [grad(value, logits, retain_graph=True)[0] for value in (found, wanted)]
         torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)
 
 
-def test_many_clients_at_once_are_many_single_calls_and_equal_a_loop():
-    logits, labels, counts = random_batch(4, images=6, classes=5)
-    counts[1, 2] = counts[3, 0] = 0
-    labels[1][labels[1] == 2] = 3
-    labels[3][labels[3] == 0] = 4
-    valid = torch.rand(4, 6, generator=torch_rng_for(0, "valid")) < 0.7
-    valid[2] = False  # a client without an image in this batch
-    found = losses.balanced_cross_entropy(logits, labels, counts, valid)
-    singles = [losses.balanced_cross_entropy(*one) for one in zip(logits, labels, counts, valid, strict=True)]
-    torch.testing.assert_close(found, torch.stack(singles), rtol=1e-12, atol=0)
-    wanted = [slow_balanced(*one) for one in zip(logits.detach(), labels, counts, valid, strict=True)]
-    assert found.tolist() == pytest.approx(wanted, rel=1e-9) and found[2] == 0
-    slope = grad(found.sum(), logits)[0]
-    assert torch.isfinite(slope).all() and not slope[~valid].any()
-    assert not slope[1, :, 2].any() and not slope[3, :, 0].any() and slope[1, :, 3].any()
-    assert gradcheck(lambda x: losses.balanced_cross_entropy(x, labels, counts, valid), (logits,))
-
-
 def test_what_stands_in_padding_does_not_matter():
-    logits, labels, counts = random_batch(2)
-    counts[0, 0] = 0
-    labels[0][labels[0] == 0] = 1
-    valid = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    want = losses.balanced_cross_entropy(logits[0, :3], labels[0, :3], counts[0])
+    logits, labels, counts = random_batch()
+    counts[0], labels[labels == 0] = 0, 1
+    valid = torch.tensor([True] * 3 + [False] * 2)
+    want = losses.balanced_cross_entropy(logits[:3], labels[:3], counts)
+    assert gradcheck(lambda x: losses.balanced_cross_entropy(x, labels, counts, valid), (logits,))
     for rubbish, label in ((math.nan, -1), (math.inf, 99), (0.0, 0)):
         padded = logits.detach().clone()
-        padded[0, 3:], labels[0, 3:] = rubbish, label
+        padded[3:], labels[3:] = rubbish, label
         padded.requires_grad_()
         found = losses.balanced_cross_entropy(padded, labels, counts, valid)
-        torch.testing.assert_close(found[0], want, rtol=1e-12, atol=0)
-        slope = grad(found.sum(), padded)[0]
-        assert torch.isfinite(slope).all() and not slope[0, 3:].any()
-    nobody = torch.zeros_like(valid)  # and no labels at all: the seat of a client that does not train
-    loss = losses.balanced_cross_entropy(padded, labels, torch.zeros_like(counts), nobody)
-    assert not loss.any() and not grad(loss.sum(), padded)[0].any()
-
-
-def test_half_precision_logits_are_summed_in_single_precision():
-    logits, labels, counts = random_batch()
-    half = losses.balanced_cross_entropy(logits.detach().bfloat16(), labels, counts)
-    whole = losses.balanced_cross_entropy(logits.detach().bfloat16().float(), labels, counts)
-    assert half.dtype == torch.float32 and half == whole
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+        slope = grad(found, padded)[0]
+        assert torch.isfinite(slope).all() and not slope[3:].any()
+        assert not slope[:, 0].any()  # a class without labels
+    # no labels at all: the seat of a client that does not train
+    loss = losses.balanced_cross_entropy(padded, labels, torch.zeros_like(counts), torch.zeros_like(valid))
+    assert loss == 0 and not grad(loss, padded)[0].any()
 
 
 # ------------------------------------------------------------------------------------------------ KAFAL's distillation
@@ -496,10 +412,9 @@ def test_compensation_weights_by_hand():
     # the added 1e-6 is seen where counts are as small: 1 / 2e-6 and 1 / 4e-6
     small = losses.compensation_weights(torch.tensor([1e-6, 3e-6], dtype=torch.float64))
     assert small.tolist() == pytest.approx([2 / 3, 1 / 3], rel=1e-9)
-    whole = losses.compensation_weights(torch.tensor([[1, 2, 0, 4], [0, 0, 0, 0], [0, 9, 0, 0]]))
-    assert whole.dtype == torch.float32 and whole.shape == (3, 4)
-    assert whole[0].tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
-    assert whole[1:].tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
+    whole = [losses.compensation_weights(torch.tensor(n)) for n in ([1, 2, 0, 4], [0, 0, 0, 0], [0, 9, 0, 0])]
+    assert whole[0].dtype == torch.float32 and whole[0].tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
+    assert [w.tolist() for w in whole[1:]] == [[0, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_compensation_loss_by_hand():
@@ -514,27 +429,6 @@ def test_compensation_loss_by_hand():
     # w (p - q) / (C B)
     wanted = torch.tensor([[-0.25, 0, 0.25], [0, 0, 0]], dtype=torch.float64) * 0.6 / 6
     torch.testing.assert_close(student.grad, wanted, rtol=1e-6, atol=1e-15)
-
-
-def slow_compensation(student, teacher, weights):
-    total = 0.0
-    for f, g, w in zip(student.tolist(), teacher.tolist(), weights.tolist(), strict=True):
-        p, q = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (f, g))
-        total += w * sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q, strict=True)) / len(f)
-    return total / len(weights)
-
-
-def test_distilling_many_clients_at_once_is_many_single_calls_and_equals_a_loop():
-    student, _, _ = random_batch(3, images=6, classes=5)
-    teacher = random_batch(3, images=6, classes=5)[0].detach().flip(1)
-    weights = torch.rand(3, 6, generator=torch_rng_for(0, "weights"), dtype=torch.float64)
-    found = losses.compensation_loss(student, teacher, weights)
-    singles = [losses.compensation_loss(*one) for one in zip(student, teacher, weights, strict=True)]
-    torch.testing.assert_close(found, torch.stack(singles), rtol=1e-12, atol=0)
-    wanted = [slow_compensation(*one) for one in zip(student.detach(), teacher, weights, strict=True)]
-    assert found.tolist() == pytest.approx(wanted, rel=1e-9) and (found > 0).all()
-    assert gradcheck(lambda x: losses.compensation_loss(x, teacher, weights), (student,))
-    assert losses.compensation_loss(student, student, weights).tolist() == [0, 0, 0]
 
 
 def test_a_certain_teacher_gives_no_nan():
@@ -576,15 +470,6 @@ def test_ranking_loss_equals_torchs_margin_loss_over_all_pairs(case):
     assert gradcheck(lambda p: losses.ranking_loss(p, loss, margin=0.7), (predicted,))
 
 
-@pytest.mark.parametrize("loss", [[], [3.0], [3.0, 3.0, 3.0]])
-def test_ranking_loss_without_a_pair_is_zero_with_a_gradient_of_zero(loss):
-    predicted = torch.arange(float(len(loss))).requires_grad_()
-    found = losses.ranking_loss(predicted, torch.tensor(loss))
-    assert found == 0 and found.dtype == torch.float32
-    found.backward()
-    assert predicted.grad is not None and not predicted.grad.any()
-
-
 def test_what_is_not_a_number_stays_none_and_no_device_is_waited_for():
     fine, broken = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, math.nan, 4.0])
     assert losses.ranking_loss(broken, fine).isnan()
@@ -594,10 +479,10 @@ def test_what_is_not_a_number_stays_none_and_no_device_is_waited_for():
     assert all(loss(bad, good).isnan() for loss in BOX_LOSSES.values())
     unseen = losses.balanced_cross_entropy(THREE, torch.tensor([0, 2]), torch.tensor([4, 2, 0]))
     assert unseen == math.inf
-    logits, labels, counts = (t.detach() for t in random_batch(2))
+    logits, labels, counts = (t.detach() for t in random_batch())
     with NoWaiting():
         losses.balanced_cross_entropy(logits, labels, counts, torch.ones_like(labels, dtype=torch.bool))
-        losses.compensation_loss(logits, logits, torch.ones(2, 5))
+        losses.compensation_loss(logits, logits, torch.ones(5))
         losses.ranking_loss(fine, fine)
         for loss in BOX_LOSSES.values():
             loss(good, good)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from client_tasks import CLASSES, CONFIG, MIXING, TOLERANCE, assert_same, model, small_images, states, task, unequal
+from client_tasks import CLASSES, CONFIG, MIXING, TOLERANCE, model, small_images, states, task, unequal
 
 from fedal_utils import training
 from fedal_utils.config import TrainingConfig
