@@ -143,16 +143,17 @@ class Detector(nn.Module):
         score_above: float = 0.01,
         nms_iou: float | None = None,
         top: int = 100,
+        candidates: int | None = None,
         class_agnostic: bool = False,
         **views,
     ) -> Detections:
-        """Detections of each image in eval mode, best first, see `select_detections`.
+        """Detections of each image in eval mode, best first, see `select_detections`; None: the detector's own number.
 
-        nms_iou: None = the detector's own. views: of a YOLO, see `YOLO.raw_detections`.
+        views: of a YOLO, see `YOLO.raw_detections`.
         """
         raw = self.raw_detections(inputs, **views)
         nms_iou = self.nms_iou if nms_iou is None else nms_iou
-        return select_detections(raw, score_above, nms_iou, top, self.candidates, class_agnostic)
+        return select_detections(raw, score_above, nms_iou, top, candidates or self.candidates, class_agnostic)
 
     def exchanged(self) -> list[str]:
         """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""

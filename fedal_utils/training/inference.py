@@ -149,7 +149,9 @@ def _kept(images: Images, state, about: tuple, device, folder, make: Callable[[]
     file = Path(folder) / f"{digest.hexdigest()[:32]}.npz"
     try:
         with np.load(file) as arrays:  # checks each one's checksum
-            return [torch.from_numpy(arrays[name]) for name in arrays.files]
+            found = [torch.from_numpy(arrays[name]) for name in arrays.files]
+        # as a backbone gives them: another layout has other last bits
+        return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in found]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none, or broken
         made = make()
     file.parent.mkdir(parents=True, exist_ok=True)
