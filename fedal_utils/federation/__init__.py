@@ -4,8 +4,7 @@ experiment   the loop of every notebook: read it first
 setup        data of a setting, who holds what
 schemes      who participates, who queries, what is sent: FedAvg, local-first, the chains, centralised
 query        a client's query: which model is asked, what the strategy may observe
-client       what stays with a client; local: how clients of this process train
-initial      the initial model that the methods of a seed share
+client       what stays with a client; local: how clients of this process train, and the initial model
 messages     states packed to bytes; aggregate: averages, merging by class
 evaluate     metrics and bytes at the end of a round; own_data: sizes for a folder of the user's own
 """

@@ -76,22 +76,19 @@ def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -
 def too_large(updates: Sequence[Update], before: Mapping[str, Tensor], ratio: float) -> set[str]:
     """Clients whose update moved further from `before` than `ratio` times the median update (L2, float64).
 
-    Of fewer than three nobody: the median of two is half way between them. It stands while less than half of the
-    updates are too large.
+    Of fewer than three nobody: the median of two is half way between them.
     """
     moved = {}
     for update in updates:
-        state = unpack(update.payload)
-        squares = (float((state[key].double() - sent.cpu().double()).square().sum()) for key, sent in before.items())
+        sent = unpack(update.payload).items()
+        squares = [float((value.double() - before[key].double()).square().sum()) for key, value in sent]
         moved[update.client] = math.sqrt(math.fsum(squares))
     most = ratio * float(np.median(list(moved.values()))) if len(moved) >= 3 else math.inf
     return {client for client, distance in moved.items() if distance > most}
 
 
 def percent_shares(count: int) -> np.ndarray:
-    """Equal parts as whole percentages that add up to 100, what is left over to the first (released code: 12 % and 11 %
-    for nine devices).
-    """
+    """Equal parts as whole percentages, what is left over to the first (released code: 12 % and 11 % of nine)."""
     each = 100 // count
     return np.array([each + (place < 100 - each * count) for place in range(count)]) / 100
 
@@ -99,9 +96,8 @@ def percent_shares(count: int) -> np.ndarray:
 def class_wise_shares(metric: np.ndarray) -> np.ndarray:
     """Parts of a merge class by class: each class gives its vote to the client that does it best (van Bommel, 7.2).
 
-    metric: (M, C), one row a client, one column a class, bigger = better; NaN = the class was not judged. The clients
-    that tie share a class's vote. A class that nobody detects (best value 0, or not judged) has no vote, where the
-    released code would give it to the first client; if no class has one, all clients count alike.
+    metric: (M, C) clients by classes, bigger = better; NaN = not judged. Ties share a vote. A class that nobody detects
+    has none, where the released code would give it to the first client; without any, all clients count alike.
     Returns (M,) float64, summing to one. Example: [[.9, .2], [.5, .6], [.1, .1]] -> [1/2, 1/2, 0].
     """
     judged = np.nan_to_num(np.asarray(metric, dtype=np.float64), nan=0.0)

@@ -27,10 +27,7 @@ class Client:
 
 
 class ClientLost(RuntimeError):
-    """A client's update did not arrive, or cannot be used; names the client, the cycle and the round.
-
-    status: the same in a word or two, for the record.
-    """
+    """A client's update did not arrive, or cannot be used; status: the same in a word or two, for the record."""
 
     def __init__(self, message: str, status: str = "lost"):
         super().__init__(message)

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Metrics on the test set; where clients hold weights of their own, the mean over their models. Of a classifier
-    also by each client's mix of classes.
-    """
+    """Metrics on the test set; while clients are local, the mean over their models."""
     model, own = experiment.model, [client.local_state for client in experiment.clients if client.local_state]
     if step.local and own:
         each = [_metrics(experiment, with_state(model, state)) for state in own]
@@ -43,8 +41,7 @@ def _metrics(experiment: Experiment, model) -> dict[str, float]:
 def ap_by_class(experiment: Experiment, clients: Sequence[Client]) -> np.ndarray:
     """(M, C) AP50 of each class by each client's own model; NaN where it cannot be evaluated.
 
-    On the images that the server holds out, or if there are none on those of the initial model, which all of them have
-    seen. as_released: on the test set, as the released code does.
+    On the images that the server holds out, else those of the initial model; as_released: on the test set.
     """
     setup, seed = experiment.setup, experiment.run.seed
     rows = setup.held_out_rows(seed) if len(setup.held_out_rows(seed)) else setup.initial_rows(seed)
@@ -62,14 +59,13 @@ def ap_by_class(experiment: Experiment, clients: Sequence[Client]) -> np.ndarray
 def traffic(experiment: Experiment, step: Step, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
     """Bytes that each client sent and received in this round: packed messages, as they are.
 
-    One node sends nothing. While they are local, clients receive the initial model once, and send when all labels are
-    there. A visit of a chain receives the model from the visitor before (one hop) and, in the first pass, sends its own
-    to the server for the merge; the last visitor of all hands the result in.
+    One node sends nothing; local clients send when all labels are there. A hop of a chain counts where it arrives; in
+    the first pass each sends its model to the server as well, and the last visitor hands the result in.
     """
     clients = experiment.clients
     if experiment.method.scheme.central or len(clients) == 1:
         return {name: (0, 0) for name in [*(u.client for u in updates), *(c.name for c in clients)]}
-    silent = step.handed_on or step.local  # a hop is counted when it arrives
+    silent = step.handed_on or step.local
     sent = {update.client: update.bytes for update in updates}
     peers = {c.name: c.bytes_from_peers if step.round == 0 else 0 for c in clients}  # queries come before round 0
     return {c.name: (0 if silent else sent.get(c.name, 0), c.bytes_down + peers[c.name]) for c in clients}

@@ -23,8 +23,7 @@ from . import aggregate as merging
 from . import query as querying
 from .client import KEPT, Client, ClientLost
 from .evaluate import ap_by_class, evaluate, traffic
-from .initial import initial_model
-from .local import train_here
+from .local import initial_model, train_here
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .schemes import Step, method_of, plan
 from .setup import Setup, partition_clients
@@ -42,9 +41,8 @@ def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -
 
 
 def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> Experiment:
-    """An experiment with its clients' pools and the global model: fresh, or where a broken run stopped.
+    """An experiment, fresh or where a broken run stopped: partition, initial labels and model depend on the seed only.
 
-    Partition, initial labels and the initial model depend on the seed only, so every method begins from the same.
     oracle: who annotates, in the place of the known labels (`labelling.StoreOracle`).
     """
     if setup.train.labels is None:
@@ -79,7 +77,7 @@ class Experiment:
                 for what in KEPT:
                     getattr(client, what).update(run.resumed.get(what, {}).get(client.name, {}))
         self.model = model.to(setup.device)
-        self._local_only: tuple[int, dict[str, State]] = (-1, {})
+        self.local_only: dict[tuple[int, str], State] = {}  # by cycle and client, see `ClientModels.local_only`
 
     def steps(self) -> Iterator[Step]:
         """The rounds that are not on disk yet, in order."""
@@ -91,42 +89,29 @@ class Experiment:
     def query(self, step: Step, client: Client) -> None:
         """Observe the client's unlabelled images, select, and have the Oracle annotate them.
 
-        The initial labels are random; a chain's first visit queries all its labels at once. The centralised reference
-        queries what its method queried, in the same cycles.
+        The centralised reference queries what its method queried, in the same cycles.
         """
-        if self.method.labels_of:
-            return self._repeat_queries(client, step.cycle)
+        if method := self.method.labels_of:
+            run = self.run
+            if record.missing(run.config, run.notebook, [method], [run.seed], run.root, run.fingerprint):
+                raise ValueError(
+                    f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)"
+                )
+            rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
+            return client.pool.replay(rows[rows["cycle"] == step.cycle].to_dict("records"))
         chosen = querying.select(self, step, client)
         if len(chosen.positions):
             if hasattr(self.oracle, "about"):  # an oracle that asks an annotator tells why, and what the model predicts
                 self.oracle.about(self, client, step, chosen)
             client.pool.label(chosen.positions, step.cycle, chosen.why)
 
-    def _repeat_queries(self, client: Client, cycle: int) -> None:
-        run, method = self.run, self.method.labels_of
-        if record.missing(run.config, run.notebook, [method], [run.seed], run.root, run.fingerprint):
-            raise ValueError(f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)")
-        rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
-        client.pool.replay(rows[rows["cycle"] == cycle].to_dict("records"))
-
-    def local_only_state(self, client: Client, cycle: int) -> State:
-        """Weights trained on the client's labels alone; on a GPU those of all clients are trained at once."""
-        if self._local_only[0] != cycle:
-            self._local_only = (cycle, {})
-        known = self._local_only[1]
-        if client.name not in known:
-            wanted = self.clients if self.setup.device.type == "cuda" else [client]
-            states = querying.local_only_states(self, wanted, cycle)
-            known.update(zip((one.name for one in wanted), states, strict=True))
-        return known[client.name]
-
     # --- train
 
     def train(self, step: Step) -> list[Update]:
         """Each participant trains from the global model (or its own), on its own labels.
 
-        A client without labels sends nothing, nor (with on_failure='skip') does one whose update is lost, whose
-        training diverges, or whose update is too large; its `status` says why.
+        A client without labels sends nothing, nor (with on_failure='skip') does one whose update is lost or too large,
+        or whose training diverges; its `status` says why.
         """
         if self.config.federation.reset_each_cycle and step.cycle > 0 and step.round == 0:
             self._remember_global(self.clients)
@@ -176,8 +161,6 @@ class Experiment:
                 lost[client.name] = _lost(client.name, step, "did not arrive", "lost")
             else:
                 here.append(client)
-        if lost and settings.on_failure == "stop":
-            _stop(lost)
         return here, lost
 
     def train_clients(self, step: Step, clients: Sequence[Client], message: bytes) -> dict[str, Update | Exception]:
@@ -188,10 +171,8 @@ class Experiment:
     def _accepted(self, step: Step, sent: dict[str, Update | Exception], message: bytes) -> list[Update]:
         """The updates that may be averaged; notes at each client why it has none, or its local model."""
         if ratio := self.config.federation.max_update_ratio:
-            before = unpack(message)
-            before = {key: before[key] for key in sent_keys(self.model)}
             arrived = [update for update in sent.values() if isinstance(update, Update)]
-            for name in merging.too_large(arrived, before, ratio):
+            for name in merging.too_large(arrived, unpack(message), ratio):
                 sent[name] = _lost(name, step, "is too large", "too large")
         if self.config.federation.on_failure == "stop":
             _stop(sent)
@@ -224,10 +205,9 @@ class Experiment:
         self.method.scheme.aggregate(self, step, updates)
 
     def average(self, updates: Sequence[Update]) -> None:
-        """The global model becomes the updates' average (of one update: that one).
+        """The global model becomes the updates' average; optimizer states that came along are averaged for all clients.
 
-        Optimizer states that were sent along are averaged too and handed to every client. as_released: equal parts in
-        whole percent, whatever the clients hold.
+        as_released: equal parts in whole percent, whatever the clients hold.
         """
         if not updates:
             return
@@ -252,15 +232,13 @@ class Experiment:
 
     def keep_local(self, updates: Sequence[Update]) -> None:
         """Nobody is averaged: each client that trained goes on from its own weights."""
-        by_name = {client.name: client for client in self.clients}
-        for update in updates:
-            by_name[update.client].local_state = unpack(update.payload)
+        sent = {update.client: update for update in updates}
+        for client in self.clients:
+            if client.name in sent:
+                client.local_state = unpack(sent[client.name].payload)
 
     def merge_by_class(self) -> dict[str, float]:
-        """The chain's merge after its first pass: each class votes for the client whose model detects it best (7.2).
-
-        Returns each client's part; clients that sent nothing have none.
-        """
+        """The chain's merge: each class votes for the client whose model detects it best (7.2); each client's part."""
         sent = [client for client in self.clients if client.local_state]
         if not sent:
             raise ValueError(f"{self.run}: no client came through the chain's first pass: there is nothing to merge")
@@ -274,10 +252,7 @@ class Experiment:
     # --- log
 
     def log(self, step: Step, updates: Sequence[Update], more: dict | None = None) -> dict:
-        """End of a round: evaluate where the step says so, write rows, save the resume point; returns the server's row.
-
-        A client that sent nothing has a row that says why. more: what else the resume point keeps.
-        """
+        """Evaluate where the step says so, write rows, save the resume point (and `more`); the server's row."""
         by_name, bytes_of = {update.client: update for update in updates}, traffic(self, step, updates)
         trained, silent = [], []
         for client in self.clients:
@@ -307,8 +282,7 @@ class Experiment:
 
     def _labels(self, step: Step, who: str, clients: Sequence[Client]) -> dict:
         cost = total(client.pool.cost() for client in clients)
-        counts = {"images": cost.images, "boxes": cost.boxes, "seconds": cost.seconds}
-        return {"cycle": step.cycle, "round": step.round, "client": who, **counts}
+        return {"cycle": step.cycle, "round": step.round, "client": who, **vars(cost)}
 
 
 def _lost(name: str, step: Step, what: str, status: str) -> ClientLost:

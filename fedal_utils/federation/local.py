@@ -1,4 +1,4 @@
-"""Training of clients that are in this process: detectors one after another, classifiers together."""
+"""Training in this process: clients with detectors one after another, with classifiers together; the initial model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .. import detectors, training
-from ..config import TrainingConfig
+from .. import detectors, record, training
+from ..config import Config, TrainingConfig
 from ..data import Images, Labels
 from ..detectors import Detector
+from ..sampling import Oracle, Pool
 from ..training import CachedImages, ClassifierTask, LocalTask, TrainingDiverged
 from .client import Client
-from .messages import Update, broadcast, pack, sent_keys, state_of, unpack
+from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .query import classifier_task
 from .schemes import CENTRALISED, Step
 
 if TYPE_CHECKING:
     from .experiment import Experiment
+    from .setup import Setup
+
+_OWN = ("initial_model_images", "initial_model_iterations", "initial_model_warmup")
+_LATER = (
+    *("profile", "methods", "seeds", "side_seeds", "evaluate_every", "as_released"),
+    *("schedule", "warmup", "epochs", "proximal", "balanced_softmax", "distillation_weight"),
+)
 
 
 def train_here(
@@ -40,32 +48,38 @@ def train_here(
             sent.append(train_client(experiment, step, client, scratch, message))
         except TrainingDiverged as error:
             sent.append(error)
-            if experiment.config.federation.on_failure == "stop":
-                raise TrainingDiverged(f"{error}; on_failure='skip' goes on without it") from error
     return sent
 
 
 def train_client(experiment: Experiment, step: Step, client: Client, scratch, message: bytes) -> Update:
     """One client's part of a round of detectors: from the message (or its own weights), on its own labels.
 
-    scratch: a detector of the right shape, whatever it holds; for a step that trains the head, its backbone is frozen.
+    scratch: a detector of the right shape, its backbone frozen where the step trains the head.
     """
-    keeps, (recipe, iterations) = step.optimizer_state != "restart", experiment.recipe(step)
-    task = LocalTask(
-        experiment.run.torch_rng("train", client.name, step.cycle, step.round),
-        client.name,
-        iterations,
-        client.optimizer_state if keeps else None,
-        _position(experiment, step, client, recipe, iterations) if keeps else None,
-    )
+    recipe, task = _recipe_and_task(experiment, step, client, client.name)
     payload = pack(client.local_state) if client.local_state else message
-    dtype, sends = (
-        "fp32" if step.local else experiment.config.federation.message_dtype,
-        step.optimizer_state == "travels",
-    )
+    dtype = "fp32" if step.local else experiment.config.federation.message_dtype
+    along = step.optimizer_state == "travels"
     return train_detector(
-        scratch, payload, client.pool.training_set(), recipe, task, dtype, sends, experiment.setup.device
+        scratch, payload, client.pool.training_set(), recipe, task, dtype, along, experiment.setup.device
     )
+
+
+def _recipe_and_task(
+    experiment: Experiment, step: Step, client: Client, name: str, count: int = 1
+) -> tuple[TrainingConfig, LocalTask]:
+    """How a client trains in this step; count: clients whose steps one node takes.
+
+    The schedule of an optimizer whose state lives on must not be over before the client is: labels at the end count.
+    """
+    recipe, iterations = experiment.recipe(step)
+    state, position = None, None
+    if step.optimizer_state != "restart":
+        state = client.optimizer_state
+        each = iterations or recipe.epochs * math.ceil(experiment.config.labels_needed() / recipe.batch)
+        position = (int(state.get(training.STEPS, 0)), each * step.schedule_rounds * count)
+    rng = experiment.run.torch_rng("train", name, step.cycle, step.round)
+    return recipe, LocalTask(rng, name, iterations and iterations * count, state, position)
 
 
 def train_detector(
@@ -85,11 +99,9 @@ def train_detector(
     part: what the client has labelled.
     recipe: how to train.
     task: generator, steps, and the optimizer state, which is updated if training succeeds.
-    dtype: precision of the answer; an optimizer state is sent in full, for second moments vanish in half precision.
+    dtype: of the answer; an optimizer state is sent in full precision, where second moments do not vanish.
     sends_state: the optimizer state is sent along.
     device: where to train.
-
-    TrainingDiverged: a loss or weight is not finite; the optimizer state is as it was.
     """
     model.load_state_dict(unpack(payload), strict=False)
     images, labels = part
@@ -110,45 +122,20 @@ def train_detector(
     return Update(task.client, sent, len(images), boxes, rows[-1]["steps"], rows[-1]["loss"], optimizer)
 
 
-def _position(
-    experiment: Experiment, step: Step, client: Client, recipe: TrainingConfig, iterations: int | None
-) -> tuple[int, int]:
-    """Where an optimizer whose state lives on stands: steps so far, and those that it will take in all.
-
-    In epochs, the number of labels at the end counts: the schedule must not be over before the client is.
-    """
-    each = iterations or recipe.epochs * math.ceil(experiment.config.labels_needed() / recipe.batch)
-    return int(client.optimizer_state.get(training.STEPS, 0)), each * step.schedule_rounds
-
-
 def _train_on_one_node(experiment: Experiment, step: Step) -> Update:
     """On everyone's labels, for as many gradient steps as the clients take together."""
     clients, setup = experiment.clients, experiment.setup
-    node, count = clients[0], len(clients)
     rows = np.sort(np.concatenate([c.pool.index[c.pool.labelled()] for c in clients]))
-    recipe, iterations = experiment.recipe(step)
-    keeps = experiment.config.federation.optimizer_state != "restart"
-    before, whole = _position(experiment, step, node, recipe, iterations)
-    task = LocalTask(
-        experiment.run.torch_rng("train", CENTRALISED, step.cycle, step.round),
-        CENTRALISED,
-        None if iterations is None else iterations * count,
-        node.optimizer_state if keeps else None,
-        (before, whole * count) if keeps else None,
-    )
+    recipe, task = _recipe_and_task(experiment, step, clients[0], CENTRALISED, len(clients))
     scratch, payload = detectors.clone(experiment.model), broadcast(experiment.model)
-    part = setup.train.images.take(rows), node.pool.labels_of(rows)
+    part = setup.train.images.take(rows), clients[0].pool.labels_of(rows)
     return train_detector(scratch, payload, part, recipe.replace(proximal=0.0), task, device=setup.device)
 
 
 def _train_classifiers(
     experiment: Experiment, step: Step, clients: Sequence[Client], message: bytes
 ) -> list[Update | TrainingDiverged]:
-    """All at once, from the global model.
-
-    With `distillation_weight`, from a cycle's second round on, each also learns from the global model on its unlabelled
-    images (KAFAL, 4.2). as_released: the "unlabelled" images are those that were unlabelled in the first cycle.
-    """
+    """All at once, from the global model, which from a cycle's second round on also teaches (KAFAL, 4.2)."""
     config, setup = experiment.config, experiment.setup
     recipe, iterations = experiment.recipe(step)
     ordered = sorted(clients, key=lambda client: client.name)
@@ -166,7 +153,7 @@ def _train_classifiers(
 
 
 def _task_of(experiment: Experiment, step: Step, client: Client, iterations: int | None) -> ClassifierTask:
-    """This client's task in this round: its labels, its unlabelled images, and its optimizer state."""
+    """as_released: the "unlabelled" images are those that were unlabelled in the first cycle."""
     config, run, pool = experiment.config, experiment.run, client.pool
     rows = pool.index[pool.labelled()]
     more = {"unlabelled": pool.index[pool.queried_in != 0] if config.as_released else pool.index[pool.unlabelled()]}
@@ -188,3 +175,45 @@ def _fit_linear(experiment: Experiment, client: Client) -> Update:
     loss = model.fit(features, classes, experiment.config.flywheel.regularisation)
     payload = pack(state_of(model, list(model.state_dict())))
     return Update(client.name, payload, len(rows), len(rows), 1, loss)
+
+
+def initial_model(run: record.Run, setup: Setup) -> State:
+    """Weights that every method of a seed begins from, trained centrally on images of the server's; made once.
+
+    Released code (van Bommel): 200 images, 200 epochs; they are in no client's pool.
+    """
+    config, rows = run.config, setup.initial_rows(run.seed)
+
+    def make() -> State:
+        model = detectors.build(config, len(setup.class_names) or 1, run.torch_rng("weights"))
+        settings = config.federation
+        if len(rows) and settings.initial_model_iterations:
+            recipe = config.training.replace(schedule="cosine", warmup=settings.initial_model_warmup, proximal=0.0)
+            _train_initial(run, setup, model, rows, recipe)
+        return state_of(model, model.exchanged())
+
+    where = ("shared", run.seed, "starting-point")
+    return record.shared(_alike(config), *where, make, root=run.root, fingerprint=run.fingerprint)
+
+
+def _train_initial(run: record.Run, setup: Setup, model, rows, recipe) -> None:
+    rng, iterations = run.torch_rng("starting point"), run.config.federation.initial_model_iterations
+    if not run.config.model.classifier:
+        task = LocalTask(rng, "initial model", iterations)
+        images, labels = setup.train.images.take(rows), setup.train.labels.take(rows)
+        for _ in training.fit(model, images, labels, recipe, task, device=setup.device):
+            pass
+        return
+    server = Client("initial model", Pool("initial model", setup.train.images, Oracle(setup.train.labels), rows))
+    server.pool.label(range(len(rows)), 0)
+    task = classifier_task(setup, server, rows, rng, iterations=iterations)
+    recipe = recipe.replace(balanced_softmax=False, distillation_weight=0.0)  # plain cross-entropy
+    training.fit_classifier(model, task, setup.train.images, recipe, device=setup.device)
+
+
+def _alike(config: Config) -> Config:
+    """What an initial model depends on, all else at its default: notebooks, schemes and optimizer settings share it."""
+    default, flat = Config(), config.flat()
+    config = replace(config, federation=default.federation, query=default.query, vae=default.vae)
+    later = {name: default.flat()[name] for name in _LATER}
+    return config.replace(**later, **{name: flat[name] for name in _OWN})

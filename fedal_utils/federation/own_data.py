@@ -6,10 +6,7 @@ from ..config import Config
 
 
 def fitted(config: Config, images: int) -> Config:
-    """For a folder of the user's own: clients, budgets and cycles shrunk until `images` training images suffice.
-
-    A config that fits is returned unchanged; two images are enough (one client, one label in each of two cycles).
-    """
+    """Clients, budgets and cycles shrunk until `images` training images suffice; two are enough."""
     if images < 2:
         raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
     clients = max(1, min(config.federation.clients, images // 4))

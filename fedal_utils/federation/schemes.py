@@ -9,8 +9,7 @@
                   optimizer state is sent along (AccFL-Batch; its inner loop is not published: *reconstructed*)
     centralised   the labels that another method queried, "centralised+chain+sum", on one node
 
-A method's name is a scheme and a query strategy, "chain+sum"; a strategy alone is fedavg. All from van Bommel's
-released code (Univ. of Twente, 2021) as described in its repository, unless marked *reconstructed*.
+All from van Bommel's released code (Univ. of Twente, 2021), unless marked *reconstructed*.
 """
 
 from __future__ import annotations
@@ -69,7 +68,6 @@ class FedAvg:
         return ""
 
     def plan(self, config: Config) -> list[tuple[int, int]]:
-        """(cycle, round) of every round."""
         return record.every_round(config)
 
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
@@ -118,14 +116,14 @@ class Chain(FedAvg):
     """The model visits one client after another; the first pass is merged class by class, later ones train the head."""
 
     name, queries_at_once = "chain", True
+    together = False  # after the merge: all clients in a round, else a visit each
 
     def plan(self, config: Config) -> list[tuple[int, int]]:
-        """One cycle: `clients` visits of the first pass, the merge, then the visits of the later passes."""
-        return [(0, number) for number in range(config.federation.clients + 1 + self.later_rounds(config))]
-
-    def later_rounds(self, config: Config) -> int:
-        """Rounds after the merge: one visit each."""
-        return self.later_passes(config) * config.federation.clients
+        """One cycle: `clients` visits of the first pass, the merge, then the later passes."""
+        count = config.federation.clients
+        return [
+            (0, number) for number in range(count + 1 + self.later_passes(config) * (1 if self.together else count))
+        ]
 
     def later_passes(self, config: Config) -> int:
         """Passes after the first: as many as the config says, or as give every client as many steps as fedavg does."""
@@ -146,27 +144,24 @@ class Chain(FedAvg):
             return Step(cycle, number, visitor, visitor, last=last, evaluate=True, first_pass=True, length=length)
         if number == count:
             return Step(cycle, number, last=last, evaluate=True, merge_by_class=True)
-        return self.later_step(config, clients, number, number - count - 1)
-
-    def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
-        """A visit after the merge; done: how many came before it."""
-        count, state = len(clients), config.federation.optimizer_state
-        whole = self.later_passes(config) * (count if state == "travels" else 1)
-        how = dict(head_only=True, send_backbone=done < count, optimizer_state=state, schedule_rounds=whole)
-        return self.visit(config, clients, number, done, **how)
-
-    def visit(self, config: Config, clients: Sequence[Client], number: int, done: int, **how) -> Step:
-        """One client's turn; the last of a pass is evaluated, the last of all hands the result in."""
-        count, last = len(clients), number + 1 == len(self.plan(config))
-        visitor = clients[done % count]
+        done = number - count - 1
+        here = tuple(clients) if self.together else (clients[done % count],)
         return Step(
-            *(0, number, (visitor,)),
+            *(cycle, number, here),
             last=last,
-            evaluate=last or visitor is clients[-1],
-            handed_on=not last,
-            lr_factor=_falling(config, done // count, self.later_passes(config)),
-            **how,
+            evaluate=last or here[-1] is clients[-1],
+            handed_on=not (last or self.together),  # the last of all hands the result in
+            lr_factor=_falling(config, done if self.together else done // count, self.later_passes(config)),
+            **self.later(config, count, done),
         )
+
+    def later(self, config: Config, count: int, done: int) -> dict:
+        """How clients train after the merge; done: rounds since then."""
+        state = config.federation.optimizer_state
+        turns = count if state == "travels" and not self.together else 1
+        backbone = done < (1 if self.together else count)  # each client receives the merged one once
+        whole = self.later_passes(config) * turns
+        return dict(head_only=True, send_backbone=backbone, optimizer_state=state, schedule_rounds=whole)
 
     def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
         if step.merge_by_class:
@@ -178,23 +173,7 @@ class Chain(FedAvg):
 class ChainThenFedAvg(Chain):
     """After the merge: rounds of all clients that train the head only."""
 
-    name = "chain-fedavg"
-
-    def later_rounds(self, config: Config) -> int:
-        return self.later_passes(config)
-
-    def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
-        passes = self.later_passes(config)
-        return Step(
-            *(0, number, tuple(clients)),
-            last=number + 1 == len(self.plan(config)),
-            evaluate=True,
-            head_only=True,
-            send_backbone=done == 0,
-            optimizer_state=config.federation.optimizer_state,
-            schedule_rounds=passes,
-            lr_factor=_falling(config, done, passes),
-        )
+    name, together = "chain-fedavg", True
 
 
 class AccumulatingChain(Chain):
@@ -208,10 +187,9 @@ class AccumulatingChain(Chain):
         part = max(1, round(iterations * part)) / iterations if iterations else part
         return max(1, round(super().later_passes(config) / part))  # the nearest whole number of passes
 
-    def later_step(self, config: Config, clients: Sequence[Client], number: int, done: int) -> Step:
-        whole, length = self.later_passes(config) * len(clients), config.federation.visit_fraction
-        how = dict(length=length, optimizer_state="travels", schedule_rounds=whole)
-        return self.visit(config, clients, number, done, **how)
+    def later(self, config: Config, count: int, done: int) -> dict:
+        whole, length = self.later_passes(config) * count, config.federation.visit_fraction
+        return dict(length=length, optimizer_state="travels", schedule_rounds=whole)
 
 
 SCHEMES = {
@@ -231,10 +209,7 @@ class Method:
 
 
 def method_of(name: str, config: Config) -> Method:
-    """The method of this name: "sum" is fedavg, "chain+sum" the chain, "centralised" has random labels of its own.
-
-    ValueError with the reason where the config cannot run it.
-    """
+    """The method of this name: "sum" is fedavg, "chain+sum" the chain, "centralised" has random labels of its own."""
     scheme, plus, rest = name.partition("+")
     if name == CENTRALISED:
         rest = "random"
@@ -258,11 +233,7 @@ def plan(config: Config, method: str) -> list[tuple[int, int]]:
 
 
 def round_lr_factor(config: Config, cycle: int, number: int) -> float:
-    """Factor on the learning rate in this round of a cycle: 1 in the first, `round_lr_decay` in the last.
-
-    The schedule belongs to the server's loop, so it does not start again inside each client's call of `fit`. The last
-    cycle has the extra rounds as well.
-    """
+    """Factor on the learning rate in this round of a cycle: 1 in the first, `round_lr_decay` in the last."""
     extra = config.federation.extra_rounds if cycle == config.query.cycles - 1 else 0
     return _falling(config, number, config.federation.rounds + extra)
 

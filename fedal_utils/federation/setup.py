@@ -34,7 +34,6 @@ class Setup:
 
     @property
     def name(self) -> str:
-        """Of the data set, fit for a file's."""
         return short_name(self.config.data.dataset)
 
     @property
@@ -43,15 +42,14 @@ class Setup:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for ids, labels and files of both sets: runs belong to it."""
+        """Of ids, labels and files of both sets: runs belong to it."""
         both = self.photos[0].fingerprint() + self.photos[1].fingerprint()
         return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def scene(self) -> Scene:
         """What the clients' observations share."""
-        images, photos = self.train.images, self.photos[0].images
-        return Scene(images, photos, len(self.class_names), self.device, self.views)
+        return Scene(self.train.images, self.photos[0].images, len(self.class_names), self.device, self.views)
 
     def view(self, rows, test: bool = False) -> Dataset:
         """These rows of the training (or test) set with their pixels."""
@@ -82,9 +80,8 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     """Load the data once; with a frozen backbone, cache its features of all images.
 
     root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout that the notebook was opened in.
-    A folder of the user's own may be small: clients and query sizes are shrunk to it (`fitted`). Every method of the
-    config is checked: ValueError says what cannot be combined, and why. Sets the number of CPU threads to
-    `config.threads` (0 = as it was).
+    Clients and query sizes are shrunk to a small folder of the user's own (`fitted`). ValueError says what cannot be
+    combined, and why. Sets the number of CPU threads to `config.threads` (0 = as it was).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores, settings = torch.get_num_threads(), config.data
@@ -201,9 +198,9 @@ def _parts(
 
 
 def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
-    """What each client should label first when there are no labels yet: random images, as in cycle 0 of a run.
+    """What each client should label first when there are no labels yet, as in cycle 0 of a run; columns: client, id.
 
-    Columns: client, id. Those of the initial model come first, under the client 'start'.
+    Those of the initial model come first, under the client 'start'.
     """
     rows = [("start", row) for row in setup.initial_rows(seed)]
     for name, part in zip(*reversed(partition_clients(setup, seed)), strict=True):
