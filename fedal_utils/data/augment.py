@@ -15,6 +15,7 @@ from torch.nn import functional
 from ..config import AugmentConfig
 from .boxes import clip_boxes, flip_boxes
 
+MIN_VISIBLE = 0.4  # part of its area
 FILL = 114.0  # grey of what a crop uncovers, as in the letterbox
 _GREY = (0.299, 0.587, 0.114)  # luminance of R, G, B (ITU-R BT.601)
 
@@ -45,13 +46,11 @@ def apply_augmentation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One random change an image: joined to a mosaic, mirrored, recoloured, scaled and moved; the four tensors again.
 
-    draws: numbers of `draw_augmentation`, with those of a mosaic where `recipe.mosaic` > 0.
-    recipe: flip, a probability. colour, the strength: each of three factors is uniform in [1 - colour, 1 + colour].
-        zoom, the range of the enlargement, log-uniform. shift, the largest one as a part of each side. mosaic, the
-        probability that an image is first joined with three drawn from the batch with replacement, at a point between
-        a quarter and three quarters of each side. Settings that change nothing return the same bytes.
-
-    After a move padding may lie between objects, so go by `classes > 0`; after a mosaic K is what `join_four` says.
+    draws: of `draw_augmentation`, with those of a mosaic where `recipe.mosaic` > 0.
+    recipe: flip and mosaic, probabilities; colour, the strength: three factors uniform in [1 - colour, 1 + colour];
+        zoom, the range of the enlargement, log-uniform; shift, the largest one as a part of each side. A mosaic joins
+        an image with three of the batch at a point between a quarter and three quarters of each side. Settings that
+        change nothing return the same bytes. After a move padding may lie between objects, so go by `classes > 0`.
     """
     batch, (height, width) = len(pixels), pixels.shape[-2:]
     if recipe.mosaic > 0:
@@ -81,37 +80,24 @@ def horizontal_flip(pixels: Tensor, boxes: Tensor, classes: Tensor, mask: Tensor
 
 
 def change_colour(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """uint8 pixels with their brightness, contrast about the mean grey, and saturation multiplied, in this order.
-
-    Each factor is (B,) float, one an image; factors of 1 give the same bytes.
-    """
-
-    def per_image(factor: Tensor) -> Tensor:
-        return factor.to(image)[:, None, None, None]
-
+    """uint8 pixels with their brightness, contrast about the mean grey, and saturation multiplied by (B,), in order."""
     image = pixels.float()
     weights = image.new_tensor(_GREY)[:, None, None]
-    image = (image * per_image(brightness)).clamp(0, 255)
+    brightness, contrast, saturation = (f.to(image)[:, None, None, None] for f in (brightness, contrast, saturation))
+    image = (image * brightness).clamp(0, 255)
     mean = (image * weights).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)  # (B, 1, 1, 1)
-    image = (mean + (image - mean) * per_image(contrast)).clamp(0, 255)
+    image = (mean + (image - mean) * contrast).clamp(0, 255)
     grey = (image * weights).sum(dim=1, keepdim=True)  # (B, 1, H, W)
-    image = grey + (image - grey) * per_image(saturation)
+    image = grey + (image - grey) * saturation
     return image.clamp(0, 255).round().to(torch.uint8)
 
 
 def scale_translate(
-    pixels: Tensor,
-    boxes: Tensor,
-    classes: Tensor,
-    ignore: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    min_visible: float = 0.4,
+    pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each image enlarged by `scale` (B,) about its centre, moved by `shift` (B, 2) pixels right, down, and cropped.
 
-    Boxes follow and are clipped. An object of which less than `min_visible` of the area is left turns to ignore; one
-    that is out of sight turns to padding (all zero).
+    Boxes are clipped. An object with less than MIN_VISIBLE of its area left turns to ignore, one out of sight to padding.
     """
     height, width = pixels.shape[-2:]
     side = pixels.new_tensor([width, height], dtype=torch.float32)
@@ -130,8 +116,7 @@ def scale_translate(
     area, left = _area(whole), _area(seen)
     gone = (classes > 0) & (left <= 0)
     present = (classes > 0) & ~gone
-    # a hair of slack, or rounding alone would turn an untouched object to ignore at min_visible = 1
-    ignore = (ignore | (present & (left < (min_visible - 1e-5) * area))) & ~gone
+    ignore = (ignore | (present & (left < (MIN_VISIBLE - 1e-5) * area))) & ~gone
     return pixels, seen * present[..., None], classes * present, ignore
 
 
@@ -144,15 +129,13 @@ def join_four(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A mosaic where `mask` (B,) bool is True: four images of the batch joined at a point of a canvas of the same size.
 
-    Bochkovskiy et al. 2020 (2004.10934), sec. 3.3, which says that four images are mixed; how is ours.
+    That four images are mixed: Bochkovskiy et al. 2020 (2004.10934), sec. 3.3; how is ours.
 
     sources: (B, 4) rows of the batch for the quadrants top left, top right, bottom left, bottom right.
-    centre: (B, 2) whole pixels x, y. Nothing is scaled: each image lies with one corner on the centre and is cut to its
-        quadrant. For centre (20, 10) in 60 x 40: (0, 0) shows (40, 30) of the first, (20, 10) shows (0, 0) of the last.
+    centre: (B, 2) whole pixels x, y. Each image lies unscaled with one corner on the centre, cut to its quadrant.
 
-    Boxes follow and are clipped to their quadrant, ignore flags go along. A box that was cut is dropped if less than a
-    tenth of its area is left or its shorter side is under 2 pixels. Objects come first, then padding; K is four times
-    what it was.
+    Boxes are cut along, ignore flags stay. A box that was cut is dropped if less than a tenth of its area is left or
+    its shorter side is under 2 pixels. Objects come first, then padding; K is four times what it was.
     """
     (count, longest), (height, width) = classes.shape, pixels.shape[-2:]
     joined = _joined(pixels, mask, sources, centre)
@@ -171,14 +154,13 @@ def join_four(
     kinds, ignored = classes[sources], ignore[sources]  # (B, 4, K)
     present = (kinds > 0) & (left > 0) & ~dropped
 
-    def settled(mosaic: Tensor, was: Tensor) -> Tensor:
+    def chosen(mosaic: Tensor, was: Tensor) -> Tensor:
         """(B, 4K, ...): the mosaic's objects, or those of an image that stays with room for as many behind them."""
         room = torch.cat([was, was.new_zeros(count, 3 * longest, *was.shape[2:])], dim=1)
         return torch.where(mask.view(-1, *[1] * (was.dim() - 1)), mosaic.flatten(1, 2), room)
 
-    classes = settled(kinds * present, classes)
-    ignore = settled(ignored & present, ignore)
-    boxes = settled(seen * present[..., None], boxes)
+    classes, ignore = chosen(kinds * present, classes), chosen(ignored & present, ignore)
+    boxes = chosen(seen * present[..., None], boxes)
     order = (classes == 0).int().argsort(dim=1, stable=True)  # (B, 4K) objects first, otherwise as they were
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     return joined, boxes, classes.gather(1, order), ignore.gather(1, order)
@@ -204,11 +186,10 @@ def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
     """
     if crop == 0:
         return pixels
-    height, width = pixels.shape[-2:]
-    shift = shift.to(pixels.device)
+    (count, channels, height, width), shift = pixels.shape, shift.to(pixels.device)
     rows = shift[:, :1] + torch.arange(height, device=pixels.device)  # (B, H)
     columns = shift[:, 1:] + torch.arange(width, device=pixels.device)  # (B, W)
+    image = torch.arange(count, device=pixels.device)[:, None, None, None]
+    channel = torch.arange(channels, device=pixels.device)[:, None, None]
     padded = functional.pad(pixels, (crop,) * 4)
-    image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
-    channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -56,16 +56,11 @@ class Detections:
 
 def join_detections(parts: Sequence[Detections]) -> Detections:
     """Detections of several batches in one; rows are padded to the longest."""
-    if not parts:
-        raise ValueError("no detections to join: the list of batches is empty")
     longest = max(part.boxes.shape[1] for part in parts)
 
     def joined(tensors: Iterable[Tensor]) -> Tensor:
-        out = []
-        for t in tensors:
-            pad = t.new_zeros((t.shape[0], longest - t.shape[1], *t.shape[2:]))
-            out.append(torch.cat([t, pad], dim=1))  # (B, longest, ...)
-        return torch.cat(out)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(t, (0, 0) * (t.dim() - 2) + (0, longest - t.shape[1])) for t in tensors])
 
     plain = (joined(getattr(part, name) for part in parts) for name in ("boxes", "scores", "labels", "probs"))
     return Detections(*plain, {name: joined(part.extra[name] for part in parts) for name in parts[0].extra})
@@ -84,48 +79,36 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     return torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1)
 
 
-def pad_boxes(rows: Sequence[Tensor], fill: float = 0) -> Tensor:
-    """N tensors (k, ...) of different k as one (N, K, ...), K the largest k; rows of `fill` at the end."""
-    if not rows:
-        raise ValueError("nothing to pad: the list of tensors is empty")
-    longest = max(row.shape[0] for row in rows)
-    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), fill)
-    for i, row in enumerate(rows):
-        out[i, : row.shape[0]] = row
-    return out  # (N, K, ...)
+def pad_boxes(rows: Sequence[Tensor]) -> Tensor:
+    """N tensors (k, ...) of different k as one (N, K, ...), K the largest k; zeros at the end."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def letterbox_fit(sizes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where images of `sizes` (N, 2) height, width land in a canvas of (height, width): inner sizes and offsets.
+    """Where images of `sizes` (N, 2) land in a canvas of (height, width): inner sizes (N, 2), offsets (N, 2) top, left.
 
     One scale for both sides, the largest that fits; the scaled image is rounded to whole pixels (at least one) and
-    centred, an odd pixel going below or to the right. Returns inner (N, 2) int64 height, width and offset (N, 2)
-    int64 top, left. Example: 380 x 640 in 192 x 320 -> inner 190 x 320, offset 1, 0.
+    centred, an odd pixel going below or to the right: 380 x 640 in 192 x 320 -> inner 190 x 320, offset 1, 0.
     """
     sizes = torch.as_tensor(sizes, dtype=torch.int64)
     canvas = torch.tensor(image_size, dtype=torch.int64)
-    if (sizes < 1).any() or (canvas < 1).any():
-        raise ValueError(f"image sizes must be >= 1 pixel, got {sizes.tolist()} in a canvas of {tuple(image_size)}")
     scale = (canvas / sizes.double()).amin(dim=-1, keepdim=True)  # (N, 1)
     inner = torch.minimum((sizes * scale + 0.5).floor().long().clamp(min=1), canvas)  # (N, 2)
     return inner, (canvas - inner) // 2
 
 
 def _letterbox_affine(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Factor and shift of (N, 1, 4) or (N, 4), as `boxes` asks, that take original xyxy pixels to letterboxed ones."""
+    """Factor and shift that take (N, 4) or (N, K, 4) original xyxy pixels to letterboxed ones."""
     inner, offset = letterbox_fit(sizes, image_size)
-    factor = (inner.double() / torch.as_tensor(sizes).double()).flip(-1).repeat(1, 2)  # (N, 4) x, y, x, y
-    shift = offset.double().flip(-1).repeat(1, 2)  # (N, 4)
-    if boxes.dim() == 3:
-        factor, shift = factor[:, None], shift[:, None]
-    return factor.to(boxes.device), shift.to(boxes.device)
+    both = torch.stack([inner.double() / torch.as_tensor(sizes).double(), offset.double()])  # (2, N, 2) y, x
+    both = both.flip(-1).repeat(1, 1, 2).to(boxes.device)  # (2, N, 4) x, y, x, y
+    return tuple(both[:, :, None] if boxes.dim() == 3 else both)
 
 
 def letterbox_boxes(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Boxes (N, 4) or (N, K, 4) of original pixels in pixels of the letterboxed image; padding rows move too.
 
-    sizes: (N, 2) original height, width. The factor is the one the pixels were resized with (inner / original side),
-    so a box on the image's edge stays on it.
+    sizes: (N, 2) original height, width. A box on the image's edge stays on it.
     """
     factor, shift = _letterbox_affine(boxes, sizes, image_size)
     return (boxes.double() * factor + shift).to(boxes.dtype)

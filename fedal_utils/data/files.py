@@ -7,12 +7,14 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 from yaml import YAMLError
 
 from .pixels import SUFFIXES
 
-_WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, YAMLError)
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
+_WRONG += (OSError, YAMLError, BadZipFile)
 NOT_DATA = ("__MACOSX", "@eaDir")  # folders that systems leave behind
 # Folders that only say what kind of file they hold: images/train/a.jpg and labels/train/a.txt belong together.
 LAYOUT = {"images", "jpegimages", "labels", "annotations", "annotation", "xml", "imagesets", "main"}

@@ -1,7 +1,6 @@
 """Split a training set over clients: every image goes to one client at most, and no client is empty.
 
-Each function returns a list of sorted index arrays, one a client. What fits no client is returned beside, never lost
-in silence.
+Each function returns a list of sorted index arrays, one a client. What fits no client is returned beside.
 """
 
 from __future__ import annotations
@@ -9,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import logsumexp
 
 ALTERNATIONS = 2000  # of normalising rows and columns, before `dirichlet_equal` draws again
 
 
-def _check_clients(images: int, clients: int) -> None:
-    if clients < 1:
-        raise ValueError(f"clients must be 1 or more, got {clients}")
-    if clients > images:
-        raise ValueError(f"{clients} clients cannot share {images} images: each needs at least one; lower `clients`")
+def _check(images: int, clients: int, alpha: float = 1.0) -> None:
+    if not 1 <= clients <= images or not 0 < alpha < np.inf:
+        raise ValueError(
+            f"{clients} clients cannot share {images} images with alpha {alpha}: each needs at least one image, and "
+            "alpha must be > 0 and finite"
+        )
 
 
 def iid(images: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Random equal split; sizes differ by one at most."""
-    _check_clients(images, clients)
+    _check(images, clients)
     return [np.sort(part) for part in np.array_split(rng.permutation(images), clients)]
 
 
@@ -32,15 +33,11 @@ def dirichlet(
     """Label skew: each class's images are dealt out by proportions from Dirichlet(alpha) (Hsu et al. 2019, 1909.06335).
 
     dominant: (N,) class of each image (the most frequent one in it; 0 = no object, a class of its own).
-    alpha: concentration; small = each client sees few classes, large = IID. least: images that every client must get;
-    the draw is repeated until it holds.
+    clients: how many. rng: of the draws.
+    alpha: concentration; small = each client sees few classes, large = IID.
+    least: images that every client must get; the draw is repeated until it holds, `tries` times at most.
     """
-    dominant = np.asarray(dominant)
-    _check_clients(len(dominant), clients)
-    if not 0 < alpha < np.inf:
-        raise ValueError(f"alpha must be > 0 and finite, got {alpha}")
-    if least * clients > len(dominant):
-        raise ValueError(f"{clients} clients with at least {least} images need more than the {len(dominant)} there are")
+    _check(len(dominant), clients, alpha)
     for _ in range(tries):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for label in np.unique(dominant):
@@ -58,23 +55,11 @@ def dirichlet(
     )
 
 
-def _log_dirichlet(alpha: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Logarithms of rows from Dirichlet(alpha), up to a constant a row: G(a) = G(a + 1) U^(1/a) never underflows."""
-    return np.log(rng.standard_gamma(alpha + 1, shape)) + np.log1p(-rng.random(shape)) / alpha
-
-
-def _log_sum(logs: np.ndarray, axis: int) -> np.ndarray:
-    """log of the sum of exponentials along an axis, which stays."""
-    highest = logs.max(axis=axis, keepdims=True)
-    return highest + np.log(np.exp(logs - highest).sum(axis=axis, keepdims=True))
-
-
 def _balanced(logs: np.ndarray, columns: np.ndarray, tolerance: float) -> np.ndarray | None:
-    """The matrix (M, C) scaled until rows sum to 1 and columns to `columns`; None if that takes too long."""
-    target = np.log(columns)
+    """exp of the logs (M, C), scaled until rows sum to 1 and columns to `columns`; None if that takes too long."""
     for _ in range(ALTERNATIONS):
-        logs = logs - _log_sum(logs, axis=0) + target
-        rows = _log_sum(logs, axis=1)
+        logs = logs - logsumexp(logs, axis=0, keepdims=True) + np.log(columns)
+        rows = logsumexp(logs, axis=1, keepdims=True)
         if np.abs(np.exp(rows) - 1).max() <= tolerance:
             return np.exp(logs)
         logs = logs - rows
@@ -107,29 +92,25 @@ def dirichlet_equal(
     """Label skew with equal sizes, as LoGo's released code splits (Kim et al. 2023): Dirichlet(alpha), then balanced.
 
     A matrix clients x classes with rows from Dirichlet(alpha) is normalised by columns and by rows in turn, until rows
-    sum to 1 and column c to clients * n_c / N (clients / classes where all classes are as large), to within min(1,
-    clients / classes, classes / clients) / 1000. Scaled to images it is rounded, so that every image goes to one client
-    and sizes differ by one at most. A draw that is not balanced after ALTERNATIONS is drawn again, `tries` at most.
+    sum to 1 and column c to clients * n_c / N, to within min(1, clients / classes, classes / clients) / 1000. Scaled to
+    images it is rounded: every image goes to one client, and sizes differ by one at most. A draw that is not balanced
+    after ALTERNATIONS is drawn again, `tries` at most.
 
-    classes: (N,) class of each image, any integers. alpha: concentration; small = each client sees few classes, large =
-    IID. The released code splits without the matrix from alpha 10 on; here one rule holds for all.
+    classes: (N,) class of each image, any integers. The released code splits without the matrix from alpha 10 on; here
+    one rule holds for all.
     """
-    classes = np.asarray(classes)
-    _check_clients(len(classes), clients)
-    if not 0 < alpha < np.inf:
-        raise ValueError(f"alpha must be > 0 and finite, got {alpha}")
+    _check(len(classes), clients, alpha)
     present, number, counts = np.unique(classes, return_inverse=True, return_counts=True)
     share, kinds = len(classes) / clients, len(present)
     tolerance = min(1, clients / kinds, kinds / clients) / 1000
-    for _ in range(tries):
-        balanced = _balanced(_log_dirichlet(alpha, (clients, kinds), rng), counts / share, tolerance)
+    for _ in range(tries):  # log G(a) = log G(a + 1) + log U / a never underflows
+        logs = np.log(rng.standard_gamma(alpha + 1, (clients, kinds)))
+        logs = logs + np.log1p(-rng.random((clients, kinds))) / alpha
+        balanced = _balanced(logs, counts / share, tolerance)
         if balanced is not None:
             break
     else:
-        raise ValueError(
-            f"none of {tries} Dirichlet({alpha}) draws for {clients} clients and {kinds} classes was balanced after "
-            f"{ALTERNATIONS} alternations; raise alpha"
-        )
+        raise ValueError(f"none of {tries} Dirichlet({alpha}) draws for {clients} clients was balanced; raise alpha")
     sizes = np.full(clients, len(classes) // clients)
     sizes[rng.permutation(clients)[: len(classes) % clients]] += 1
     dealt = _whole(balanced * share, sizes, counts)
@@ -150,22 +131,18 @@ def missing_class(
     they hold; from the rarest group to the most common, each image goes to the allowed client that has the fewest so
     far, so that all end nearly equal. Returns the clients' indices and those of the images that fit no client.
     """
-    present = np.asarray(present, dtype=bool)
-    images, classes = present.shape
-    _check_clients(images, len(missing))
-    banned = np.zeros((len(missing), classes), dtype=bool)
+    _check(len(present), len(missing))
+    banned = np.zeros((len(missing), present.shape[1]), dtype=bool)
     for client, columns in enumerate(missing):
-        for column in columns:
-            if not 0 <= column < classes:
-                raise ValueError(f"client {client} misses class column {column}; columns are 0..{classes - 1}")
-            banned[client, column] = True
+        if not set(columns) <= set(range(present.shape[1])):
+            raise ValueError(f"client {client} misses the columns {columns}; columns are 0..{present.shape[1] - 1}")
+        banned[client, list(columns)] = True
     patterns, group, sizes = np.unique(present, axis=0, return_inverse=True, return_counts=True)
-    group = group.reshape(-1)
     parts: list[list[int]] = [[] for _ in missing]
     left_over: list[int] = []
     for number in np.argsort(sizes, kind="stable"):
         allowed = np.flatnonzero(~(banned & patterns[number]).any(axis=1))
-        for image in rng.permutation(np.flatnonzero(group == number)):
+        for image in rng.permutation(np.flatnonzero(group.reshape(-1) == number)):
             if len(allowed) == 0:
                 left_over.append(int(image))
                 continue
@@ -178,20 +155,15 @@ def missing_class(
     return [np.sort(np.array(part, dtype=np.int64)) for part in parts], np.sort(np.array(left_over, dtype=np.int64))
 
 
-def natural(groups: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
+def natural(groups: Sequence[str] | None) -> tuple[list[np.ndarray], list[str]]:
     """One client a group (day, camera, hospital): the indices and the groups' names, sorted by name."""
-    if groups is None or len(groups) == 0:
-        raise ValueError(
-            "a natural partition needs a group for each image (HIT-UAV has days); this data set names none"
-        )
+    if not groups:
+        raise ValueError("a natural partition needs a group for each image (HIT-UAV has days); this set names none")
     names = sorted(set(groups))
-    array = np.asarray(groups)
-    return [np.flatnonzero(array == name) for name in names], names
+    return [np.flatnonzero(np.asarray(groups) == name) for name in names], names
 
 
 def class_counts(classes: np.ndarray, parts: Sequence[np.ndarray], class_count: int) -> np.ndarray:
     """Objects of each class at each client: (M, C) integers. classes: (N, K) 1..C, 0 = padding."""
-    classes = np.asarray(classes)
-    return np.stack(
-        [np.bincount(classes[part].reshape(-1), minlength=class_count + 1)[1 : class_count + 1] for part in parts]
-    )
+    counts = [np.bincount(np.asarray(classes)[part].reshape(-1), minlength=class_count + 1) for part in parts]
+    return np.stack(counts)[:, 1 : class_count + 1]

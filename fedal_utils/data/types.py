@@ -1,8 +1,4 @@
-"""The one in-memory type: a `Dataset` is images and labels side by side, kept apart so that scoring sees images only.
-
-Pixels are uint8 (N, 3, H, W), letterboxed once at load; boxes are float32 (N, K, 4) xyxy pixels of the letterboxed
-image, padded to the largest K; classes are 1..C, 0 = padding (background is class 0 in detectors).
-"""
+"""The one in-memory type: a `Dataset` is images and labels side by side, kept apart so that scoring sees images only."""
 
 from __future__ import annotations
 
@@ -39,7 +35,10 @@ def _of(values: Sequence | None, rows: np.ndarray) -> tuple | None:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images without labels. ids are unique; sizes (N, 2) int64 original height, width; groups: day, town, camera."""
+    """Images without labels: unique ids, pixels uint8 (N, 3, H, W), letterboxed once at load.
+
+    sizes: (N, 2) int64 original height, width. groups: day, town, camera of each image.
+    """
 
     ids: tuple[str, ...]
     pixels: Tensor
@@ -60,7 +59,7 @@ class Images:
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
     def to(self, device: str | torch.device) -> Images:
-        """The same images with their pixels on `device`; `batch` is then a slice there."""
+        """The same images with their pixels on `device`."""
         return replace(self, pixels=self.pixels.to(device))
 
     def take(self, index: Index) -> Images:
@@ -92,11 +91,11 @@ class StreamedImages(Images):
     image_size: tuple[int, int] = (1, 1)
 
     def to(self, device: str | torch.device) -> StreamedImages:
-        """Itself: pixels that are not in memory cannot live on a device; `batch` moves what it reads."""
+        """Itself: `batch` moves what it reads."""
         return self
 
     def take(self, index: Index) -> StreamedImages:
-        """The images of these rows (row numbers or a mask), in this order; nothing is read."""
+        """The images of these rows; nothing is read."""
         rows = row_numbers(index, len(self))
         kept = {name: _of(getattr(self, name), rows) for name in ("ids", "pixels", "groups")}
         return replace(self, sizes=self.sizes[rows], **kept)
@@ -107,10 +106,10 @@ class StreamedImages(Images):
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The objects of N images, padded to K rows each, apart from the images.
+    """The objects of N images, padded to K rows each; padding is all zero and comes last.
 
     boxes (N, K, 4) float32 xyxy pixels of the letterboxed image; classes (N, K) int64, 1..C, 0 = padding; ignore (N, K)
-    bool: difficult, crowd or too small; crowd (N, K) bool. Padding rows are all zero and come last.
+    bool: difficult, crowd or too small; crowd (N, K) bool.
     """
 
     boxes: Tensor
@@ -203,18 +202,17 @@ class Dataset:
         A run, a cached feature or an initial model belongs to the data set with this fingerprint.
         """
         images, labels = self.images, self.labels
-        digest = hashlib.sha256(repr((images.ids, images.groups, images.image_size, self.class_names)).encode())
+        about = [images.ids, images.groups, images.image_size, self.class_names]
         tensors = [images.sizes, self.labelled]
         if labels is not None:
             tensors += [labels.boxes, labels.classes, labels.ignore, labels.crowd]
         if isinstance(images, StreamedImages):
-            stats = [(path.name, (at := path.stat()).st_size, at.st_mtime_ns) for path in images.pixels]
-            digest.update(repr(stats).encode())
+            about += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in images.pixels]
         else:
             tensors.append(images.pixels)
-        for tensor in tensors:
-            if tensor is not None:
-                digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(repr(tuple(about)).encode())
+        for tensor in (t for t in tensors if t is not None):
+            digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:

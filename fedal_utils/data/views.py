@@ -9,7 +9,6 @@ image lies in a grey canvas, where the released code's detector enlarges it to i
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from ..seeding import rng_for
 from .augment import FILL
 from .boxes import Detections, clip_boxes, flip_boxes
-from .types import Images, StreamedImages
+from .types import Images
 
 VIEWS = ("flip", "cutout", "resize", "rotate")
 RESIZE, ANGLE = 0.8, 5.0  # part of the side; degrees, counter-clockwise
@@ -32,27 +31,21 @@ PATCHES, TRIES, PATCH_SIDE, COVERED = 2, 50, (0.05, 0.2), (0.1, 0.4)  # how many
 def cutout_patches(ids: Sequence[str], boxes: Tensor, valid: Tensor, image_size: tuple[int, int]) -> Tensor:
     """What cutout covers in each image: (N, PATCHES, 4) xyxy whole pixels, zeros where too few of TRIES places will do.
 
-    boxes (N, T, 4), valid (N, T): those detected in the plain image. A place will do if the box that it covers most
-    loses between 10 % and 40 % of its area; without a box none does.
+    boxes (N, T, 4), valid (N, T): those detected in the plain image; without any no place will do.
     """
-    if not len(ids):
-        return torch.zeros(0, PATCHES, 4)
     drawn = torch.stack([torch.from_numpy(rng_for(0, "cutout", name).random((TRIES, 4))) for name in ids])
     canvas = torch.tensor([image_size[1], image_size[0]], dtype=torch.float64)  # width, height
     side = (PATCH_SIDE[0] + (PATCH_SIDE[1] - PATCH_SIDE[0]) * drawn[..., :2]) * canvas
     start = drawn[..., 2:] * (canvas - side)
-    tried = torch.cat([start, start + side], dim=-1).floor()  # (N, TRIES, 4)
-    boxes, valid = boxes.double().cpu(), valid.cpu()
-    low, high = (
-        tried[:, :, None, :2].maximum(boxes[:, None, :, :2]),
-        tried[:, :, None, 2:].minimum(boxes[:, None, :, 2:]),
-    )
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[:, None]  # (N, 1, T)
-    lost = torch.where(valid[:, None] & (area > 0), (high - low).clamp(min=0).prod(dim=-1) / area, 0.0)  # (N, TRIES, T)
+    tried = torch.cat([start, start + side], dim=-1).floor()[:, :, None]  # (N, TRIES, 1, 4)
+    boxes, valid = boxes.double().cpu()[:, None], valid.cpu()[:, None]  # (N, 1, T, 4), (N, 1, T)
+    low, high = tried[..., :2].maximum(boxes[..., :2]), tried[..., 2:].minimum(boxes[..., 2:])
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    lost = torch.where(valid & (area > 0), (high - low).clamp(min=0).prod(dim=-1) / area, 0.0)  # (N, TRIES, T)
     most = lost.amax(dim=-1) if lost.shape[-1] else lost.new_zeros(lost.shape[:2])
     will_do = (most >= COVERED[0]) & (most <= COVERED[1])  # (N, TRIES)
     first = (~will_do).int().argsort(dim=1, stable=True)[:, :PATCHES]  # the first that will do, if any
-    chosen = tried.gather(1, first[..., None].expand(-1, -1, 4)) * will_do.gather(1, first)[..., None]
+    chosen = tried[:, :, 0].gather(1, first[..., None].expand(-1, -1, 4)) * will_do.gather(1, first)[..., None]
     return chosen.float()
 
 
@@ -63,8 +56,7 @@ def change_view(name: str, pixels: Tensor, patches: Tensor | None = None) -> Ten
         return pixels.flip(-1)
     if name == "cutout":
         y, x = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
-        sides = (side[..., None, None] for side in patches.to(pixels.device).unbind(-1))  # (B, P, 1, 1) each
-        left, top, right, bottom = sides
+        left, top, right, bottom = patches.to(pixels.device)[..., None, None].unbind(2)  # (B, P, 1, 1) each
         covered = ((x >= left) & (x < right) & (y >= top) & (y < bottom)).any(1, keepdim=True)  # (B, 1, H, W)
         return torch.where(covered, 0, pixels)
     if name == "resize":
@@ -72,10 +64,8 @@ def change_view(name: str, pixels: Tensor, patches: Tensor | None = None) -> Ten
         small = transforms.resize(pixels, list(inner), antialias=True)
         around = (left, width - inner[1] - left, top, height - inner[0] - top)
         return torch.nn.functional.pad(small, around, value=round(FILL))
-    if name == "rotate":
-        turned = transforms.rotate(pixels, ANGLE, expand=True)  # nearest pixel, black corners
-        return transforms.resize(turned, [height, width], InterpolationMode.BICUBIC, antialias=True)
-    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
+    turned = transforms.rotate(pixels, ANGLE, expand=True)  # nearest pixel, black corners
+    return transforms.resize(turned, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
 def _shrunk(image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -83,12 +73,6 @@ def _shrunk(image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, in
     height, width = image_size
     inner = max(1, round(height * RESIZE)), max(1, round(width * RESIZE))
     return inner, ((height - inner[0]) // 2, (width - inner[1]) // 2)
-
-
-@functools.lru_cache
-def _expanded(image_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the turned image before it is scaled back."""
-    return tuple(transforms.rotate(torch.zeros(1, *image_size), ANGLE, expand=True).shape[-2:])
 
 
 def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -102,16 +86,13 @@ def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
         inner, (top, left) = _shrunk(image_size)
         scale = boxes.new_tensor([inner[1] / width, inner[0] / height] * 2)
         return boxes * scale + boxes.new_tensor([left, top] * 2)
-    if name == "rotate":  # counter-clockwise on the screen, where y points down: x' = x cos + y sin, y' = y cos - x sin
-        cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
-        x = boxes[..., [0, 2, 2, 0]] - width / 2  # (..., 4) corners
-        y = boxes[..., [1, 1, 3, 3]] - height / 2
-        whole = _expanded(image_size)
-        turned_x = (x * cos + y * sin) * (width / whole[1]) + width / 2
-        turned_y = (y * cos - x * sin) * (height / whole[0]) + height / 2
-        corners = torch.stack([turned_x, turned_y], dim=-1)  # (..., 4, 2)
-        return clip_boxes(torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1), image_size)
-    raise ValueError(f"view must be one of {VIEWS}, got {name!r}")
+    # rotate, counter-clockwise on the screen, where y points down: x' = x cos + y sin, y' = y cos - x sin
+    cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
+    x, y = boxes[..., [0, 2, 2, 0]] - width / 2, boxes[..., [1, 1, 3, 3]] - height / 2  # (..., 4) corners
+    high, wide = transforms.rotate(torch.zeros(1, *image_size), ANGLE, expand=True).shape[-2:]  # before it is scaled
+    turned_x, turned_y = (x * cos + y * sin) * (width / wide), (y * cos - x * sin) * (height / high)
+    corners = torch.stack([turned_x + width / 2, turned_y + height / 2], dim=-1)  # (..., 4, 2)
+    return clip_boxes(torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1), image_size)
 
 
 @dataclass(frozen=True)
@@ -121,30 +102,21 @@ class Viewed:
     plain: what is detected in the images themselves, row by row; cutout needs it.
     """
 
-    images: Images | StreamedImages
+    images: Images
     name: str
     plain: Detections | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in VIEWS:
-            raise ValueError(f"view must be one of {VIEWS}, got {self.name!r}")
-        if self.name == "cutout" and (self.plain is None or len(self.plain) != len(self.images)):
-            raise ValueError("the view 'cutout' needs the detections of its images, row by row")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getattr__(self, what: str):
-        if what in ("ids", "sizes", "groups", "image_size"):
-            return getattr(self.images, what)
-        raise AttributeError(what)
+        return getattr(self.images, what)  # ids, sizes, groups, image_size
 
     def batches(self, chunks: Sequence, device: str | torch.device = "cpu") -> Iterator[Tensor]:
         """The view's pixels for each chunk of row numbers in turn."""
         for chunk, pixels in zip(chunks, self.images.batches(chunks, device), strict=True):
             patches = None
             if self.name == "cutout":
-                found = self.plain.take(chunk)
-                ids = [self.images.ids[row] for row in chunk]
+                found, ids = self.plain.take(chunk), [self.images.ids[row] for row in chunk]
                 patches = cutout_patches(ids, found.boxes, found.valid, self.images.image_size)
             yield change_view(self.name, pixels, patches)

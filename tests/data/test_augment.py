@@ -38,7 +38,7 @@ def test_settings_that_change_nothing_change_nothing():
     pixels, boxes, classes, ignore = given
     ones = torch.ones(4)
     assert torch.equal(a.change_colour(pixels, ones, ones, ones), pixels)
-    moved = a.scale_translate(*given, ones, torch.zeros(4, 2), min_visible=1.0)
+    moved = a.scale_translate(*given, ones, torch.zeros(4, 2))
     assert torch.equal(moved[0], pixels) and torch.equal(moved[2], classes) and torch.equal(moved[3], ignore)
     torch.testing.assert_close(moved[1], boxes)
 

@@ -57,7 +57,7 @@ def test_rotate_is_pillows_with_expansion_scaled_back_as_released():
 def test_rotated_corners_by_hand():
     # 64 x 96 turned by 5 degrees: 96 cos + 64 sin = 101.2 wide, 64 cos + 96 sin = 72.1 high; PIL takes 103 x 73 or so.
     # The middle stays; a point 20 right of it goes to 20 cos * 96 / W right and 20 sin * 64 / H up.
-    wide, high = views._expanded(SIZE)[::-1]
+    high, wide = views.transforms.rotate(torch.zeros(1, *SIZE), views.ANGLE, expand=True).shape[-2:]
     assert 101 <= wide <= 104 and 72 <= high <= 75
     x, y = 48 + 20 * math.cos(math.radians(5)) * 96 / wide, 32 - 20 * math.sin(math.radians(5)) * 64 / high
     point = views.move_boxes("rotate", torch.tensor([[68.0, 32.0, 68.0, 32.0]]), SIZE)[0].tolist()
@@ -122,18 +122,3 @@ def test_a_view_of_an_image_is_the_same_in_every_batch():
         together = torch.cat(list(viewed.batches([[0, 1, 2]])))
         assert torch.equal(together[[2, 0, 1]], torch.cat(list(viewed.batches([[2], [0], [1]]))))
         assert (len(viewed), viewed.ids, viewed.image_size) == (3, ("a", "b", "c"), SIZE)
-
-
-def test_what_is_no_view_is_refused():
-    pixels, boxes = squares()
-    images = Images(("a", "b", "c"), pixels, torch.tensor([SIZE] * 3))
-    for call in (
-        lambda: views.change_view("blur", pixels),
-        lambda: views.move_boxes("blur", boxes, SIZE),
-        lambda: views.Viewed(images, "blur"),
-    ):
-        with pytest.raises(ValueError, match="view must be one of .*'blur'"):
-            call()
-    for plain in (None, found(boxes[:2, None])):
-        with pytest.raises(ValueError, match="'cutout' needs the detections"):
-            views.Viewed(images, "cutout", plain)
