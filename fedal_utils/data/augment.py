@@ -97,7 +97,7 @@ def scale_translate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each image enlarged by `scale` (B,) about its centre, moved by `shift` (B, 2) pixels right, down, and cropped.
 
-    Boxes are clipped. An object with less than MIN_VISIBLE of its area left turns to ignore, one out of sight to padding.
+    Boxes are clipped. An object with less than MIN_VISIBLE of its area turns to ignore, one out of sight to padding.
     """
     height, width = pixels.shape[-2:]
     side = pixels.new_tensor([width, height], dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,26 +36,22 @@ class _Source(NamedTuple):
     download: str | None = None
 
 
-def _voc(train: Sequence[str], test: str) -> Callable[[Path], Found]:
+def _voc(train: Sequence[str], test: str, place: Path) -> Found:
     """Splits such as 'VOC2007/trainval' of a devkit, `place` being one of its years."""
+    read = [devkit_records(place.parent / Path(s).parent, Path(s).name, one_based=True) for s in (*train, test)]
+    return Found(sum(read[:-1], []), read[-1], VOC_CLASSES)
 
-    def find(place: Path) -> Found:
-        read = [devkit_records(place.parent / Path(s).parent, Path(s).name, one_based=True) for s in (*train, test)]
-        return Found(sum(read[:-1], []), read[-1], VOC_CLASSES)
 
-    return find
+def _split(class_names: Sequence[str], one_based: bool, place: Path) -> Found:
+    return Found(*(devkit_records(place, split, one_based) for split in ("trainval", "test")), class_names)
 
 
 def _voc07_half(place: Path) -> Found:
     """VOC07's test half, split once more: the folder VOC07 has it scaled down and split, the devkit has it as it is."""
     if place.name == "VOC07":
-        return Found(*(devkit_records(place, split, one_based=True) for split in ("trainval", "test")), VOC_CLASSES)
+        return _split(VOC_CLASSES, True, place)
     every, held = devkit_records(place, "test", one_based=True), read_json(Path(__file__).with_name("voc07_half.json"))
     return Found(*([r for r in every if (r.id in held) == side] for side in (False, True)), VOC_CLASSES)
-
-
-def _bccd(place: Path) -> Found:
-    return Found(*(devkit_records(place, split, one_based=False) for split in ("trainval", "test")), BCCD_CLASSES)
 
 
 def _coco(place: Path) -> Found:
@@ -100,12 +97,14 @@ _KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php, or by `python -
 _KITTI_PLACES = ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
 _07, _12, _TEST = "VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"
 SOURCES = {
-    "bccd": _Source(_bccd, ("BCCD",), "https://github.com/Shenggan/BCCD_Dataset", "BCCD"),
+    "bccd": _Source(
+        partial(_split, BCCD_CLASSES, False), ("BCCD",), "https://github.com/Shenggan/BCCD_Dataset", "BCCD"
+    ),
     "hit-uav": _Source(_hit_uav, ("HIT-UAV",), "https://github.com/suojiashun", "HIT-UAV"),
-    "voc07": _Source(_voc([_07], _TEST), ("VOCdevkit/VOC2007",), _VOC + "voc2007"),
+    "voc07": _Source(partial(_voc, [_07], _TEST), ("VOCdevkit/VOC2007",), _VOC + "voc2007"),
     "voc07-half": _Source(_voc07_half, ("VOC07", "VOCdevkit/VOC2007"), _VOC + "voc2007"),
-    "voc12": _Source(_voc(["VOC2012/train"], "VOC2012/val"), ("VOCdevkit/VOC2012",), _VOC + "voc2012"),
-    "voc0712": _Source(_voc([_07, _12], _TEST), ("VOCdevkit/VOC2012",), _VOC),
+    "voc12": _Source(partial(_voc, ["VOC2012/train"], "VOC2012/val"), ("VOCdevkit/VOC2012",), _VOC + "voc2012"),
+    "voc0712": _Source(partial(_voc, [_07, _12], _TEST), ("VOCdevkit/VOC2012",), _VOC),
     "coco": _Source(_coco, ("coco",), "https://cocodataset.org/#download"),
     "kitti": _Source(lambda place: kitti_found(place, KITTI_CLASSES), _KITTI_PLACES, _KITTI),
     "kitti-2": _Source(lambda place: kitti_found(place, KITTI_TWO), _KITTI_PLACES, _KITTI),

@@ -1,8 +1,4 @@
-"""DigitScenes: real handwritten digits (scikit-learn's 1,797) on generated canvases; nothing has to be downloaded.
-
-Train and test share no source digit. Scene k of a split has a generator of its own, so the first n scenes are the same
-whatever the counts.
-"""
+"""DigitScenes: real handwritten digits (scikit-learn's 1,797) on generated canvases; nothing has to be downloaded."""
 
 from __future__ import annotations
 

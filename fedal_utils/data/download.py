@@ -1,8 +1,4 @@
-"""Downloads at a pinned commit, checked against a digest of their contents; KITTI through torchvision.
-
-The archive is unpacked beside the target and put in place by one rename: a set's folder does not exist or is whole. An
-archive that was put into the root by hand is used.
-"""
+"""Downloads at a pinned commit, checked against a digest of their contents, put in place by one rename."""
 
 from __future__ import annotations
 

@@ -21,10 +21,9 @@ LAYOUT = {"images", "jpegimages", "labels", "annotations", "annotation", "xml", 
 
 
 def find_files(root: str | Path, *suffixes: str) -> list[Path]:
-    """Files below `root`, sorted, with one of these suffixes (none given: all); linked folders are followed.
+    """Files below `root`, sorted, with one of these suffixes (none given: all), also in linked folders.
 
-    Hidden ones and `NOT_DATA` are passed over. ValueError for a folder met twice through links, or that cannot be read,
-    and for a name that is not UTF-8.
+    Hidden ones and `NOT_DATA` are passed over. ValueError for a loop of links, an unreadable folder, a name not UTF-8.
     """
 
     def refuse(error: OSError) -> None:
@@ -92,7 +91,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 @contextlib.contextmanager
 def reading(where: str, needed: str) -> Iterator[None]:
-    """Whatever is wrong with a value that is read inside becomes a ValueError that names the entry and what is needed."""
+    """Whatever is wrong with a value read inside becomes a ValueError that names the entry and what is needed."""
     try:
         yield
     except _WRONG as error:

@@ -25,12 +25,11 @@ from .formats_yolo import data_yamls, yolo_names, yolo_records
 from .pixels import SUFFIXES
 from .types import Reading
 
-_SPLITS = {
-    "train": ("train", "training", "trainval"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+_SPLITS = dict.fromkeys(("train", "training", "trainval"), "train") | {"test": "test", "testing": "test"}
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+_NO_WORD = ("", "set", "data", "images", "labels")
 _TOOLS = {"shapes": "LabelMe", "_via_img_metadata": "VIA", "annotations": "COCO, CreateML or Label Studio"}  # by a key
+_BOX_COLUMN = re.compile(rb"(?i)\b(x_?min|x1|bbox|left)\b")
 Told = dict[str, list[Path]]  # train, val, test -> images
 
 
@@ -48,15 +47,14 @@ class Found:
 def split_of(words: Iterable[str]) -> str | None:
     """'train', 'val' or 'test', whichever a word says first: train2017, train_set, valid, dev, testing, ..."""
     for word in words:
-        parts = [p for p in re.split(r"[^a-z]+", word.lower()) if p not in ("", "set", "data", "images", "labels")]
-        for split, names in _SPLITS.items():
-            if parts and all(part in names for part in parts):
-                return split
+        said = {_SPLITS.get(part) for part in re.split(r"[^a-z]+", word.lower()) if part not in _NO_WORD}
+        if len(said) == 1 and None not in said:
+            return said.pop()
     return None
 
 
 def drawn_split(records: Sequence, seed: int, source: object) -> tuple[list, list, str]:
-    """80 : 20 by a named generator, at least one image in either, and what to say of it; where nothing tells a split."""
+    """80 : 20 by a named generator, at least one in either, and what to say of it; where nothing tells a split."""
     if len(records) < 2:
         raise ValueError(f"{source}: {len(records)} image(s) cannot be split into train and test; 2 are needed")
     count = max(1, round(0.2 * len(records)))
@@ -92,10 +90,9 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     else:
         layout = "images without labels"
         records = [Record(path.relative_to(root).as_posix(), path, source=path) for path in images]
-    missing = next((record for record in records if record.file is None), None)
-    if missing:
-        raise ValueError(f"annotation {missing.source} has no image {missing.id} with one of {', '.join(SUFFIXES)}")
-    foreign = _foreign(files, {f: c for f, c in jsons.items() if f not in coco}, xmls)
+    for record in (record for record in records if record.file is None):
+        raise ValueError(f"annotation {record.source} has no image {record.id} with one of {', '.join(SUFFIXES)}")
+    foreign = _foreign([f for f in files if f not in coco and f not in xmls], jsons)
     labelled = [record for record in records if record.objects is not None]
     if foreign and not labelled:  # or somebody would take the images for unlabelled
         tool, file = next(iter(foreign.items()))
@@ -149,19 +146,17 @@ def _coco(
     return read, names, said
 
 
-def _foreign(files: Sequence[Path], contents: Mapping[Path, Any], xmls: Sequence[Path]) -> dict[str, Path]:
+def _foreign(files: Sequence[Path], contents: Mapping[Path, Any]) -> dict[str, Path]:
     """The first label file of each tool that is not read."""
     found: dict[str, Path] = {}
-    for file, content in contents.items():
+    for file in (f for f in files if f.suffix.lower() in (".json", ".xml", ".csv")):
+        content = contents.get(file, ())
         entry = content[0] if isinstance(content, list) and content else content
-        for tool in (tool for key, tool in _TOOLS.items() if isinstance(entry, dict) and key in entry):
+        tools, head = [t for k, t in _TOOLS.items() if isinstance(entry, dict) and k in entry], file.read_bytes()[:2000]
+        tools += ["CVAT"] if file.suffix.lower() == ".xml" and b"<annotations" in head else []
+        tools += ["a CSV table"] if file.suffix.lower() == ".csv" and _BOX_COLUMN.search(head) else []
+        for tool in tools:
             found.setdefault(tool, file)
-    for file in (f for f in files if f.suffix.lower() in (".xml", ".csv") and f not in xmls):
-        head = file.read_bytes()[:2000]
-        if b"<annotations" in head:
-            found.setdefault("CVAT", file)
-        elif file.suffix.lower() == ".csv" and re.search(rb"(?i)\b(x_?min|x1|bbox|left)\b", head):
-            found.setdefault("a CSV table", file)
     return found
 
 
@@ -192,9 +187,6 @@ def _with_the_rest(
     return records if layout == "COCO" else sorted(records, key=lambda record: record.file)  # COCO's order is of ids
 
 
-# ------------------------------------------------------------------------------------------------------------ splits
-
-
 def _sides(
     root: Path, files: Sequence[Path], records: list[Record], said: Mapping[Path, str], seed: int, drops: Counter
 ) -> tuple[list[Record], list[Record], str]:
@@ -202,17 +194,18 @@ def _sides(
     told, by = _image_sets(files, records)
     told, by = (told, by) if told else _lists(root, files, [record.file for record in records])
     if not told:
-        splits = [said.get(r.file) or split_of(r.file.relative_to(root).parts[:-1]) for r in records]
-        told = {split: [r.file for r, s in zip(records, splits, strict=True) if s == split] for split in set(splits)}
         by = "told by the names of folders and files"
+        for record in records:
+            split = said.get(record.file) or split_of(record.file.relative_to(root).parts[:-1])
+            told.setdefault(split, []).append(record.file)
         if None in told and len(told) > 2:
             raise ValueError(f"image {told[None][0]} lies in none of the folders train, val, test, but others do")
     held = "test" if told.get("test") else "val"
-    learn = {path for split in ("trainval", "train", "val") if split != held for path in told.get(split, ())}
     test = set(told.get(held, ()))
+    learn = {path for split in ("train", "val") if split != held for path in told.get(split, ())}
     if not test or not learn - test:
         return drawn_split(records, seed, root)
-    if both := test & {*told.get("train", ()), *told.get("trainval", ())}:
+    if both := test & set(told.get("train", ())):
         raise ValueError(f"{root}: image {min(both)} is in train and in {held} ({by})")
     train, test = ([r for r in records if r.file in side] for side in (learn - test, test))
     drops["in_no_split"] += len(records) - len(train) - len(test)
@@ -229,6 +222,8 @@ def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Told,
         return {}, ""
     by_id = {r.id.split("/")[-1]: r.file for r in records} | {r.id: r.file for r in records}
     told = {split: [by_id[i] for i in split_lines(sets[split], by_id)] for split in (*learn, held)}
+    if "trainval" in told:
+        told["train"] = told.pop("trainval")
     return told, f"told by ImageSets/Main ({', '.join(learn)}; {held})"
 
 
@@ -239,8 +234,7 @@ def _lists(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[T
         bases, told = (file.parent / str(content.get("path") or ""), file.parent), {}
         for split in {"train", "val", "valid", "test"} & content.keys():
             entries = content[split] if isinstance(content[split], list) else [content[split]]
-            paths = [path for entry in entries for path in _entry(str(entry), bases, root, images, by_name)]
-            told["val" if split == "valid" else split] = paths
+            told[_SPLITS[split]] = [p for entry in entries for p in _entry(str(entry), bases, root, images, by_name)]
         if (held := told.get("test") or told.get("val")) and told.get("train") and set(held) != set(told["train"]):
             return told, f"told by {file.relative_to(root).as_posix()}"
     lists = [split for split in ("train", "val", "test") if root / f"{split}.txt" in files]

@@ -1,14 +1,8 @@
-"""What all formats share: the record, boxes settled in their image, what writers ask for, a Dataset made of records.
+"""What all formats share: the record, boxes settled in their image, and `assemble`, which makes a Dataset of records.
 
-What a reader does with imperfect input, the same for every format:
-
-* kept as *ignore* and counted: VOC `difficult`, COCO `iscrowd`, objects whose shorter side is below `min_object`;
-* changed and counted: a box partly outside its image is clipped; dropped and counted: a box without area;
-* a ValueError that names file and entry: a missing, truncated, 16-bit or huge image, an unreadable annotation, an image
-  size that is not the annotated one, a box wholly outside its image, inverted or not finite, an unknown class, a
-  duplicate id, a path that leaves the set's folder, an empty set.
-
-An annotation that lists no object is no error: the image is a negative. An image without an annotation is none.
+Ignored and counted: VOC `difficult`, COCO `iscrowd`, objects smaller than `min_object`. Changed and counted: a box
+partly outside its image is clipped, one without area dropped. All else is a ValueError that names file and entry. An
+annotation that lists no object makes its image a negative; an image without an annotation is none.
 """
 
 from __future__ import annotations
@@ -44,9 +38,9 @@ class Object:
 class Record:
     """An image as its annotation tells it: what readers return and writers take.
 
-    id: a relative path with '/'. file: the image, if known. size: (height, width), if known. objects: () is an image
-    without objects, None one that nobody has labelled. label: the class of a whole image. group: day, town, camera.
-    source: the file to name in an error. fractions: boxes are in parts of the image. drops: left out, by reason.
+    id: a relative path with '/'. size: (height, width), if known. objects: () is an image without objects, None one
+    that nobody has labelled. label: the class of a whole image. group: day, town, camera. source: the file to name in
+    an error. fractions: boxes are in parts of the image. drops: left out, by reason.
     """
 
     id: str
@@ -60,28 +54,22 @@ class Record:
     drops: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
-# ---------------------------------------------------------------------------------------- boxes inside their image
-
-
 def settled(record: Record) -> Record:
     """The record with the size of its upright image and its boxes in pixels inside it; `drops` counts what was done.
 
     The image's file may be missing where the annotation tells the size; where both tell it they must agree.
     """
-    there = record.file is not None and record.file.is_file()
-    size = upright_size(record.file) if there else record.size
-    if record.size not in (None, size):
+    file = record.file if record.file is not None and record.file.is_file() else None
+    size = upright_size(file) if file else record.size
+    if record.size not in (None, size) or (size is None and record.objects):
         raise ValueError(
-            f"image {record.file} is {size[0]} x {size[1]} (height x width, upright), but its annotation "
-            f"{record.source} says {record.size[0]} x {record.size[1]}; they must agree"
+            f"{record.source}: image {record.id!r} has the size {record.size} (height, width) there, but its file "
+            f"{record.file} is {size or 'missing'}, upright; one must tell the size, and both the same"
         )
-    if size is None and record.objects:
-        raise ValueError(f"{record.source}: image {record.id!r} has no size, and the file {record.file} does not exist")
     drops, objects = Counter(record.drops), record.objects
     if objects is not None:
         boxes = [_inside(record, thing, size, drops) for thing in objects]
         objects = tuple(replace(t, box=box) for t, box in zip(objects, boxes, strict=True) if box is not None)
-    file = record.file if there else None
     return replace(record, file=file, size=size, objects=objects, fractions=False, drops=dict(drops))
 
 
@@ -90,16 +78,14 @@ def _inside(record: Record, thing: Object, size: tuple[int, int], drops: Counter
     height, width = size
     sides = (width, height) * 2 if record.fractions else (1, 1, 1, 1)
     box = x1, y1, x2, y2 = tuple(float(round(v * side, 20)) for v, side in zip(thing.box, sides, strict=True))
-    where = f"{record.source}: image {record.id!r}, class {thing.name!r}, box {box} (xyxy pixels)"
-    if not all(math.isfinite(v) for v in box):
-        raise ValueError(f"{where} has a coordinate that is not finite")
-    if x2 < x1 or y2 < y1:
-        raise ValueError(f"{where} is inverted; allowed are x1 <= x2 and y1 <= y2")
+    if not (x1 <= x2 and y1 <= y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height and max(x2, y2) < math.inf):
+        raise ValueError(
+            f"{record.source}: image {record.id!r}, class {thing.name!r}, box {box} (xyxy pixels) is inverted, not "
+            f"finite or lies outside its image, which spans x 0..{width}, y 0..{height}"
+        )
     if x1 == x2 or y1 == y2:
         drops["zero_area"] += 1
         return None
-    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        raise ValueError(f"{where} lies outside its image, which spans x 0..{width}, y 0..{height}")
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
     drops["clipped"] += any(abs(a - b) > 1e-6 * max(width, height) for a, b in zip(inside, box, strict=True))
     return inside
@@ -119,9 +105,6 @@ def unique(records: Iterable[Record]) -> list[Record]:
             raise ValueError(f"{record.source}: image id {record.id!r} occurs more than once, first in {first}")
         seen[record.id] = record
     return list(seen.values())
-
-
-# ------------------------------------------------------------------------------------------------- before writing
 
 
 def to_write(records: Iterable[Record], classes: Sequence[str], what: str, flags: Sequence[str] = ()) -> list[Record]:
@@ -152,9 +135,6 @@ def beside(folder: Path, records: Sequence[Record], suffix: str) -> list[Path]:
     return paths
 
 
-# -------------------------------------------------------------------------------------------------------- a Dataset
-
-
 def _labels_of(
     records: Sequence[Record],
     class_names: Sequence[str],
@@ -164,11 +144,8 @@ def _labels_of(
 ) -> Labels:
     number = {name: i + 1 for i, name in enumerate(class_names)}
     for record in records:
-        odd = next((thing.name for thing in record.objects or () if thing.name not in number), None)
-        if odd is not None:
-            raise ValueError(
-                f"{record.source}: image {record.id!r} has an object of class {odd!r}; allowed are {list(class_names)}"
-            )
+        if odd := {thing.name for thing in record.objects or ()} - number.keys():
+            raise ValueError(f"{record.source}: {record.id!r} has the classes {odd}; allowed are {list(class_names)}")
     objects = [record.objects or () for record in records]
     longest = max(1, max(len(things) for things in objects))  # one padding row, so that reductions over K are defined
 
@@ -200,9 +177,13 @@ def assemble(
 ) -> Dataset:
     """The Dataset of these records: annotations are checked first, then pixels are read, of large sets when needed.
 
-    name: what it is called. image_size: (height, width), or one side, that images are letterboxed to.
-    class_names: default: those of the objects, sorted. min_object: a box with a shorter side (letterboxed) is ignore.
-    drops: what was left out before, by reason. reading: how the records were read.
+    name: what it is called.
+    records: at least one.
+    image_size: (height, width), or one side, that images are letterboxed to.
+    class_names: default: those of the objects, sorted.
+    min_object: a box with a shorter side (letterboxed) is ignore.
+    drops: what was left out before, by reason.
+    reading: how the records were read.
     """
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")

@@ -63,7 +63,7 @@ def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False
 
 
 def voc_records(root: Path, files: Sequence[Path]) -> list[Record]:
-    """A record an XML file among `files`; Annotations/a.xml is the image 'a', whose file is None where it is missing."""
+    """A record an XML file among `files`; Annotations/a.xml is the image 'a', whose file is None if missing."""
     xmls = by_key((f for f in files if f.suffix.lower() == ".xml"), root)
     images = by_key((f for f in files if f.suffix.lower() in SUFFIXES and key_of(f, root) in xmls), root)
     return unique(voc_record(key, images.get(key), file) for key, file in xmls.items())

@@ -1,8 +1,6 @@
 """YOLO: a txt file an image, lines `class cx cy w h` in fractions of it, and files that name the classes.
 
-Names come from data.yaml (`names`, a list or a mapping by number), classes.txt and *.names, as they are written there;
-files that disagree are an error. Without any, classes are "0", "1", ... An image without a txt file is an image without
-objects, as YOLO has it.
+data.yaml, classes.txt and *.names must agree; without any, classes are "0", "1", ...
 """
 
 from __future__ import annotations
@@ -43,9 +41,9 @@ class _AsWritten(yaml.BaseLoader):
 def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
     """Contents of the set's YAML files: data.yaml, or others that name classes and where the images are."""
     found = {}
-    for file in files:
-        if file.suffix.lower() in (".yaml", ".yml") and (file.stem == "data" or "names" in read_text(file)):
-            text = read_text(file)
+    for file in (f for f in files if f.suffix.lower() in (".yaml", ".yml")):
+        text = read_text(file)
+        if file.stem == "data" or "names" in text:
             with reading(f"{file} is not YAML", "plain YAML"):
                 content = yaml.load(text, Loader=_AsWritten)  # noqa: S506 (BaseLoader makes texts only)
             found |= {file: content} if isinstance(content, dict) else {}
@@ -53,18 +51,15 @@ def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
     return told or {file: content for file, content in found.items() if "names" in content}
 
 
-def _names_of(told: object) -> dict[int, str]:
-    """The names of a file by number."""
-    if isinstance(told, list):
-        told = {str(number): name for number, name in enumerate(told)}
-    if not isinstance(told, dict) or not told:
-        raise ValueError(f"names is {told!r}")
-    odd = next((key for key in told if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key)), None)
-    if odd is not None:
-        raise ValueError(f"names has the key {odd!r}")
-    names = {int(key): class_name(told[key]) for key in sorted(told, key=int)}
-    if len(set(names.values())) != len(names):
-        raise ValueError(f"a class name stands more than once: {list(names.values())}")
+def _names_of(told: object, count: str | None) -> dict[int, str]:
+    """The names of a file by number; count: what it says how many there are."""
+    names = dict(enumerate(told)) if isinstance(told, list) else {int(key): told[key] for key in sorted(told, key=int)}
+    if isinstance(told, dict) and list(map(str, names)) != sorted(told, key=int):
+        raise ValueError(f"names has the keys {list(told)}")
+    if not names or len(set(map(class_name, names.values()))) != len(names) or count not in (None, str(len(names))):
+        raise ValueError(
+            f"there are {len(names)} names, nc is {count}; no class name stands twice: {list(names.values())}"
+        )
     return names
 
 
@@ -80,9 +75,7 @@ def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]
     first: dict[int, str] | None = None
     for file, content in told.items():
         with reading(str(file), "a list of unique names, or a mapping of whole numbers to them, nc as many"):
-            names = _names_of(content)
-            if yamls.get(file, {}).get("nc", str(len(names))) != str(len(names)):
-                raise ValueError(f"nc is {yamls[file]['nc']!r}, but there are {len(names)} names")
+            names = _names_of(content, yamls.get(file, {}).get("nc"))
         first = first or names
         if names != first:
             raise ValueError(f"{file} names the classes {names}, but {next(iter(told))} {first}; they must agree")

@@ -20,14 +20,14 @@ def inspect_folder(
     """What `load` reads, without pixels: a dict that JSON can hold.
 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
-    test images, boxes, per_class, ignored (difficult, crowd), not_labelled and the first ids. Errors are `load`'s. Of
-    a set of whole-image classes per_class counts images.
+    test images, boxes, per_class (images, where a class is a whole image's), ignored, not_labelled and the first ids.
     """
     if name in classification.NAMES or name.lower().endswith(".zip"):
         return _class_report(name, root, seed, ids)
     found = find(name, data_root(root), seed, False, unlabelled)
-    report, splits = {"format": found.reading.format, "classes": list(found.class_names or ())}, {}
-    report |= {"classes_from": found.reading.classes_from, "split_from": found.reading.split_from}
+    told, splits = found.reading, {}
+    report = {"format": told.format, "classes": list(found.class_names or ()), "classes_from": told.classes_from}
+    report |= {"split_from": told.split_from}
     left_out = Counter(found.drops)
     for split, records in (("train", found.train), ("test", found.test)):
         records = [settled(record) for record in records]

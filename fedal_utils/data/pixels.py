@@ -1,4 +1,4 @@
-"""The one place that opens images: whole files only, turned upright, bounded in size, letterboxed to uint8 (3, H, W)."""
+"""The one place that opens images: whole files, turned upright, bounded in size, letterboxed to uint8 (3, H, W)."""
 
 from __future__ import annotations
 
@@ -42,15 +42,11 @@ def _opened(path: Path | zipfile.Path) -> Iterator[Image.Image]:
         try:
             image = stack.enter_context(Image.open(stack.enter_context(path.open("rb"))))
         except Exception as error:  # Pillow raises whatever its parsers trip over
-            allowed = f"allowed are whole {', '.join(SUFFIXES)} files of at most {MAX_PIXELS:,} pixels"
-            raise ValueError(f"image {path} cannot be read: {error}; {allowed}") from None
+            raise ValueError(f"image {path} cannot be read: {error}; needed is a {', '.join(SUFFIXES)}") from None
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"image {path} has {image.height} x {image.width} pixels; at most {MAX_PIXELS:,} are allowed: "
-                "scale it down or cut it into tiles"
-            )
+            raise ValueError(f"image {path} has {image.size} pixels; at most {MAX_PIXELS:,} are allowed: scale it down")
         if image.mode[0] in "IF":
-            raise ValueError(f"image {path} has mode {image.mode!r} (more than 8 bits); allowed are 8-bit images")
+            raise ValueError(f"image {path} has mode {image.mode!r}, more than 8 bits; allowed are 8-bit images")
         yield image
 
 

@@ -1,4 +1,4 @@
-"""The one in-memory type: a `Dataset` is images and labels side by side, kept apart so that scoring sees images only."""
+"""The one in-memory type: a `Dataset` is images and labels side by side, so that scoring can see images only."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_what_is_missing_or_broken_in_kitti_is_named(tmp_path):
     root = kitti(tmp_path / "kitti") / "training"
     for part, name, reason in (
         ("label_2", "000003.txt", r"label_2.000003\.txt does not exist"),
-        ("image_2", "000007.png", r"image_2.000007\.png does not exist"),
+        ("image_2", "000007.png", r"image_2.000007\.png is missing"),
     ):
         (root / part / name).rename(tmp_path / name)
         with pytest.raises(ValueError, match=reason):

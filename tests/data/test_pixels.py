@@ -68,7 +68,7 @@ def test_an_annotation_of_the_stored_size_is_refused_not_misread(tmp_path):
     """A tool that ignores EXIF saw 60 x 40: there the box would lie elsewhere."""
     photograph(tmp_path / "6.png", 6)
     record = data.Record("p", tmp_path / "6.png", (60, 40), (data.Object("cat", BOX),), source="p.xml")
-    with pytest.raises(ValueError, match=r"6\.png is 40 x 60 .* p\.xml says 60 x 40"):
+    with pytest.raises(ValueError, match=r"p\.xml: .*\(60, 40\) .*6\.png is \(40, 60\)"):
         data.assemble("s", [record], (40, 60))
 
 
@@ -109,7 +109,7 @@ def test_images_that_are_no_photographs_are_refused_by_name(tmp_path, monkeypatc
     (tmp_path / "folder.png").mkdir()
     for name, reason in (
         ("deep.png", r"mode 'I;16'"),
-        ("huge.png", r"10000 x 10000 pixels; at most 80,000,000"),
+        ("huge.png", r"\(10000, 10000\) pixels; at most 80,000,000"),
         ("folder.png", "is no plain file"),
         ("none.png", "does not exist"),
     ):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes, pad_boxes
+from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes
+from fedal_utils.data.boxes import pad_boxes
 from fedal_utils.labelling import Replay, Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
 from fedal_utils.sampling import Cost, Pool
 
