@@ -71,13 +71,6 @@ class LocalResult:
     parts: dict[str, float]
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; a GPU's stream waits for no more than this copy, the processor for nothing."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner: bool = False) -> Draws:
     """All that is random in one call of one client: S steps of B labelled images, and of as many mixed ones.
 
@@ -117,8 +110,10 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
     return draws
 
 
-def check_tasks(tasks: Sequence[ClassifierTask], config: TrainingConfig) -> None:
-    """ValueError for a recipe that classifiers do not know, and for a client that would make no step."""
+def ready(
+    tasks: Sequence[ClassifierTask], config: TrainingConfig, teacher: Classifier | None, device, as_released: bool
+) -> Classifier | None:
+    """A teacher that can be asked and does not learn; None where nothing is distilled. ValueError: a bad task."""
     if config.optimizer != "sgd" or config.ema or config.amp or config.warmup_momentum or config.warmup_bias_lr:
         raise ValueError(
             "classifiers train with plain SGD and momentum, as KAFAL and LoGo do: set optimizer='sgd', ema=0, "
@@ -127,10 +122,6 @@ def check_tasks(tasks: Sequence[ClassifierTask], config: TrainingConfig) -> None
     for task in tasks:
         if len(task.rows) == 0 or task.steps(config) < 1:
             raise ValueError(f"client {task.client} makes no step: {len(task.rows)} labelled images, {config.epochs=}")
-
-
-def ready(teacher: Classifier | None, config: TrainingConfig, device: torch.device, as_released: bool):
-    """A teacher that can be asked and does not learn; None where nothing is distilled."""
     if teacher is None or config.distillation_weight == 0:
         return None
     return copy.deepcopy(teacher).to(device).requires_grad_(False).train(as_released)
@@ -162,16 +153,13 @@ def fit_classifier(
     as_released: one partner for all images of a batch, and a teacher that uses each batch's statistics.
     """
     device = torch.device(device)
-    check_tasks([task], config)
+    teacher = ready([task], config, teacher, device, as_released)
+    mixing = task.mixes(config, teacher)
     model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    if task.optimizer_state:
-        load_optimizer(optimizer, model, task.optimizer_state)
-    anchors = anchored(model, config)
-    counts = task.counts.to(device)
-    gamma = compensation_weights(counts)
-    teacher = ready(teacher, config, device, as_released)
-    mixing = task.mixes(config, teacher)
+    load_optimizer(optimizer, model, task.optimizer_state or {})
+    anchors, counts = anchored(model, config), task.counts.to(device)
+    gamma, priors = compensation_weights(counts), counts if config.balanced_softmax else None
     draws = draw(task, config, mixing, as_released)
     before, whole = task.position(config)
     losses, seen = [], 0
@@ -183,8 +171,7 @@ def fit_classifier(
         step = {k: v[done] for k, v in draws.items()}
         optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(config, before + done, whole)
         scores = model.scores(pixels(*(step[k][:length] for k in ("rows", "flip", "shift"))))
-        target, priors = step["target"][:length].to(device), counts if config.balanced_softmax else None
-        parts = {"supervised": balanced_cross_entropy(scores, target, priors)}
+        parts = {"supervised": balanced_cross_entropy(scores, step["target"][:length].to(device), priors)}
         if mixing:
             u = pixels(step["mixed"], step["mixed_flip"], step["mixed_shift"])
             beta, partner = step["beta"].to(device), step["partner"].to(device)
@@ -218,14 +205,7 @@ def fit_classifier(
 
 
 def fit_in_turn(
-    model: Classifier,
-    states: Sequence[State],
-    tasks: Sequence[ClassifierTask],
-    images: Images,
-    config: TrainingConfig,
-    teacher: Classifier | None = None,
-    device: str | torch.device = "cpu",
-    as_released: bool = False,
+    model: Classifier, states: Sequence[State], tasks: Sequence[ClassifierTask], images: Images, *options, **more
 ) -> list[LocalResult | TrainingDiverged]:
     """`fit_classifier` for one client after another: a client whose training diverges has its error in its place.
 
@@ -236,7 +216,7 @@ def fit_in_turn(
         scratch = copy.deepcopy(model)
         scratch.load_state_dict(state, strict=False)
         try:
-            results.append(fit_classifier(scratch, task, images, config, teacher, device, as_released))
+            results.append(fit_classifier(scratch, task, images, *options, **more))
         except TrainingDiverged as error:
             results.append(error)
     return results

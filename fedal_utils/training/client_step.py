@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..data import Images, random_crop
 from ..detectors import Classifier, balanced_cross_entropy, compensation_loss, compensation_weights
-from .classifier import ClassifierTask, Draws, State, moved
+from .classifier import ClassifierTask, Draws, State
 from .graphs import captured
 from .inference import half_precision
 
 SEGMENT = 32  # steps whose images are made ahead
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a GPU's stream waits for no more than this copy, the processor for nothing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class SplitNorm(nn.BatchNorm2d):

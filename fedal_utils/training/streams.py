@@ -1,7 +1,6 @@
 """Train many clients' classifiers at once on a GPU: a step of a client is a CUDA graph, and clients run on streams.
 
-The processor only replays graphs; one graph serves all rounds. Equal to `classifier.fit_classifier` but for rounding,
-from the same draws. On a CPU the same steps run without a graph.
+One graph serves all rounds. Equal to `fit_classifier` but for rounding; on a CPU the same steps run without a graph.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from ..config import TrainingConfig
 from ..data import Images
 from ..detectors import Classifier
-from .classifier import ClassifierTask, Draws, LocalResult, State, check_tasks, draw, fit_in_turn, moved, ready, sound
-from .client_step import SEGMENT, ClientStep, Shared, views
+from .classifier import ClassifierTask, Draws, LocalResult, State, draw, fit_in_turn, ready, sound
+from .client_step import SEGMENT, ClientStep, Shared, moved, views
 from .graphs import remembered
 from .schedule import STEPS, TrainingDiverged, learning_rate_factor
 
@@ -34,7 +33,10 @@ def fit_together(
     device: str | torch.device = "cpu",
     as_released: bool = False,
 ) -> list[LocalResult | TrainingDiverged]:
-    """What `classifier.fit_in_turn` does, with its arguments; on a GPU for all clients at once."""
+    """`fit_classifier` for many clients, on a GPU at once; a client whose training diverges has its error in its place.
+
+    model: its architecture; it is not changed. states: each client's weights to start from. The rest as there.
+    """
     train = fit_graphs if torch.device(device).type == "cuda" else fit_in_turn
     return train(model, states, tasks, images, config, teacher, device, as_released)
 
@@ -51,8 +53,7 @@ def fit_graphs(
 ) -> list[LocalResult | TrainingDiverged]:
     """`fit_in_turn` by steps that can be graphs, with its arguments."""
     device = torch.device(device)
-    check_tasks(tasks, config)
-    teacher = ready(teacher, config, device, as_released)
+    teacher = ready(tasks, config, teacher, device, as_released)
     outs: list[dict] = [{} for _ in tasks]
     for mixing in (True, False):
         waiting = collections.deque(m for m, task in enumerate(tasks) if task.mixes(config, teacher) == mixing)

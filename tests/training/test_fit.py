@@ -11,7 +11,6 @@ from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.detectors import build
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import LocalTask, TrainingDiverged
-from fedal_utils.training.schedule import anchored
 
 PLAIN = TrainingConfig.of(batch=4, lr=1e-3, flip=0.0)
 SGD = PLAIN.replace(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
@@ -47,11 +46,6 @@ def trained(scenes, config, iterations=None, detector="ssd", seed=0, **options):
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_nothing_to_train_on_is_an_error(scenes):
-    with pytest.raises(ValueError, match="the set of labelled images is empty"):
-        fit(new_model(), scenes.take([]), PLAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizer
@@ -225,28 +219,6 @@ def test_fedprox_1812_06127_eq_2_by_hand(one_image, steps, options, wanted):
     assert model.idle.item() == model.backbone.item() == 1.0 and model.counter.item() == 1 + steps
 
 
-def test_the_anchor_is_what_the_call_began_with_and_what_is_trained(one_image):
-    model = Line()
-    config = SGD.replace(batch=1, lr=0.5, clip=0.0, proximal=0.25)
-    assert [(fit(model, one_image, config, 1), model.w.item())[1] for _ in range(3)] == [0.0, -1.0, -2.0]
-    detector = new_model("yolo")
-    detector.freeze_backbone()
-    wanted = {id(p) for name, p in detector.named_parameters() if not name.startswith("backbone.")}
-    assert {id(p) for p, _ in anchored(detector, TrainingConfig.of(proximal=1.0))} == wanted
-    assert anchored(detector, TrainingConfig.of()) == []
-
-
-@pytest.mark.parametrize(("optimizer", "mus"), [("sgd", (0.0, 1.0, 5.0)), ("adamw", (0.0, 10.0, 1000.0))])
-def test_the_larger_mu_the_nearer_the_weights_stay(scenes, optimizer, mus):
-    config = PLAIN.replace(optimizer=optimizer, momentum=0.0, lr=0.1 if optimizer == "sgd" else 1e-3)
-    start = list(new_model().parameters())
-    far, near, nearest = (
-        math.dist(*(torch.cat([p.detach().flatten() for p in side]).tolist() for side in (start, end.parameters())))
-        for end in (trained(scenes, config.replace(proximal=mu), 12)[0] for mu in mus)
-    )
-    assert 0 < nearest < 0.8 * near and near < 0.8 * far
-
-
 # ------------------------------------------------------------------------------------------------------ rows and bytes
 
 
@@ -274,23 +246,6 @@ def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(scenes, detector
     b, rows_b = trained(scenes, config, 3, detector)
     assert rows_a == rows_b and same(a, b)
     assert not same(a, trained(scenes, config, 3, detector, seed=1)[0])
-
-
-def test_a_flip_moves_boxes_with_their_pixels(scenes):
-    images = data.Images(scenes.images.ids, scenes.images.pixels.flip(-1), scenes.images.sizes)
-    mirrored = replace(scenes, images=images, labels=scenes.labels.flip(torch.ones(6, dtype=torch.bool), 64))
-    config = PLAIN.replace(batch=6)
-    always, never = (
-        fit(new_model(), part, config.replace(flip=flip), 2) for part, flip in ((scenes, 1.0), (mirrored, 0.0))
-    )
-    assert always == never and always != trained(scenes, config, 2)[1]
-
-
-def test_bfloat16_on_a_cpu_trains_and_stays_near_float32(scenes):
-    (_, full), (model, half) = (trained(scenes, PLAIN.replace(amp=amp), 3) for amp in (False, True))
-    full, half = full[-1]["loss"], half[-1]["loss"]
-    assert math.isfinite(half) and half != full and half == pytest.approx(full, rel=0.1)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 # --------------------------------------------------------------------------------------------------------- divergence

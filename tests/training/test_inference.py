@@ -144,14 +144,6 @@ def test_an_embedding_is_one_vector_an_image_in_order_whatever_the_batch(scenes,
     assert embed(model, scenes.images.take([])).shape == (0, 0)
 
 
-@pytest.mark.parametrize("detector", ["ssd", "faster_rcnn"])
-def test_cached_maps_have_the_embedding_of_their_pixels(scenes, cached, detector):
-    model = lite0(detector)
-    maps, pixels = (embed(model, images, batch=4) for images in (cached, scenes.images))
-    apart = (pixels[:, None] - pixels).norm(dim=2)[~torch.eye(6, dtype=torch.bool)].min()
-    assert maps.dtype == torch.float32 and (maps - pixels).norm(dim=1).max() < 0.2 * apart
-
-
 @pytest.mark.parametrize("summed", [False, True])
 def test_losses_of_many_images_are_those_of_each_in_order_whatever_the_batch(scenes, summed):
     model, target = new_model(image_loss_head=True, norm="batch"), scenes.labels

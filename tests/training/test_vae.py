@@ -14,7 +14,7 @@ from fedal_utils.config import Config
 from fedal_utils.data import Images
 from fedal_utils.detectors import build_vae, losses_of
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import TrainingDiverged, draw_batches, fit_vae, vae, vae_losses
+from fedal_utils.training import TrainingDiverged, draw_batches, fit_vae, vae_losses
 
 SIZE = (16, 16)
 
@@ -41,20 +41,6 @@ def run(model, images, iterations, rows=None, seed=0, batch=16, lr=1e-3, **optio
     return list(fit_vae(model, images, rows, config, torch_rng_for(seed, "fit"), **options))
 
 
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_the_same_seed_gives_the_same_bytes_whatever_ran_before():
-    images, first, again, other = pictures(6), built(), built(), built()
-    rows = run(first, images, 4, batch=4)
-    torch.manual_seed(5)
-    assert run(again, images, 4, batch=4) == rows and same(first, again)
-    run(other, images, 4, batch=4, seed=1)
-    assert not same(first, other)
-
-
 def test_training_brings_the_error_far_below_that_of_the_mean_image():
     images, model = pictures(8, (32, 32)), built((32, 32), 16)
     x = model.prepare(images.pixels)
@@ -64,14 +50,6 @@ def test_training_brings_the_error_far_below_that_of_the_mean_image():
     after = vae_losses(model, images)["reconstruction"].mean()
     assert before > guess and after < 0.3 * guess, (before, after, guess)
     assert not model.training and all(p.grad is None for p in model.parameters())
-
-
-def test_images_scaled_once_and_scaled_in_every_step_teach_the_same_to_the_last_bit(monkeypatch):
-    images, rows, once, each = pictures(9, (40, 24)), [7, 1, 4, 0, 8], built(), built()
-    first = run(once, images, 7, rows, batch=2)
-    monkeypatch.setattr(vae, "SCALED_BYTES", 0)
-    assert run(each, images, 7, rows, batch=2) == first
-    assert same(once, each) and not same(once, built())
 
 
 def by_hand(model, images, rows, reset, released, clip=5.0, iterations=6, batch=5):
@@ -157,27 +135,13 @@ def test_as_released_latents_are_drawn_when_scoring_too():
     assert torch.equal(a["latent"], c["latent"]) and torch.equal(a["kl"], c["kl"])
 
 
-class Blinded(nn.Module):
-    """An encoder that breaks on images which are white all over."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x):
-        return self.encoder(x) / (1 - x.amin((1, 2, 3)))[:, None]
-
-
 def test_what_is_broken_names_its_image_and_client():
     images, model = pictures(6), built()
-    images.pixels[4] = 255
-    model.encoder = Blinded(model.encoder)
-    with pytest.raises(ValueError, match="image 'p4': a broken VAE"):
+    with torch.no_grad():
+        model.mean.bias[0] = math.nan
+    with pytest.raises(ValueError, match="image 'p0': a broken VAE"):
         vae_losses(model, images)
-    assert torch.isfinite(vae_losses(model, images.take([0, 1, 2, 3, 5]))["reconstruction"]).all()
-    with pytest.raises(TrainingDiverged, match=r"client town: loss is nan .*reconstruction nan.* on images \['p4'\]"):
-        run(model, images, 3, batch=6, client="town")
     with pytest.raises(TrainingDiverged, match=r"client vae: loss is inf .*task inf\) on images \['p[01]', 'p[01]'\]"):
         run(built(), pictures(3), 2, [0, 1], batch=2, task=lambda pixels, rows: pixels.sum() * math.inf)
-    with pytest.raises(TrainingDiverged, match=r"client vae: (loss|weight '\S+') is n"):
-        run(built(), pictures(3), 1, task=lambda pixels, rows: (pixels * 0).sum().sqrt())  # a slope of 0 / 0
+    with pytest.raises(TrainingDiverged, match=r"client town: (loss|weight '\S+') is n"):  # a slope of 0 / 0
+        run(built(), pictures(3), 1, task=lambda pixels, rows: (pixels * 0).sum().sqrt(), client="town")
