@@ -82,20 +82,6 @@ def clients(bench: Bench) -> None:
         )
 
 
-@part
-def clients_short(bench: Bench) -> None:
-    """The same in whole passes, whose second batch is short."""
-    many, batch, side = (24, 128, 32) if bench.gpu else (2, 16, 16)
-    train, passes = _clients(many, side, batch, bench.device, epochs=1 if bench.small else 60), 1 if bench.small else 60
-    steps = passes * -(-200 // batch)
-    bench.alone(
-        f"{many} clients in whole passes: a client's step",
-        lambda: train(training.fit_together, None),
-        runs=2,
-        ours_do=many * steps,
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------ detectors
 
 

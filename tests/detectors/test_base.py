@@ -134,15 +134,6 @@ def test_what_is_known_of_a_box_follows_it(classes, own_box, agnostic):
     assert torch.equal(select(boxes, probs, 0.2, 0.3, 9, 60, agnostic).boxes, found.boxes)
 
 
-def test_images_of_a_batch_do_not_suppress_each_other():
-    rng = torch_rng_for(0, "apart")
-    boxes, probs = random_boxes(rng, 5, 40), torch.randn(5, 40, 4, generator=rng).softmax(-1)
-    for agnostic in (False, True):
-        together = select(boxes, probs, 0.3, 0.45, agnostic=agnostic)
-        for i in range(5):
-            alone = select(boxes[i : i + 1], probs[i : i + 1], 0.3, 0.45, agnostic=agnostic)
-            n = alone.valid.sum()
-            assert n == together.valid[i].sum() > 0 and torch.equal(together.boxes[i, :n], alone.boxes[0, :n])
 
 
 def test_what_is_not_finite_does_not_vanish_in_silence():
@@ -245,16 +236,6 @@ def test_a_frozen_backbone_never_changes_and_clones_share_it(kind):
     assert torch.allclose(cached.scores[:, 0], plain.scores[:, 0], atol=1e-2)
 
 
-def test_what_is_unfrozen_is_trained_again():
-    model = small("yolo")
-    model.freeze_backbone()
-    model.train()
-    assert (
-        model.frozen and not model.backbone.training and not any(p.requires_grad for p in model.backbone.parameters())
-    )
-    model.unfreeze_backbone()
-    assert not model.frozen and model.backbone.training and all(p.requires_grad for p in model.parameters())
-    assert set(model.exchanged()) == set(model.state_dict())
 
 
 @pytest.mark.parametrize("crowd", [40.0, 200.0])

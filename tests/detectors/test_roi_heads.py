@@ -79,24 +79,6 @@ def test_plain_heads_have_torchvisions_loss_and_gradients_to_the_bit(head):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and any(g.any() for g in gradients[0])
 
 
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("arm", [{}, HUALE], ids=name_of)
-def test_predict_gives_the_detections_of_torchvisions_own_heads(arm, head):
-    model = rcnn(arm, seed=1, box_loss_head=head).eval()
-    with torch.no_grad():
-        model.roi.box_predictor.cls_score.weight *= 4.0  # so sure of its classes that some boxes pass the threshold
-        images, maps = model.pyramid(pixels(3))
-        proposals, _ = model.rpn(images, maps)
-        wanted, _ = torchvisions(model.roi, 0.3, 12).eval()(maps, proposals, images.image_sizes)
-    found = model.predict(pixels(3), score_above=0.3, nms_iou=0.5, top=12)
-    counts = [len(want["boxes"]) for want in wanted]
-    assert found.valid.sum(1).tolist() == counts and max(counts) == 12 and len(proposals[0]) * 3 <= 400
-    for i, (want, count) in enumerate(zip(wanted, counts, strict=True)):
-        assert torch.equal(found.labels[i, :count], want["labels"])
-        assert torch.equal(found.scores[i, :count], want["scores"])
-        assert torch.equal(found.boxes[i, :count], want["boxes"])
-
-
 def test_weights_do_not_depend_on_what_stands_beside_them():
     """Every part that two arms share has the same weights, and so has the box loss head beside each auxiliary one."""
     plain, seen = rcnn().state_dict(), {}
@@ -283,18 +265,6 @@ def test_every_part_equals_a_loop_over_rois(box, auxiliary, emphasis, padding):
         torch.testing.assert_close(slope[spread], right, rtol=1e-9, atol=1e-12)
         assert slope.abs().sum().item() == pytest.approx(right.abs().sum().item(), rel=1e-9)  # none on padding
     assert oracles.iou(decoded(leaves[2][2, 8:12].tolist(), ROIS[2][1]), TRUTHS[0][2]) == 0  # one is far off
-
-
-@pytest.mark.parametrize("arm", ARMS, ids=name_of)
-def test_emphasis_moves_weight_between_foreground_rois_and_none_to_the_background(arm):
-    """In the case two of five objects are crowded; a loss that is the same for all foreground RoIs must not change."""
-    (features, logits, regression), truth = case()
-    parts, plain = (
-        heads((logits, regression), **{**arm, **more}).losses_of(features, *truth) for more in ({}, {"emphasis": 0.0})
-    )
-    assert all(abs(parts[k].item() - plain[k].item()) > 1e-4 for k in parts)
-    even = heads((torch.zeros_like(logits), regression), **arm).losses_of(features, *truth)  # every loss is ln 4
-    assert even["classification"].item() == pytest.approx(math.log(4), rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -119,16 +119,6 @@ def test_the_loss_1512_02325_eq_1_by_hand():
     assert loss(0, -2, -1, -1, -1)["classification"].item() == pytest.approx(3 * 0.693147 + sure, rel=1e-5)
 
 
-def test_least_negatives_let_an_empty_image_teach_the_background():
-    anchors = random_boxes(torch_rng_for(0, "a"), 20)
-    none = torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 20), -1)
-    logits, deltas = torch.zeros(1, 20, 3), torch.zeros(1, 20, 4)
-    assert anchor_losses(logits, deltas, *none, anchors).of_batch()["classification"].item() == 0
-    some = anchor_losses(logits, deltas, *none, anchors, least_negatives=8).of_batch()
-    assert some["classification"].item() == pytest.approx(8 * 1.098612, rel=1e-5)  # 8 x ln 3, over max(1, 0 positives)
-    assert some["regression"].item() == 0
-
-
 # ---------------------------------------------------------------------------------------------------------- whole model
 
 

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from fedal_utils.config import Config
-from fedal_utils.data import flip_boxes
 from fedal_utils.detectors import VIEWS, build
-from fedal_utils.detectors.yolo import CSP, PyramidPooling
+from fedal_utils.detectors.yolo import PyramidPooling
 from fedal_utils.detectors.yolo_loss import decode
 from fedal_utils.seeding import torch_rng_for
 
@@ -75,20 +74,6 @@ def test_pyramid_pooling_takes_maxima_over_5_9_and_13_cells():
     assert torch.equal(block(x), block.leave(torch.cat([first, *pools], dim=1)))
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_the_shortcut_is_in_the_backbone_only(norm):
-    model = tiny(norm=norm)
-    inside = [block.shortcut for m in model.backbone.modules() if isinstance(m, CSP) for block in m.blocks]
-    assert inside == [True] * 7 + [False]  # 1 + 3 + 3 with, the last CSP without
-    assert not any(block.shortcut for m in model.neck.modules() if isinstance(m, CSP) for block in m.blocks)
-    block = model.backbone.stages[2].blocks[0].eval()
-    x = torch.randn(1, 8, 4, 4, generator=torch_rng_for(0, "x"))
-    with torch.no_grad():
-        for p in block.wide.parameters():
-            p.zero_()
-    assert torch.equal(block(x), x)  # SiLU(0) = 0
-
-
 @pytest.mark.parametrize("scale, cells", [(1.0, (6400, 1600, 400)), (0.25, (400, 100, 25)), (0.05, (16, 8, 8))])
 @pytest.mark.parametrize("classes, odds", [(1, 0.6 / 1e-5), (4, 0.6 / 3.00001)])
 def test_biases_start_at_eight_objects_in_an_image_of_640_px_or_of_as_much_as_the_anchors_are_scaled(
@@ -98,20 +83,6 @@ def test_biases_start_at_eight_objects_in_an_image_of_640_px_or_of_as_much_as_th
         bias = layer.bias.view(3, -1)
         assert torch.allclose(bias[:, 4].exp(), torch.full((3,), 8 / number), rtol=1e-4)
         assert torch.allclose(bias[:, 5:].exp(), torch.full((3, classes), odds), rtol=1e-3)
-
-
-def test_outputs_are_in_the_order_of_the_grid():
-    model = lively()
-    x = noise(1)
-    raw = model(x)[0]
-    grid = model.cells.grid
-    maps = [layer(m)[0] for layer, m in zip(model.head, model.neck(model.features(x)), strict=True)]
-    for level, a, y, xx in ((0, 2, 7, 3), (1, 0, 1, 5), (2, 1, 0, 2)):
-        stride = (8, 16, 32)[level]
-        w, h = (side / 4 for side in COCO_ANCHORS[level][a])
-        here = (grid == torch.tensor([(xx - 0.5) * stride, (y - 0.5) * stride, stride, w, h])).all(1).nonzero()
-        assert here.shape == (1, 1)
-        assert torch.allclose(raw[here[0, 0]], maps[level].view(3, 8, *maps[level].shape[1:])[a, :, y, xx], atol=1e-5)
 
 
 def test_a_few_images_are_learned_by_heart():
@@ -162,17 +133,6 @@ def test_confidence_is_objectness_times_class_and_probs_sum_to_one(classes):
 
 
 # -------------------------------------------------------------------------------------------------------------- views
-
-
-def test_the_mirrored_view_of_a_mirrored_image_gives_mirrored_boxes():
-    model, x = lively(), noise(2)
-    plain = model.predict(x, score_above=0.3, top=30)
-    mirrored = model.predict(x.flip(-1), score_above=0.3, top=30, views=((1.0, True),))
-    assert plain.valid.all() and torch.equal(plain.labels, mirrored.labels)
-    assert torch.allclose(flip_boxes(mirrored.boxes, 96), plain.boxes, atol=1e-3)
-    assert torch.allclose(plain.probs, mirrored.probs, atol=1e-5)
-    other = model.predict(x, score_above=0.3, top=30, views=((1.0, True),))
-    assert not torch.allclose(other.scores[:, 0], plain.scores[:, 0], atol=1e-3)
 
 
 @pytest.mark.parametrize(
