@@ -1,12 +1,7 @@
 """What sees: detectors, classifiers, and the VAE that says how novel an image is.
 
-base         the interface of a detector; boxes as deltas from anchors; threshold and NMS
-backbones    small ones, EfficientNet-Lite0, VGG16, ResNet-50 with a pyramid; a pretrained embedder
-losses       losses that PyTorch lacks: box losses, class losses of KAFAL, the ranking of images
-ssd, faster_rcnn (with roi_heads), yolo (with yolo_loss)
-classifiers  ResNet-8 and a CNN of four layers; linear: one layer on frozen features
-vae          variational autoencoders
-build        a model of a config, or the reason why there is none
+base, backbones, losses: what they share. ssd; faster_rcnn with roi_heads and proposals; yolo with yolo_loss.
+classifiers, linear, vae. build: a model of a config, or the reason why there is none.
 """
 
 from .backbones import Embedder

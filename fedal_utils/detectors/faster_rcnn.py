@@ -28,11 +28,7 @@ from .ssd import octave_sizes, place_anchors
 
 
 class FasterRCNN(Detector):
-    """The detector; how boxes are learned: `LocalisedRoIHeads`.
-
-    Ignored boxes are left out of the targets (torchvision knows no ignore regions): a proposal on one of them can
-    still be sampled as background.
-    """
+    """The detector; how boxes are learned: `LocalisedRoIHeads`. Ignored boxes are left out of the targets."""
 
     nms_iou = 0.5
 
@@ -54,13 +50,10 @@ class FasterRCNN(Detector):
         self.rpn = RegionProposalNetwork(
             AnchorGenerator(sizes, (ratios,) * len(sizes)),
             RPNHead(width, len(ratios)),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256 if full else 32,
-            positive_fraction=0.5,
+            **dict(fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256 if full else 32),
+            **dict(positive_fraction=0.5, nms_thresh=0.7),
             pre_nms_top_n={"training": self.limits[0], "testing": 1000 if full else 200},
             post_nms_top_n={"training": self.limits[1], "testing": 1000 if full else 100},
-            nms_thresh=0.7,
         )
         side, hidden = (7, 1024) if full else (5, 128)
         anchors, _ = place_anchors(self.rpn.anchor_generator, image_size, self.backbone.strides)
@@ -69,16 +62,9 @@ class FasterRCNN(Detector):
             MultiScaleRoIAlign([str(level) for level in range(levels)], side, sampling_ratio=2 if full else 1),
             TwoMLPHead(width * side**2, hidden),
             FastRCNNPredictor(hidden, classes + 1),
-            fg_iou_thresh=0.5,
-            bg_iou_thresh=0.5,
-            batch_size_per_image=512 if full else 32,
-            positive_fraction=0.25,
-            bbox_reg_weights=None,
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            detections_per_img=100,
-            config=config,
-            hidden=hidden,
+            **dict(fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512 if full else 32),
+            **dict(positive_fraction=0.25, bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5),
+            **dict(detections_per_img=100, config=config, hidden=hidden),
         )
 
     def pyramid(self, inputs: Inputs) -> tuple[ImageList, OrderedDict[str, Tensor]]:
@@ -124,7 +110,7 @@ class FasterRCNN(Detector):
     def loss_at_once(
         self, maps: dict[str, Tensor], boxes: Tensor, classes: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The same for the whole batch with fixed shapes, so that nothing waits for the device; samples differ."""
+        """The same for the whole batch with fixed shapes: nothing waits for the device; samples differ."""
         real = classes > 0
         objectness, deltas = self.rpn.head(list(maps.values()))
         objectness = [o.permute(0, 2, 3, 1).flatten(1) for o in objectness]  # (B, n) each

@@ -49,7 +49,7 @@ def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tenso
 
 
 class AnchorLosses(NamedTuple):
-    """Losses of each anchor (B, A), and two masks (B, A): positive anchors, and those whose class counts."""
+    """Losses of each anchor (B, A), and masks (B, A) of positive anchors and of those whose class counts."""
 
     classification: Tensor
     box: Tensor  # 0 where an anchor is not positive
@@ -57,7 +57,7 @@ class AnchorLosses(NamedTuple):
     counted: Tensor  # positives and hard negatives
 
     def per_image(self, summed: bool = False) -> dict[str, Tensor]:
-        """The MultiBox loss of each image (B,), divided by its own positives (by 1 if it has none) unless `summed`."""
+        """The MultiBox loss of each image (B,), divided by its own positives unless `summed`."""
         count = 1 if summed else self.positive.sum(1).clamp(min=1)
         classification = (self.classification * self.counted).sum(1)
         return {"classification": classification / count, "regression": self.box.sum(1) / count}
@@ -123,8 +123,7 @@ class SSD(Detector):
     """Single-shot detector with softmax classes and hard negatives.
 
     `box_loss_head` of the config adds a head that predicts each anchor's classification loss (Park et al. 2023) from
-    maps that it does not train, `image_loss_head` a `LossHead`. Both are drawn last: the rest has the weights that it
-    has without them.
+    maps that it does not train, `image_loss_head` a `LossHead`. Both are drawn last.
     """
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):

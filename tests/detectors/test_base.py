@@ -134,8 +134,6 @@ def test_what_is_known_of_a_box_follows_it(classes, own_box, agnostic):
     assert torch.equal(select(boxes, probs, 0.2, 0.3, 9, 60, agnostic).boxes, found.boxes)
 
 
-
-
 def test_what_is_not_finite_does_not_vanish_in_silence():
     boxes, probs = torch.tensor([[[0.0, 0, 10, 10]] * 3] * 2), torch.full((2, 3, 2), 0.5)
     for broken in range(2):
@@ -234,8 +232,6 @@ def test_a_frozen_backbone_never_changes_and_clones_share_it(kind):
     assert not any(m.requires_grad for m in maps)
     cached, plain = (model.eval().predict(inputs, score_above=0.02) for inputs in (maps, pixels(2)))
     assert torch.allclose(cached.scores[:, 0], plain.scores[:, 0], atol=1e-2)
-
-
 
 
 @pytest.mark.parametrize("crowd", [40.0, 200.0])
