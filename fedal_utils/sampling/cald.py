@@ -22,11 +22,10 @@ BETA, MOST, KEEP = 1.3, 40, 50  # the value of two equal certain boxes; of more 
 def consistency(seen: Observation) -> Scores:
     """Minus CALD's consistency, so that bigger = query first; in [-1, 0].
 
-    For box i of the plain image and a view: j is the view's box of the largest IoU with where i lies there (ties, also
-    all 0: the best scored), m = IoU + (1 - JS(p_i, p_j)) * (s_i + s_j) / 2, s the largest foreground probability. The
-    view's value is the smallest |m - 1.3| over i, 1 at most, and 0 where the view shows nothing; the image's is the
-    mean over views, and 0 without a box in the plain image. Of an image with more than 40 boxes those at
-    round(linspace(0, n - 1, 50)) down the scores enter. *Reconstructed*: p with background, JS in nats.
+    For box i of the plain image: j is the view's box of the largest IoU with where i lies there (ties: the best
+    scored), m = IoU + (1 - JS(p_i, p_j)) * (s_i + s_j) / 2, s the largest foreground probability. The view's value is
+    the smallest |m - 1.3| over i, 1 at most, and 0 where the view shows nothing; the image's is the mean over views,
+    and 0 without a box in the plain image. *Reconstructed*: p with background, JS in nats.
     """
     plain = seen.detections
     image, row = _entering(plain).nonzero(as_tuple=True)  # of the R boxes that enter
@@ -55,7 +54,7 @@ def _closest(boxes: Tensor, found: Detections) -> Tensor:
 
 
 def _entering(found: Detections) -> Tensor:
-    """(N, T) bool: all boxes of an image, or those at even steps down its scores where there are many."""
+    """(N, T) bool: all boxes, or of more than 40 those at round(linspace(0, n - 1, 50)) down the scores."""
     order = found.scores.masked_fill(~found.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # (N, T) 0 for the best scored
     entering = found.valid.clone()
@@ -63,13 +62,6 @@ def _entering(found: Detections) -> Tensor:
         steps = np.round(np.linspace(0, int(found.valid[image].sum()) - 1, KEEP)).astype(np.int64)
         entering[image] &= torch.isin(rank[image], torch.from_numpy(steps).to(rank.device))
     return entering
-
-
-def _class_vectors(found: Detections) -> Tensor:
-    """(N, C) float64: the largest score among the boxes of each class, 0 where there is none."""
-    scores = torch.where(found.valid, found.scores.double(), 0.0)
-    best = scores.new_zeros(len(found), found.probs.shape[-1])
-    return best.scatter_reduce(1, found.labels.clamp(min=0), scores, "amax")[:, 1:]
 
 
 @strategy(
@@ -90,8 +82,12 @@ def cald(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     """
     first = consistency(seen)
     labelled = torch.from_numpy(np.asarray(seen.labelled_class_counts, dtype=np.float64))
-    shown = [seen.detections, *(view.found for _, view in sorted(seen.views.items()))]
-    v = torch.stack([_class_vectors(found) for found in shown]).mean(0)
+    best = []  # (N, C) float64 of each view: the largest score among the boxes of each class, 0 where there is none
+    for found in (seen.detections, *(view.found for _, view in sorted(seen.views.items()))):
+        scores = torch.where(found.valid, found.scores.double(), 0.0)
+        none = scores.new_zeros(len(found), found.probs.shape[-1])
+        best.append(none.scatter_reduce(1, found.labels.clamp(min=0), scores, "amax")[:, 1:])
+    v = torch.stack(best).mean(0)
     unlike = jensen_shannon(v.softmax(1), labelled.softmax(0).to(v.device))
     second = Scores(unlike.cpu().numpy(), seen.detections.valid.any(1).cpu().numpy())
     return Selection(cascade([first, second], (max(k, min(seen.count, int(1.2 * k))), k), rng, "first")[-1], first)

@@ -1,7 +1,7 @@
 """Diversity: sets of images that cover the pool, and how unlike the labelled images one is. No labels are seen.
 
-N images of the pool, L labelled ones, V held out; C classes, D columns of an embedding. Ideas of R. Monarch,
-Human-in-the-Loop Machine Learning (2021), chapters 3 to 5, and the papers named at each function.
+N images of the pool, L labelled ones, V held out; C classes, D columns of an embedding. Chapters are those of R.
+Monarch, Human-in-the-Loop Machine Learning (2021).
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from ..data import Detections
 from .scores import Scores, finite, reduce
+from .select import Selection
 
 MANY = 10_000  # images, above which k-means goes by batches
 BLOCK = 1024  # rows of a large table that are looked at in float64 at a time
 EXACT = "donot_use_mm_for_euclid_dist"  # a matrix product loses the distance of points far from the origin
 
 
-def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generator) -> Selection:
     """Greedy k-center (core-set; Sener and Savarese 2018, 1708.00489, algorithm 1): the farthest point, k times.
 
-    embedding (N, D) of the pool; labelled (L, D) are centres already; without any, the first one is drawn. Returns
-    positions (k,), and the distance (N,) of each image to its nearest centre before the choice (zeros where there was
-    none). Ties break by `rng`.
+    embedding (N, D) of the pool; labelled (L, D) are centres already; without any, the first one is drawn. The scores
+    are distances to the nearest centre before the choice (0 where there was none). Ties break by `rng`.
     """
     points, centres = finite("embedding", embedding.double()), finite("labelled", labelled.double())
     order = torch.from_numpy(rng.permutation(len(points))).to(points.device)  # argmax takes the first of equals
@@ -44,16 +46,16 @@ def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generat
         taken[best] = True
         selected.append(int(order[best]))
         nearest = torch.minimum(nearest, (points - points[best]).norm(dim=1))
-    return np.array(selected, dtype=np.int64), distances.cpu().numpy()
+    return Selection(np.array(selected, dtype=np.int64), Scores.all(distances))
 
 
-def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -> Selection:
     """BADGE (Ash et al. 2020, 1906.03671, algorithm 1): k-means++ seeds among the gradients each image would cause.
 
     The gradient of the last layer, if the model's own guess were the label: g = (p - onehot(argmax p)) (x) h, with p
     (N, C) the softmax of `logits` and h (N, D) the `embedding`. The first centre is the longest g (as in the authors'
     code; ties break by `rng`), each further one is drawn with a probability in proportion to its squared distance to
-    the nearest centre; where all are 0, among the images that are left. Returns positions (k,) and |g| (N,).
+    the nearest centre; where all are 0, among the images that are left. The scores are |g|.
 
     |a (x) h - a' (x) h'|^2 = |a|^2 |h|^2 + |a'|^2 |h'|^2 - 2 (a . a') (h . h'): no (N, C D) table is made. Distances
     below 1e-6 of the norms could be rounding of this difference and count as 0, so that equal images are equal.
@@ -78,16 +80,15 @@ def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -
         sizes = squared + squared[best]
         distance = sizes - 2 * (apart @ apart[best]) * (points @ points[best])
         nearest = torch.minimum(nearest, distance.masked_fill(distance <= 1e-12 * sizes, 0))
-    return np.array(selected, dtype=np.int64), norms
+    return Selection(np.array(selected, dtype=np.int64), Scores.all(norms))
 
 
 def model_outlier(logits: Tensor, held_out_logits: Tensor, held_out_classes: Tensor | None = None) -> Scores:
     """How little the model is moved by an image, in [0, 1]; model-based outliers of Monarch (2021), ch. 4.
 
-    1 - mean over classes of r_c, the rank of the image's logit of class c among those of the held-out images: the part
-    of them that lies below it, of equal ones the half. Low activations everywhere are an outlier: 1. logits (N, C),
-    held_out_logits (V, C). With held_out_classes (V,), columns 0..C-1, class c is ranked among held-out images of class
-    c alone; classes without any do not count.
+    1 - mean over classes of r_c, the rank of the image's logit of class c (N, C) among those of the held-out images
+    (V, C): the part of them that lies below it, of equal ones the half. With held_out_classes (V,), columns 0..C-1,
+    class c is ranked among held-out images of class c alone; classes without any do not count.
     """
     finite("logits", logits)
     finite("held_out_logits", held_out_logits)
@@ -104,23 +105,17 @@ def model_outlier(logits: Tensor, held_out_logits: Tensor, held_out_classes: Ten
 def box_outlier(detections: Detections, reference: Detections) -> Scores:
     """`model_outlier` of each box, the mean over an image's boxes: log odds of each class against the background.
 
-    reference: detections on held-out images; class by class, those of that class give the ranks. Without a box there,
-    no image is scored. Probabilities would not do: they add up to one, so no box is low in all of them. *Ours*.
+    reference: detections on held-out images, those of a class give its ranks; without any no image is scored.
+    Probabilities would not do: they add up to one, so no box is low in all of them. *Ours*.
     """
     valid, held = detections.valid, reference.valid
     if not bool(held.any()):
         return Scores.none(len(detections))
+    logs = [probs.double().clamp(min=1e-300).log() for probs in (detections.probs[valid], reference.probs[held])]
+    odds, ranked = (log[:, 1:] - log[:, :1] for log in logs)  # (B, C) of the boxes here, and of those held out
     values = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
-    ranked = _against_background(reference.probs[held]).to(valid.device)
-    outlier = model_outlier(_against_background(detections.probs[valid]), ranked, reference.labels[held] - 1)
-    values[valid] = torch.from_numpy(outlier.values).to(values)
+    values[valid] = torch.from_numpy(model_outlier(odds, ranked, reference.labels[held] - 1).values).to(values)
     return reduce(values, valid, "avg")
-
-
-def _against_background(probs: Tensor) -> Tensor:
-    """(B, C) log odds of each class, of probabilities (B, C + 1)."""
-    logs = probs.double().clamp(min=1e-300).log()
-    return logs[:, 1:] - logs[:, :1]
 
 
 def embedding_outlier(embedding: Tensor, labelled: Tensor, k: int = 10) -> Scores:
@@ -170,9 +165,6 @@ def k_means(
     points: np.ndarray, k: int, rng: np.random.Generator, many: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cluster (N,) of each row of `points` (N, D), and centres (k, D) in float64; of k = N rows a single cluster."""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from sklearn.exceptions import ConvergenceWarning
-
     if k == len(points):
         return np.zeros(k, dtype=np.int64), points.mean(0, keepdims=True, dtype=np.float64)
     method = MiniBatchKMeans if many and len(points) > many else KMeans

@@ -1,8 +1,8 @@
 """The dual score: a VAE's reconstruction error says what is new, a detection loss what is useful (SSD + VAE, 2023).
 
-The project's page gives the form, alpha * L_reconstruction + beta * L_detection, ranked from the top; its figure puts
-the detector on the VAE's *reconstruction*. Its released code has the two networks and no loop: no ranking, no alpha,
-and a detection loss only against ground truth. What L_detection is where nobody has labelled anything:
+The project's page gives the form, alpha * L_reconstruction + beta * L_detection; its figure puts the detector on the
+VAE's *reconstruction*. Its released code has no loop, and a detection loss only against ground truth. So what is
+L_detection where nobody has labelled anything:
 
     d0  MultiBox loss against the hidden labels: an upper bound for diagnosis (`diagnostic`), never a method
     d1  reconstruction consistency: of the detector on the reconstruction g(x), against its confident detections on x
@@ -10,9 +10,8 @@ and a detection loss only against ground truth. What L_detection is where nobody
     d3  entropy of the most uncertain detection
     d4  a learned loss: a small head that predicts the detector's loss (Yoo and Kweon 2019, 1905.03677)
 
-"vae" queries by reconstruction error alone (alpha, beta) = (1, 0), "d1" by the detection loss alone (0, 1), "vae_d1" by
-both. A term that an image does not have (d1, d2: nothing is detected with confidence; d3: nothing is detected) counts
-as the average of the others, so that the other term decides; the page is silent on it.
+"vae" queries by reconstruction error alone, "d1" by the detection loss alone, "vae_d1" by both. A term that an image
+does not have (nothing is detected) counts as the average of the others; the page is silent on it.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ TERMS = {  # detection term -> the observation that it is
 def standardise(scores: Scores) -> np.ndarray:
     """(N,) float64: (value - mean) / standard deviation over the scored images; 0 for the others.
 
-    Without spread (one image, or all alike up to rounding) everything is 0: a term that says the same of all images
-    says nothing. *Ours*: the page adds the raw terms, orders of magnitude apart. ValueError: a value is not finite.
+    Without spread (up to rounding) all are 0: a term that says the same of all images says nothing. *Ours*: the page
+    adds the raw terms, orders of magnitude apart. ValueError: a value is not finite.
     """
     out, values = np.zeros(len(scores)), np.asarray(scores.values, dtype=np.float64)[scores.scored]
     if not np.isfinite(values).all():
@@ -61,10 +60,7 @@ def detection_term(seen: Observation, term: str) -> Scores:
 
 
 def score(seen: Observation, new: bool, term: str) -> Scores:
-    """The dual score, standardised over these images; with one term alone, alpha = 1 or 0.
-
-    new: with the VAE's reconstruction error. term: a name in `TERMS`, '' = none.
-    """
+    """The dual score; new: with the VAE's reconstruction error; term: a name in `TERMS`, '' = none."""
     nothing = Scores.all(np.zeros(seen.count))
     one = Scores.all(seen.reconstruction_errors) if new else nothing
     other = detection_term(seen, term) if term else nothing

@@ -34,7 +34,9 @@ def pool_hierarchy(values: Tensor, image: Tensor, obj: Tensor, level: Tensor, la
     """One number an image (images,) from its boxes' `values` (B,), bottom up; 0 for an image without any.
 
     Mean over the boxes of one (object, level, class), sum over classes, maximum over levels, sum over objects.
-    image, obj, level, label: (B,) int64 >= 0, objects counted within their image. *Stated* (Park et al. 2023).
+    values: (B,) of the boxes.
+    image, obj, level, label: (B,) int64 >= 0 of each, objects counted within their image.
+    images: how many there are.
     """
     values = values.double()
     if not len(values):
@@ -61,10 +63,8 @@ def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     """The k - n largest pooled uncertainties, and n = round(quota * k) images drawn from those that scored 0.
 
     Boxes before suppression with a foreground probability above 0.3 and an IoU above 0.5 with a detection scored above
-    0.3 (an object) count, once for every object that they overlap so much. A box is of its most probable class, so rows
-    that hold it for another class are left out. The normaliser of the evidence is the mean predicted loss over the
-    boxes that count of one image and level. Without `extra['level']` all boxes are of one level. Images without such a
-    box score 0; of fewer than n of them all are taken. Ties break by `rng`.
+    0.3 (an object) count, once for every such object, as their most probable class. The evidence is normalised by the
+    mean predicted loss over the boxes that count of one image and level. Images without such a box score 0.
     """
     dense, objects = seen.pre_nms_detections, seen.detections.above(SCORE_ABOVE)
     if "predicted_loss" not in dense.extra:
@@ -81,21 +81,14 @@ def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     image, row, members = image[counted], row[counted], members[counted]
     level = dense.extra["level"][image, row].long() if "level" in dense.extra else torch.zeros_like(row)
     loss = dense.extra["predicted_loss"].double()[image, row]
-    values = epistemic(dense.probs[image, row], loss, _mean_by(loss, image, level))
+    _, group = torch.stack([image, level]).unique(dim=1, return_inverse=True)
+    means = torch.zeros_like(loss).scatter_reduce(0, group, loss, "mean", include_self=False)
+    values = epistemic(dense.probs[image, row], loss, means[group])
     box, obj = members.nonzero(as_tuple=True)  # every (box, object) that overlap
     pairs = (values[box], image[box], obj, level[box], dense.labels[image, row][box])
     pooled = pool_hierarchy(*(t.cpu() for t in pairs), seen.count).numpy()  # a GPU adds in any order
-    scores = Scores.all(pooled)
-
     unseen = np.flatnonzero(pooled == 0)
     drawn = rng.choice(unseen, min(round(seen.config.query.quota * k), len(unseen)), replace=False)
     others = np.setdiff1d(np.arange(seen.count), drawn)
     best = others[top_k(Scores.all(pooled[others]), k - len(drawn), rng)]
-    return Selection(np.concatenate([best, drawn]), scores)
-
-
-def _mean_by(values: Tensor, image: Tensor, level: Tensor) -> Tensor:
-    """(B,) the mean of the values of each box's own image and level."""
-    _, group = torch.stack([image, level]).unique(dim=1, return_inverse=True)
-    means = torch.zeros_like(values).scatter_reduce(0, group, values, "mean", include_self=False)
-    return means[group]
+    return Selection(np.concatenate([best, drawn]), Scores.all(pooled))

@@ -1,10 +1,9 @@
 """HUALE's filter cascade (Hierarchical Uncertainty Aggregation and Emphasis Loss, IEEE BigData 2023).
 
-HUALE's text, equations and code are not public. What is known are its README, its author's page and numbers printed in
-its figures: an image and its mirrored copy are looked at; images with much entropy are retrieved; four metrics then
-rank them in turn, as an ordered cascade of filters and never as one weighted sum. Each function says how it is known:
-*stated* (in words of its authors), *from figures* (read off published figures) or *reconstructed* (ours; no number here
-is evidence about theirs). N images, T boxes, C classes, background first; divergences and entropies in nats.
+Its text, equations and code are not public; its README, its author's page and figures are: images with much entropy are
+retrieved, then ranked by four metrics of an image and its mirrored copy in turn, never by a weighted sum. Each function
+says how it is known: *stated* (in words), *from figures* or *reconstructed* (ours, no evidence about theirs). N images,
+T boxes, C classes, background first; nats.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from .select import Selection, cascade
 
 
 def retrieval(plain: Detections, flipped: Detections) -> Scores:
-    """Entropy in nats of the most uncertain box, 0 .. ln(C + 1): E(x) = max_i (- sum_c p_ic ln p_ic).
+    """Entropy in nats of the plain view's most uncertain box, 0 .. ln(C + 1): E(x) = max_i (- sum_c p_ic ln p_ic).
 
-    The boxes are those of the plain view. An image in which only one view has a box is as inconsistent as can be and
-    gets ln(C + 1), whatever that box says; without a box in either view there is no score. *From figures*: nats and the
-    maximum (one printed entropy per image); that it is the retrieval score, and both rules, are *reconstructed*.
+    An image in which only one view has a box gets ln(C + 1); without a box in either there is no score. *From figures*:
+    nats and the maximum; that it is the retrieval score, and both rules, are *reconstructed*.
     """
     largest = math.log(plain.probs.shape[-1])
     scores = reduce(entropy(plain), plain.valid, "max")
@@ -41,8 +39,8 @@ def retrieval(plain: Detections, flipped: Detections) -> Scores:
 def semantic_disagreement(plain: Detections, flipped: Detections) -> Scores:
     """Mean divergence of what the two views call the same box, 0 .. ln 2; a box that one view alone has counts ln 2.
 
-    The mean runs over matched pairs (JS of their class vectors, background included) and unmatched boxes of either
-    view. The name "semantic affinity" and its place are *from figures*, the formula is *reconstructed*.
+    JS of the class vectors of matched pairs, background included. The name "semantic affinity" and its place are *from
+    figures*, the formula is *reconstructed*.
     """
     paired, partner, lone = _paired(plain, flipped)
     apart = torch.zeros(paired.shape, dtype=torch.float64, device=paired.device)
@@ -68,8 +66,8 @@ def category_diversity(plain: Detections, flipped: Detections) -> Scores:
 def overlap_ratio(plain: Detections, flipped: Detections, above: float = 0.1) -> Scores:
     """Share of an image's boxes that overlap another of its boxes with IoU > `above`, 0 .. 1; the larger of two views.
 
-    The name, its place and "0 for a single box, a ratio with the number of boxes below" are *from figures*; the rule
-    is *reconstructed*, and it is known not to give both printed values (.800 and .333) for any threshold.
+    The name, its place and "0 for a single box" are *from figures*; the rule is *reconstructed*, and known not to give
+    both printed values (.800 and .333) for any threshold.
     """
 
     def touching(boxes: Tensor, valid: Tensor) -> Tensor:
@@ -88,10 +86,9 @@ def overlap_ratio(plain: Detections, flipped: Detections, above: float = 0.1) ->
 def localisation_confidence(plain: Detections, flipped: Detections) -> Scores:
     """1 - the mean confidence in the four sides of the boxes of both views, 0 .. 1: badly placed boxes first.
 
-    From `extra['sides']` of both views. A detector without them is judged by how well its two views agree: side k of a
-    matched pair has q_k = max(0, 1 - |difference| / the pair's mean width or height), a box without a partner q = 0;
-    the mean runs over pairs and lone boxes. Four numbers a box and the name are *from figures*, the reduction is
-    *reconstructed*, and the stand-in is ours alone.
+    From `extra['sides']` of both views. A detector without them is judged by how well they agree: side k of a matched
+    pair has q_k = max(0, 1 - |difference| / the pair's mean width or height), a box without a partner q = 0. Four
+    numbers a box and the name are *from figures*, the reduction is *reconstructed*, the stand-in is ours alone.
     """
     if "sides" in plain.extra and "sides" in flipped.extra:
         pairs = [(found.extra["sides"].double().mean(2), found.valid) for found in (plain, flipped)]
@@ -131,10 +128,8 @@ def _means(total: Tensor, count: Tensor) -> Scores:
 def cascade_stages(seen: Observation, k: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray, Scores]]:
     """Retrieval and four filters: (name, the positions it left, best first, its scores of all images) of each.
 
-    Retrieval leaves round(cascade[0] * k) images, the filters in `cascade_order` round(cascade[1] * k), ...,
-    round(cascade[3] * k) and k; never more than there are. Images without a box in either view come as
-    `no_detection_rule` says, at every step. The cascade and its order are *stated* and *from figures*, its sizes are
-    *reconstructed*.
+    Retrieval leaves round(cascade[0] * k) images, the filters in `cascade_order` round(cascade[1] * k), ... and k. The
+    cascade and its order are *stated* and *from figures*, its sizes are *reconstructed*.
     """
     query = seen.config.query
     steps = {"retrieval": retrieval, **{name: FILTERS[name] for name in query.cascade_order}}

@@ -1,9 +1,8 @@
 """KAFAL's acquisition, KSAS (Cao et al., ICCV 2023, 2211.13579), and KSAS carried to boxes (*ours*: no paper has it).
 
-A client queries images where its own model and the global one disagree about the classes it knows: the client's
-labelled counts n multiply both models' class probabilities before they are compared. Formulas are those of KAFAL's
-algorithm figure and its released code; here all sums run over the classes with n > 0, which is the limit n -> 0 for the
-others, where the released code adds ln 0. N images, C classes, T boxes; nats.
+A client queries images where its own model and the global one disagree about the classes it knows. Formulas are those
+of KAFAL's algorithm figure and its released code; here all sums run over the classes with labels, n > 0, which is the
+limit n -> 0 for the others, where the released code adds ln 0. N images, C classes, T boxes; nats.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ def specialised_divergence(client_logits: Tensor, global_logits: Tensor, counts:
     """KSAS score (N,) float64 >= 0 of whole images; KAFAL, algorithm 1, eq. 1-3: the mean of KL(P || Q) and KL(Q || P).
 
     P_y = n_y exp(f_y) / sum_k n_k exp(f_k) of the client's logits (N, C), Q of the global model's, over the classes
-    with n_y > 0. counts: (C,) labels of each class in any unit, not all 0. With labels of one class only, P and Q are
-    both certain and the score is 0 everywhere: the client has nothing to disagree on.
+    with n_y > 0. counts: (C,) labels of each class in any unit, not all 0; with one class only the score is 0.
     """
     counts = torch.as_tensor(counts, dtype=torch.float64, device=client_logits.device)
     known = counts > 0
@@ -43,14 +41,14 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def box_divergence(found: Detections, own: Detections, counts: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
     """KSAS of each box of the global detector (`found`) and of the client's (`own`). *Ours*.
 
-    Boxes are paired one to one from the largest IoU down to 0.5, whatever their classes. Of class vectors (background
-    first) the classes without labels are left out, the others are weighted by n_y over the mean n of the classes with
-    labels, background by 1, and the vector sums to one again; a pair's value is the symmetric divergence of its two. A
-    box that one detector alone shows is held against what the other's silence says: background 1 - `UNSEEN`, and
-    `UNSEEN` over the classes in the box's own proportions. Before all this probabilities are raised to `FLOOR`.
+    Boxes are paired one to one by `match`, whatever their classes. Of class vectors the classes without labels are left
+    out, the others are weighted by n_y over the mean n of the classes with labels, background by 1; a pair's value is
+    the symmetric divergence of its two. A box that one detector alone shows is held against what the other's silence
+    says: background 1 - `UNSEEN`, and `UNSEEN` over the classes in the box's own proportions. Probabilities are `FLOOR`
+    at least. counts: (C,) labelled boxes of each class in any unit, not all 0.
 
-    counts: (C,) labelled boxes of each class in any unit, not all 0. Returns values (N, T) float64 >= 0 and valid
-    (N, T) bool, T = T_global + T_client: the global detector's columns, pairs among them, then the client's.
+    Returns values (N, T) float64 >= 0 and valid (N, T): the global detector's columns, pairs among them, then the
+    client's.
     """
     counts = torch.as_tensor(counts, dtype=torch.float64, device=found.probs.device)
     known = counts > 0
@@ -80,24 +78,10 @@ def box_divergence(found: Detections, own: Detections, counts: np.ndarray | Tens
     return values, valid
 
 
-SOURCE = "Cao et al. (2023), 2211.13579"
-_NEEDS = ("class_scores", "local_class_scores")
-
-
 def _of_classes(seen: Observation, counts: np.ndarray) -> Scores:
     if seen.local_class_scores is None:  # nothing to compare with yet
         return Scores.none(seen.count)
     return Scores.all(specialised_divergence(seen.local_class_scores, seen.class_scores, counts))
-
-
-@strategy("ksas", (*_NEEDS, "labelled_class_counts"), "images", source=SOURCE)
-def _ksas(seen: Observation) -> Scores:
-    return _of_classes(seen, seen.labelled_class_counts)
-
-
-@strategy("jeffreys", _NEEDS, "images", source="KSAS with equal counts")
-def _jeffreys(seen: Observation) -> Scores:
-    return _of_classes(seen, np.ones(seen.class_scores.shape[1]))
 
 
 def _of_boxes(seen: Observation, how: str) -> Scores:
@@ -106,10 +90,15 @@ def _of_boxes(seen: Observation, how: str) -> Scores:
     return reduce(*box_divergence(seen.detections, seen.local_detections, seen.labelled_class_counts), how)
 
 
+_CLASSES = ("class_scores", "local_class_scores")
+_BOXES = ("detections", "local_detections", "labelled_class_counts")
+strategy("ksas", (*_CLASSES, "labelled_class_counts"), "images", source="Cao et al. (2023), 2211.13579")(
+    lambda seen: _of_classes(seen, seen.labelled_class_counts)
+)
+strategy("jeffreys", _CLASSES, "images", source="KSAS with equal counts")(
+    lambda seen: _of_classes(seen, np.ones(seen.class_scores.shape[1]))
+)
 for _how in ("sum", "avg", "max"):
-    strategy(
-        f"ksas_{_how}",
-        ("detections", "local_detections", "labelled_class_counts"),
-        "boxes",
-        source="KSAS carried to boxes: ours",
-    )(lambda seen, _how=_how: _of_boxes(seen, _how))
+    strategy(f"ksas_{_how}", _BOXES, "boxes", source="KSAS carried to boxes: ours")(
+        lambda seen, _how=_how: _of_boxes(seen, _how)
+    )

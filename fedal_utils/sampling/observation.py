@@ -29,13 +29,10 @@ PRE_NMS = 1000  # boxes of an image at most, where they are wanted before non-ma
 
 @dataclass(frozen=True)
 class View:
-    """The same images after a change of their pixels.
+    """The same images after a change of their pixels."""
 
-    moved: (N, T, 4) xyxy pixels of the changed images, row by row the boxes of `detections`. found: detections there.
-    """
-
-    moved: Tensor
-    found: Detections
+    moved: Tensor  # (N, T, 4) xyxy pixels of the changed images, row by row the boxes of `detections`
+    found: Detections  # there
 
 
 class Observation:
@@ -69,18 +66,14 @@ class Part(Observation):
 
 @dataclass(frozen=True)
 class Scene:
-    """What all clients' observations share: the training images, with their pixels too, and where the model runs.
+    """What all clients' observations share."""
 
-    views: a frozen backbone's features of changed images by view, kept from one observation to the next.
-    score_above: detections count from this confidence on, in the place of the config's.
-    """
-
-    images: Images | CachedImages
-    photos: Images
+    images: Images | CachedImages  # all that are trained on
+    photos: Images  # the same with their pixels
     classes: int
     device: torch.device
-    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)
-    score_above: float | None = None
+    views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)  # features, by view
+    score_above: float | None = None  # detections count from this confidence on, in the place of the config's
 
 
 class PoolObservation(Observation):
@@ -99,15 +92,14 @@ class PoolObservation(Observation):
         return self.scene.images.take(self.rows)
 
     @property
-    def photos(self) -> Images:  # The same images with their pixels, where `images` are a frozen backbone's features
+    def photos(self) -> Images:  # the same images with their pixels, where `images` are a frozen backbone's features
         return self.scene.photos.take(self.rows)
 
     @property
-    def labelled(self) -> np.ndarray:  # Rows (L,) of the training set that the client has labelled
+    def labelled(self) -> np.ndarray:  # rows (L,) of the training set that the client has labelled
         return self.pool.index[self.pool.labelled()]
 
     def predict(self, images: Any, model: Any = None, **options: Any) -> Detections:
-        """Detections for scoring, see `predict` below."""
         return predict(self.config, model or self.model, images, self.scene.device, self.scene.score_above, **options)
 
     # --- detectors
@@ -124,7 +116,7 @@ class PoolObservation(Observation):
         return replace(found, boxes=back, extra=sides)
 
     @cached_property
-    def views(self) -> Mapping[str, View]:  # Changed images by name, see `data.VIEWS`
+    def views(self) -> Mapping[str, View]:  # changed images by name, see `data.VIEWS`
         boxes, size = self.detections.boxes, self.images.image_size
         return {name: View(move_boxes(name, boxes, size), self.predict(self._changed(name))) for name in VIEWS}
 
@@ -136,14 +128,14 @@ class PoolObservation(Observation):
             return Viewed(self.images, name, plain)
         if name == "flip" and whole.mirrored is not None:
             return replace(whole, features=whole.mirrored, mirrored=None).take(self.rows)
+        if name in scene.views:
+            return scene.views[name].take(self.rows)
+        changed = Viewed(scene.photos if plain is None else self.photos, name, plain)
+        found = training.cache_features(self.model, changed, device=scene.device, mirrored=False)
         if plain is not None:
-            return self._features(Viewed(self.photos, name, plain))
-        if name not in scene.views:
-            scene.views[name] = self._features(Viewed(scene.photos, name))
-        return scene.views[name].take(self.rows)
-
-    def _features(self, changed: Viewed) -> CachedImages:
-        return training.cache_features(self.model, changed, device=self.scene.device, mirrored=False)
+            return found
+        scene.views[name] = found
+        return found.take(self.rows)
 
     @cached_property
     def pre_nms_detections(self) -> Detections:
@@ -151,7 +143,7 @@ class PoolObservation(Observation):
         return self.predict(self.images, pre_nms=True)
 
     @cached_property
-    def held_out_detections(self) -> Detections:  # On images that the model was not trained on and nobody will query
+    def held_out_detections(self) -> Detections:  # on images that the model was not trained on and nobody will query
         return predict(self.config, self.model, self.models.held_out, self.scene.device)
 
     @cached_property

@@ -32,9 +32,9 @@ def total(costs: Iterable[Cost]) -> Cost:
 class Oracle:
     """Answers with the ground truth, and counts what that costs.
 
-    seconds_per_image: a look at the image (our estimate). seconds_per_box: drawing one box; 7 s is the median of
-    extreme clicking (Papadopoulos et al. 2017, 1708.02750). Every real box counts, ignored ones too: an annotator
-    draws them before anyone can call them too small or difficult. diagnostic: opens `hidden_labels`.
+    A look at an image takes 2 s (our estimate), drawing a box 7 s, the median of extreme clicking (Papadopoulos et al.
+    2017, 1708.02750). Every real box counts, ignored ones too: an annotator draws them before anyone can call them too
+    small or difficult. diagnostic: opens `hidden_labels`.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Oracle:
 class Pool:
     """One client's images: which are labelled, since which cycle, and what that cost.
 
-    index: rows of the training set that this client holds. Positions below count within the client, 0..N-1.
-    `queried_in` is the whole history of labelling: one integer an image, -1 = unlabelled, -2 = undecided (it was
-    queried, and nobody could say), else the cycle of the query.
+    index: rows of the training set that this client holds; positions count within the client. `queried_in` is the whole
+    history of labelling: one integer an image, -1 = unlabelled, -2 = undecided (it was queried, and nobody could say),
+    else the cycle of the query.
     """
 
     def __init__(self, client: str, images: Images, oracle: Oracle, index: Sequence[int]):

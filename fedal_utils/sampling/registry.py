@@ -7,8 +7,7 @@
         return 1 - seen.detections.scores.amax(1)  # (N,) bigger = query first
 
 It then runs in every notebook, scheme and detector that can give what it needs: `overrides={"methods": ["random",
-"my_margin"]}`. A function that selects a set of images together takes (seen, k, rng) and returns positions or a
-`Selection`: `@sampling.strategy("mine", needs=("embeddings",), selects=True)`.
+"my_margin"]}`. With `selects=True` the function takes (seen, k, rng) and returns positions or a `Selection`.
 """
 
 from __future__ import annotations
@@ -34,28 +33,21 @@ OBSERVATIONS = tuple(
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to select what is labelled next.
-
-    needs: names of observations that it reads (see `PoolObservation`). kinds: for detectors, classifiers or both.
-    selects: the function returns a selection, else scores. model: which model is asked: the global one, the client's
-    own after its latest training, or one trained on the client's labels alone. score_above: detections count from this
-    confidence on, in the place of the config's. source: paper and how it is known.
-    """
+    """A way to select what is labelled next."""
 
     name: str
     function: Callable
-    needs: frozenset[str] = frozenset()
-    kinds: tuple[str, ...] = KINDS
-    selects: bool = False
-    model: str = "global"
-    score_above: float | None = None
-    source: str = ""
+    needs: frozenset[str] = frozenset()  # names of observations that it reads, see `PoolObservation`
+    selects: bool = False  # the function returns a selection, else scores
+    model: str = "global"  # which is asked: this one, the client's latest, or one of the client's labels alone
+    score_above: float | None = None  # detections count from this confidence on, in the place of the config's
+    source: str = ""  # paper, and how it is known
 
     def select(self, seen: Observation, k: int, rng: np.random.Generator) -> Selection:
         """The k images to label next. ValueError where a score is not finite, or the pool is smaller than k."""
         if not self.selects:
-            scores = self.function(seen)
-            scores = scores if isinstance(scores, Scores) else Scores.all(scores)
+            found = self.function(seen)
+            scores = found if isinstance(found, Scores) else Scores.all(found)
             if len(scores) != seen.count:
                 raise ValueError(f"strategy {self.name!r} scored {len(scores)} images of {seen.count}")
             return Selection(top_k(scores, k, rng, seen.config.query.no_detection_rule), scores)
@@ -112,20 +104,22 @@ def strategy(
     score_above: float | None = None,
     source: str = "ours",
 ) -> Callable[[Callable], Callable]:
-    """Register the function below it under this name, with the fields of `Strategy`; see the module's example.
+    """Register the function below it under this name; see the module's example.
 
-    kind: 'boxes', 'images', None = both. A second one of the same name and kind takes the place of the first, so a
-    notebook's cell can be run again.
+    name: what methods are called.
+    needs, selects, score_above, source: see `Strategy`.
+    kind: 'boxes', 'images', None = both.
+
+    A second one of the same name and kind takes the place of the first, so a notebook's cell can be run again.
     """
-    needs, kinds = frozenset(needs), KINDS if kind is None else (kind,)
-    for unknown in sorted(needs - set(OBSERVATIONS)):
+    for unknown in sorted(set(needs) - set(OBSERVATIONS)):
         raise ValueError(f"strategy {name!r} needs {unknown!r}, which nobody observes: known are {OBSERVATIONS}")
-    if not name.replace("_", "").isalnum() or kinds[0] not in KINDS:
+    if not name.replace("_", "").isalnum() or kind not in (None, *KINDS):
         raise ValueError(f"a strategy's name has letters, digits and _, its kind is one of {KINDS}: {name!r}, {kind!r}")
 
     def add(function: Callable) -> Callable:
-        made = Strategy(name, function, needs, kinds, selects, "global", score_above, source)
-        _KNOWN.update({(one, name): made for one in kinds})
+        made = Strategy(name, function, frozenset(needs), selects, "global", score_above, source)
+        _KNOWN.update({(one, name): made for one in ([kind] if kind else KINDS)})
         return function
 
     return add

@@ -87,9 +87,8 @@ def reduce(values: Tensor, valid: Tensor, how: str) -> Scores:
 def uncertainty(logits: Tensor, how: str) -> Scores:
     """How unsure a model is of whole images, from its class scores (N, C), in float64; Settles (2012), ch. 2.
 
-    'entropy' of the class probabilities in nats (eq. 2.3), 0 .. ln C; 'margin', 1 - (best - second best) (eq. 2.2), and
-    'confidence', 1 - best (least confidence, eq. 2.1), both turned so that bigger = query first; 'ratio', second best /
-    best (Monarch 2021, ch. 3), from the difference of the class scores.
+    'entropy' of the class probabilities in nats (eq. 2.3), 'margin', 1 - (best - second best) (eq. 2.2), 'confidence',
+    1 - best (eq. 2.1), 'ratio', second best / best (Monarch 2021, ch. 3), from the difference of the class scores.
     """
     logits = logits.double()
     probs = logits.softmax(1)

@@ -44,8 +44,7 @@ def cascade(
 ) -> list[np.ndarray]:
     """Positions that are left after each step: the sizes[i] best by steps[i] of those that the step before left.
 
-    Each step is `top_k` among the survivors, best first, so the last entry is the selection. Where the rule 'never'
-    left fewer than the next size, all that are left go on.
+    Each step is `top_k`, so the last entry is the selection. Where 'never' left fewer than the next size, all go on.
     """
     left, stages = np.arange(len(steps[0])), []
     for scores, size in zip(steps, sizes, strict=True):
@@ -56,10 +55,7 @@ def cascade(
 
 
 def portions(shares: Mapping[str, float], k: int) -> dict[str, int]:
-    """How many of k images each strategy selects: whole parts, then one each to the largest remainders.
-
-    shares: fractions >= 0 that sum to 1. (active-vision gives the whole rest to the first strategy.)
-    """
+    """How many of k images each strategy selects: whole parts, then one each to the largest remainders."""
     if min(shares.values(), default=0) < 0 or not abs(math.fsum(shares.values()) - 1) <= 1e-9:
         raise ValueError(f"shares must be >= 0 and sum to 1, got {dict(shares)}")
     exact = {name: Fraction(repr(float(share))) for name, share in shares.items()}  # 0.29 is 29/100: 29 of 100 images

@@ -11,8 +11,19 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedal_utils.sampling import diversity, top_k
-from fedal_utils.sampling.diversity import k_center
 from fedal_utils.seeding import rng_for, torch_rng_for
+
+
+def k_center(*given):
+    """Positions, and the distances before the choice."""
+    found = diversity.k_center(*given)
+    return found.positions, found.scores.values
+
+
+def badge(*given):
+    """Positions, and the gradients' lengths."""
+    found = diversity.badge(*given)
+    return found.positions, found.scores.values
 
 
 def points(*places):
@@ -90,11 +101,11 @@ def slow_badge(gradients, k, rng):
 def test_badge_ash_2020_by_hand():
     # p = (3/4, 1/4): a = (-1/4, 1/4), |a|^2 = 1/8; h = 4 and 8: |g|^2 = 2 and 8. p = (1/4, 3/4), h = 2: a turned, 1/2
     logits = torch.tensor([[3.0, 1], [3, 1], [1, 3]], dtype=torch.float64).log()
-    positions, norms = diversity.badge(logits, points(4, 8, 2), 1, rng_for(0, "c"))
+    positions, norms = badge(logits, points(4, 8, 2), 1, rng_for(0, "c"))
     assert positions.tolist() == [1] and norms == pytest.approx([math.sqrt(2), math.sqrt(8), math.sqrt(0.5)])
     # g = -1, -2 and +1/2 times (1, -1): squared distances to -2 are 1 * 2 and 6.25 * 2, so the third is drawn with
     # probability 6.25 / 7.25 = .862: 345 of 400, standard deviation 6.9
-    second = Counter(int(diversity.badge(logits, points(4, 8, 2), 2, rng_for(seed, "c"))[0][1]) for seed in range(400))
+    second = Counter(int(badge(logits, points(4, 8, 2), 2, rng_for(seed, "c"))[0][1]) for seed in range(400))
     assert set(second) == {0, 2} and 317 < second[2] < 373
 
 
@@ -104,28 +115,28 @@ def test_badge_equals_the_naive_version_that_writes_all_gradients_down(spread):
     for seed in range(5):
         logits, embedding = spread * rng.normal(size=(60, 5)), rng.normal(size=(60, 7))
         want, lengths = slow_badge(hallucinated(logits, embedding), 25, rng_for(seed, "c"))
-        found, norms = diversity.badge(torch.from_numpy(logits), torch.from_numpy(embedding), 25, rng_for(seed, "c"))
+        found, norms = badge(torch.from_numpy(logits), torch.from_numpy(embedding), 25, rng_for(seed, "c"))
         assert found.tolist() == want and norms == pytest.approx(lengths, rel=1e-9)
 
 
 def test_badge_of_equal_images_takes_each_once_and_others_first():
     logits, embedding = torch.zeros(6, 3), torch.ones(6, 2) / 3
     for wide in (1, 500):  # sums of 500 thirds are rounded
-        positions, norms = diversity.badge(logits, embedding.repeat(1, wide), 6, rng_for(0, "c"))
+        positions, norms = badge(logits, embedding.repeat(1, wide), 6, rng_for(0, "c"))
         assert sorted(positions.tolist()) == list(range(6)) and norms.min() == norms.max()
-    runs = [tuple(diversity.badge(logits, embedding, 6, rng_for(seed, "c"))[0].tolist()) for seed in range(60)]
+    runs = [tuple(badge(logits, embedding, 6, rng_for(seed, "c"))[0].tolist()) for seed in range(60)]
     assert len(set(runs)) > 50 and all({run[i] for run in runs} == set(range(6)) for i in range(6))
     # three different images, copied: all three come before any copy
     rng = torch_rng_for(0, "copies")
     logits, embedding = (torch.randn(3, width, generator=rng).repeat(4, 1) for width in (4, 6))
     for seed in range(40):
-        positions, _ = diversity.badge(logits, embedding, 12, rng_for(seed, "c"))
+        positions, _ = badge(logits, embedding, 12, rng_for(seed, "c"))
         assert sorted(positions[:3] % 3) == [0, 1, 2] and sorted(positions) == list(range(12))
 
 
 def test_badge_of_a_model_that_is_sure_of_everything_draws_at_random():
     logits = torch.tensor([[1000.0, 0], [0, 1000]]).repeat(3, 1)
-    runs = [diversity.badge(logits, torch.ones(6, 2), 3, rng_for(seed, "c")) for seed in range(40)]
+    runs = [badge(logits, torch.ones(6, 2), 3, rng_for(seed, "c")) for seed in range(40)]
     assert all(not norms.any() and len(set(positions.tolist())) == 3 for positions, norms in runs)
     assert {int(i) for positions, _ in runs for i in positions} == set(range(6))
 
@@ -147,7 +158,7 @@ def test_badge_never_writes_the_gradients_down():
     rng = torch_rng_for(0, "large")
     logits, embedding = torch.randn(images, classes, generator=rng), torch.randn(images, wide, generator=rng)
     with Largest() as largest:
-        positions, norms = diversity.badge(logits, embedding, 8, rng_for(0, "c"))
+        positions, norms = badge(logits, embedding, 8, rng_for(0, "c"))
     assert len(set(positions.tolist())) == 8 and norms.shape == (images,)
     assert images * wide <= largest.numbers < 2 * images * wide
 
@@ -305,7 +316,7 @@ def test_representative_equals_the_slow_loop_whatever_the_blocks(block, monkeypa
     [
         lambda bad: k_center(bad, points(1, 1), 1, rng_for(0, "c")),
         lambda bad: k_center(points(1, 1), bad, 1, rng_for(0, "c")),
-        lambda bad: diversity.badge(torch.zeros(2, 3), bad, 1, rng_for(0, "c")),
+        lambda bad: badge(torch.zeros(2, 3), bad, 1, rng_for(0, "c")),
         lambda bad: diversity.model_outlier(bad, points(1)),
         lambda bad: diversity.model_outlier(points(1), bad),
         lambda bad: diversity.embedding_outlier(points(1), bad),

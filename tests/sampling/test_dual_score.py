@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed import chosen, observed
 
-from fedal_utils import data
 from fedal_utils.data import Detections
 from fedal_utils.sampling import Scores
 from fedal_utils.sampling.dual_score import mix, standardise
-from fedal_utils.sampling.dual_terms import as_labels, texture
+from fedal_utils.sampling.dual_terms import as_labels
 from fedal_utils.seeding import rng_for
 
 fewer = settings(max_examples=40)
@@ -107,29 +106,6 @@ def test_neither_terms_unit_nor_its_zero_moves_a_score(rows, part, unit, shift):
         apart = np.subtract.outer(want.values, want.values) > 1e-8
         assert (np.subtract.outer(found.values, found.values)[apart] > 0).all()
         assert found.scored.all()
-
-
-# --- texture ----------------------------------------------------------------------------------------------------------
-
-
-def drawn(*grey):
-    """Images of these (H, W) arrays of bytes, the same in all channels."""
-    pixels = torch.stack([torch.as_tensor(g, dtype=torch.uint8).expand(3, -1, -1) for g in grey]).contiguous()
-    size = tuple(pixels.shape[-2:])
-    return data.Images(tuple(f"g{i}" for i in range(len(pixels))), pixels, torch.tensor([size] * len(pixels)))
-
-
-def test_texture_by_hand():
-    board = (np.indices((16, 16)).sum(0) % 2) * 255
-    half = np.repeat([[0] * 8 + [255] * 8], 16, axis=0)  # one step of 1 in each row of 15, none in a column
-    images = drawn(np.full((16, 16), 77), board, half)
-    want = [[0, 0], [1, 0.5], [1 / 30, 0.5]]
-    assert texture(images, (16, 16)).tolist() == [pytest.approx(row, abs=1e-6) for row in want]
-    assert texture(images.take([0]), (8, 12)).tolist() == [pytest.approx([0, 0], abs=1e-6)]  # scaled, still flat
-    assert texture(images.take([1]), (8, 8))[0, 0] < 0.2  # at a half, a chequered image is nearly grey
-    red = drawn(board)
-    red.pixels[:, 1:] = 0
-    assert texture(red, (16, 16)).tolist() == [pytest.approx([1 / 3, 1 / 6], abs=1e-6)]
 
 
 # --- losses without labels --------------------------------------------------------------------------------------------
