@@ -90,34 +90,25 @@ MEGABYTES = {"full": 14.017, "head": 5.7, "optimizer": 5.241}  # section 8: FP16
 
 
 def paper_megabytes(
-    scheme: str,
-    step: int,
-    clients: int = 9,
-    merge_at: int = 21,
-    full: float = MEGABYTES["full"],
-    head: float = MEGABYTES["head"],
-    optimizer: float = MEGABYTES["optimizer"],
+    scheme: str, step: int, clients: int = 9, merge_at: int = 21, sizes: dict[str, float] = MEGABYTES
 ) -> float:
     """MB sent by all clients, both ways, after a step of a scheme: the released analysis' formulas (section 8).
 
+    scheme: its name.
     step: fedavg and local-first: the communication round, from 0; chains: the visit of the first pass, from 0 to
         clients - 1, then clients for the merge, and from clients + 1 on the later visits (chain-fedavg: rounds).
     clients: how many there are.
     merge_at: the round in which local-first merges for the first time.
-    full, head, optimizer: MB of the model, of what is left of it with a frozen backbone, of the optimizer's state.
+    sizes: MB of the model, of what is left of it with a frozen backbone, of the optimizer's state.
 
     The formulas count two transfers for each hop of a chain, which needs one, and neither the initial model nor labels.
     """
-    if step < 0 or clients < 1:
-        raise ValueError(f"step must be >= 0 and clients >= 1, got {step} and {clients}")
-    around = 2 * full * clients
+    full, head, optimizer = (sizes[name] for name in ("full", "head", "optimizer"))
     each = {"chain": 2 * head, "chain-fedavg": 2 * head * clients, "accumulate": 2 * (full + optimizer)}
     if scheme in each:
         return min(step + 1, clients) * 2 * full + max(0, step - clients) * each[scheme]
-    known = {"centralised": 0.0, "fedavg": (step + 1) * around, "local-first": max(1, step - merge_at + 1) * around}
-    if scheme not in known:
-        raise ValueError(f"scheme must be one of {(*known, *each)}, got {scheme!r}")
-    return known[scheme]
+    rounds = {"centralised": 0, "fedavg": step + 1, "local-first": max(1, step - merge_at + 1)}
+    return rounds[scheme] * 2 * full * clients
 
 
 def message_sizes(setup: federation.Setup) -> dict[str, float]:
@@ -150,33 +141,27 @@ def traffic_table(setup: federation.Setup, table: pd.DataFrame) -> pd.DataFrame:
         scheme = federation.method_of(method, config).scheme.name
         frame = run[["method", "seed"]].assign(step=range(len(run)), ap50=run["ap50"])
         frame["metered"] = (run["bytes_up"] + run["bytes_down"]).cumsum() / 1e6
-        frame["formula"] = [paper_megabytes(scheme, step, **given, **sizes) for step in frame["step"]]
+        frame["formula"] = [paper_megabytes(scheme, step, **given, sizes=sizes) for step in frame["step"]]
         frame["paper_sizes"] = [paper_megabytes(scheme, step, **given) for step in frame["step"]]
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
 
 def optimizer_ablation(config: Config) -> dict[str, Config]:
-    """The same experiment with three policies for the optimizer state between rounds; the first is the released code's.
+    """The same experiment with three policies for the optimizer state between rounds, and a control.
 
-    Its warm-up of 1,000 iterations begins again in every local call of at most 280; here it is as many times longer
-    than a round as there, so that it never ends either. Kept at the client, it happens once.
+    The first is the released code's: its warm-up of 1,000 iterations begins again in every local call of at most 280;
+    here it is as many times longer than a round as there, so that it never ends either. Kept at the client, it happens
+    once. In the control every client takes as many steps in a row as the single node does (at equal steps in all, each
+    takes its part of them): what is left of the gap is due to averaging and to the split of the images alone.
     """
-    warmup = round(1000 / 280 * config.federation.iterations) if config.federation.iterations else 1000
+    iterations, many = config.federation.iterations, config.federation.clients
+    warmup = round(1000 / 280 * iterations) if iterations else 1000
+    kept = config.replace(optimizer_state="client", warmup=warmup)
+    longer = {"iterations": many * iterations} if iterations else {"epochs": many * config.training.epochs}
     return {
         "restart, warm-up": config.replace(optimizer_state="restart", warmup=warmup),
         "restart, no warm-up": config.replace(optimizer_state="restart", warmup=0),
-        "kept, one warm-up": config.replace(optimizer_state="client", warmup=warmup),
+        "kept, one warm-up": kept,
+        f"kept, {many} x the steps": kept.replace(**longer),
     }
-
-
-def sequential_control(config: Config) -> dict[str, Config]:
-    """A control beside the ablation's last arm: every client takes as many steps in a row as the single node does.
-
-    At equal steps in all, the clients' steps lie side by side, so each of them is `clients` times shorter; what is left
-    of the gap here is due to averaging and to the split of the images alone.
-    """
-    kept, many = optimizer_ablation(config)["kept, one warm-up"], config.federation.clients
-    if config.federation.iterations:
-        return {f"kept, {many} x the steps": kept.replace(iterations=many * config.federation.iterations)}
-    return {f"kept, {many} x the steps": kept.replace(epochs=many * config.training.epochs)}
