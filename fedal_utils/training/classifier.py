@@ -37,8 +37,7 @@ class ClassifierTask(LocalTask):
     """What one client of a classifier trains on in one call; rows count in the training set.
 
     rows (n,) of its labelled images, classes (n,) int64 from 0, counts (C,) of them by class; unlabelled: rows that
-    may be mixed for distillation (empty: none). stop_at: stop after the first pass behind which the model is right on
-    at least this part of its labelled images, as they are.
+    may be mixed for distillation. stop_at: stop after the first pass behind which this part of its images is right.
     """
 
     rows: np.ndarray
@@ -207,10 +206,7 @@ def fit_classifier(
 def fit_in_turn(
     model: Classifier, states: Sequence[State], tasks: Sequence[ClassifierTask], images: Images, *options, **more
 ) -> list[LocalResult | TrainingDiverged]:
-    """`fit_classifier` for one client after another: a client whose training diverges has its error in its place.
-
-    model: its architecture; it is not changed. states: each client's weights to start from. The rest as there.
-    """
+    """`fit_together` for one client after another."""
     results: list[LocalResult | TrainingDiverged] = []
     for state, task in zip(states, tasks, strict=True):
         scratch = copy.deepcopy(model)

@@ -1,7 +1,6 @@
 """One step of one client's classifier with all that it needs on the device, so that it can be one CUDA graph.
 
-What does not depend on the client's weights is made ahead for many steps at once. Labelled and mixed images go through
-the network as one batch. Convolutions run in bfloat16 where the GPU has it, weights and statistics stay in float32.
+Labelled and mixed images are one batch. Convolutions run in bfloat16, weights and statistics stay in float32.
 """
 
 from __future__ import annotations
@@ -162,14 +161,14 @@ class ClientStep:
         self.at, self.lr = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(SEGMENT, device=device)
         with shared.autocast:
             kind = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        shape = shared.pixels.shape[-2:]
-        self.made = {
-            "inputs": torch.zeros(SEGMENT, batch * batches, *shape, 3, dtype=kind, device=device),
-            "target": torch.zeros(SEGMENT, batch, dtype=torch.int64, device=device),
-            "valid": torch.ones(SEGMENT, batch, device=device),
-            "taught": torch.zeros(SEGMENT, batch, shared.classes, device=device),
-            "weight": torch.zeros(SEGMENT, batch, device=device),
+        self.made = {  # see `Shared.ahead`
+            "inputs": ((batch * batches, *shared.pixels.shape[-2:], 3), kind),
+            "target": ((batch,), torch.int64),
+            "valid": ((batch,), torch.float32),
+            "taught": ((batch, shared.classes), torch.float32),
+            "weight": ((batch,), torch.float32),
         }
+        self.made = {k: torch.ones(SEGMENT, *shape, dtype=t, device=device) for k, (shape, t) in self.made.items()}
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.steps = {}  # of a full batch, of a short one
         for full in (True, False):

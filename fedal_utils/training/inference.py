@@ -26,7 +26,7 @@ from ..detectors import SSD, Classifier, Detector, Embedder
 class CachedImages:
     """A frozen backbone's maps of a set of images, in the place of its pixels: same interface as `data.Images`.
 
-    features, mirrored: tuples of (N, C, h, w) tensors, of the images and of their mirror images (None = not cached).
+    features, mirrored: tuples of (N, C, h, w), of the images and of their mirror images (None = not cached).
     """
 
     ids: tuple[str, ...]
@@ -84,10 +84,10 @@ def cache_features(
     mirrored: bool = True,
     folder: str | Path | None = None,
 ) -> CachedImages:
-    """Run the frozen backbone once over all images; half precision, kept in the memory of the CPU.
+    """A frozen backbone's maps of all images, in half precision, in the memory of the CPU.
 
-    model: with a frozen backbone. images: also a changed view of them. device: where it runs.
-    mirrored: the maps of the mirror images as well. folder: kept there on disk, and read from it; None = neither.
+    model: whose backbone. images: also a changed view of them. device: where it runs. mirrored: the maps of the mirror
+    images as well. folder: kept there on disk, and read from it; None = neither.
     """
     if not model.frozen:
         raise ValueError("only a frozen backbone's features can be cached; build the detector with frozen=True")
@@ -232,8 +232,7 @@ def image_losses(
 ) -> dict[str, Tensor]:
     """{"classification": (N,), "regression": (N,)} of each image against its labels, in order, on the CPU.
 
-    model, images, labels: the detector, N > 0 images, and their N rows of labels. batch: how many at once.
-    device: where. summed: see `SSD.image_losses`.
+    model, images, labels: of N > 0 images. batch: how many at once. device: where. summed: see `SSD.image_losses`.
     """
     model.to(device).eval()
     pieces, kept = chunks(len(images), batch), []

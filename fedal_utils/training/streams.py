@@ -28,17 +28,16 @@ def fit_together(
     states: Sequence[State],
     tasks: Sequence[ClassifierTask],
     images: Images,
-    config: TrainingConfig,
-    teacher: Classifier | None = None,
-    device: str | torch.device = "cpu",
-    as_released: bool = False,
+    config,
+    device="cpu",
+    **more,
 ) -> list[LocalResult | TrainingDiverged]:
     """`fit_classifier` for many clients, on a GPU at once; a client whose training diverges has its error in its place.
 
     model: its architecture; it is not changed. states: each client's weights to start from. The rest as there.
     """
     train = fit_graphs if torch.device(device).type == "cuda" else fit_in_turn
-    return train(model, states, tasks, images, config, teacher, device, as_released)
+    return train(model, states, tasks, images, config, device=device, **more)
 
 
 def fit_graphs(
@@ -51,7 +50,7 @@ def fit_graphs(
     device: str | torch.device = "cuda",
     as_released: bool = False,
 ) -> list[LocalResult | TrainingDiverged]:
-    """`fit_in_turn` by steps that can be graphs, with its arguments."""
+    """`fit_together` by steps that can be graphs."""
     device = torch.device(device)
     teacher = ready(tasks, config, teacher, device, as_released)
     outs: list[dict] = [{} for _ in tasks]
@@ -78,7 +77,7 @@ def fit_graphs(
 
 
 def _shared(model: Classifier, images: Images, config: TrainingConfig, teacher, device: torch.device) -> Shared:
-    """The slots for this recipe, from an earlier call if there was one; with the teacher's weights of this call."""
+    """The slots for this recipe, with the teacher's weights of this call."""
     baked = config.replace(lr=1.0, epochs=1, schedule="constant", warmup=0, warmup_epochs=0.0, flip=0.5)
     mixing, released = teacher is not None, teacher is not None and teacher.training
     key = (repr(model), images.pixels.data_ptr(), images.pixels.shape, baked, mixing, released, str(device))
@@ -93,8 +92,8 @@ def _train(
 ) -> Iterator[None]:
     """Train one client; stops after every few launches, so that its neighbours get theirs.
 
-    slot: where. state: weights to start from. task, drawn: whose training, and its draws. config: with the learning
-    rates of this call. out: gets what `_result` needs.
+    slot: where. state: weights to start from. task, drawn: whose, and its draws. config: learning rates. out: is filled
+    for `_result`.
     """
     steps, device = len(drawn["length"]), slot.shared.device
     before, whole = task.position(config)

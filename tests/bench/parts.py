@@ -59,7 +59,7 @@ def _clients(many: int, side: int, batch: int, device: str, **more):
             )
             for m in range(many)
         ]
-        for result in way(model, start, tasks, images, recipe, model, device):
+        for result in way(model, start, tasks, images, recipe, teacher=model, device=device):
             if isinstance(result, Exception):
                 raise result
 
