@@ -60,20 +60,16 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, float] =
 
 
 class RawDetections(NamedTuple):
-    """Detections before NMS of B images, A boxes each.
+    """Detections before NMS of B images, A boxes each."""
 
-    boxes (B, A, 4), or (B, A, C, 4) with a box per class; probs (B, A, C + 1), background first; scores (B, A, C) in
-    the place of the classes' probs; extra: more about each box, (B, A, ...) by name.
-    """
-
-    boxes: Tensor
-    probs: Tensor
-    scores: Tensor | None = None
-    extra: Mapping[str, Tensor] = {}
+    boxes: Tensor  # (B, A, 4), or (B, A, C, 4) with a box per class
+    probs: Tensor  # (B, A, C + 1), background first
+    scores: Tensor | None = None  # (B, A, C) in the place of the classes' probs
+    extra: Mapping[str, Tensor] = {}  # more about each box, (B, A, ...)
 
 
 def clone(model: Detector) -> Detector:
-    """A copy to train on. A frozen backbone is shared, not copied: nobody changes it."""
+    """A copy to train on; a frozen backbone is shared."""
     shared = {id(model.backbone): model.backbone} if model.frozen else {}
     return copy.deepcopy(model, shared)
 
@@ -109,10 +105,7 @@ class Detector(nn.Module):
         return self
 
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Maps of the backbone for pixels (B, 3, H, W) in 0..255, uint8 or float.
-
-        A frozen backbone keeps no graph, unless the pixels require a gradient: then it flows through to them.
-        """
+        """Maps of pixels (B, 3, H, W) in 0..255; a frozen backbone keeps no graph unless they require a gradient."""
         if tuple(pixels.shape[-2:]) != self.image_size:
             raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
         if self.frozen and not pixels.requires_grad:
@@ -147,10 +140,7 @@ class Detector(nn.Module):
         class_agnostic: bool = False,
         **views,
     ) -> Detections:
-        """Detections of each image in eval mode, best first, see `select_detections`; None: the detector's own number.
-
-        views: of a YOLO, see `YOLO.raw_detections`.
-        """
+        """Detections of each image, best first, see `select_detections`; views: see `YOLO.raw_detections`."""
         raw = self.raw_detections(inputs, **views)
         nms_iou = self.nms_iou if nms_iou is None else nms_iou
         return select_detections(raw, score_above, nms_iou, top, candidates or self.candidates, class_agnostic)
@@ -165,8 +155,8 @@ def suppress(
 ) -> Tensor:
     """Which of the valid boxes (B, N, 4), best first, survive NMS within each group (B, N) of an image: (B, N) bool.
 
-    For a GPU, which goes through one long NMS box by box. A box survives if no survivor before it overlaps it: a round
-    settles the next link of every chain. rounds: so many, without waiting for the device; None: until nothing changes.
+    For a GPU. A box survives if no survivor before it overlaps it: a round settles the next link of every chain.
+    rounds: so many, without waiting for the device; None: until nothing changes.
     """
     above = (pairwise_iou(boxes, boxes) > iou).triu(1)  # (B, better, worse)
     above = above if groups is None else above & (groups[..., None] == groups[:, None])

@@ -77,8 +77,7 @@ def out_of_fold(
 ) -> tuple[Tensor, Tensor]:
     """Activations and log-probabilities (L, C) of labelled images by classifiers that were not trained on them.
 
-    features, classes: of L images; count: C. rng: of the `FOLDS` parts that are left out in turn. regularisation: as
-    in `fit`. One labelled image alone is predicted by the classifier that it made.
+    features, classes: of L images; count: C. rng: of the `FOLDS` parts left out in turn. regularisation: as in `fit`.
     """
     activations = torch.zeros(len(classes), count, dtype=torch.float64)
     logs = torch.zeros_like(activations)

@@ -1,8 +1,7 @@
 """Losses that torch or torchvision lack: CIoU and two EIoUs, likelihood per side, crowding weights, classes, ranking.
 
-Of boxes: row i of `boxes` is compared with row i of `targets`, both (N, 4) xyxy in pixels; results are (N,). A ratio
-whose denominator vanishes is 0, and no NaN comes of it, in the value or the gradient. Of classes: results are means
-over images. Values are not checked, and no device is waited for: what is not a number stays none, so that it is seen.
+Of boxes: row i of `boxes` is compared with row i of `targets`, both (N, 4) xyxy in pixels; results are (N,). Of
+classes: results are means over images. No device is waited for: what is not a number stays none, so that it is seen.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ from .base import pairwise_iou
 
 
 def complete_iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
-    """Complete IoU loss (...,) in [0, 3); Zheng et al. 2019 (1911.08287) eq. 8 to 11, of boxes (..., 4) with an area.
-
-    torchvision's to the bit, which asks the device which boxes overlap.
-    """
+    """Complete IoU loss (...,) in [0, 3); Zheng et al. 2019 (1911.08287) eq. 8 to 11; torchvision's to the bit."""
 
     def corners() -> tuple[Tensor, ...]:  # anew for each term: so gradients are added up in torchvision's order
         return *boxes.unbind(-1), *targets.unbind(-1)
@@ -45,7 +41,7 @@ def efficient_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Efficient IoU loss (N,) in [0, 3.25]; Zhang et al. 2021 (2101.08158): 0 for equal boxes, symmetric.
 
     1 - IoU + rho^2 / (cw^2 + ch^2) + (w - w*)^2 / cw^2 + (h - h*)^2 / ch^2, where rho is the distance of the centres
-    and cw, ch the sides of the enclosing box. Two boxes without area have IoU 0 even if they are equal.
+    and cw, ch the sides of the enclosing box.
     """
     enclosing = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     between = ((boxes[:, :2] + boxes[:, 2:]) - (targets[:, :2] + targets[:, 2:])) / 2  # (N, 2) of the centres
@@ -59,8 +55,7 @@ def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
 
     From the top left corner of the enclosing box, let a be the larger start and e the smaller end along an axis. Then
     I = (ex - ax)(ey - ay) where both axes overlap, (ex - ax)(ey + ay) where only x is disjoint, (ex + ax)(ey - ay)
-    where only y is, 2(ex ey - ax ay) where both are, and the value is I / (area + area* - I). It falls towards -1 as
-    boxes part. Two boxes without area: 0 if I is 0, else -1.
+    where only y is, 2(ex ey - ax ay) where both are, and the value is I / (area + area* - I).
     """
     corner = torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     starts = torch.maximum(boxes[:, :2], targets[:, :2]) - corner
@@ -86,9 +81,8 @@ def extended_iou_loss(boxes: Tensor, targets: Tensor, smooth: float = 0.1) -> Te
 def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, sizes: Tensor) -> Tensor:
     """IoU-weighted Gaussian negative log-likelihood (N,) of left, top, right and bottom; it can be below 0.
 
-    IoU * sum over sides of error^2 / (2 s^2) + ln s, with error = (target - box) / (w, h, w, h), without the constant.
-    deviations: (N, 4) s > 0. sizes: (N, 2) width, height > 0 of the proposals in pixels. The IoU is detached. After
-    UAD (2006.15607); a reconstruction, HUALE's own loss is not public.
+    IoU * sum over sides of error^2 / (2 s^2) + ln s, with error = (target - box) / (w, h, w, h); the IoU is detached.
+    deviations: (N, 4) s > 0. sizes: (N, 2) w, h of the proposals. After UAD (2006.15607); a reconstruction of HUALE's.
     """
     errors = (targets - boxes) / sizes.repeat(1, 2)  # (N, 4)
     variances = deviations.square()
@@ -99,7 +93,7 @@ def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, siz
 def crowding(boxes: Tensor, real: Tensor) -> Tensor:
     """For each of the boxes (B, K, 4) of an image the share (B, K) in [0, 1] of its other real ones that overlap it.
 
-    real: (B, K), False for padding. Overlap means IoU > 0: touching is none. One box alone has 0.
+    real: (B, K), False for padding. Overlap means IoU > 0.
     """
     others = ~torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device) & real[:, None]
     overlaps = (pairwise_iou(boxes, boxes) > 0) & others  # (B, K, K); 0 / 0 is NaN, and not > 0
@@ -109,8 +103,7 @@ def crowding(boxes: Tensor, real: Tensor) -> Tensor:
 def emphasis_weights(density: Tensor, strength: float, counted: Tensor | None = None) -> Tensor:
     """Weights (N,) with mean 1 of N foreground RoIs, larger where it is crowded: 1 + strength * density over its mean.
 
-    density: (N,) in [0, 1], see `crowding`. counted: (N,) 1 for RoIs that are foreground, else 0; None: all. A
-    reconstruction of HUALE's Emphasis loss, whose formula is not public.
+    density: (N,), see `crowding`. counted: (N,) 1 for foreground, else 0; None: all. A reconstruction of HUALE's.
     """
     weights = 1 + strength * density
     if counted is None:
@@ -123,9 +116,8 @@ def balanced_cross_entropy(
 ) -> Tensor:
     """Balanced softmax loss, for training only; Ren et al. 2020 (2007.10740), KAFAL's balanced classifier.
 
-    Cross-entropy of logits (B, C) + ln n over the classes with n > 0; a class without labels is left out. labels (B,)
-    int64, 0 .. C - 1; counts (C,) of the client's labels, None: plain cross-entropy; valid (B,) bool: images that
-    count, without any the loss is 0.
+    Cross-entropy of logits (B, C) + ln n over the classes with n > 0. labels (B,) from 0; counts (C,) of the client's
+    labels, None: plain cross-entropy; valid (B,) bool: images that count, without any the loss is 0.
     """
     logits = _at_least_float32(logits)
     if valid is not None:
@@ -156,7 +148,7 @@ def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
     """KAFAL's knowledge-compensatory distillation, >= 0 (ICCV 2023, released code); 0 where both agree.
 
     mean_b w_b (1 / C) sum_c q_c (ln q_c - ln p_c), p and q softmaxes of the student's and the teacher's logits (B, C);
-    the mean, not the sum, over classes is the released code's. weights (B,) >= 0. No gradient flows to the teacher.
+    the mean over classes is the released code's. weights (B,). No gradient flows to the teacher.
     """
     log_p = _at_least_float32(student).log_softmax(-1)
     log_q = _at_least_float32(teacher.detach()).log_softmax(-1)
@@ -168,7 +160,7 @@ def ranking_loss(predicted: Tensor, loss: Tensor, margin: float = 1.0) -> Tensor
     """How badly predicted losses (B,) order images as their true losses (B,) do; Yoo and Kweon 2019 (1905.03677) eq. 2.
 
     Mean over pairs of max(0, -sign(l_i - l_j) (p_i - p_j) + margin). The paper pairs image i with image B - 1 - i; here
-    all pairs i < j count but those of equal loss, which have no order. Without a pair it is 0.
+    all pairs i < j of different loss count.
     """
     predicted, loss = _at_least_float32(predicted), _at_least_float32(loss.detach())
     i, j = torch.triu_indices(len(loss), len(loss), 1, device=loss.device)  # B = 3: (0, 1), (0, 2), (1, 2)

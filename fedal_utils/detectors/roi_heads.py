@@ -67,8 +67,7 @@ class LocalisedRoIHeads(RoIHeads):
 
         features: (R, hidden) of the box head; proposals: (R, 4) xyxy pixels; labels: (R,) classes, 0 = background.
         goals: (R, 4) matched boxes; density: (R,) how crowded it is where the matched box stands.
-        valid: (R,) False for padding, and then no shape depends on values; None: all are RoIs, and the background's
-            rows are left out where only the foreground's count
+        valid: (R,) False for padding, and then no shape depends on values; None: all are RoIs.
         """
         config, foreground = self.config, labels > 0
         logits, regression = self.box_predictor(features)

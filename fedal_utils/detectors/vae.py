@@ -38,10 +38,7 @@ class VAE(nn.Module):
         return _resized(x, tuple(size)) * 255
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x -> its reconstruction (B, 3, h, w), mean and log s (B, D) each.
-
-        The latents are mean + s * noise drawn from `generator`, or the mean where there is none.
-        """
+        """x -> its reconstruction, mean and log s (B, D); latents are drawn from `generator`, or their mean."""
         features = self.encoder(x)
         z = mean = self.mean(features)
         log_std = self.log_std(features)
@@ -62,35 +59,26 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    """Divergence (B,) >= 0 in nats of N(mean, s^2) from N(0, 1), summed over the latents (B, D).
-
-    1/2 (s^2 + mean^2 - 1) - log s: 0 at mean 0 and s = 1 (Kingma and Welling 2014, 1312.6114, app. B).
-    """
+    """Divergence (B,) in nats of N(mean, s^2) from N(0, 1), summed over the latents (B, D); 1312.6114, app. B."""
     return ((mean.square() + torch.expm1(2 * log_std)) / 2 - log_std).sum(1)
 
 
 def kl_as_released(mean: Tensor, log_std: Tensor) -> Tensor:
-    """The published code's penalty (B,), summed over the latents (B, D): s^2 + mean^2 - log s - 1/2.
-
-    No divergence: it is smallest at s = 1 / sqrt 2, where it is (log 2) / 2 a latent.
-    """
+    """The published code's penalty (B,): s^2 + mean^2 - log s - 1/2; no divergence, smallest at s = 1 / sqrt 2."""
     return (mean.square() + torch.exp(2 * log_std) - log_std - 0.5).sum(1)
 
 
 def losses_of(vae: VAE, x: Tensor, reconstruction: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
     """Of each image: "reconstruction" (B,), its sum of squared errors, and "kl" (B,), unweighted.
 
-    vae: which penalty "kl" is. x, and what the vae made of it.
+    vae: whose penalty. x, reconstruction, mean, log_std: what it made of x.
     """
     penalty = kl_as_released if vae.as_released else kl
     return {"reconstruction": (reconstruction - x).square().flatten(1).sum(1), "kl": penalty(mean, log_std)}
 
 
 def _small(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.Sequential]:
-    """Encoder, its number of features, decoder: 32, 64 and 96 channels at a half, a quarter and an eighth.
-
-    At a half nothing is normalised, as in the published encoder: there it costs most and brings nothing.
-    """
+    """Encoder, its number of features, decoder: 32, 64 and 96 channels at a half, a quarter and an eighth."""
     height, width = size[0] // 8, size[1] // 8
     features = 96 * height * width
     down = [nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(inplace=True)]

@@ -150,9 +150,8 @@ class PathAggregation(nn.Module):
 class YOLO(Detector):
     """The detector: `backbone` is modules 0..9 of the published list, `neck` and `head` the rest.
 
-    depth_multiple 0.33 and width_multiple 0.50 of the config are the published size "s": factors on the repeats (at
-    least one) and on the channels (rounded up to multiples of 8). anchor_side / 10 is the factor on the anchors, which
-    were fitted to images of 640 px.
+    depth_multiple and width_multiple are factors on repeats and channels; 0.33 and 0.50 are the published size "s".
+    anchor_side / 10 is the factor on the anchors.
     """
 
     nms_iou = 0.6
@@ -183,8 +182,7 @@ class YOLO(Detector):
     def _expect_few_objects(self, side: float) -> None:
         """Biases start at the logarithm of eight objects in an image of side x side px, and of a class.
 
-        From released code, whose images and anchors are those of 640 px; scaled anchors mean a scaled image: with the
-        prior of 640 px, AP50 on BCCD at 160 px was up to 0.3 lower after 400 steps.
+        From released code, for 640 px; with that prior at 160 px, AP50 on BCCD was up to 0.3 lower after 400 steps.
         """
         for stride, layer in zip(STRIDES, self.head, strict=True):
             bias = layer.bias.view(-1, 5 + self.classes)
