@@ -168,7 +168,9 @@ def load(
     """
     limit = limit or (None, None)
     if name == "digits":
-        return digit_scenes(digits or Digits(), size_pair(image_size), seed, min_object, limit)
+        digits = digits or Digits()
+        scenes = tuple(n if most is None else min(n, most) for n, most in zip(digits.scenes, limit, strict=True))
+        return digit_scenes(Digits(scenes, digits.classes), size_pair(image_size), seed, min_object)
     found = find(name, data_root(root), seed, unlabelled=unlabelled)
     shared = {r.id for r in found.train} & {r.id for r in found.test}
     if shared:

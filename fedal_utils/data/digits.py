@@ -100,10 +100,9 @@ def _place(rng: np.random.Generator, h: int, w: int, image_size: tuple[int, int]
 def digit_scene(
     rng: np.random.Generator, sources: np.ndarray, image_size: tuple[int, int] = (64, 64), most: int = 4
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One scene, 1 to `most` digits from the rows `sources` on a generated canvas.
+    """One scene, 1 to `most` digits from the rows `sources`: pixels uint8 (3, H, W), boxes (k, 4), the rows (k,) drawn.
 
-    Returns pixels uint8 (3, H, W), boxes (k, 4) xyxy and the rows (k,) drawn. A box' longer side is 14 to 28 pixels of
-    64, and grows with the image. A digit that finds no place is left out, the first never.
+    A box' longer side is 14 to 28 pixels of 64. A digit that finds no place is left out, the first never.
     """
     masks, _ = _digits()
     low, high = (round(side * min(image_size) / 64) for side in (14, 28))
@@ -129,26 +128,14 @@ def digit_scene(
 
 
 def digit_scenes(
-    digits: Digits,
-    image_size: tuple[int, int] = (64, 64),
-    seed: int = 0,
-    min_object: float = 0,
-    limit: tuple[int | None, int | None] = (None, None),
+    digits: Digits, image_size: tuple[int, int] = (64, 64), seed: int = 0, min_object: float = 0
 ) -> tuple[Dataset, Dataset]:
-    """Train and test DigitScenes of the digits 0 to `digits.classes` - 1, with the classes "0", "1", ...
-
-    digits: how many scenes, and their classes.
-    image_size: (height, width), of at least 18 pixels a side.
-    seed: of digits, canvases and places.
-    min_object: a box with a shorter side is ignore.
-    limit: at most so many scenes, the first ones.
-    """
+    """Train and test DigitScenes; a box with a side below `min_object` is ignore."""
     if min(image_size) < 18:
         raise ValueError(f"digits need images of 18 and more pixels a side, got {image_size}")
     target, sides = _digits()[1], []
-    parts = zip(("train", "test"), digits.scenes, limit, digit_sources(seed, digits.classes), strict=True)
-    for split, count, most, sources in parts:
-        count = count if most is None else min(count, most)
+    parts = zip(("train", "test"), digits.scenes, digit_sources(seed, digits.classes), strict=True)
+    for split, count, sources in parts:
         scenes = [digit_scene(rng_for(seed, "digits", split, k), sources, image_size) for k in range(count)]
         pixels, boxes, drawn = zip(*scenes, strict=True)
         boxes = pad_boxes([torch.from_numpy(one) for one in boxes])

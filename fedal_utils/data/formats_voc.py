@@ -71,19 +71,12 @@ def voc_records(root: Path, files: Sequence[Path]) -> list[Record]:
 
 def split_lines(file: Path, ids: Mapping[str, object]) -> list[str]:
     """The image ids of an ImageSets file: whole lines, ids may have spaces; a last column 1, 0 or -1 is cut off."""
-    if not file.is_file():
-        raise ValueError(f"split file {file} does not exist; it should list one image id a line")
-    found = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        line = whole = same_form(line.strip())
-        if line and line not in ids:
-            line = re.sub(r"\s+(-1|0|1)$", "", line)
-            if line not in ids:
-                raise ValueError(f"split file {file}: line {number} lists the image id {whole!r}; there is none such")
-        found += [line] if line else []
-    twice = [i for i, n in Counter(found).items() if n > 1]
-    if twice or not found:
-        told = f"lists the image id {twice[0]!r} more than once" if twice else "is empty"
+    lines = [same_form(line.strip()) for line in read_text(file).splitlines() if line.strip()]
+    found = [line if line in ids else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
+    times = Counter(found)
+    odd = [line for line, key in zip(lines, found, strict=True) if key not in ids or times[key] > 1]
+    if odd or not found:
+        told = f"lists the image id {odd[0]!r}, which does not exist or stands there twice" if odd else "is empty"
         raise ValueError(f"split file {file} {told}; it should list one image id a line")
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from . import classification
 from .catalogue import data_root, find, load
 from .formats import settled
-from .types import Dataset
+from .types import Dataset, Reading
 
 
 def inspect_folder(
@@ -25,17 +27,14 @@ def inspect_folder(
     if name in classification.NAMES or name.lower().endswith(".zip"):
         return _class_report(name, root, seed, ids)
     found = find(name, data_root(root), seed, False, unlabelled)
-    told, splits = found.reading, {}
-    report = {"format": told.format, "classes": list(found.class_names or ()), "classes_from": told.classes_from}
-    report |= {"split_from": told.split_from}
-    left_out = Counter(found.drops)
+    report, left_out = _head(found.reading, found.class_names or ()), Counter(found.drops)
     for split, records in (("train", found.train), ("test", found.test)):
         records = [settled(record) for record in records]
         for record in records:
             left_out.update(record.drops)
         things = [thing for record in records for thing in record.objects or ()]
         per_class = Counter(thing.name for thing in things if not (thing.difficult or thing.crowd))
-        splits[split] = {
+        report["splits"][split] = {
             "images": len(records),
             "boxes": sum(per_class.values()),
             "per_class": {name: per_class[name] for name in report["classes"]},
@@ -44,19 +43,21 @@ def inspect_folder(
             "ids": [record.id for record in records[:ids]],
         }
     if found.class_names is None:  # images without labels: their folders may be classes
-        try:
+        with contextlib.suppress(ValueError):
             return _class_report(name, root, seed, ids)
-        except ValueError:
-            pass
-    return report | {"left_out": {reason: n for reason, n in left_out.items() if n}, "splits": splits}
+    return report | {"left_out": {reason: n for reason, n in left_out.items() if n}}
+
+
+def _head(told: Reading, classes: Sequence[str]) -> dict[str, Any]:
+    report = {"format": told.format, "classes": list(classes), "classes_from": told.classes_from}
+    return report | {"split_from": told.split_from, "left_out": {}, "splits": {}}
 
 
 def _class_report(name: str, root: str | Path | None, seed: int, ids: int) -> dict[str, Any]:
-    _, names, sides, reading = classification.find(name, data_root(root), seed)
-    report = {"format": reading.format, "classes": list(names), "classes_from": reading.classes_from}
-    report |= {"split_from": reading.split_from, "left_out": {}, "splits": {}}
+    _, names, sides, told = classification.find(name, data_root(root), seed)
+    report = _head(told, names)
     for split, side in zip(("train", "test"), sides, strict=True):
-        counts = dict(zip(names, (side.classes.count(c + 1) for c in range(len(names))), strict=True))
+        counts = {name: side.classes.count(c + 1) for c, name in enumerate(names)}
         report["splits"][split] = {
             "images": len(side.ids),
             "boxes": 0,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from .boxes import letterbox_fit
@@ -20,10 +20,6 @@ FILL = 114  # grey of the letterbox' margins
 MAX_PIXELS = 80_000_000  # of one image: a quarter of a gigabyte as RGB
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 THREADS = min(8, os.cpu_count() or 1)  # that read images
-
-_FLIP = Image.Transpose
-_TURNS = {2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM}  # by EXIF orientation
-_TURNS |= {5: _FLIP.TRANSPOSE, 6: _FLIP.ROTATE_270, 7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90}
 
 
 def size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -50,24 +46,16 @@ def _opened(path: Path | zipfile.Path) -> Iterator[Image.Image]:
         yield image
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8, see EXIF; 1 where there is none or the block is broken."""
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1  # or getexif would decode all pixels to look behind them
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:  # Pillow raises whatever its parser trips over
-        return 1
-    return value if value in _TURNS else 1
-
-
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright image from the file's header; ValueError that names a missing or broken file."""
     with _opened(Path(path)) as image:
-        size = (image.height, image.width)
+        size, orientation = (image.height, image.width), 1
         if image.format == "TIFF":  # whose size Pillow may have turned already
             size = (image.tag_v2[257], image.tag_v2[256])
-        return size[::-1] if _orientation(image) >= 5 else size
+        if image.format != "PNG" or "exif" in image.info:  # or getexif would decode all pixels to look behind them
+            with contextlib.suppress(Exception):  # a broken EXIF block counts as upright
+                orientation = image.getexif().get(0x0112, 1)
+        return size[::-1] if orientation in (5, 6, 7, 8) else size
 
 
 def read_upright(path: str | Path | zipfile.Path) -> Image.Image:
@@ -75,12 +63,13 @@ def read_upright(path: str | Path | zipfile.Path) -> Image.Image:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: broken images would pass; set it to False")
     with _opened(Path(path) if isinstance(path, str) else path) as image:
-        orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF as it loads
         try:
-            rgb = image.convert("RGB")
+            image.load()
         except Exception as error:
             raise ValueError(f"image {path} is truncated or corrupt: {error}") from None
-    return rgb if orientation == 1 else rgb.transpose(_TURNS[orientation])
+        with contextlib.suppress(Exception):  # a broken EXIF block counts as upright
+            image = ImageOps.exif_transpose(image)
+        return image.convert("RGB")
 
 
 def letterbox_image(image: Image.Image, image_size: tuple[int, int]) -> Tensor:

@@ -218,22 +218,21 @@ class Dataset:
     def describe(self) -> str:
         """One line: images, their size, boxes per class, what is ignored, dropped, not labelled, how it was split."""
         height, width = self.images.image_size
-        parts = [f"{self.name}: {len(self):,} images {height}x{width}"]
+        line = f"{self.name}: {len(self):,} images {height}x{width}"
         if self.labels is None:
-            parts.append("no labels")
+            line += ", no labels"
         else:
             per_class = self.class_counts().sum(dim=0).tolist()
             listed = ", ".join(f"{name} {n:,}" for name, n in zip(self.class_names, per_class, strict=True))
-            parts.append(f"{sum(per_class):,} boxes ({listed})")
+            line += f", {sum(per_class):,} boxes ({listed})"
             known = torch.ones(len(self), dtype=torch.bool) if self.labelled is None else self.labelled
-            objects = self.labels.classes.cpu() > 0
-            told = {
-                "ignored": self.labels.ignore.sum(),
-                "images without objects": (known & ~objects.any(dim=1)).sum(),
-                "images not labelled": (~known).sum(),
-            }
-            parts += [f"{int(n):,} {what}" for what, n in told.items() if n]
-        line = ", ".join(parts)
+            empty = known & (self.labels.classes == 0).all(dim=1).cpu()
+            told = zip(
+                ("ignored", "images without objects", "images not labelled"),
+                (self.labels.ignore, empty, ~known),
+                strict=True,
+            )
+            line += "".join(f", {int(mask.sum()):,} {what}" for what, mask in told if mask.any())
         if self.drops:
             line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())
         drawn = self.reading.split_from.startswith("drawn")

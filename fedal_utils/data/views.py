@@ -1,10 +1,7 @@
 """The changed views of an image under which CALD compares a detector's output with itself (Yu et al. 2022, 2103.10374).
 
-flip mirrors; resize shows the image at 0.8 of its size; rotate turns it by 5 degrees, with expansion, and scales it
-back to the canvas; cutout covers two patches, each 5 to 20 % of a side, such that the most covered of the boxes
-detected in the plain image loses 10 to 40 % of its area. Changes and numbers are *from released code*
-(github.com/we1pingyu/CALD). Two things are ours: where a patch is tried follows from the image's id, and the smaller
-image lies in a grey canvas, where the released code's detector enlarges it to its own input size again.
+Changes and numbers are *from released code* (github.com/we1pingyu/CALD). Two things are ours: where a patch is tried
+follows from the image's id, and the smaller image lies in a grey canvas.
 """
 
 from __future__ import annotations

@@ -128,14 +128,6 @@ def test_what_is_known_of_each_box_goes_where_the_box_goes():
     assert b.join_detections([_detections(1, [0.8])]).extra == {}
 
 
-def test_taken_detections_are_those_images_in_that_order():
-    found = _detections(3, [0.9, 0.5])
-    for name in ("boxes", "scores", "labels", "probs"):
-        assert torch.equal(getattr(found.take([1, 1]), name), getattr(found, name)[[1, 1]])
-    marked = dataclasses.replace(found, labels=torch.tensor([[1, 0], [2, 2], [0, 0]]))
-    assert marked.take([2, 0]).valid.tolist() == [[False, False], [True, False]]
-
-
 def test_joined_detections_keep_their_rows_and_pad_the_shorter():
     short, long = _detections(2, [0.9]), _detections(1, [0.8, 0.7])
     joined = b.join_detections([short, long])

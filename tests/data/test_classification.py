@@ -162,19 +162,6 @@ def test_a_download_that_fails_says_where_it_was_looked_for_and_where_to_get_it(
         assert word in str(error.value)
 
 
-def test_cifar_is_downloaded_once(tmp_path, monkeypatch):
-    calls = []
-
-    def served(url, root, filename, md5):
-        calls.append((url, filename, md5))
-        pickles(Path(root), datasets.CIFAR10, monkeypatch)
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", served)
-    for _ in range(2):
-        assert len(class_sets.load("cifar10", 32, tmp_path / "new")[0]) == 30
-    assert calls == [(datasets.CIFAR10.url, "cifar-10-python.tar.gz", datasets.CIFAR10.tgz_md5)]
-
-
 def test_a_changed_pickle_is_never_opened(tmp_path, monkeypatch):
     pickles(tmp_path, datasets.CIFAR10, monkeypatch)
     file = tmp_path / "cifar-10-batches-py" / "test_batch"
@@ -245,14 +232,6 @@ def test_class_folders_in_train_and_test(place, tmp_path):
             want = pixels(Picture(i, (40, 60), ())).transpose(2, 0, 1)
             assert np.array_equal(part.images.pixels[row].numpy(), want)
     assert not train.drops and train.reading.split_from == "the folders test, train"
-
-
-def test_the_same_files_give_the_same_set_in_a_folder_and_in_a_zip(tmp_path):
-    one = class_sets.load(str(written(tmp_path / "pets", FLAT)), 24, seed=2)
-    two = class_sets.load(str(written(tmp_path / "pets.zip", dict(reversed(FLAT.items())))), 24, seed=2)
-    for a, b in zip(one, two, strict=True):
-        assert a.name == b.name and a.images.ids == b.images.ids
-        assert torch.equal(a.images.pixels, b.images.pixels) and torch.equal(a.labels.classes, b.labels.classes)
 
 
 def test_without_splits_one_in_five_is_for_testing(place):
@@ -329,12 +308,6 @@ def test_a_limit_is_nested_and_keeps_the_order(place):
     assert (
         class_sets.load(at, 8, limit=(4, 1), seed=5)[0].images.ids != class_sets.load(at, 8, limit=(4, 1))[0].images.ids
     )
-
-
-@pytest.mark.parametrize("top", ["", "pets/", "train/", "a/b/"])
-def test_outer_folders_are_passed(place, top):
-    train, test = class_sets.load(str(place({top + name: content for name, content in FLAT.items()})), 8)
-    assert len(train) == 12 and train.class_names == ("cat", "dog", "emu") and set(train.images.ids) < set(FLAT)
 
 
 def test_hidden_files_and_other_files_are_passed_and_deeper_images_belong_to_their_class(place):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedal_utils import __main__ as command
 from fedal_utils import data
-from fedal_utils.data import catalogue, folders
+from fedal_utils.data import folders
 
 SIZE = (48, 64)
 MANY = [Picture(i) for i in "defg"]
@@ -132,8 +132,8 @@ def test_a_split_that_contradicts_itself_or_names_nothing_is_named(tmp_path):
 
 def test_lists_of_ids_that_cannot_be_meant_are_named(tmp_path):
     for lines, reason in (
-        ("a b\na", "line 1 lists the image id 'a b'"),
-        ("a\na", "lists the image id 'a' more than"),
+        ("a b\na", "lists the image id 'a b'"),
+        ("a\na", "lists the image id 'a'"),
         ("", "empty"),
     ):
         root = voc(tmp_path / str(len(lines)), splits={"train": ["b"], "test": ["c"]})
@@ -194,12 +194,17 @@ def test_masks_and_previews_beside_a_set_are_left_out_and_named(tmp_path, write)
     ],
 )
 def test_labels_of_a_tool_that_is_not_read_are_an_error_that_names_it(tmp_path, name, content, tool):
-    root = folder(tmp_path)
+    root = folder(tmp_path / "bare")
     (root / "about.csv").write_text("name,price\n"), (root / "package.json").write_text("{}")
     assert counts(root) == (2, 1)
     (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=rf"has labels of {tool}.*{name}.*convert them to COCO, VOC or YOLO"):
         counts(root)
+    labelled = yolo(tmp_path / "labelled")  # beside labels that are read they are told
+    (root / name).rename(labelled / name)
+    told = f"labels of {tool} beside it, such as {name}, not read"
+    assert data.inspect_folder(str(labelled))["left_out"] == {told: 1}
+    assert told in data.load(str(labelled), SIZE)[0].describe()
 
 
 def test_images_nobody_labelled_are_kept_apart_from_negatives_where_asked(tmp_path):
@@ -345,10 +350,3 @@ def test_kittis_layout_is_found_and_an_unknown_name_lists_the_known_ones(tmp_pat
     assert train.name == "mine train" and (len(train), len(test)) == (9, 3)
     with pytest.raises(ValueError, match="'bcd' is not known.*digits, bccd, hit-uav"):
         data.load("bcd", SIZE, root=tmp_path)
-
-
-def test_the_data_root_is_the_argument_then_the_environment_then_data(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDAL_DATA", str(tmp_path))
-    assert catalogue.data_root() == tmp_path and catalogue.data_root("x") == Path("x")
-    monkeypatch.delenv("FEDAL_DATA")
-    assert catalogue.data_root() == Path("data")

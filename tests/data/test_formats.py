@@ -307,18 +307,6 @@ def test_an_unknown_class_and_an_image_of_another_size_are_named(tmp_path, kind)
             data.load(str(tmp_path / "set"), SIZE)
 
 
-def test_a_set_needs_its_images(tmp_path):
-    (coco(tmp_path) / "images" / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"instances\.json: image 'b\.png' of 's' does not exist"):
-        data.assemble("s", data.read_coco(tmp_path / "annotations" / "instances.json", tmp_path / "images"), SIZE)
-
-
-def test_no_object_anywhere_asks_for_class_names(tmp_path):
-    with pytest.raises(ValueError, match="give class_names"):
-        read("voc", tmp_path / "a", [Picture("a", objects=())])
-    assert read("voc", tmp_path / "b", [Picture("a", objects=())], class_names=["cat"]).labels.count().tolist() == [0]
-
-
 GOOD_XML = "<annotation><size><width>60</width><height>40</height></size>{}</annotation>"
 BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
 

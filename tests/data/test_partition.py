@@ -126,14 +126,6 @@ def test_missing_class_at_the_papers_scale_ends_nearly_equal(seed):
         assert set(np.flatnonzero(row == 0)) == set(columns)  # every other class is there
 
 
-def test_missing_class_never_takes_an_image_back_so_sizes_may_differ_more_than_they_must():
-    # Client 1 must miss column 0. Two images of column 1 come first (the rarer group), one to each client; three of
-    # column 0 then fit client 0 only: 4 and 1, where 3 and 2 were possible. The released code deals like this.
-    present = np.array([[False, True]] * 2 + [[True, False]] * 3)
-    parts, _ = partition.missing_class(present, [[], [0]], rng_for(0, "p"))
-    assert [len(part) for part in parts] == [4, 1]
-
-
 def test_natural_groups_come_back_sorted_by_name():
     parts, names = partition.natural(["Town02", "Town01", "Town02", "Town10"])
     assert names == ["Town01", "Town02", "Town10"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miniatures import Picture, cut, voc
+from miniatures import Picture, voc
 
 from fedal_utils import data
 from fedal_utils.data import formats
@@ -130,12 +130,3 @@ def test_streamed_images_are_the_same_bytes_as_those_in_memory(tmp_path, monkeyp
     both = list(zip(stream.images.batches(chunks), memory.images.batches(chunks), strict=True))
     assert len(both) == 5 and all(torch.equal(a, b) for a, b in both)
     assert torch.equal(stream.take([6, 2]).images.batch([0, 1]), memory.take([6, 2]).images.pixels)
-
-
-def test_a_truncated_image_is_named_when_its_row_is_streamed(tmp_path, monkeypatch):
-    root = voc(tmp_path, suffix=".jpg")
-    cut(root / "JPEGImages" / "b.jpg")
-    monkeypatch.setattr(formats, "MAX_BYTES", 0)
-    stream = data.assemble("s", data.read_voc(root), SIZE)
-    with pytest.raises(ValueError, match=r"b\.jpg is truncated"):
-        list(stream.images.batches([[0], [1]]))
