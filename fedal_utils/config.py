@@ -103,7 +103,7 @@ class FederationConfig(Part):
     """Who learns with whom, and when, see `federation`."""
 
     clients: int = number(4, least=1)
-    partition: str = "iid"  # 'iid' | 'dirichlet' | 'dirichlet-equal' | 'natural' | 'missing'
+    partition: str = name("iid", "dirichlet", "dirichlet-equal", "natural", "missing")
     dirichlet_alpha: float = 0.5
     missing_classes: tuple[tuple[int, ...], ...] = ()
     initial_model_images: int = number(40, least=0)  # the initial model is trained centrally on images of its own

@@ -6,7 +6,7 @@ schemes      who participates, who queries, what is sent: FedAvg, local-first, t
 query        a client's query: which model is asked, what the strategy may observe
 client       what stays with a client; local: how clients of this process train, and the initial model
 messages     states packed to bytes; aggregate: averages, merging by class
-evaluate     metrics and bytes at the end of a round; own_data: sizes for a folder of the user's own
+evaluate     metrics and bytes at the end of a round
 """
 
 from .aggregate import average, class_wise_shares
@@ -14,7 +14,6 @@ from .client import KEPT, Client, ClientLost
 from .experiment import Experiment, runs, start
 from .local import train_client
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
-from .own_data import fitted
 from .query import Query, query_size, select, strategy_at
 from .schemes import SCHEMES, Step, method_of, plan, round_lr_factor
-from .setup import Setup, first_queries, partition_clients, prepare, setup_of, short_name
+from .setup import Setup, first_queries, partition_clients, prepare, setup_of

@@ -16,7 +16,6 @@ from ..config import Config
 from ..data import Dataset, partition
 from ..sampling import Scene
 from ..training import CachedImages
-from .own_data import fitted
 from .schemes import method_of
 
 
@@ -34,7 +33,10 @@ class Setup:
 
     @property
     def name(self) -> str:
-        return short_name(self.config.data.dataset)
+        dataset = self.config.data.dataset
+        place = Path(dataset).expanduser().resolve()
+        known = dataset in (*data.NAMES, *data.CLASS_NAMES)
+        return dataset if known else place.stem if place.is_file() else place.name
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -83,6 +85,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     Clients and query sizes are shrunk to a small folder of the user's own (`fitted`). ValueError says what cannot be
     combined, and why. Sets the number of CPU threads to `config.threads` (0 = as it was).
     """
+    place = Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores, settings = torch.get_num_threads(), config.data
     if config.model.classifier:
@@ -90,8 +93,8 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     else:
         load, more = data.load, {"digits": data.Digits(settings.scenes, settings.digit_classes)}
         more["min_object"] = settings.min_object
-    train, test = load(settings.dataset, settings.image_size, root=data_place(root), limit=settings.limit, **more)
-    if not known_name(settings.dataset):
+    train, test = load(settings.dataset, settings.image_size, root=place, limit=settings.limit, **more)
+    if settings.dataset not in (*data.NAMES, *data.CLASS_NAMES):
         config = fitted(config, len(train))
     if config.federation.partition == "natural" and train.images.groups:
         config = config.replace(clients=len(set(train.images.groups)))
@@ -129,22 +132,22 @@ def setup_of(
     return Setup(config, train, test, photos, device, server_rows=server_rows)
 
 
-def known_name(dataset: str) -> bool:
-    """True for a data set by name, false for a folder."""
-    return dataset in (*data.NAMES, *data.CLASS_NAMES)
-
-
-def short_name(dataset: str) -> str:
-    """A data set's name, fit for a file's: a known one's own, else its folder's, or its file's without suffix."""
-    if known_name(dataset):
-        return dataset
-    place = Path(dataset).expanduser().resolve()
-    return place.stem if place.is_file() else place.name
-
-
-def data_place(root: str | Path | None = None) -> Path:
-    """Where data sets lie: the argument, else $FEDAL_DATA, else `data/` of the checkout the notebook was opened in."""
-    return Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
+def fitted(config: Config, images: int) -> Config:
+    """Clients, budgets and cycles shrunk until `images` training images suffice; two are enough."""
+    if images < 2:
+        raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
+    clients = max(1, min(config.federation.clients, images // 4))
+    start_images = min(config.federation.initial_model_images, images // 5)
+    share = (images - start_images) // clients
+    first = max(1, min(config.query.initial_labels, share // 3))
+    budget = max(1, min(config.query.query_size, (share - first) // 2))
+    cycles = max(1, min(config.query.cycles, 1 + (share - first) // budget))
+    rounds = cycles * config.federation.rounds + config.federation.extra_rounds
+    first_pass = min(config.federation.first_pass_rounds, max(1, rounds - 1))  # leaves one later pass
+    return config.replace(
+        **dict(clients=clients, initial_model_images=start_images, initial_labels=first, query_size=budget),
+        **dict(cycles=cycles, first_pass_rounds=first_pass),
+    )
 
 
 def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[str]]:
@@ -162,9 +165,8 @@ def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[s
     for name, part in zip(names, parts, strict=True):
         if len(part) < needed:
             raise ValueError(
-                f"client {name} holds {len(part)} images, but initial_labels={query.initial_labels} and "
-                f"{query.cycles - 1} cycles of query_size={query.query_size} need {needed}; lower query_size, "
-                "initial_labels, cycles or clients"
+                f"client {name} holds {len(part)} images, but {query.initial_labels} initial labels and "
+                f"{query.cycles - 1} queries of {query.query_size} need {needed}; lower one of them, or clients"
             )
     return parts, names
 
@@ -188,12 +190,10 @@ def _parts(
     elif how == "dirichlet-equal":
         dominant = train.dominant_class().numpy()[rows]
         parts = partition.dirichlet_equal(dominant, settings.clients, settings.dirichlet_alpha, rng)
-    elif how == "missing":
+    else:
         classes = train.labels.classes.numpy()[rows]
         present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
         parts, _ = partition.missing_class(present, settings.missing_classes, rng)
-    else:
-        raise ValueError(f"partition must be iid, dirichlet, dirichlet-equal, missing or natural, got {how!r}")
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -38,15 +37,15 @@ def hello(workspace: Workspace, content: RecordDict) -> RecordDict:
 
 
 def select_and_annotate(workspace: Workspace, content: RecordDict) -> RecordDict:
-    """Query with the model in the message and have the answers annotated here; tells what was queried, and its cost."""
+    """Query with the model in the message and have the images annotated here; tells what was queried."""
     task = Task.of(content["task"])
     with workspace.experiment(task, state_of(content["arrays"]), trains=False) as experiment:
         (client,) = experiment.clients
         pool, chosen = client.pool, select(experiment, task.step, client)
         if len(chosen.positions):
             pool.label(chosen.positions, task.step.cycle, chosen.why)
-    cost, rows = pool.cost(), pool.queries(task.step.cycle)
-    answer = RecordDict({"counts": _counts(task, images=cost.images, boxes=cost.boxes, seconds=float(cost.seconds))})
+    rows = pool.queries(task.step.cycle)
+    answer = RecordDict({"counts": MetricRecord({**task.place(), "boxes": pool.cost().boxes})})
     if rows:
         said = {"ids": [row["id"] for row in rows], "scores": [float(row["score"]) for row in rows]}
         answer["said"] = ConfigRecord(said)
@@ -68,12 +67,8 @@ def train(workspace: Workspace, content: RecordDict) -> RecordDict:
         update = train_client(experiment, step, client, experiment.model, message)
         if experiment.method.strategy.compares_local():
             client.last_local_state = unpack(update.payload)
-    counts = _counts(task, steps=update.steps, loss=float(update.loss))
+    counts = MetricRecord({**task.place(), "steps": update.steps, "loss": float(update.loss)})
     return RecordDict({"arrays": arrays_from(update.payload), "counts": counts})
-
-
-def _counts(task: Task, **counts: Any) -> MetricRecord:
-    return MetricRecord({"cycle": task.step.cycle, "round": task.step.round, **counts})
 
 
 def build(place: str | Path | None = None) -> ClientApp:

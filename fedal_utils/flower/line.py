@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from ..federation import ClientLost
+from ..federation import ClientLost, Step
 from .messages import DIVERGED, HELLO, Answer, without_paths
-
-
-def lost(name: str, why: str, status: str) -> ClientLost:
-    """Why there is nothing of a client, printed as well."""
-    error = ClientLost(f"client {name}: {without_paths(why)}", status=status)
-    print(f"nothing from {error}", flush=True)
-    return error
 
 
 class Line:
@@ -41,33 +35,43 @@ class Line:
             raise TimeoutError(f"no client of {', '.join(self.clients)} came within {wait:.0f} s")
 
     def greet(self) -> None:
-        """Ask nodes that are new who they are. A name that two nodes claim is the first one's, while it is there."""
-        online, claims = set(self.grid.get_node_ids()), {}
-        new = online - set(self.nodes.values()) - self._refused
-        for node, answer in self._send(HELLO, {node: RecordDict() for node in sorted(new)}).items():
-            try:
-                if isinstance(answer, RecordDict):
-                    claims.setdefault(Answer(answer).text("name"), []).append(node)
-            except ValueError:
-                self._refused.add(node)
-        for name, nodes in claims.items():
-            if name in self.clients and self.nodes.get(name) not in online and len(nodes) == 1:
-                self.nodes[name] = nodes[0]
+        """Ask nodes that are new who they are. A name is the first one's that claims it, while that is there."""
+        online = set(self.grid.get_node_ids())
+        new = sorted(online - set(self.nodes.values()) - self._refused)
+        for node, answer in self._send(HELLO, {node: RecordDict() for node in new}).items():
+            if not isinstance(answer, RecordDict):
+                continue  # asked again in the next round
+            said = str(answer.get("said", {}).get("name"))
+            if said in self.clients and self.nodes.get(said) not in online:
+                self.nodes[said] = node
             else:
-                print(f"{len(nodes)} node(s) refused that claim to be client {without_paths(name)!r}", flush=True)
-                self._refused.update(nodes)
+                print(f"a node was refused that claims to be client {without_paths(said)!r}", flush=True)
+                self._refused.add(node)
 
-    def exchange(self, kind: str, contents: Mapping[str, RecordDict]) -> dict[str, RecordDict | ClientLost]:
-        """Send each client its message; answers by name, or why there is none."""
+    def exchange(
+        self, kind: str, contents: Mapping[str, RecordDict], step: Step, read: Callable[[str, Answer], Any]
+    ) -> dict[str, Any | ClientLost]:
+        """Send each client its message; by name what `read` makes of the answer, or why there is none.
+
+        kind, contents: the messages, by client.
+        step: that they are of.
+        read: of name and answer; ValueError if the answer cannot be believed.
+        """
         online = set(self.grid.get_node_ids())
         nodes = {name: node for name, node in self.nodes.items() if name in contents and node in online}
         answers, found = self._send(kind, {node: contents[name] for name, node in nodes.items()}), {}
         for name in sorted(contents):
             answer = answers[nodes[name]] if name in nodes else ("away", "it is not there")
-            if not isinstance(answer, RecordDict):
+            try:
+                if isinstance(answer, RecordDict):
+                    found[name] = read(name, Answer(answer, step))
+                    continue
                 status, why = answer
-                answer = lost(name, f"{why} ({kind})", status)
-            found[name] = answer
+            except ValueError as error:
+                why = f"its answer cannot be used: {error}"
+                status = next((word for word in ("not finite", "wrong shape") if word in why), "refused")
+            found[name] = ClientLost(f"client {name}: {without_paths(why)} ({kind})", status)
+            print(f"nothing from {found[name]}", flush=True)
         return found
 
     def _send(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict | tuple[str, str]]:

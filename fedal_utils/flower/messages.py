@@ -1,7 +1,7 @@
 """What travels between the server and its clients, and what the server takes of an answer.
 
     query.hello    -                 the client's name
-    query.select   task, the model   ids that it queried with their scores; images, boxes, seconds so far
+    query.select   task, the model   ids that it queried with their scores; its boxes so far
     train          task, the model   its weights; steps, loss
 
 A task says which run, which step and how; an answer names the step that it is to. Images and labels are in no message.
@@ -83,6 +83,10 @@ class Task:
         step = {k: v for k, v in vars(self.step).items() if k not in ("participants", "querying")}
         return ConfigRecord({"task": json.dumps({**vars(self), "config": self.config.flat(), "step": step})})
 
+    def place(self) -> dict[str, int]:
+        """What an answer is to."""
+        return {"cycle": self.step.cycle, "round": self.step.round}
+
     @classmethod
     def of(cls, sent: Mapping[str, Any]) -> Task:
         """ValueError on a task that another version of this package sent."""
@@ -95,41 +99,36 @@ class Task:
 
 
 class Answer:
-    """A client's answer, of which nothing is believed: each reader gives a value within its limits, or ValueError."""
+    """A client's answer, of which nothing is believed: what is read is within its limits, or ValueError."""
 
     def __init__(self, content: RecordDict, step: Step | None = None):
         self.content = content
-        if step is not None and (self.whole("cycle"), self.whole("round")) != (step.cycle, step.round):
+        if step is not None and (self.of("counts", "cycle", int), self.of("counts", "round", int)) != (
+            step.cycle,
+            step.round,
+        ):
             raise ValueError("it is an answer to another round")
 
-    def _of(self, record: str, name: str, kind: type) -> Any:
+    def of(self, record: str, name: str, kind: type) -> Any:
         found = self.content.get(record)
         if found is None or type(found.get(name)) is not kind:
             raise ValueError(f"{record!r} has no {name!r}, or it is no {kind.__name__}")
         return found[name]
 
-    def whole(self, name: str, least: int = 0, most: int = 10**9) -> int:
-        if not least <= (value := self._of("counts", name, int)) <= most:
+    def number(self, name: str, kind: type, least: float, most: float) -> Any:
+        if not least <= (value := self.of("counts", name, kind)) <= most:  # NaN is in no range
             raise ValueError(f"{name} must be in {least}..{most}, got {str(value)[:50]}")
         return value
-
-    def real(self, name: str, least: float = -1e30, most: float = 1e30) -> float:
-        if not least <= (value := self._of("counts", name, float)) <= most:  # NaN is in no range
-            raise ValueError(f"{name} is {value:g}: not finite, or not in {least:g}..{most:g}")
-        return value
-
-    def text(self, name: str) -> str:
-        return self._of("said", name, str)
 
     def rows(self, cycle: int, client: str, allowed: Collection[str], most: int) -> list[dict[str, Any]]:
         """Rows of queries.csv: ids that the client holds and has not queried, each once, no more than granted."""
         if "said" not in self.content:
             return []
-        ids, scores = self._of("said", "ids", list), self._of("said", "scores", list)
+        ids, scores = self.of("said", "ids", list), self.of("said", "scores", list)
         if len(ids) != len(scores) or len(ids) > most:
             raise ValueError(f"{len(ids)} ids and {len(scores)} scores, where {most} images were granted")
         if any(type(score) is not float or math.isinf(score) for score in scores):
-            raise ValueError("a score must be a number, or NaN for none: not finite")
+            raise ValueError("a score must be a number, or NaN for none")
         if (wrong := [str(id_)[:50] for id_ in ids if id_ not in allowed]) or len(set(ids)) != len(ids):
             raise ValueError(f"it queries what it does not hold or has queried: {wrong[:3] or 'an image twice'}")
         rows = zip(ids, scores, strict=True)

@@ -18,10 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 from .. import federation, papers, record
 from ..config import Config
 from ..federation import Client, ClientLost, Experiment, Setup, Step, Update, broadcast, pack
-from ..sampling import Cost
 from . import messages
-from .line import Line, lost
-from .messages import Answer, Task, arrays_from, without_paths
+from .line import Line
+from .messages import Answer, Task, arrays_from
 from .workspace import RemotePool, facts_of, server_setup
 
 MOST_BOXES = 10_000  # that anybody draws in an image
@@ -31,86 +30,62 @@ class RemoteExperiment(Experiment):
     """The notebooks' experiment with clients elsewhere: a step's queries and training are messages on a `Line`."""
 
     def __init__(self, run: record.Run, setup: Setup, line: Line):
-        pools = [RemotePool(name, ids) for name, ids in line.clients.items()]
+        pools = [RemotePool(name, ids, run.config.query) for name, ids in line.clients.items()]
         super().__init__(run, setup, [Client(pool.client, pool) for pool in pools])
         self.line, self._lost = line, {}  # of the latest step, clients whose query failed
         for pool in pools if run.resumed else ():
-            pool.tell(Cost(*run.resumed["told"][pool.client]), run.query_rows())
+            pool.boxes = run.resumed["boxes"][pool.client]
+            pool.rows = [row for row in run.query_rows() if row["client"] == pool.client]
 
     def query(self, step: Step, client: Client) -> None:
         """One exchange for all clients that query in this step, at the first call; the others find it done."""
         if client is not step.querying[0]:
             return
         self.line.greet()
-        settings, contents, self._lost = self.config.federation, {}, {}
-        message = broadcast(self.model, settings.message_dtype)
+        dtype, contents = self.config.federation.message_dtype, {}
+        message = broadcast(self.model, dtype)
         by_name = {client.name: client for client in step.querying}
         for name, client in by_name.items():
             stale = client.stale_global_state
-            payload = pack(stale, settings.message_dtype) if stale else message
-            contents[name] = RecordDict({"task": self._task(step, client), "arrays": arrays_from(payload)})
-        for name, answer in self.line.exchange(messages.SELECT, contents).items():
-            self._lost |= self._take_queries(step, by_name[name], answer)
-        if self._lost and settings.on_failure == "stop":
+            arrays = arrays_from(pack(stale, dtype) if stale else message)
+            contents[name] = RecordDict({"task": self._task(step, client), "arrays": arrays})
+
+        def note(name: str, answer: Answer) -> None:
+            pool, most = by_name[name].pool, federation.query_size(self, by_name[name], step.cycle)
+            rows = answer.rows(step.cycle, name, set(pool.ids) - {row["id"] for row in pool.rows}, most)
+            pool.boxes = answer.number("boxes", int, pool.boxes, pool.boxes + MOST_BOXES * len(rows))
+            pool.rows += rows
+
+        noted = self.line.exchange(messages.SELECT, contents, step, note)
+        self._lost = {name: answer for name, answer in noted.items() if isinstance(answer, ClientLost)}
+        if self._lost and self.config.federation.on_failure == "stop":
             raise next(iter(self._lost.values()))
 
     def _task(self, step: Step, client: Client) -> ConfigRecord:
         run, names = self.run, self.setup.class_names
         return Task(self.config, run.notebook, run.method, run.seed, names, step, tuple(client.pool.rows)).record()
 
-    def _take_queries(self, step: Step, client: Client, answer: RecordDict | ClientLost) -> dict[str, ClientLost]:
-        """Note what a client queried; or why it cannot be believed."""
-        if isinstance(answer, ClientLost):
-            return {client.name: answer}
-        pool, before = client.pool, client.pool.cost()
-        try:
-            answer, unknown = Answer(answer, step), set(pool.ids) - {row["id"] for row in pool.rows}
-            rows = answer.rows(step.cycle, client.name, unknown, federation.query_size(self, client, step.cycle))
-            images = answer.whole("images", before.images, before.images + len(rows))
-            boxes = answer.whole("boxes", before.boxes, before.boxes + MOST_BOXES * len(rows))
-            seconds = answer.real("seconds", before.seconds, before.seconds + 86400.0 * len(rows))
-        except ValueError as error:
-            return {client.name: _refused(client, error)}
-        pool.tell(Cost(images, boxes, seconds), rows)
-        return {}
-
     def train_clients(self, step: Step, clients: Sequence[Client], message: bytes) -> dict[str, Update | Exception]:
-        """What each of these clients sends, or why it sends nothing."""
+        """What each of these clients sends, or why it sends nothing; it weighs the images that it was granted."""
         if not step.querying:
             self.line.greet()
             self._lost = {}
-        sent: dict[str, Update | Exception] = {c.name: self._lost[c.name] for c in clients if c.name in self._lost}
-        asked, arrays = {c.name: c for c in clients if c.name not in sent}, arrays_from(message)
-        contents = {n: RecordDict({"task": self._task(step, c), "arrays": arrays}) for n, c in asked.items()}
-        answers = self.line.exchange(messages.TRAIN, contents)
-        found = {name: self._update(step, asked[name], answer) for name, answer in answers.items()}
-        return sent | found
-
-    def _update(self, step: Step, client: Client, answer: RecordDict | ClientLost) -> Update | ClientLost:
-        """The client's answer as an update, which weighs the images that it was granted."""
-        if isinstance(answer, ClientLost):
-            return answer
-        settings, cost, (recipe, iterations) = self.config.federation, client.pool.cost(), self.recipe(step)
+        (recipe, iterations), dtype = self.recipe(step), self.config.federation.message_dtype
         like = federation.state_of(self.model, federation.sent_keys(self.model))
-        try:
-            answer = Answer(answer, step)
-            steps = answer.whole("steps", 1, iterations or recipe.epochs * math.ceil(cost.images / recipe.batch))
-            payload, loss = pack(answer.state(like), settings.message_dtype), answer.real("loss")
-        except ValueError as error:
-            return _refused(client, error)
-        return Update(client.name, payload, cost.images, cost.boxes, steps, loss)
+        asked, arrays = {c.name: c for c in clients if c.name not in self._lost}, arrays_from(message)
+        contents = {n: RecordDict({"task": self._task(step, c), "arrays": arrays}) for n, c in asked.items()}
+
+        def update(name: str, answer: Answer) -> Update:
+            cost = asked[name].pool.cost()
+            steps = answer.number("steps", int, 1, iterations or recipe.epochs * math.ceil(cost.images / recipe.batch))
+            payload, loss = pack(answer.state(like), dtype), answer.number("loss", float, -1e30, 1e30)
+            return Update(name, payload, cost.images, cost.boxes, steps, loss)
+
+        return self._lost | self.line.exchange(messages.TRAIN, contents, step, update)
 
     def log(self, step: Step, updates: Sequence[Update], more: dict | None = None) -> dict:
-        """As in the plain loop; the resume point also has what the clients told."""
-        costs = {client.name: client.pool.cost() for client in self.clients}
-        told = {name: [cost.images, cost.boxes, cost.seconds] for name, cost in costs.items()}
-        return super().log(step, updates, {"told": told})
-
-
-def _refused(client: Client, error: Exception) -> ClientLost:
-    text = without_paths(error)
-    status = next((status for status in ("not finite", "wrong shape") if status in text), "refused")
-    return lost(client.name, f"its answer cannot be used: {text}", status)
+        """As in the plain loop; the resume point also has the boxes that the clients drew."""
+        return super().log(step, updates, {"boxes": {client.name: client.pool.boxes for client in self.clients}})
 
 
 def check(config: Config) -> None:

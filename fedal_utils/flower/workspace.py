@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from .. import data, federation, record
-from ..config import Config
+from ..config import Config, QueryConfig
 from ..data import Dataset
 from ..federation import KEPT, Client, Experiment, Setup, State
 from ..sampling import Cost, Oracle, Pool
@@ -62,8 +62,7 @@ def read_set(folder: Path, classes: Sequence[str], image_size: Sequence[int]) ->
 def deal(setup: Setup, place: str | Path, seed: int = 0) -> list[str]:
     """Write each client's images, and the server's, into folders below `place`; returns the clients' names.
 
-    Who gets what is as in a run of that seed (`federation.partition_clients`). A place that was dealt for the same is
-    left as it is; one that was dealt for something else is a ValueError.
+    A place that was dealt for the same is left as it is; one that was dealt for something else is a ValueError.
     """
     place, fingerprint, (train, test) = Path(place), setup.fingerprint, setup.photos
     if (place / "server" / "federation.json").is_file():
@@ -161,24 +160,23 @@ class Workspace:
 
 
 class RemotePool:
-    """What a client has told the server of its pool, in the place of a `Pool`: costs of labels, and queries."""
+    """What the server knows of a client's pool, in the place of a `Pool`: its queries, and the boxes that it drew."""
 
-    def __init__(self, client: str, ids: Sequence[str]):
-        self.client, self.ids, self.rows, self._cost = client, tuple(ids), [], Cost()
+    def __init__(self, client: str, ids: Sequence[str], query: QueryConfig):
+        self.client, self.ids, self.query = client, tuple(ids), query
+        self.rows: list[dict[str, Any]] = []  # as of queries.csv
+        self.boxes = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def tell(self, cost: Cost, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take in what all labels cost so far, and rows of queries.csv of this client (others are passed over)."""
-        self._cost, self.rows = cost, [*self.rows, *(dict(row) for row in rows if str(row["client"]) == self.client)]
-
     def labelled(self) -> range:
         """As many as there are labelled images; the server knows no positions."""
-        return range(self._cost.images)
+        return range(len(self.rows))
 
     def cost(self) -> Cost:
-        return self._cost
+        images, query = len(self.rows), self.query
+        return Cost(images, self.boxes, query.seconds_per_image * images + query.seconds_per_box * self.boxes)
 
     def queries(self, cycle: int) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["cycle"] == cycle]
