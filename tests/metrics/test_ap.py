@@ -207,51 +207,12 @@ def test_one_ignored_object_takes_one_detection_in_coco_but_any_number_in_voc_an
     assert (crowd["ap50"], crowd["ap_voc"]) == pytest.approx((1, 1))
 
 
-def test_small_detection_inside_a_crowd_is_set_aside_by_coco():
-    """Overlap with a crowd is measured over the detection: a quarter of B lies wholly inside it."""
-    found = [((20, 20, 25, 25), 0.9), (A, 0.8)]
-    assert by_hand([(A, False, False), (B, True, True)], found)["ap50"] == pytest.approx(1)
-    assert by_hand([(A, False, False), (B, True, False)], found)["ap50"] == pytest.approx(1 / 2)
-
-
-def test_order_of_images_and_detections_does_not_matter():
-    for seed in range(3000, 3010):
-        truths, founds, n_classes = random_case(seed)
-        rng = np.random.default_rng(seed)
-        scores = iter(rng.permutation(500) / 500)  # no ties: they are broken by order
-        founds = [[(box, c, float(next(scores))) for box, c, _ in image] for image in founds]
-        ours = metrics.evaluate(*packed(truths, founds, n_classes))
-        order = rng.permutation(len(truths))
-        mixed = [[founds[i][k] for k in rng.permutation(len(founds[i]))] for i in order]
-        again = metrics.evaluate(*packed([truths[i] for i in order], mixed, n_classes, seed=1))
-        assert again == pytest.approx(ours, abs=1e-12, nan_ok=True), f"case {seed}"
-
-
-def test_finding_a_missed_object_first_never_lowers_ap():
-    rose = 0
-    for seed in range(4000, 4010):
-        truths, founds, n_classes = random_case(seed)
-        truths, founds = [*truths, [(A, 1, False, False)]], [*founds, []]
-        before = metrics.evaluate(*packed(truths, founds, n_classes))
-        after = metrics.evaluate(*packed(truths, [*founds[:-1], [(A, 1, 2.0)]], n_classes))
-        for name in ("ap50", "ap75", "ap_coco", "ap_voc", "ap_voc11"):
-            assert after[name] >= before[name] - 1e-12, f"case {seed}, {name}"
-            rose += after[name] > before[name] + 1e-6
-    assert rose == 10 * 5
-
-
 def test_ties_follow_the_order_of_images_and_rows():
     """Equal scores, hit in the first image, miss in the second: AP 1; the other way round: 1/2."""
     hit, miss = [(A, 1, 0.5)], [(FAR, 1, 0.5)]
     assert metrics.evaluate(*packed([[(A, 1, False, False)], []], [hit, miss], 1))["ap_voc"] == 1
     other = metrics.evaluate(*packed([[], [(A, 1, False, False)]], [miss, hit], 1))
     assert other["ap_voc"] == pytest.approx(1 / 2) and other["ap50"] == pytest.approx(1 / 2)
-
-
-def test_of_two_objects_in_one_place_the_first_is_best_in_voc():
-    found = [(FAR, 0.9), (A, 0.8)]
-    assert by_hand([(A, False, False), (A, True, False)], found)["ap_voc"] == pytest.approx(1 / 2)
-    assert by_hand([(A, True, False), (A, False, False)], found)["ap_voc"] == 0
 
 
 def test_nothing_detected_is_zero_and_absent_class_is_nan():

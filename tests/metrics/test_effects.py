@@ -122,12 +122,6 @@ def test_gaps_by_hand():
     assert "restart, random minus centralised: -40.0 points (-64.8 to -15.2: a loss)." in text
 
 
-def test_an_arm_without_a_reference_is_compared_with_the_last_one_that_has_one():
-    found = metrics.gaps(arms_table({**ARMS, "longer": {"random": [0.7, 0.7, 0.7]}}))
-    longer = found[found["effect"] == "longer"]
-    assert longer["points"].tolist() == pytest.approx([-10, 30])
-
-
 def test_gaps_use_the_seeds_that_all_arms_have_and_say_what_is_absent():
     fewer = {**ARMS, "kept": {"random": [0.5, 0.6], "centralised": [0.8, 0.8, 0.8]}}
     assert set(metrics.gaps(arms_table(fewer))["seeds"]) == {2}

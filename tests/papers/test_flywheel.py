@@ -1,4 +1,4 @@
-"""The flywheel's stopping rules, by hand, and the labels that it has looked at once more."""
+"""The flywheel's stopping rules, by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import pandas as pd
 import pytest
 
 from fedal_utils.papers import flywheel
-
-NAMES = ("ant", "bee", "cow", "dog")
 
 
 def curve(values, method="margin", images=10) -> list[dict]:

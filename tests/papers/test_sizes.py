@@ -71,11 +71,3 @@ def test_overrides_have_the_last_word_and_unknown_names_are_refused():
         papers.load("11_fedavg", client=2)
     with pytest.raises(ValueError, match="profile must be one of"):
         papers.load("11_fedavg", "huge")
-
-
-def test_an_unknown_field_in_a_preset_cannot_hide():
-    """The full size of notebook 50's boxes is notebook 40's without the VAE."""
-    boxes, ssd = (papers.load(n, "paper").flat() for n in ("50b", "40"))
-    vae = {name for name in boxes if boxes[name] != ssd[name]} - {"methods"}
-    assert vae >= {"vae_architecture", "vae_size", "image_loss_head", "held_out_images"}
-    assert all(name.startswith("vae_") for name in vae - {"image_loss_head", "held_out_images", "latent", "kl_weight"})

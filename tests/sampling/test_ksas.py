@@ -148,13 +148,6 @@ def test_classes_without_labels_are_left_out_of_class_vectors():
     assert value == pytest.approx([jeffreys([1 / 3] * 3, [0.95, 0.025, 0.025])], rel=1e-6)
 
 
-def test_certain_boxes_are_floored_and_finite():
-    # (0, 1, 0) against (0, 0, 1): 1e-6, 1, 1e-6 and 1e-6, 1e-6, 1
-    found, own = detections([(A, (0, 1.0, 0))]), detections([(A, (0, 0, 1.0))])
-    value = reduced(found, own, np.array([1, 1]), "max").values
-    assert value == pytest.approx([math.log(1e6)], rel=1e-5)
-
-
 # --- boxes, laws ------------------------------------------------------------------------------------------------------
 
 
@@ -294,21 +287,6 @@ def test_logo_breaks_ties_by_its_generator_and_repeats_itself():
     runs = [tuple(lone(*args, rng_for(seed, "c")).positions.tolist()) for seed in range(60)]
     assert {i for run in runs for i in run} == set(range(6)) and all((a < 3) != (b < 3) for a, b in runs)
     assert runs[7] == tuple(lone(*args, rng_for(7, "c")).positions.tolist())
-
-
-def test_logo_moves_with_the_pool():
-    rng = torch_rng_for(0, "pool")
-    centres = 50 * torch.eye(4)[torch.arange(20) % 4]  # four clusters that no start can miss
-    alone, embedding, world = (
-        torch.zeros(20, 3),
-        centres + torch.rand(20, 4, generator=rng),
-        torch.randn(20, 3, generator=rng),
-    )
-    order = torch.randperm(20, generator=rng)
-    want = lone(alone, embedding, world, 4, rng_for(0, "c")).positions
-    assert sorted(want % 4) == [0, 1, 2, 3]
-    moved = lone(alone[order], embedding[order], world[order], 4, rng_for(1, "c")).positions
-    assert order[moved].tolist() == want.tolist()
 
 
 # --- choosing by name -------------------------------------------------------------------------------------------------

@@ -5,20 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from observed import chosen, observed
 
-from fedal_utils import training
-from fedal_utils.config import Config
 from fedal_utils.data import Images, Labels
-from fedal_utils.detectors import build
 from fedal_utils.sampling import Cost, Oracle, Pool, total
 from fedal_utils.sampling.pool import UNDECIDED
-from fedal_utils.seeding import rng_for, torch_rng_for
+from fedal_utils.seeding import torch_rng_for
 
 BOXES = [2, 0, 3, 1, 1, 4]  # of each image; one of image 2's is ignored
-
-BOX = ("random", "avg", "entropy_max", "count", "model_outlier", "embedding_outlier", "cluster", "representative")
-BOX = (*BOX, "coreset", "mix")
 
 
 def world():
@@ -97,46 +90,6 @@ def test_labels_that_were_not_paid_for_stay_with_the_oracle():
     got_images, got_labels = pool.training_set()
     assert got_images.ids == ("f", "c") and torch.equal(got_labels.boxes, labels.boxes[[5, 2]])
     assert torch.equal(got_images.pixels, images.pixels[[5, 2]])
-
-
-def scrambled(labels, seed):
-    """Other objects in every image: the same tensors' shapes, nothing else."""
-    rng = torch_rng_for(seed, "scramble")
-    classes = torch.randint(0, 4, labels.classes.shape, generator=rng).sort(dim=1, descending=True).values
-    boxes = torch.rand(labels.boxes.shape, generator=rng) * 16 + torch.tensor([0.0, 0, 16, 16])
-    none = torch.zeros_like(labels.ignore)
-    return Labels(boxes * (classes > 0)[..., None], classes, none, none)
-
-
-@pytest.mark.parametrize("strategy", BOX)
-def test_scrambled_hidden_labels_do_not_move_the_selection(strategy):
-    images, labels = world()
-    model = build(Config.of(image_size=(32, 32), fpn_channels=16), 3, torch_rng_for(0, "weights"))
-
-    others = torch.randint(0, 256, (3, 3, 32, 32), generator=torch_rng_for(0, "held out"), dtype=torch.uint8)
-    held = training.predict(model, Images(("x", "y", "z"), others, torch.tensor([[32, 32]] * 3)), score_above=0.005)
-
-    def picked(truth, order=range(6)):
-        pool = Pool("A", images, Oracle(truth), range(6))
-        shown = images.take(pool.index[list(order)])
-        found = training.predict(model, shown, score_above=0.005)
-        known, *embedding = shown.pixels.float().mean((2, 3)).split(1)  # as if image 0 were labelled
-        sight = observed(
-            6,
-            detections=found,
-            held_out_detections=held,
-            embeddings=torch.cat([known + 1, *embedding]),
-            labelled_embeddings=known,
-        )
-        choice = chosen(strategy, sight, 3, rng_for(0, "ask"))
-        return choice.positions.tolist(), choice.scores.values.tolist()
-
-    assert picked(labels) == picked(scrambled(labels, 1))
-    picks, values = picked(labels)
-    if strategy in ("cluster", "mix"):  # no scores, but other pixels are another choice
-        assert len({tuple(picked(labels, np.roll(range(6), shift))[0]) for shift in range(6)}) > 1
-    else:
-        assert strategy == "count" or len(set(values)) > 1  # there is something to choose by
 
 
 def asked_csv(pools, cycles):

@@ -301,21 +301,6 @@ def test_uncertainties_stay_in_their_ranges_and_equal_a_loop(rows):
         assert found["ratio"][i] == pytest.approx(p[1] / p[2], abs=1e-12)
 
 
-def test_uncertainties_of_a_thousand_classes_with_probabilities_of_exactly_zero():
-    logits = torch.full((4, 1000), -1e4)
-    logits[0, 7] = 1e4  # sure: all other probabilities are exactly 0
-    logits[1, [7, 8]] = 1e4  # torn between two
-    logits[2, 7], logits[2, 8] = 1e4, 1e4 - 2  # e^-2 to 1
-    want = {"confidence": [0, 0.5], "margin": [0, 1], "ratio": [0, 1], "entropy": [0, math.log(2)]}
-    uniform = {"confidence": 0.999, "margin": 1, "ratio": 1, "entropy": math.log(1000)}  # all equal: the last row
-    for how in by.UNCERTAINTIES:
-        values = by.uncertainty(logits, how).values
-        assert np.isfinite(values).all()
-        assert values[[0, 1, 3]] == pytest.approx([*want[how], uniform[how]], abs=1e-12), how
-    assert by.uncertainty(logits, "ratio").values[2] == pytest.approx(math.exp(-2), rel=1e-12)
-    assert by.uncertainty(1e308 * logits[:1, :9].sign().double(), "ratio").values.tolist() == [0]  # overflows
-
-
 def test_a_committee_mccallum_and_nigam_1998_by_hand():
     # two certain members that disagree: consensus (1/2, 1/2), KL = ln 2 each; two that agree: 0
     sure = torch.tensor([[[50.0, -50], [50, -50]], [[-50, 50], [50, -50]]])
