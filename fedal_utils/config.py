@@ -209,12 +209,9 @@ class Config(Part):
             raise ValueError(f"cascade must be four numbers >= 1 that do not grow, got {self.query.cascade}")
         if not (self.federation.max_update_ratio == 0 or self.federation.max_update_ratio > 1):
             raise ValueError(f"max_update_ratio must be 0 (off) or > 1, got {self.federation.max_update_ratio}")
-        kept = ("restart", "client") if self.model.classifier else ("restart",)
-        if self.federation.reset_each_cycle and self.federation.optimizer_state not in kept:
-            raise ValueError(
-                "reset_each_cycle=True begins again in every cycle: "
-                f"optimizer_state={self.federation.optimizer_state!r} cannot live on"
-            )
+        kept, state = ("restart", "client") if self.model.classifier else ("restart",), self.federation.optimizer_state
+        if self.federation.reset_each_cycle and state not in kept:
+            raise ValueError(f"reset_each_cycle=True begins again in every cycle: {state=} cannot live on")
 
     def digest(self) -> str:
         """Hex digest of all that decides a run's numbers: what differs from the defaults, without methods and seeds."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import random
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,37 +39,14 @@ def torch_rng_for(seed: int, *names: str | int, device: str | torch.device = "cp
     return generator
 
 
-def python_sample(seed: int, count: int, k: int) -> list[int]:
-    """k of `count` numbers as Python's own `random.sample` draws them: for subsets published with such a seed only."""
-    return random.Random(seed).sample(range(count), k)
-
-
 @contextlib.contextmanager
 def borrowed_global_rng(generator: torch.Generator) -> Iterator[None]:
     """Run library code that can only draw from torch's global generator as if it drew from `generator`.
 
-    The global state is put back afterwards, so nothing outside notices. Needed for layer initialisation and for
-    torchvision's samplers.
+    The global state is put back afterwards. Needed for layer initialisation and for torchvision's samplers.
     """
     seed = int(torch.randint(0, 1 << 62, (1,), generator=generator, device=generator.device).item())
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def numpy_seeded(seed: int | None) -> Iterator[None]:
-    """Run library code that can only draw from numpy's global generator with that at `seed`; None: as it is.
-
-    The global state is put back afterwards. Needed for Flower's random rounding and for its noise.
-    """
-    if seed is None:
-        yield
-        return
-    before = np.random.get_state()
-    np.random.set_state(np.random.RandomState(seed).get_state())
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
