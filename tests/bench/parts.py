@@ -171,11 +171,6 @@ def yolo(bench: Bench) -> None:
         name = f"YOLOv5s {size[0]} x {size[1]}"
         bench.alone(f"{name} training, batch {batch}", train, "images/s", 3, batch * steps)
         bench.alone(f"{name} prediction, batch {batch}", predict, "images/s", 3, 2 * batch)
-        if bench.gpu:
-            train, *_ = _training(
-                bench, {**YOLO, "image_size": size}, batch, steps, colour=0.3, zoom=(0.8, 1.2), shift=0.1
-            )
-            bench.alone(f"{name} training, augmented, batch {batch}", train, "images/s", 3, batch * steps)
 
 
 @part
@@ -195,7 +190,7 @@ def small_sizes(bench: Bench) -> None:
         bench.alone(f"{name} prediction, batch {batch}", predict, "images/s", 3, 2 * batch)
 
 
-# ------------------------------------------------------------------------------------------- selection, AP, cached maps
+# -------------------------------------------------------------------------------------------------------- selection, AP
 
 
 @part
@@ -234,24 +229,3 @@ def average_precision(bench: Bench) -> None:
     labels = Labels(boxes[:, :7] + 3, classes[:, :7], no, no)
     names = tuple(map(str, range(20)))
     bench.alone(f"the three APs of {images:,} images", lambda: metrics.evaluate(found, labels, names), runs=1)
-
-
-@part
-def cached_maps(bench: Bench) -> None:
-    """Steps of a head on a frozen backbone's maps, against steps on pixels."""
-    settings = dict(detector="ssd", backbone="lite0", pretrained=False, frozen=True, image_size=(192, 256))
-    model = build(Config.of(**settings), 3, seeding.torch_rng_for(0, "bench")).to(bench.device)
-    images, labels = pixels_of(16, (192, 256), bench.device), labels_of(16, (192, 256), 3)
-    cached = training.cache_features(model, images, device=bench.device).to(bench.device)
-    steps = 2 if not bench.gpu or bench.small else 32
-
-    def run(source):
-        task = LocalTask(seeding.torch_rng_for(0), iterations=steps)
-        list(training.fit(model, source, labels, TrainingConfig.of(batch=8, amp=bench.gpu), task, bench.device))
-
-    bench.in_turn(
-        "SSD head on Lite0, batch 8: a step on cached maps",
-        "on pixels",
-        *(lambda: run(cached), lambda: run(images)),
-        **dict(runs=3, ours_do=steps, theirs_do=steps),
-    )

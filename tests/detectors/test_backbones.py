@@ -142,11 +142,3 @@ def test_the_full_sizes_hold_what_torchvisions_hold_in_that_order(name):
         theirs = build(weights=None, weights_backbone=None).backbone.state_dict()
         ours = made(name).state_dict()
     assert [(k, v.shape) for k, v in ours.items()] == [(f"net.{k}", v.shape) for k, v in theirs.items()]
-
-
-def test_scaled_by_hand():
-    scaled = backbones.Scaled((0.5, 0.25, 0.0), (0.25, 0.5, 1.0))
-    x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    # (0 - .5) / .25 = -2; (.2 - .25) / .5 = -.1; (1 - 0) / 1 = 1
-    assert scaled(x).flatten().tolist() == pytest.approx([-2, -0.1, 1], abs=1e-6)
-    assert scaled.state_dict() == {}  # constants do not travel

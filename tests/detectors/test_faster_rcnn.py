@@ -98,14 +98,6 @@ def test_the_full_size_has_torchvisions_shapes_and_a_finite_loss():
     assert ours.eval().predict(pixels(1, 64, 96), score_above=0.0).valid.any()
 
 
-def test_an_ignored_box_is_left_out_altogether():
-    model, (boxes, classes, ignore) = small("faster_rcnn"), random_targets(torch_rng_for(0, "targets"), 2, columns=4)
-    wide = [torch.cat([t, torch.zeros_like(t[:, :1])], dim=1) for t in (boxes, classes, ignore)]
-    wide[0][:, -1], wide[1][:, -1], wide[2][:, -1] = torch.tensor([3.0, 3, 50, 50]), 1, True
-    a, b = (model.loss(pixels(2), *rows, torch_rng_for(0, "loss")) for rows in ((boxes, classes, ignore), wide))
-    assert {k: v.item() for k, v in a.items()} == {k: v.item() for k, v in b.items()}
-
-
 def test_bfloat16_leaves_proposals_and_anchors_exact():
     model = small("faster_rcnn", image_size=(320, 640))
     kinds = []

@@ -175,6 +175,12 @@ def test_equal_boxes_have_loss_zero_to_the_last_bit(some):
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 
+@pytest.mark.parametrize("name", SMOOTH)
+def test_gradients_of_both_eious_are_right(name):
+    boxes, targets = leaf(BY_HAND[name][0]), leaf(TARGET)
+    assert gradcheck(losses.efficient_iou_loss, (boxes, targets)) and gradcheck(losses.extended_iou, (boxes, targets))
+
+
 @pytest.mark.parametrize("name", ["nested", "crossing", "close"])
 def test_the_gradient_of_the_likelihood_is_that_with_a_constant_weight(name):
     targets = rows(TARGET) if name != "close" else rows([10 * x for x in TARGET])
@@ -272,14 +278,6 @@ def test_crowding_equals_a_loop(some):
     for i, found in enumerate(crowding(*some)):
         hits = sum(oracles.iou(some[i], other) > 0 for j, other in enumerate(some) if j != i)
         assert found == pytest.approx(hits / max(len(some) - 1, 1), abs=1e-12)
-
-
-def test_emphasis_notes_5_3_by_hand():
-    # 1 + (0, 1/2, 1) = 1, 1.5, 2, mean 1.5; with 1/2: 1, 1.25, 1.5, mean 1.25
-    density = torch.tensor([0, 0.5, 1.0]).double()
-    assert losses.emphasis_weights(density, 1).tolist() == pytest.approx([2 / 3, 1, 4 / 3])
-    assert losses.emphasis_weights(density, 0.5).tolist() == pytest.approx([0.8, 1, 1.2])
-    assert losses.emphasis_weights(density, 0).tolist() == [1, 1, 1]
 
 
 @fewer

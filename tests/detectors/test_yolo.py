@@ -7,12 +7,10 @@ import pytest
 import torch
 from detector_cases import learn, pixels, small
 from torch import nn
-from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from fedal_utils.config import Config
 from fedal_utils.detectors import VIEWS, build
-from fedal_utils.detectors.yolo import PyramidPooling
 from fedal_utils.detectors.yolo_loss import decode
 from fedal_utils.seeding import torch_rng_for
 
@@ -64,14 +62,6 @@ def test_the_published_size_has_the_published_number_of_parameters(classes, trai
     if classes == 2:  # van Bommel 2021 counts 5.7 MB of 14.017 MB (half precision)
         assert sent * 2 / 1e6 == pytest.approx(5.7, abs=0.2)
         assert sum(v.numel() for v in state.values()) * 2 / 1e6 == pytest.approx(14.017, abs=0.2)
-
-
-def test_pyramid_pooling_takes_maxima_over_5_9_and_13_cells():
-    block = PyramidPooling(16, "group")
-    x = torch.randn(1, 16, 20, 17, generator=torch_rng_for(0, "x"))
-    first = block.enter(x)
-    pools = [F.max_pool2d(first, k, stride=1, padding=k // 2) for k in (5, 9, 13)]
-    assert torch.equal(block(x), block.leave(torch.cat([first, *pools], dim=1)))
 
 
 @pytest.mark.parametrize("scale, cells", [(1.0, (6400, 1600, 400)), (0.25, (400, 100, 25)), (0.05, (16, 8, 8))])
