@@ -113,7 +113,6 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
 def published_split(paper: pd.DataFrame) -> pd.DataFrame:
     """The same arithmetic on the published curves (`record.read_paper("huale")`): points of HUALE over another method.
 
-    Columns: item, minus, all (mean over all cycles), later (without the first), first (the first cycle alone), last.
     The baselines' curves were trained without HUALE's losses, so losses and acquisition cannot be told apart here.
     """
     rows = []

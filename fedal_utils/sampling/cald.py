@@ -1,7 +1,4 @@
-"""CALD (Yu et al. 2022, 2103.10374): consistency of detections with changed views of an image.
-
-Everything here follows CALD's released code, from notes on it, unless it says otherwise.
-"""
+"""CALD (Yu et al. 2022, 2103.10374): consistency with changed views of an image; after notes on its released code."""
 
 from __future__ import annotations
 
