@@ -178,10 +178,7 @@ def _fit_linear(experiment: Experiment, client: Client) -> Update:
 
 
 def initial_model(run: record.Run, setup: Setup) -> State:
-    """Weights that every method of a seed begins from, trained centrally on images of the server's; made once.
-
-    Released code (van Bommel): 200 images, 200 epochs; they are in no client's pool.
-    """
+    """Weights that every method of a seed begins from, trained centrally on images of the server's; made once."""
     config, rows = run.config, setup.initial_rows(run.seed)
 
     def make() -> State:

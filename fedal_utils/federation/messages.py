@@ -1,7 +1,4 @@
-"""Messages: a model's state packed to bytes; the bytes are counted, and the receiver works with what it unpacks.
-
-So half precision in a message has its real effect on what is learned.
-"""
+"""Messages: a model's state packed to bytes; the receiver works with what it unpacks, rounded as it was sent."""
 
 from __future__ import annotations
 

@@ -16,5 +16,5 @@ except ImportError as error:
     ) from error
 
 from .deployment import deployed, in_process, simulate
-from .server_app import RemoteExperiment, check, serve
-from .workspace import Workspace, deal, facts_of, read_set, server_setup
+from .server_app import check, serve
+from .workspace import deal, facts_of

@@ -35,10 +35,9 @@ Meddle = Callable[[Message], Message | None]
 
 
 class InProcess:
-    """What a `Line` needs of Flower's Grid, with a ClientApp in this process for each node.
+    """What a `Line` needs of Flower's Grid, with clients in this process; messages cross as bytes.
 
-    Messages cross as bytes, in the form in which they travel. nodes: the folder of each. meddle: sees each message as
-    it arrives, and gives what arrives in its place, or None where it is lost.
+    nodes: the folder of each. meddle: gives what arrives in the place of each message, or None where it is lost.
     """
 
     def __init__(self, app: ClientApp, nodes: Mapping[int, str], meddle: Meddle):
@@ -70,11 +69,10 @@ def _carried(message: Message) -> Message:
 def in_process(
     config: Config, notebook: str, place: str | Path, meddle: Meddle = lambda message: message, **waiting: float
 ) -> Path:
-    """The experiment with the clients of this place, in this process; the root of the run folders.
+    """The experiment with the clients of this place in this process; the root of the run folders.
 
-    Nodes are 101, 102, ... in the order of the clients' names.
-    meddle: see `InProcess`.
-    waiting: see `server_app.serve`.
+    config, notebook, place, waiting: see `server_app.serve`.
+    meddle: see `InProcess`; nodes are 101, 102, ... in the order of the clients' names.
     """
     folders = [str(Path(place) / "clients" / name) for name in facts_of(place)["clients"]]
     grid = InProcess(client_app.build(), dict(enumerate(folders, start=101)), meddle)
@@ -99,11 +97,9 @@ def simulate(config: Config, notebook: str, place: str | Path) -> Path:
 
 
 def deployed(config: Config, notebook: str, place: str | Path, **waiting: float) -> Path:
-    """The experiment with processes of this machine; the root of the run folders.
+    """The experiment with processes of this machine over TLS on free ports; the root of the run folders.
 
-    A server and a node for each client of the place, over TLS on free ports of the loopback, with certificates of this
-    start. Whatever happens, no process is left behind. waiting: see `server_app.serve`. RuntimeError if a run was not
-    finished.
+    No process is left behind. waiting: see `server_app.serve`. RuntimeError if a run was not finished.
     """
     check(config)
     place, package, bin_ = Path(place).absolute(), Path(__file__).parents[2], Path(sys.executable).parent

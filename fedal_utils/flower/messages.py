@@ -30,14 +30,10 @@ HELLO, SELECT, TRAIN = "query.hello", "query.select", MessageType.TRAIN
 FAILED, DIVERGED = 1001, 1002  # codes of an error; Flower has others
 
 
-def arrays_of(state: State) -> ArrayRecord:
-    """A state as Flower sends it."""
-    return ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in state.items()})
-
-
 def arrays_from(payload: bytes) -> ArrayRecord:
-    """A packed state as arrays, in its precision."""
-    return arrays_of(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
+    """A packed state as Flower sends it, in its precision."""
+    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
 
 
 def state_of(arrays: Mapping[str, Array]) -> State:
@@ -48,9 +44,9 @@ def state_of(arrays: Mapping[str, Array]) -> State:
         raise ValueError(f"wrong shape: an array cannot be read: {type(error).__name__}") from None
 
 
-def message_of(content: RecordDict, node: int, kind: str, ttl: float = 3600.0, id_: str = "") -> Message:
+def message_of(content: RecordDict, node: int, kind: str, ttl: float) -> Message:
     """A server's message outside of Flower's processes, where its shorter constructor does not work."""
-    return Message(content, metadata=Metadata(1, id_, 1, node, "", "", time.time(), ttl, kind))
+    return Message(content, metadata=Metadata(1, "", 1, node, "", "", time.time(), ttl, kind))
 
 
 def without_paths(text: object, *folders: str | Path) -> str:

@@ -135,8 +135,7 @@ class Workspace:
     def experiment(self, task: Task, received: State, trains: bool) -> Iterator[Experiment]:
         """The experiment as this client knows it at this step: one client, and the model that it received.
 
-        A backbone that does not travel any more is the one received last. At the end, what stays here is kept; what was
-        kept of later steps is no longer true. trains: after the queries of this step, else before them.
+        At the end, what stays here is kept, in the place of later steps. trains: after the queries of this step.
         """
         run = record.Run(task.config, task.notebook, task.method, task.seed, self.folder / "runs", federation.plan)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,6 @@ class RemotePool:
         return len(self.ids)
 
     def labelled(self) -> range:
-        """As many as there are labelled images; the server knows no positions."""
         return range(len(self.rows))
 
     def cost(self) -> Cost:
