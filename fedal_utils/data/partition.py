@@ -161,9 +161,3 @@ def natural(groups: Sequence[str] | None) -> tuple[list[np.ndarray], list[str]]:
         raise ValueError("a natural partition needs a group for each image (HIT-UAV has days); this set names none")
     names = sorted(set(groups))
     return [np.flatnonzero(np.asarray(groups) == name) for name in names], names
-
-
-def class_counts(classes: np.ndarray, parts: Sequence[np.ndarray], class_count: int) -> np.ndarray:
-    """Objects of each class at each client: (M, C) integers. classes: (N, K) 1..C, 0 = padding."""
-    counts = [np.bincount(np.asarray(classes)[part].reshape(-1), minlength=class_count + 1) for part in parts]
-    return np.stack(counts)[:, 1 : class_count + 1]

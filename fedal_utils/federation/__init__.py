@@ -16,4 +16,4 @@ from .local import train_client
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .query import Query, query_size, select, strategy_at
 from .schemes import SCHEMES, Step, method_of, plan, round_lr_factor
-from .setup import Setup, first_queries, partition_clients, prepare, setup_of
+from .setup import Setup, class_counts, first_queries, partition_clients, prepare, setup_of

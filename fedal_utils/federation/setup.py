@@ -197,6 +197,13 @@ def _parts(
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
 
 
+def class_counts(setup: Setup, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Objects of each class that each client could be queried about, (M, C), and the clients' names."""
+    parts, names = partition_clients(setup, seed)
+    counts = setup.train.class_counts().numpy(force=True)
+    return np.stack([counts[part].sum(axis=0) for part in parts]), names
+
+
 def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
     """What each client should label first when there are no labels yet, as in cycle 0 of a run; columns: client, id.
 

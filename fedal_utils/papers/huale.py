@@ -53,7 +53,7 @@ _COCO: Sizes = {
 }
 PRESETS = {"20": Preset(("random", "entropy_max", "cald", "cascade"), _FULL, {"coco": _COCO}, _SMALL)}
 
-PLAIN, WHOLE = "plain", "HUALE losses"
+ARMS = PLAIN, WHOLE = "plain", "HUALE losses"
 EMPHASIS = 1.0  # strength; the larger of the two that the notes propose
 
 

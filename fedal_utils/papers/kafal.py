@@ -44,13 +44,11 @@ _FULL: Sizes = {
 _METHODS = ("random", "entropy", "margin", "confidence", "coreset", "badge", "qbc", "logo", "jeffreys", "ksas")
 PRESETS = {"30": Preset(_METHODS, _FULL, small=_SMALL, data={"smoke": "digit-images", "quick": "cifar10"})}
 
-PLAIN, BALANCED, WHOLE = "cross-entropy", "balanced softmax", "KCFU"
-
 
 def training_arms(config: Config) -> dict[str, Config]:
     """The same experiment with KAFAL's training taken apart: plain FedAvg, with the balanced softmax, and the whole."""
     return {
-        PLAIN: config.replace(balanced_softmax=False, distillation_weight=0.0),
-        BALANCED: config.replace(balanced_softmax=True, distillation_weight=0.0),
-        WHOLE: config.replace(balanced_softmax=True, distillation_weight=1.0),
+        "cross-entropy": config.replace(balanced_softmax=False, distillation_weight=0.0),
+        "balanced softmax": config.replace(balanced_softmax=True, distillation_weight=0.0),
+        "KCFU": config.replace(balanced_softmax=True, distillation_weight=1.0),
     }

@@ -84,10 +84,11 @@ def learning_curves(
     y: str | Sequence[str] = "ap50",
     methods: Sequence[str] | None = None,
     title: str = "",
+    points: str = "cycle",
 ) -> tuple[Figure, str]:
     """A panel for each x, each y and each table, with one legend.
 
-    table: one, or several by the panels' titles, of which each has some of the methods. xs, y: see `learning_curve`.
+    table: one, or several by the panels' titles. xs, y, methods, points: see `learning_curve`.
     """
     tables = table if isinstance(table, Mapping) else {"": table}
     ys = [y] if isinstance(y, str) else list(y)
@@ -96,7 +97,7 @@ def learning_curves(
     figure, axes = plt.subplots(1, len(panels), sharey=len(ys) == 1, squeeze=False, figsize=size)
     caption = ""
     for ax, (name, x, metric) in zip(axes[0], panels, strict=True):
-        _, text = learning_curve(tables[name], x, metric, ax, methods, title=name)
+        _, text = learning_curve(tables[name], x, metric, ax, methods, points, title=name)
         caption = caption or text
         if len(ys) == 1 and ax is not axes[0, 0]:
             ax.set_ylabel("")

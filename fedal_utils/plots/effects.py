@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..metrics import seed_interval
+from ..metrics import finals, seed_interval
 from .style import Y_LABELS, marks, mean_and_band, names_of, ordered, style, style_of, y_label
 
 PARTS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#7F7F7F"), ("D", "#009E73"))  # marker and colour of each part
@@ -51,14 +51,14 @@ def effects(
 
 
 @style()
-def ablation(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", title: str = "") -> tuple[Figure, str]:
+def ablation(table: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", title: str = "") -> tuple[Figure, str]:
     """Final values of the same runs under several arms: a dot per seed, and beside them the mean with its interval.
 
-    frame: columns arm, method, seed, value (of `metrics.finals`); arms in order of appearance along x, methods side by
+    table: rows of `record.table` with a column arm; arms in order of appearance along x, methods side by
     side. Thin grey lines join the dots of a seed from arm to arm; the number is the mean.
     """
-    rows = frame.dropna(subset=["value"])
-    arms, methods = list(dict.fromkeys(rows["arm"])), ordered(rows["method"].unique())
+    rows = finals(table, y)
+    arms, methods = list(dict.fromkeys(table["arm"])), ordered(rows["method"].unique())
     names = names_of(methods)
     ax = ax or plt.subplots(figsize=(1.6 + len(arms) * (0.45 + 0.62 * len(methods)), 4))[1]
     step, halo = 0.8 / len(methods), [matplotlib.patheffects.withStroke(linewidth=2, foreground="white")]

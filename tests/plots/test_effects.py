@@ -43,7 +43,7 @@ def ends():
         for m, method in enumerate(("random", "centralised"))
         for seed in range(3)
     ]
-    return pd.DataFrame(rows, columns=("arm", "method", "seed", "value"))
+    return pd.DataFrame(rows, columns=("arm", "method", "seed", "ap50")).assign(client="server", cycle=0, round=0)
 
 
 def test_an_ablation_shows_seeds_pairs_means_and_intervals():
