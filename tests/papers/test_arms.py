@@ -125,7 +125,7 @@ def test_kafals_training_is_taken_apart():
     base = papers.load("30_kafal")
     arms = kafal.training_arms(base)
     parts = [(arm.training.balanced_softmax, arm.training.distillation_weight) for arm in arms.values()]
-    assert parts == [(False, 0.0), (True, 0.0), (True, 1.0)] and changes(arms[kafal.WHOLE], base) == {}
+    assert parts == [(False, 0.0), (True, 0.0), (True, 1.0)] and changes(arms["KCFU"], base) == {}
 
 
 # --- SSD with a VAE ---------------------------------------------------------------------------------------------------
