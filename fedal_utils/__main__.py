@@ -209,7 +209,7 @@ def import_(given: argparse.Namespace) -> None:
 def records(given: argparse.Namespace) -> None:
     """Collect the finished runs of results/runs into results/records."""
     for path in notebooks.find(given.nb):
-        for part in record.collect(path.stem, functools.partial(papers.load, path.stem)):
+        for part in record.publish(path.stem, functools.partial(papers.load, path.stem)):
             print(part)
 
 

@@ -9,15 +9,15 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torchvision
 from tqdm.auto import tqdm
 
 from .. import __version__
-from .files import read_json, write_json
 
 
 @functools.cache
@@ -52,26 +52,13 @@ def _cpu() -> str:
 
 def environment() -> dict[str, Any]:
     """Versions, commit and machine class of this process; no host name, user name or path."""
-    versions = {"fedal": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    versions = {"fedal": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {"system": platform.system(), "architecture": platform.machine(), "cpu": _cpu(), "cores": cores}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return {**versions, **_commit(), "machine": machine}
-
-
-def write_environment(path: Path, minutes: float, starts: int = 1) -> None:
-    """Write `environment` beside a run, with its minutes and starts so far, and under `earlier` what it was before."""
-    before, now = read_json(path), environment()
-    earlier, starts = before.pop("earlier", []), starts + before.pop("starts", 0)
-    before.pop("minutes", None)
-    earlier += [before] if before and before != now and before not in earlier else []
-    write_json(
-        path, {**now, "minutes": round(minutes, 3), "starts": starts, **({"earlier": earlier} if earlier else {})}
-    )
 
 
 def machine_text(facts: Mapping[str, Any]) -> str:
@@ -84,7 +71,7 @@ def machine_text(facts: Mapping[str, Any]) -> str:
 def banner() -> str:
     """One line: versions, and the class of machine that this process runs on."""
     found = environment()
-    versions = ", ".join(f"{name} {found[name]}" for name in ("fedal", "torch", "torchvision") if name in found)
+    versions = ", ".join(f"{name} {found[name]}" for name in ("fedal", "torch", "torchvision"))
     return f"{versions}, Python {found['python']} | {machine_text(found)}"
 
 
@@ -99,17 +86,14 @@ class Progress:
         shell = ipython.get_ipython() if ipython else None
         seen = getattr(shell, "kernel", None) is not None or sys.stderr.isatty()
         self.how = os.environ.get("FEDAL_PROGRESS") or ("bar" if seen else "lines")
-        if self.how not in ("bar", "lines", "none"):
-            raise ValueError(f"FEDAL_PROGRESS={self.how!r}: use bar, lines or none")
-        bar = self.how == "bar"
-        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=not bar)
+        hidden = self.how != "bar"
+        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=hidden)
 
     def step(self, place: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """A round is done: its place in words, its rows, its wall seconds."""
         server = next((row for row in rows if row.get("client") == "server"), {})
-        news = {
-            k: f"{float(server[k]):.4g}" for k in ("images", "ap50", "accuracy", "loss") if server.get(k) is not None
-        }
+        told = [name for name in ("images", "ap50", "accuracy", "loss") if server.get(name) is not None]
+        news = {name: f"{float(server[name]):.4g}" for name in told}
         self.bar.set_postfix(news, refresh=False)
         self.bar.update()
         if self.how == "lines":

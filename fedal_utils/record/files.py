@@ -24,15 +24,13 @@ LOCK_WAIT = 5.0  # seconds: a killed notebook's kernel notices within one or two
 ADVICE = "restore it, or delete its folder to run again"
 
 _TEXT = frozenset({"client", "id", "group", "method", "status"})  # columns that are never numbers
-_FINITE = frozenset({"cycle", "round", "images", "boxes", "seconds", "bytes_up", "bytes_down", "steps"})
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+_FINITE = frozenset({"images", "boxes", "seconds", "bytes_up", "bytes_down", "steps"})
 
 
 def project_root() -> Path:
-    """The folder that holds `results/`: the checkout that the working directory lies in, else the working directory.
+    """The folder that holds `results/`: $FEDAL_HOME, else the checkout around the working directory, else the latter.
 
-    A notebook opened in Jupyter works in `notebooks/`, one run headless in the checkout itself: both write to the same
-    `results/`. The environment variable FEDAL_HOME overrides.
+    A notebook opened in Jupyter works in `notebooks/`, one run headless in the checkout itself: both write to the same.
     """
     if os.environ.get("FEDAL_HOME"):
         return Path(os.environ["FEDAL_HOME"]).expanduser().absolute()
@@ -41,18 +39,18 @@ def project_root() -> Path:
     return next(checkouts, here)
 
 
-def folder_name(text: str, what: str) -> str:
+def folder_name(text: str) -> str:
     """The text, if it can name a folder."""
-    if not isinstance(text, str) or not _NAME.fullmatch(text):
-        raise ValueError(f"{what} {text!r} cannot name a folder: use letters, digits and _ . + = -, a letter first")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*", text):
+        raise ValueError(f"{text!r} cannot name a folder: use letters, digits and _ . + = -, a letter first")
     return text
 
 
 def write_atomic(path: str | Path, content: bytes | str | Callable[[BinaryIO], None]) -> Path:
-    """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place.
+    """Write a file under a temporary name, flush it to disk, rename it: readers see the old file or the new one.
 
-    content: bytes, text (UTF-8), or a function that writes to the open binary file. Readers see the old file or the new
-    one, never a half. An exception leaves the old file as it was; a full disk is an OSError that says so.
+    content: bytes, text (UTF-8), or a function that writes to the open binary file. A full disk is an OSError that says
+    so, and leaves the old file as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,21 +85,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read an object, {} if there is no file; ValueError naming the file if it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): {ADVICE}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: {ADVICE}")
-    return content
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no readable JSON object ({error}): {ADVICE}") from None
 
 
 def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
-    """Exclusive use of the file's folder by this process, until released; it vanishes with the process.
+    """Exclusive use of the file's folder by this process; it vanishes with the process, or when nothing refers to it.
 
-    wait: seconds, LOCK_WAIT unless given, -1 for ever. A process that has the lock already gets it once more. Keep what
-    it returns: a lock that nothing refers to is released.
+    wait: seconds, LOCK_WAIT unless given, -1 for ever. A process that has the lock already gets it once more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path.absolute(), is_singleton=True, thread_local=False)
@@ -112,7 +106,7 @@ def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
     return held
 
 
-# --- tables of text: what stands in a CSV, so that a rewrite never changes a byte -------------------------------------
+# --- tables of text: a rewrite never changes a byte --------------------------------------------------------------------
 
 
 def read_sheet(path: Path) -> pd.DataFrame:
@@ -122,9 +116,7 @@ def read_sheet(path: Path) -> pd.DataFrame:
         if not content.endswith(b"\n"):
             raise ValueError(f"it is cut, its last line has no end: {content[-40:]!r}")
         return pd.read_csv(io.BytesIO(content), dtype=object, keep_default_na=False)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {ADVICE}") from None
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path} is not a whole CSV ({error}): {ADVICE}") from None
 
 
@@ -135,9 +127,9 @@ def encode(sheet: pd.DataFrame) -> bytes:
     return text.getvalue().encode()
 
 
-def sha256(sheet: pd.DataFrame | bytes) -> str:
+def sha256(sheet: pd.DataFrame) -> str:
     """Hex digest of its file."""
-    return hashlib.sha256(sheet if isinstance(sheet, bytes) else encode(sheet)).hexdigest()
+    return hashlib.sha256(encode(sheet)).hexdigest()
 
 
 def typed(sheet: pd.DataFrame) -> pd.DataFrame:
@@ -160,16 +152,13 @@ def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Map
     texts = []
     for row in rows:
         place = f"{where}, client {row.get('client')!r}" + (f", id {row['id']!r}" if "id" in row else "")
-        for name in row:
-            if not isinstance(name, str) or (name in fixed and row[name] != fixed[name]):
-                raise ValueError(f"{place}: {name} is {row[name]!r}")
         texts.append({name: _cell(value, name, place) for name, value in {**row, **fixed}.items()})
     return pd.concat([sheet, pd.DataFrame(texts, dtype=object)], ignore_index=True).fillna("") if texts else sheet
 
 
 def _cell(value: Any, column: str, where: str) -> str:
     """The text of one value; floats by `repr`, so that reading gives the same float back."""
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+    if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
         value = value.item()
     if value is None or (column == "score" and value != value):
         return ""  # a query without a score: an initial label, or an image without detections
@@ -191,13 +180,13 @@ def save_state(path: Path, content: Any) -> None:
     """Write what `plain` gave: the SHA-256 of the rest in a first line, then torch's own format."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomic(path, hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n" + buffer.getvalue())
+    write_atomic(path, sha256(buffer.getvalue()).encode() + b"\n" + buffer.getvalue())
 
 
 def load_state(path: Path) -> Any:
     """Read it, on the CPU; ValueError naming the file if a single bit is not as it was written."""
     content = path.read_bytes()
-    if hashlib.sha256(content[65:]).hexdigest().encode() + b"\n" != content[:65]:
+    if sha256(content[65:]).encode() + b"\n" != content[:65]:
         raise ValueError(f"{path} is damaged: its checksum does not fit")
     return torch.load(io.BytesIO(content[65:]), map_location="cpu", weights_only=True)
 
@@ -211,9 +200,8 @@ def plain(value: Any, where: str) -> Any:
         value = value.item()
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
+    if isinstance(value, Mapping):
         return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
-    what = f"a dict with keys {list(value)!r}" if isinstance(value, Mapping) else f"of {type(value).__name__}"
-    raise ValueError(f"{where} is {what}, which a state cannot hold (arrays: torch.from_numpy); nothing was written")
+    raise ValueError(f"{where} is a {type(value).__name__}, which no state can hold (arrays: torch.from_numpy)")

@@ -3,15 +3,13 @@
     results/records/<notebook>-<data>-<profile>.csv.gz           one row per run, round and client
     results/records/<notebook>-<data>-<profile>-queries.csv.gz   one row per answered query
 
-A table comes from the run folders of this machine and, where a run is not there, from its record. `check` is a digest
-of all rows of a run, in both files: a row that was changed or cut is noticed.
+`check` is a digest of all rows of a run, in both files: a row that was changed or cut is noticed.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -21,19 +19,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from .. import config as configs
+from ..config import Config
 from .environment import machine_text
-from .files import ADVICE, encode, folder_name, project_root, read_json, typed, write_atomic
-from .stored import COLUMNS, Config, Stored, read_run, setting_folder
+from .files import ADVICE, encode, folder_name, project_root, read_json, sha256, typed, write_atomic
+from .stored import COLUMNS, Stored, read_run, setting_folder
 
 KEY = ["digest", "method", "seed"]
 FACTS = ["digest", "setting", "fingerprint", "commit", "machine", "minutes", "check", "method", "seed"]
 WALL = "wall_seconds"  # of a round, in its server row
 
+Key = tuple[str, str, int]
 Texts = dict[str, pd.DataFrame]  # 'rounds', 'queries': one run's rows as text, KEY and FACTS in front
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def table(
@@ -45,20 +41,19 @@ def table(
     fingerprint: str = "",
     what: str = "rounds",
 ) -> pd.DataFrame:
-    """All rounds of this setting in one frame, `method` and `seed` in front.
+    """All rounds of this setting in one frame, `method` and `seed` in front; `client` is text, empty cells are NaN.
 
-    `client` is text ("server" or the client's name); empty cells are NaN.
+    config, notebook: the setting.
     root: folder of runs; without one `results/runs`, and the records for runs that are not finished there.
     methods, seeds: all there are unless given.
     fingerprint: runs of other data are left out.
-    what: rounds, queries (`client` and `id` are text) or times (wall seconds).
+    what: rounds, or queries (`client` and `id` are text).
     ValueError naming the file if one was cut or changed, and if two runs belong to different data.
     """
     found = {
         key: run
-        for key, run in _found(config, notebook, root).items()
-        if (methods is None or key[0] in methods) and (seeds is None or key[1] in seeds)
-        if run.sheets and (not fingerprint or run.fingerprint in ("", fingerprint))
+        for key, run in _found(config, notebook, root, fingerprint).items()
+        if (methods is None or key[0] in methods) and (seeds is None or key[1] in seeds) and run.sheets
     }
     prints = {run.fingerprint for run in found.values()} - {""}
     if len(prints) > 1:
@@ -74,7 +69,6 @@ def table(
 
 
 queries = functools.partial(table, what="queries")
-times = functools.partial(table, what="times")
 
 
 def missing(
@@ -85,75 +79,54 @@ def missing(
     root: str | Path | None = None,
     fingerprint: str = "",
 ) -> list[tuple[str, int]]:
-    """(method, seed) of the runs of this setting that are neither finished here nor in a record; as `table`."""
-    found = _found(config, notebook, root)
-    done = {key for key, run in found.items() if run.done and (not fingerprint or run.fingerprint in ("", fingerprint))}
+    """(method, seed) of the runs of a setting that are neither finished here nor in a record; arguments as `table`."""
+    found = _found(config, notebook, root, fingerprint)
+    done = {key for key, run in found.items() if run.done}
     return [(method, int(seed)) for method in methods for seed in seeds if (method, int(seed)) not in done]
 
 
-def _found(config: Config, notebook: str, root: str | Path | None) -> dict[tuple[str, int], Stored]:
+def _found(config: Config, notebook: str, root: str | Path | None, fingerprint: str) -> dict[tuple[str, int], Stored]:
     """(method, seed) -> all runs of a setting; a run that was broken off here counts where no record has it."""
     found = {}
-    if root is None:
-        for (digest, method, seed), run in _runs(record_path(config, notebook)).items():
-            if digest == config.digest()[:8]:
-                found[method, seed] = _stored(run)
+    for (digest, method, seed), run in (_runs(record_path(config, notebook)) if root is None else {}).items():
+        if digest == config.digest()[:8]:
+            found[method, seed] = _stored(run)
     for folder in setting_folder(config, notebook, root).glob("*/seed*"):
         key = folder.parent.name, int(folder.name.removeprefix("seed"))
         run = read_run(folder)
         if run is not None and (run.done or key not in found):
             found[key] = run
-    return found
+    return {key: run for key, run in found.items() if not fingerprint or run.fingerprint in ("", fingerprint)}
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-def record_path(config: Config, notebook: str, queries: bool = False) -> Path:
+def record_path(config: Config, notebook: str) -> Path:
     """The record that a setting's runs are published in."""
-    settings = config.flat()
-    data = re.sub(r"[^\w.+=-]+", "-", Path(str(settings["dataset"])).name)  # a folder of the user's own has any name
-    name = f"{folder_name(notebook, 'notebook')}-{data}-{settings['profile']}"
-    return project_root() / "results" / "records" / f"{name}{'-queries' * queries}.csv.gz"
-
-
-def publish(settings: Config | Sequence[Config], notebook: str, root: str | Path | None = None) -> Path:
-    """Put the finished runs of these settings into their record: those that are there are replaced, others stay.
-
-    settings: of one data set and profile; the column `setting` tells what differs from the first.
-    The same runs give the same bytes. ValueError if no run is finished.
-    """
-    settings = list(settings) if isinstance(settings, Sequence) else [settings]
-    paths = {record_path(config, notebook) for config in settings}
-    if len(paths) != 1:
-        raise ValueError(f"settings of several data sets or profiles make several records: {sorted(map(str, paths))}")
-    new, base = {}, settings[0].flat()
-    for config in settings:
-        changes = {k: v for k, v in config.flat().items() if v != base[k] and k not in ("methods", "seeds")}
-        for folder in sorted(setting_folder(config, notebook, root).glob("*/seed*")):
-            if (folder / "done.json").exists():
-                key = config.digest()[:8], folder.parent.name, int(folder.name.removeprefix("seed"))
-                new[key] = _texts(key, json.dumps(changes, sort_keys=True), folder)
-    if not new:
-        raise ValueError(f"no run of these settings of {notebook} is finished: nothing to publish")
-    path = paths.pop()
-    return _write(path, {**_runs(path), **new})
+    data = re.sub(r"[^\w.+=-]+", "-", Path(config.data.dataset).name)  # a folder of the user's own has any name
+    name = f"{folder_name(notebook, 'notebook')}-{data}-{config.profile}.csv.gz"
+    return project_root() / "results" / "records" / name
 
 
 def collect(
     notebook: str, preset: Callable[[str, str], Config] | None = None, root: str | Path | None = None
 ) -> list[Path]:
-    """Publish all finished runs of a notebook; preset: profile, data set -> its main setting, a record's base."""
-    found: dict[tuple[str, str], dict[str, Config]] = {}
-    root = project_root() / "results" / "runs" if root is None else Path(root)
-    for path in sorted((root / folder_name(notebook, "notebook")).glob("*/*/seed*/done.json")):
-        config = configs.Config.of(**read_json(path.with_name("config.json"))["config"])
-        found.setdefault((config.profile, config.data.dataset), {})[config.digest()] = config
-    paths = []
-    for place, settings in found.items():
-        base = [preset(*place)] if preset else []
-        paths.append(publish([*base, *settings.values()], notebook, root))
-    return paths
+    """Put all finished runs of a notebook into its records: those that are there are replaced, others stay.
+
+    preset: profile, data set -> the main setting; the column `setting` tells what differs from it.
+    """
+    bases, new = {}, {}
+    root = Path(root or project_root() / "results" / "runs")
+    for note in sorted((root / folder_name(notebook, "notebook")).glob("*/*/seed*/done.json")):
+        config = Config.of(**read_json(note.with_name("config.json"))["config"])
+        path = record_path(config, notebook)
+        if path not in bases:
+            bases[path] = (preset(config.profile, config.data.dataset) if preset else config).flat()
+        changes = {k: v for k, v in config.flat().items() if v != bases[path][k] and k not in ("methods", "seeds")}
+        key = config.digest()[:8], note.parents[1].name, int(note.parent.name.removeprefix("seed"))
+        new.setdefault(path, {})[key] = _texts(key, json.dumps(changes, sort_keys=True), note.parent)
+    return [_write(path, {**_runs(path), **runs}) for path, runs in new.items()]
 
 
 def merge(folder: str | Path) -> list[Path]:
@@ -163,15 +136,15 @@ def merge(folder: str | Path) -> list[Path]:
     """
     merged = {}
     for path in sorted(p for p in Path(folder).glob("*.csv.gz") if not p.name.endswith("-queries.csv.gz")):
-        ours = _runs(project_root() / "results" / "records" / path.name)
-        theirs = _runs(path)
+        place = project_root() / "results" / "records" / path.name
+        ours, theirs = _runs(place), _runs(path)
         prints = {key[0]: texts["rounds"]["fingerprint"].iloc[0] for key, texts in ours.items()}
         for key, texts in theirs.items():
             found = texts["rounds"]["fingerprint"].iloc[0]
             if prints.get(key[0], found) != found:
                 raise ValueError(f"{path}: setting {key[0]} ran on other data ({found}) than ours ({prints[key[0]]})")
-        merged[path.name] = {**theirs, **ours}
-    return [_write(project_root() / "results" / "records" / name, runs) for name, runs in merged.items()]
+        merged[place] = {**theirs, **ours}
+    return [_write(place, runs) for place, runs in merged.items()]
 
 
 def read_record(path: str | Path) -> pd.DataFrame:
@@ -179,7 +152,7 @@ def read_record(path: str | Path) -> pd.DataFrame:
     return typed(pd.concat([run["rounds"] for run in _runs(Path(path)).values()], ignore_index=True))
 
 
-def _texts(key: tuple[str, str, int], setting: str, folder: Path) -> Texts:
+def _texts(key: Key, setting: str, folder: Path) -> Texts:
     """A finished run's rows, as they stand in a record."""
     run, env = read_run(folder), read_json(folder / "env.json")
     facts = dict(zip(KEY, map(str, key), strict=True)) | {"setting": setting, "fingerprint": run.fingerprint}
@@ -198,55 +171,43 @@ def _stored(run: Texts) -> Stored:
     """A run of a record, as if it were read from its folder."""
     sheets = {}
     for name, rows in run.items():
-        sheets[name] = rows[
-            [c for c in rows if c in COLUMNS[name] or (c not in (*FACTS, WALL) and (rows[c] != "").any())]
-        ]
-    walls = run["rounds"][run["rounds"][WALL] != ""]
-    sheets["times"] = walls[["cycle", "round", WALL]].rename(columns={WALL: "seconds"})
-    return Stored(sheets, len(walls), True, run["rounds"]["fingerprint"].iloc[0])
+        filled = [c for c in rows if c not in (*FACTS, WALL) and (rows[c] != "").any()]
+        sheets[name] = rows[[c for c in rows if c in COLUMNS[name] or c in filled]]
+    return Stored(sheets, run["rounds"]["fingerprint"].iloc[0], done=True)
 
 
 def _check(texts: Texts) -> str:
-    parts = [
-        rows[sorted(c for c in rows if c != "check" and (rows[c] != "").any())].to_csv(index=False)
-        for rows in (texts["rounds"], texts["queries"])
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    parts = []
+    for rows in (texts["rounds"], texts["queries"]):
+        filled = sorted(c for c in rows if c != "check" and (rows[c] != "").any())
+        parts.append(rows[filled].to_csv(index=False))
+    return sha256("\n".join(parts).encode())[:16]
 
 
-def _write(path: Path, runs: dict[tuple, Texts]) -> Path:
-    def place(key: tuple) -> tuple:
-        setting = runs[key]["rounds"]["setting"].iloc[0]
-        return setting != "{}", setting, *key  # the base first
-
-    order = sorted(runs, key=place)
+def _write(path: Path, runs: dict[Key, Texts]) -> Path:
+    settings = {key: texts["rounds"]["setting"].iloc[0] for key, texts in runs.items()}
+    order = sorted(runs, key=lambda key: (settings[key] != "{}", settings[key], *key))  # the main setting first
     checks = {key: _check(runs[key]) for key in order}
-    for name, suffix in (("rounds", ""), ("queries", "-queries")):
+    for name, place in (("rounds", path), ("queries", _queries_of(path))):
         rows = pd.concat([runs[key][name].assign(check=checks[key]) for key in order], ignore_index=True).fillna("")
-        packed = io.BytesIO()
-        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
-            file.write(encode(rows))
-        write_atomic(_with_suffix(path, suffix), packed.getvalue())
+        write_atomic(place, gzip.compress(encode(rows), mtime=0))
     return path
 
 
-def _with_suffix(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name.removesuffix(".csv.gz") + suffix + ".csv.gz")
+def _queries_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".csv.gz") + "-queries.csv.gz")
 
 
-def _runs(path: Path) -> dict[tuple, Texts]:
+def _runs(path: Path) -> dict[Key, Texts]:
     """The runs of a record; none if it is not there. ValueError naming it if a run was changed or cut."""
-    files = [path, _with_suffix(path, "-queries")]
-    if not path.exists():
-        return {}
-    return _read(*((file, file.stat().st_mtime_ns if file.exists() else 0) for file in files))
+    files = (path, _queries_of(path))
+    return _read(path, *(file.exists() and file.stat().st_mtime_ns for file in files)) if path.exists() else {}
 
 
 @functools.lru_cache(maxsize=16)
-def _read(*files: tuple[Path, int]) -> dict[tuple, Texts]:
-    path = files[0][0]
+def _read(path: Path, *times: int) -> dict[Key, Texts]:
     try:
-        both = [pd.read_csv(file, dtype=object, keep_default_na=False) for file, _ in files]
+        both = [pd.read_csv(file, dtype=object, keep_default_na=False) for file in (path, _queries_of(path))]
         parts = [dict(iter(rows.groupby(KEY, sort=False))) for rows in both]
     except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise ValueError(f"{path} or its queries cannot be read ({error}): {ADVICE}") from None

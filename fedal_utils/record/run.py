@@ -13,11 +13,10 @@ by its checksum: the run goes back to the one before, or to the start, and says 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ import pandas as pd
 import torch
 
 from .. import seeding
-from .environment import Progress, write_environment
+from ..config import Config
+from .environment import Progress, environment
 from .files import (
     encode,
     folder_name,
@@ -40,12 +40,12 @@ from .files import (
     write_atomic,
     write_json,
 )
-from .stored import COLUMNS, STATES, Config, read_run, setting_folder
+from .stored import COLUMNS, STATES, digests, read_run, setting_folder
 
 Plan = Callable[[Config, str], Sequence[tuple[int, int]]]  # config, method -> (cycle, round) of every round
 
 
-def every_round(config: Any) -> list[tuple[int, int]]:
+def every_round(config: Config) -> list[tuple[int, int]]:
     """(cycle, round) of all rounds: as many in each cycle; after the last cycle's, the extra rounds."""
     cycles, rounds = config.query.cycles, config.federation.rounds
     extra = [(cycles - 1, rounds + number) for number in range(config.federation.extra_rounds)]
@@ -72,30 +72,22 @@ class Run:
         plan: Plan | None = None,
         fingerprint: str = "",
     ):
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"a seed is a whole number from 0 up, got {seed!r}")
         self.config, self.notebook, self.method, self.seed = config, notebook, method, int(seed)
         self.root, self.fingerprint = root, fingerprint
-        self.folder = setting_folder(config, notebook, root) / folder_name(method, "method") / f"seed{self.seed}"
+        self.folder = setting_folder(config, notebook, root) / folder_name(method) / f"seed{self.seed}"
         self.plan = list(plan(config, method) if plan else every_round(config))
-        self._lock = self._progress = None
-        self._clock = time.monotonic()
-        self._start_over()
-
-    def _start_over(self) -> None:
         self.resumed: dict[str, Any] | None = None
         self.committed = 0
         self._sheets = {name: pd.DataFrame(columns=columns, dtype=object) for name, columns in COLUMNS.items()}
+        self._lock = self._progress = None
+        self._clock = time.monotonic()
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(cycle, round) of each round still to do; round counts from 0 within its cycle. Each must be committed."""
         for position in range(self.committed, len(self.plan)):
             yield self.plan[position]
             if self.committed != position + 1:
-                cycle, number = self.plan[position]
-                raise RuntimeError(
-                    f"cycle {cycle}, round {number} of {self} was not committed: end with run.commit(...)"
-                )
+                raise RuntimeError(f"cycle, round {self.plan[position]} of {self} was not committed: see run.commit")
 
     def rng(self, *names: str | int) -> np.random.Generator:
         """The generator of that name for this run's seed; all methods draw the same, so starts are paired."""
@@ -150,16 +142,13 @@ class Run:
             "times": with_rows(self._sheets["times"], [{"seconds": f"{seconds:.3f}"}], now, where)[[*COLUMNS["times"]]],
         }
         state = plain(dict(state or {}), f"{where}: state")
-        entries = {}
         for name, sheet in sheets.items():
-            content = encode(sheet)
-            write_atomic(self.folder / f"{name}.csv", content)
-            entries[name] = {"rows": len(sheet), "columns": list(sheet), "sha256": sha256(content)}
-        ledger = json.dumps({"committed": self.committed + 1, "sheets": entries})
+            write_atomic(self.folder / f"{name}.csv", encode(sheet))
+        entries = {n: {"rows": len(s), "columns": list(s), "sha256": sha256(s)} for n, s in sheets.items()}
         last, before = (self.folder / name for name in STATES)
         if last.exists():
             os.replace(last, before)
-        save_state(last, {"ledger": ledger, "state": state})  # the round exists from here on
+        save_state(last, {"committed": self.committed + 1, "sheets": entries, "state": state})  # the round exists now
         self._sheets, self.committed = sheets, self.committed + 1
         self._clock = time.monotonic()
         if self.finished:
@@ -173,15 +162,21 @@ class Run:
 
     def _open(self, progress: bool) -> bool:
         """Take up what is in the folder, if nobody else works there. Returns False if the run is finished."""
-        if self._already_done():
+        if self._done():
             return False  # needs no lock, and no disk that can be written
         self._lock = lock(self.folder / ".lock")
         _writers[self.folder] = self
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        if self._already_done():
+        if self._done():
             return False
-        self._check_setting()
+        if not self._fits():
+            warnings.warn(f"{self}: the data set is not the one of this run, which starts anew", stacklevel=3)
+            self._set_aside("other-data", self.folder.glob("[!.]*"))
+        if not (self.folder / "config.json").exists():
+            facts = {"notebook": self.notebook, "method": self.method, "seed": self.seed}
+            facts |= {"digest": self.config.digest(), "fingerprint": self.fingerprint, "config": self.config.flat()}
+            write_json(self.folder / "config.json", facts)
         stored = read_run(self.folder)
         for problem in stored.damaged if stored else ():
             back = f"going back to round {stored.committed} of {len(self.plan)}"
@@ -189,11 +184,9 @@ class Run:
         if stored and stored.sheets:
             self.resumed, self.committed, self._sheets = stored.state, stored.committed, stored.sheets
             for name, sheet in stored.sheets.items():  # cut what a kill left beyond the commit
-                if (self.folder / f"{name}.csv").read_bytes() != encode(sheet):
-                    write_atomic(self.folder / f"{name}.csv", encode(sheet))
-        else:  # killed before the first commit: start over
-            self._set_aside("damaged" if stored else "", keep="config.json")
-        write_environment(self.folder / "env.json", self.minutes)
+                write_atomic(self.folder / f"{name}.csv", encode(sheet))
+        elif stored:
+            self._set_aside("damaged", [f for kind in ("*.csv", "*.pt") for f in self.folder.glob(kind)])
         if self.finished:  # killed between the last commit and its closing note
             self._finish()
             return False
@@ -201,55 +194,28 @@ class Run:
         self._clock = time.monotonic()
         return True
 
-    def _already_done(self) -> bool:
-        if not (self.folder / "done.json").exists() or self._other_data():
-            return False
-        self._check_setting()
-        return bool(read_run(self.folder))
+    def _done(self) -> bool:
+        return (self.folder / "done.json").exists() and self._fits() and bool(read_run(self.folder))
 
-    def _other_data(self) -> bool:
-        """True if what is in the folder belongs to another fingerprint of the data than the one given."""
-        found = read_json(self.folder / "config.json")
-        there = found or any((self.folder / name).exists() for name in ("done.json", *STATES))
-        return bool(self.fingerprint and there) and found.get("fingerprint") != self.fingerprint
-
-    def _check_setting(self) -> None:
-        """Write config.json, or compare it; a run of other data is set aside, one of another setting is an error."""
-        if self._other_data():
-            warnings.warn(f"{self}: the data set is not the one of this run, which starts anew", stacklevel=4)
-            self._set_aside("other-data")
-        config = {k: v for k, v in self.config.flat().items() if k not in ("methods", "seeds")}
-        facts = {"notebook": self.notebook, "method": self.method, "seed": self.seed, "digest": self.config.digest()}
-        stored = json.loads(json.dumps({**facts, "fingerprint": self.fingerprint, "config": config}, default=str))
+    def _fits(self) -> bool:
+        """False if the folder holds a run of other data; ValueError if it holds one of another setting."""
         path = self.folder / "config.json"
-        if not path.exists():
-            write_json(path, stored)
-            return
         found = read_json(path)
-        here, there = ({**c, **c.pop("config", {})} for c in (dict(stored), dict(found)))
-        # a setting that only one of both knows stands at its default, else the digests would differ
-        wrong = sorted(k for k in {*facts, *config} & set(there) if there[k] != here[k])
-        if wrong or "digest" not in there:
-            differences = "; ".join(f"{k}: {there[k]!r} there, {here[k]!r} here" for k in wrong)
-            raise ValueError(f"{path} belongs to another setting ({differences}): move that folder away")
+        if found and found.get("digest") != self.config.digest():
+            raise ValueError(f"{path} belongs to another setting: move that folder away")
+        return not (found and self.fingerprint) or found.get("fingerprint") == self.fingerprint
 
-    def _set_aside(self, why: str, keep: str = "") -> None:
-        """Empty the folder; what was in it moves to a folder of its own in there, config.json last, or goes."""
+    def _set_aside(self, why: str, files: Iterable[Path]) -> None:
+        """Move files of the folder to one of its own in there, config.json last."""
         aside = self.folder / f"before-{why}-{time.strftime('%Y%m%d-%H%M%S')}"
-        files = [f for f in self.folder.iterdir() if f.is_file() and f.name not in (keep, ".lock")]
-        if why != "other-data":  # what others keep there stays, such as the labels that a person gave
-            files = [f for f in files if f.suffix in (".csv", ".json", ".pt")]
-        for file in sorted(files, key=lambda f: f.name == "config.json"):
-            if why:
-                aside.mkdir(exist_ok=True)
-                os.replace(file, aside / file.name)
-            else:
-                file.unlink()
+        files = sorted((f for f in files if f.is_file()), key=lambda f: f.name == "config.json")
+        aside.mkdir(exist_ok=True)
+        for file in files:
+            os.replace(file, aside / file.name)
 
     def _finish(self) -> None:
-        write_environment(self.folder / "env.json", self.minutes, starts=0)
-        digests = {f"{name}.csv": sha256(self._sheets[name]) for name in ("rounds", "queries")}
-        write_json(self.folder / "done.json", {"rounds": self.committed, "sha256": digests})
+        write_json(self.folder / "env.json", {**environment(), "minutes": round(self.minutes, 3)})
+        write_json(self.folder / "done.json", {"rounds": self.committed, "sha256": digests(self._sheets)})
         (self.folder / STATES[1]).unlink(missing_ok=True)
 
     def _close(self) -> None:
@@ -281,13 +247,8 @@ def runs(
     fingerprint: stands for the data (ids, labels, files); a run of other data starts anew.
     RuntimeError if another process works in a run's folder; ValueError if its config.json differs or a CSV was changed.
     """
-    methods = config.methods if methods is None else methods
-    seeds = config.seeds if seeds is None else seeds
-    for what, values in (("methods", methods), ("seeds", seeds)):
-        if isinstance(values, str) or len(set(values)) != len(values) or not len(values):
-            raise ValueError(f"{what} must be a list of one or more different entries, got {values!r}")
-    for seed in seeds:
-        for method in methods:
+    for seed in config.seeds if seeds is None else seeds:
+        for method in config.methods if methods is None else methods:
             run = Run(config, notebook, method, seed, root, plan, fingerprint)
             try:
                 if run._open(progress):

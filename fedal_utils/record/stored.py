@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
+from ..config import Config
 from .files import (
     ADVICE,
+    encode,
     folder_name,
     load_state,
     lock,
@@ -36,22 +38,9 @@ COLUMNS = {
 STATES = ("state.pt", "state-before.pt")
 
 
-class Config(Protocol):
-    """What this room needs of `config.Config`."""
-
-    profile: str
-    methods: Sequence[str]
-    seeds: Sequence[int]
-
-    def digest(self) -> str: ...
-
-    def flat(self) -> dict[str, Any]: ...
-
-
 def setting_folder(config: Config, notebook: str, root: str | Path | None) -> Path:
     """Where the runs of a setting lie; root: `results/runs` unless given."""
-    root = project_root() / "results" / "runs" if root is None else Path(root)
-    return root / folder_name(notebook, "notebook") / config.digest()[:8]
+    return Path(root or project_root() / "results" / "runs") / folder_name(notebook, "notebook") / config.digest()[:8]
 
 
 @dataclass
@@ -59,9 +48,9 @@ class Stored:
     """What counts of a run's folder: all rows of a finished run, those of the last good state of a broken one."""
 
     sheets: dict[str, pd.DataFrame]  # texts; keys of COLUMNS
-    committed: int
-    done: bool
     fingerprint: str
+    done: bool = False
+    committed: int = 0
     state: dict[str, Any] | None = None
     damaged: tuple[str, ...] = ()  # states that could not be read
 
@@ -70,36 +59,34 @@ def read_run(folder: Path) -> Stored | None:
     """The committed part of a run; None if there is none. ValueError naming the file that was cut or changed."""
     fingerprint = str(read_json(folder / "config.json").get("fingerprint", ""))
     if (folder / "done.json").exists():
-        note = read_json(folder / "done.json")
-        digests = note.get("sha256")
-        if not isinstance(digests, dict) or set(digests) != {"rounds.csv", "queries.csv"} or not note.get("rounds"):
+        digests = read_json(folder / "done.json").get("sha256")
+        if not isinstance(digests, dict) or set(digests) != {"rounds.csv", "queries.csv"}:
             raise ValueError(f"{folder / 'done.json'} names no digests of rounds.csv and queries.csv: {ADVICE}")
         sheets = {name: read_sheet(folder / f"{name}.csv") for name in COLUMNS}
         for name, digest in digests.items():
-            if sha256(sheets[name.removesuffix(".csv")]) != digest:
+            if sha256(encode(sheets[name.removesuffix(".csv")])) != digest:
                 raise ValueError(f"{folder / name} was changed since its run finished: {ADVICE}")
-        return Stored(sheets, int(note["rounds"]), True, fingerprint)
+        return Stored(sheets, fingerprint, done=True)
     damaged = []
     for path in (folder / name for name in STATES):
         try:
             content = load_state(path)
-            ledger, state = json.loads(content["ledger"]), content["state"]
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             damaged.append(str(error))
             continue
+        ledger = json.loads(content["ledger"])
         sheets = {name: _committed_rows(folder / f"{name}.csv", entry) for name, entry in ledger["sheets"].items()}
-        return Stored(sheets, ledger["committed"], False, fingerprint, state, tuple(damaged))
-    return Stored({}, 0, False, fingerprint, None, tuple(damaged)) if damaged else None
+        return Stored(sheets, fingerprint, False, ledger["committed"], content["state"], tuple(damaged))
+    return Stored({}, fingerprint, damaged=tuple(damaged)) if damaged else None
 
 
 def _committed_rows(path: Path, entry: Mapping[str, Any]) -> pd.DataFrame:
     sheet = read_sheet(path)
-    if len(sheet) < entry["rows"] or not set(entry["columns"]) <= set(sheet):
-        raise ValueError(f"{path} holds {len(sheet)} rows, {entry['rows']} were committed: {ADVICE}")
-    sheet = sheet[entry["columns"]].head(entry["rows"])
-    if sha256(sheet) != entry["sha256"]:
+    if set(entry["columns"]) <= set(sheet):
+        sheet = sheet[entry["columns"]].head(entry["rows"])
+    if sha256(encode(sheet)) != entry["sha256"]:
         raise ValueError(f"{path} was changed since the run committed it: {ADVICE}")
     return sheet
 
@@ -113,35 +100,32 @@ def shared(
     root: str | Path | None = None,
     fingerprint: str = "",
 ) -> Any:
-    """What all methods of a seed start from (the initial model): made once, saved, and loaded from then on.
+    """What all methods of a seed start from (the initial model): made once, saved, and loaded from then on, on the CPU.
 
-    make: no arguments, returns what `Run.commit` accepts as a state. A second process that asks meanwhile waits. The
-    value always comes from the file, on the CPU, so the first caller sees what the others see. It is made anew where
-    the file is damaged, or belongs to other data.
+    config, notebook, seed, name, root: what it belongs to.
+    make: no arguments, returns what `Run.commit` accepts as a state. A second process that asks meanwhile waits.
+    fingerprint: it is made anew where the file belongs to other data, or is damaged.
     """
     path = setting_folder(config, notebook, root) / "shared" / f"{folder_name(name, 'shared')}-seed{int(seed)}.pt"
-    where = f"{notebook}: shared {name!r} of seed {seed}"
-
-    def stored() -> dict[str, Any] | None:
-        if not path.exists():
-            return None
-        try:
-            content = load_state(path)
-        except ValueError as error:
-            warnings.warn(f"{where}: {error}; it is made anew", stacklevel=3)
-            return None
-        return content if not fingerprint or content["fingerprint"] == fingerprint else None
-
-    content = stored()
-    if content is None:
+    if (content := _shared(path, fingerprint)) is None:
         with lock(path.with_name(f".{path.stem}.lock"), wait=-1):
             for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 leftover.unlink()
-            content = stored()
-            if content is None:
-                save_state(path, {"fingerprint": fingerprint, "content": plain(make(), where)})
+            if (content := _shared(path, fingerprint)) is None:
+                save_state(path, {"fingerprint": fingerprint, "content": plain(make(), f"{notebook}: {name}")})
                 content = load_state(path)
     return content["content"]
+
+
+def _shared(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    try:
+        content = load_state(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        warnings.warn(f"{error}; it is made anew", stacklevel=3)
+        return None
+    return content if not fingerprint or content["fingerprint"] == fingerprint else None
 
 
 def state(

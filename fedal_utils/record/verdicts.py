@@ -1,6 +1,5 @@
-"""A paper's numbers beside ours, with a verdict by rule; tables and figures that are published.
+"""A paper's numbers beside ours, with a verdict by rule (in words: `results/README.md`); what is published.
 
-The rule stands in `order_verdict` and `level_verdict`, in a table of words in `results/README.md`, section Verdicts.
 Intervals are Student's t over paired seeds, 95 %.
 """
 
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,29 +25,13 @@ VERDICT_COLUMNS = (
     *("notebook", "paper", "item", "theirs", "ours", "difference", "low", "high", "smallest_detectable"),
     *("seeds", "data", "scale", "verdict", "source"),
 )
-SCALES = ("full", "small detector", "frozen features")
-POINTS = {"fraction": 100.0}  # unit -> factor: fractions are told in points of a hundred
-
 Seeds = Mapping[int, float]  # seed -> value
 
 
-@dataclass(frozen=True)
-class About:
-    """Where our numbers come from: scale is one of SCALES."""
-
-    notebook: str
-    data: str
-    scale: str
-    profile: str
-
-    def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise ValueError(f"scale must be one of {SCALES}, got {self.scale!r}")
-
-
-def about(config: Config, notebook: str, scale: str) -> About:
-    """Of the runs of a setting."""
-    return About(notebook, Path(str(config.flat()["dataset"])).name, scale, config.profile)
+def about(config: Config, notebook: str, scale: str) -> dict[str, str]:
+    """Where our numbers come from; scale: *full*, *small detector* or *frozen features*."""
+    data = Path(config.data.dataset).name
+    return {"notebook": notebook, "data": data, "scale": scale, "profile": config.profile}
 
 
 def read_paper(paper: str | Path) -> pd.DataFrame:
@@ -58,12 +40,10 @@ def read_paper(paper: str | Path) -> pd.DataFrame:
     frame = read_sheet(path)
     if tuple(frame) != PAPER_COLUMNS:
         raise ValueError(f"{path}: columns must be {', '.join(PAPER_COLUMNS)}, got {', '.join(frame)}")
-    for name in ("x", "value", "tolerance"):
-        try:
-            frame[name] = frame[name].replace("", "nan").astype(float)
-        except ValueError as error:
-            raise ValueError(f"{path}: {name} must be a number or empty ({error})") from None
-    return frame
+    try:
+        return frame.assign(**{c: frame[c].replace("", "nan").astype(float) for c in ("x", "value", "tolerance")})
+    except ValueError as error:
+        raise ValueError(f"{path}: x, value and tolerance are numbers or empty ({error})") from None
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -75,9 +55,8 @@ def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dic
     *order shown*: every neighbouring step of the paper's order has its interval on the paper's side; *partly shown*: k
     of n have, none is shown the other way; *contradicted*: one is; *inconclusive*: none is shown either way.
 
-    theirs: the paper's value of each setting; ours: our value of each setting and seed. The numbers are of the first
-    setting of the paper's order minus the last; `smallest_detectable` is half the widest interval of a step, `seeds`
-    the number of pairs of the step that has the fewest. Settings that the paper gives equal values make no step.
+    theirs: setting -> the paper's value; equal values make no step. ours: setting -> seed -> our value.
+    Numbers: first setting of the paper's order minus the last; smallest_detectable: half the widest interval of a step.
     """
     order = sorted((name for name in theirs if ours.get(name)), key=lambda name: -theirs[name])
     steps = [_paired(ours[a], ours[b]) for a, b in zip(order, order[1:], strict=False) if theirs[a] > theirs[b]]
@@ -106,8 +85,8 @@ def _paired(a: Seeds, b: Seeds) -> dict[str, float]:
 def level_verdict(theirs: float, ours: Seeds, tolerance: float) -> dict[str, Any]:
     """Is our value the paper's, on the same data? As `order_verdict`; numbers are ours minus theirs.
 
-    *level matches*: our mean lies within the tolerance, and the interval is narrower than twice of it; *level differs*:
-    the whole interval lies beyond the tolerance; else *inconclusive*.
+    *level matches*: our mean lies within the tolerance, the interval is narrower than twice of it; *level differs*: the
+    whole interval lies beyond it; else *inconclusive*.
     """
     test = paired_test(list(ours.values()), [theirs] * len(ours))
     half = (test["high"] - test["low"]) / 2
@@ -125,7 +104,7 @@ def level_verdict(theirs: float, ours: Seeds, tolerance: float) -> dict[str, Any
 def compare_paper(
     table: pd.DataFrame,
     paper: str | Path,
-    about: About,
+    about: Mapping[str, str],
     *,
     items: Sequence[str] | None = None,
     settings: Mapping[str, str] | None = None,
@@ -145,49 +124,26 @@ def compare_paper(
     Smoke runs are never compared: their rows read *not run*. Fractions are told in points of a hundred.
     """
     published = read_paper(paper)
-    unknown = set(items or ()) - set(published["item"])
-    if unknown or by not in ("end", "area"):
-        raise ValueError(f"no item {sorted(unknown)} in {paper}" if unknown else f"by must be end or area, got {by!r}")
-    server = table[(table["client"].astype(str) == "server") & (about.profile != "smoke")]
+    if unknown := set(items or ()) - set(published["item"]):
+        raise ValueError(f"no item {sorted(unknown)} in {paper}")
+    server = table[(table["client"].astype(str) == "server") & (about["profile"] != "smoke")]
     rows = []
     for (item, metric), group in published.groupby(["item", "metric"], sort=False):
         if items is not None and item not in items:
             continue
-        scale = POINTS.get(group["unit"].iloc[0], 1.0)
-        ours_scale = 100.0 if group["unit"].iloc[0] in ("fraction", "percent", "%", "points") else 1.0
-        theirs = {
-            name: scale * _height(part["x"], part["value"], by) for name, part in group.groupby("setting", sort=False)
-        }
+        unit, parts = group["unit"].iloc[0], dict(iter(group.groupby("setting", sort=False)))
+        scale, ours_scale = 100.0 if unit == "fraction" else 1.0, 100.0 if unit in ("fraction", "percent") else 1.0
+        theirs = {name: scale * _height(part["x"], part["value"], by) for name, part in parts.items()}
         theirs = {name: value for name, value in theirs.items() if not math.isnan(value)}
         ours = {name: _ours(server, (settings or {}).get(name, name), metric, x, by, ours_scale) for name in theirs}
         found = order_verdict(theirs, ours) if theirs else {"verdict": "no published number", "seeds": 0}
         rows.append(_row(about, paper, item, theirs, ours, found, group))
-        for name, part in group.groupby("setting", sort=False) if level else ():
+        for name, part in parts.items() if level else ():
             tolerance = scale * part["tolerance"].max()
             if ours.get(name) and not math.isnan(tolerance):
                 found = level_verdict(theirs[name], ours[name], tolerance)
                 rows.append(_row(about, paper, f"{item}: {name}", {name: theirs[name]}, ours, found, part))
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
-
-
-def check_formula(
-    paper: str | Path, about: About, item: str, ours: Mapping[str, float], settings: Mapping[str, str] | None = None
-) -> pd.DataFrame:
-    """Numbers that we compute instead of measuring, against a paper's item; one row of VERDICT_COLUMNS.
-
-    ours: setting of ours -> number, in the paper's unit. *formula checked* if all lie within the stated tolerances.
-    """
-    group = read_paper(paper)
-    group = group[group["item"] == item]
-    names = {name: (settings or {}).get(name, name) for name in group["setting"]}
-    group = group[[names[name] in ours for name in group["setting"]]]
-    theirs = dict(zip(group["setting"], group["value"], strict=True))
-    computed = {name: {0: float(ours[names[name]])} for name in theirs}
-    gaps = [computed[name][0] - value for name, value in theirs.items()]
-    right = np.abs(gaps) <= group["tolerance"].fillna(0) if len(group) else np.zeros(0)
-    verdict = "formula checked" if len(group) and all(right) else "contradicted" if len(group) else "not run"
-    found = {"verdict": verdict, "seeds": 0, "difference": max(gaps, key=abs, default=math.nan)}
-    return pd.DataFrame([_row(about, paper, item, theirs, computed, found, group)], columns=VERDICT_COLUMNS)
 
 
 def _height(x: pd.Series, y: pd.Series, by: str) -> float:
@@ -207,7 +163,7 @@ def _ours(server: pd.DataFrame, method: str, metric: str, x: str, by: str, scale
 
 
 def _row(
-    about: About, paper: str | Path, item: str, theirs: Mapping, ours: Mapping, found: Mapping, group: Any
+    about: Mapping, paper: str | Path, item: str, theirs: Mapping, ours: Mapping, found: Mapping, group: Any
 ) -> dict:
     order = sorted(theirs, key=lambda name: -theirs[name])
     text = {
@@ -215,7 +171,7 @@ def _row(
         "ours": ", ".join(f"{name} {np.mean(list(ours[name].values())):.4g}" for name in order if ours.get(name)),
     }
     facts = {"paper": Path(paper).stem, "item": item, "source": "; ".join(dict.fromkeys(group["source"]))}
-    return {**asdict(about), **facts, **text, **found}
+    return {**about, **facts, **text, **found}
 
 
 # --- published --------------------------------------------------------------------------------------------------------
@@ -229,29 +185,16 @@ def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
     keys = ["notebook", "paper", "item", "data", "scale"]
     both = pd.concat([pd.read_csv(path), frame], ignore_index=True) if path.exists() else frame
     both = both.drop_duplicates(keys, keep="last").sort_values(keys)
-    return publish_table(both[[*VERDICT_COLUMNS]], path)
+    return publish_table(both[[*VERDICT_COLUMNS]], path.name)
 
 
-def publish_table(frame: pd.DataFrame, path: str | Path) -> Path:
-    """Write a table as CSV, atomically; a bare name goes to `results/tables/<name>.csv`. Returns the path."""
-    return write_atomic(_published(path, "tables", ".csv"), frame.to_csv(index=False, lineterminator="\n"))
+def publish_table(frame: pd.DataFrame, name: str) -> Path:
+    """Write `results/tables/<name>`, a CSV, atomically. Returns the path."""
+    path = project_root() / "results" / "tables" / name
+    return write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
-def publish_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
-    """Save a figure, atomically; a bare name goes to `results/figures/<name>.png`. Returns the path.
-
-    No date or version goes into the file, so the same numbers give the same bytes on the same machine.
-    """
-    path = _published(path, "figures", ".png")
-    kind = path.suffix.removeprefix(".")
-    blank = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    return write_atomic(
-        path, lambda file: figure.savefig(file, format=kind, dpi=dpi, bbox_inches="tight", metadata=blank)
-    )
-
-
-def _published(path: str | Path, folder: str, suffix: str) -> Path:
-    path = Path(path)
-    if path.suffix not in (".csv", ".png", ".pdf", ".svg"):  # a name may hold a dot
-        path = path.with_name(path.name + suffix)
-    return project_root() / "results" / folder / path if path.parent == Path(".") else path
+def publish_figure(figure: Figure, name: str) -> Path:
+    """Save `results/figures/<name>`, a PNG, atomically; no date or version in it: equal numbers, equal bytes."""
+    options = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
+    return write_atomic(project_root() / "results" / "figures" / name, lambda file: figure.savefig(file, **options))

