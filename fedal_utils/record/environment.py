@@ -9,12 +9,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -47,15 +46,15 @@ def _cpu() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine()
 
 
 def environment() -> dict[str, Any]:
     """Versions, commit and machine class of this process; no host name, user name or path."""
-    versions = {"fedal": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
+    versions = {"fedal": __version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in ("torch", "torchvision", "numpy")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"system": platform.system(), "architecture": platform.machine(), "cpu": _cpu(), "cores": cores}
+    machine = {"system": platform.system(), "cpu": _cpu(), "cores": cores}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return {**versions, **_commit(), "machine": machine}
@@ -76,24 +75,23 @@ def banner() -> str:
 
 
 class Progress:
-    """One bar per run over rounds; one line per round where neither a terminal nor a notebook looks on.
+    """One bar per run over rounds, or one line per round where nobody watches; FEDAL_PROGRESS=bar|lines|none decides.
 
-    The environment variable FEDAL_PROGRESS (bar, lines or none) overrides.
+    Nobody watches: neither a terminal nor a notebook looks on.
     """
 
     def __init__(self, name: str, rounds: int, committed: int):
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython else None
-        seen = getattr(shell, "kernel", None) is not None or sys.stderr.isatty()
-        self.how = os.environ.get("FEDAL_PROGRESS") or ("bar" if seen else "lines")
-        hidden = self.how != "bar"
-        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=hidden)
+        self.how = os.environ.get("FEDAL_PROGRESS") or (
+            "bar" if "ipykernel" in sys.modules or sys.stderr.isatty() else "lines"
+        )
+        bar = self.how == "bar"
+        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=not bar)
 
     def step(self, place: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """A round is done: its place in words, its rows, its wall seconds."""
         server = next((row for row in rows if row.get("client") == "server"), {})
-        told = [name for name in ("images", "ap50", "accuracy", "loss") if server.get(name) is not None]
-        news = {name: f"{float(server[name]):.4g}" for name in told}
+        shown = [name for name in ("images", "ap50", "accuracy", "loss") if server.get(name) is not None]
+        news = {name: f"{float(server[name]):.4g}" for name in shown}
         self.bar.set_postfix(news, refresh=False)
         self.bar.update()
         if self.how == "lines":

@@ -106,7 +106,7 @@ def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
     return held
 
 
-# --- tables of text: a rewrite never changes a byte --------------------------------------------------------------------
+# --- tables of text: a rewrite never changes a byte -------------------------------------------------------------------
 
 
 def read_sheet(path: Path) -> pd.DataFrame:
@@ -127,9 +127,9 @@ def encode(sheet: pd.DataFrame) -> bytes:
     return text.getvalue().encode()
 
 
-def sha256(sheet: pd.DataFrame) -> str:
-    """Hex digest of its file."""
-    return hashlib.sha256(encode(sheet)).hexdigest()
+def sha256(content: pd.DataFrame | bytes) -> str:
+    """Hex digest of bytes, or of a sheet's file."""
+    return hashlib.sha256(content if isinstance(content, bytes) else encode(content)).hexdigest()
 
 
 def typed(sheet: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import io
 import json
 import re
 import zlib
@@ -105,24 +104,22 @@ def _found(config: Config, notebook: str, root: str | Path | None, fingerprint: 
 def record_path(config: Config, notebook: str) -> Path:
     """The record that a setting's runs are published in."""
     data = re.sub(r"[^\w.+=-]+", "-", Path(config.data.dataset).name)  # a folder of the user's own has any name
-    name = f"{folder_name(notebook, 'notebook')}-{data}-{config.profile}.csv.gz"
+    name = f"{folder_name(notebook)}-{data}-{config.profile}.csv.gz"
     return project_root() / "results" / "records" / name
 
 
-def collect(
-    notebook: str, preset: Callable[[str, str], Config] | None = None, root: str | Path | None = None
-) -> list[Path]:
+def publish(notebook: str, preset: Callable[[str, str], Config], root: str | Path | None = None) -> list[Path]:
     """Put all finished runs of a notebook into its records: those that are there are replaced, others stay.
 
     preset: profile, data set -> the main setting; the column `setting` tells what differs from it.
     """
     bases, new = {}, {}
     root = Path(root or project_root() / "results" / "runs")
-    for note in sorted((root / folder_name(notebook, "notebook")).glob("*/*/seed*/done.json")):
+    for note in sorted((root / folder_name(notebook)).glob("*/*/seed*/done.json")):
         config = Config.of(**read_json(note.with_name("config.json"))["config"])
         path = record_path(config, notebook)
         if path not in bases:
-            bases[path] = (preset(config.profile, config.data.dataset) if preset else config).flat()
+            bases[path] = preset(config.profile, config.data.dataset).flat()
         changes = {k: v for k, v in config.flat().items() if v != bases[path][k] and k not in ("methods", "seeds")}
         key = config.digest()[:8], note.parents[1].name, int(note.parent.name.removeprefix("seed"))
         new.setdefault(path, {})[key] = _texts(key, json.dumps(changes, sort_keys=True), note.parent)
@@ -173,7 +170,7 @@ def _stored(run: Texts) -> Stored:
     for name, rows in run.items():
         filled = [c for c in rows if c not in (*FACTS, WALL) and (rows[c] != "").any()]
         sheets[name] = rows[[c for c in rows if c in COLUMNS[name] or c in filled]]
-    return Stored(sheets, run["rounds"]["fingerprint"].iloc[0], done=True)
+    return Stored(sheets, 0, True, run["rounds"]["fingerprint"].iloc[0])
 
 
 def _check(texts: Texts) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,26 +11,10 @@ from typing import Any
 import pandas as pd
 
 from ..config import Config
-from .files import (
-    ADVICE,
-    encode,
-    folder_name,
-    load_state,
-    lock,
-    plain,
-    project_root,
-    read_json,
-    read_sheet,
-    save_state,
-    sha256,
-)
+from .files import ADVICE, folder_name, load_state, lock, plain, project_root, read_json, read_sheet, save_state, sha256
 
-COLUMNS = {
-    "rounds": (
-        *("cycle", "round", "client", "images", "boxes"),
-        "seconds",  # estimated annotation seconds, the third cost; wall seconds are in times.csv
-        *("bytes_up", "bytes_down", "loss", "steps"),
-    ),
+COLUMNS = {  # seconds in rounds: estimated annotation seconds, the third cost; in times: wall seconds
+    "rounds": ("cycle", "round", "client", "images", "boxes", "seconds", "bytes_up", "bytes_down", "loss", "steps"),
     "queries": ("cycle", "client", "id", "score"),
     "times": ("cycle", "round", "seconds"),
 }
@@ -40,7 +23,8 @@ STATES = ("state.pt", "state-before.pt")
 
 def setting_folder(config: Config, notebook: str, root: str | Path | None) -> Path:
     """Where the runs of a setting lie; root: `results/runs` unless given."""
-    return Path(root or project_root() / "results" / "runs") / folder_name(notebook, "notebook") / config.digest()[:8]
+    root = project_root() / "results" / "runs" if root is None else Path(root)
+    return root / folder_name(notebook) / config.digest()[:8]
 
 
 @dataclass
@@ -48,25 +32,22 @@ class Stored:
     """What counts of a run's folder: all rows of a finished run, those of the last good state of a broken one."""
 
     sheets: dict[str, pd.DataFrame]  # texts; keys of COLUMNS
+    committed: int
+    done: bool
     fingerprint: str
-    done: bool = False
-    committed: int = 0
     state: dict[str, Any] | None = None
     damaged: tuple[str, ...] = ()  # states that could not be read
 
 
 def read_run(folder: Path) -> Stored | None:
     """The committed part of a run; None if there is none. ValueError naming the file that was cut or changed."""
-    fingerprint = str(read_json(folder / "config.json").get("fingerprint", ""))
+    fingerprint = read_json(folder / "config.json").get("fingerprint", "")
     if (folder / "done.json").exists():
-        digests = read_json(folder / "done.json").get("sha256")
-        if not isinstance(digests, dict) or set(digests) != {"rounds.csv", "queries.csv"}:
-            raise ValueError(f"{folder / 'done.json'} names no digests of rounds.csv and queries.csv: {ADVICE}")
+        note = read_json(folder / "done.json")
         sheets = {name: read_sheet(folder / f"{name}.csv") for name in COLUMNS}
-        for name, digest in digests.items():
-            if sha256(encode(sheets[name.removesuffix(".csv")])) != digest:
-                raise ValueError(f"{folder / name} was changed since its run finished: {ADVICE}")
-        return Stored(sheets, fingerprint, done=True)
+        if not note.get("rounds") or note.get("sha256") != digests(sheets):
+            raise ValueError(f"rounds.csv, queries.csv or done.json of {folder} was changed since its run: {ADVICE}")
+        return Stored(sheets, note["rounds"], True, fingerprint)
     damaged = []
     for path in (folder / name for name in STATES):
         try:
@@ -76,18 +57,22 @@ def read_run(folder: Path) -> Stored | None:
         except ValueError as error:
             damaged.append(str(error))
             continue
-        ledger = json.loads(content["ledger"])
-        sheets = {name: _committed_rows(folder / f"{name}.csv", entry) for name, entry in ledger["sheets"].items()}
-        return Stored(sheets, fingerprint, False, ledger["committed"], content["state"], tuple(damaged))
-    return Stored({}, fingerprint, damaged=tuple(damaged)) if damaged else None
+        sheets = {name: _committed_rows(folder / f"{name}.csv", entry) for name, entry in content["sheets"].items()}
+        return Stored(sheets, content["committed"], False, fingerprint, content["state"], tuple(damaged))
+    return Stored({}, 0, False, fingerprint, None, tuple(damaged)) if damaged else None
+
+
+def digests(sheets: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Of the two files that a finished run vouches for."""
+    return {f"{name}.csv": sha256(sheets[name]) for name in ("rounds", "queries")}
 
 
 def _committed_rows(path: Path, entry: Mapping[str, Any]) -> pd.DataFrame:
     sheet = read_sheet(path)
     if set(entry["columns"]) <= set(sheet):
         sheet = sheet[entry["columns"]].head(entry["rows"])
-    if sha256(encode(sheet)) != entry["sha256"]:
-        raise ValueError(f"{path} was changed since the run committed it: {ADVICE}")
+    if sha256(sheet) != entry["sha256"]:
+        raise ValueError(f"{path} was cut or changed since the run committed it: {ADVICE}")
     return sheet
 
 
@@ -100,32 +85,26 @@ def shared(
     root: str | Path | None = None,
     fingerprint: str = "",
 ) -> Any:
-    """What all methods of a seed start from (the initial model): made once, saved, and loaded from then on, on the CPU.
+    """What all methods of a seed start from (the initial model): made once, saved, and loaded from then on.
 
-    config, notebook, seed, name, root: what it belongs to.
-    make: no arguments, returns what `Run.commit` accepts as a state. A second process that asks meanwhile waits.
-    fingerprint: it is made anew where the file belongs to other data, or is damaged.
+    make: no arguments, returns what `Run.commit` accepts as a state. A second process that asks meanwhile waits. The
+    value always comes from the file, on the CPU, so the first caller sees what the others see. It is made anew where
+    the file is damaged, or belongs to other data.
     """
-    path = setting_folder(config, notebook, root) / "shared" / f"{folder_name(name, 'shared')}-seed{int(seed)}.pt"
-    if (content := _shared(path, fingerprint)) is None:
-        with lock(path.with_name(f".{path.stem}.lock"), wait=-1):
-            for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                leftover.unlink()
-            if (content := _shared(path, fingerprint)) is None:
-                save_state(path, {"fingerprint": fingerprint, "content": plain(make(), f"{notebook}: {name}")})
+    path = setting_folder(config, notebook, root) / "shared" / f"{folder_name(name)}-seed{seed}.pt"
+    where, content = f"{notebook}: shared {name!r} of seed {seed}", None
+    with lock(path.with_name(f".{path.stem}.lock"), wait=-1):
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        if path.exists():
+            try:
                 content = load_state(path)
+            except ValueError as error:
+                warnings.warn(f"{where}: {error}; it is made anew", stacklevel=2)
+        if content is None or fingerprint not in ("", content["fingerprint"]):
+            save_state(path, {"fingerprint": fingerprint, "content": plain(make(), where)})
+            content = load_state(path)
     return content["content"]
-
-
-def _shared(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    try:
-        content = load_state(path)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        warnings.warn(f"{error}; it is made anew", stacklevel=3)
-        return None
-    return content if not fingerprint or content["fingerprint"] == fingerprint else None
 
 
 def state(
