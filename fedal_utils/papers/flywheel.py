@@ -1,4 +1,4 @@
-"""The labelling flywheel (active-vision, 2025): notebook 50. When to stop.
+"""The labelling flywheel (active-vision, 2025): notebook 50. When to stop, and which labels to have looked at again.
 
 Its loop is that of all notebooks; what is new is who annotates (`labelling.StoreOracle`). Part A, classes: a linear
 classifier on the features of a frozen network, cached once. Part B ("50b"), boxes: one node, every cycle trains from
@@ -8,12 +8,24 @@ it knows nothing of.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from .. import metrics
+from ..detectors import LinearClassifier, out_of_fold
+from ..federation import Setup
+from ..labelling import Simulated, Store, StoreOracle, truth_of
+from ..sampling import Scores, top_k
+from ..seeding import rng_for
 from . import ssd_vae
 from .sizes import Preset, Sizes
 
@@ -84,3 +96,74 @@ def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: flo
             at = (float(images[where[0]]), float(mean[where[0]])) if where else (math.nan, math.nan)
             found.append((method, rule, *at))
     return pd.DataFrame(found, columns=["method", "rule", "images", "value"])
+
+
+def suspects(held_out: Tensor, classes: Tensor) -> Scores:
+    """How likely each given label is wrong, 0 .. 1: 1 - the probability that models which did not see it give it.
+
+    held_out (L, C) log-probabilities of `detectors.out_of_fold`, classes (L,) as given. Self-confidence of confident
+    learning (Northcutt et al. 2021, 1911.00068).
+    """
+    return Scores.all(1 - held_out.gather(1, classes[:, None])[:, 0].exp())
+
+
+def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int) -> pd.DataFrame:
+    """Does it pay to ask again? One row a seed: wrong, found, and accuracy on the test set after each way of going on.
+
+    wrong: the share of wrong labels; found: of wrong ones among the suspects (at random one would find `wrong`).
+    Accuracies: with the labels as given, after the suspects were corrected, after as many random ones were, and with as
+    many more labels in their place (the same person, the same error), which cost as much. The last word counts.
+    labels: random images that are labelled. error: the share of them whose label is wrong.
+    again: how many suspects are looked at once more.
+    """
+    truth, found = truth_of(setup.photos[0], "classes"), []
+    for seed in seeds:
+        rng = rng_for(seed, "label errors")
+        order = rng.permutation(len(setup.train))
+        rows, more_rows = np.sort(order[:labels]), np.sort(order[: labels + again])
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stores:
+            person = Simulated(truth, error, setup.config.query.seconds_per_image, 0.0, seed)
+
+            def oracle_of(name: str, stores=stores, folder=folder, person=person, rows=rows) -> StoreOracle:
+                store = stores.enter_context(Store(Path(folder) / f"{name}.sqlite", setup.class_names))
+                oracle = StoreOracle(store, setup.train.images, setup.class_names, person, "random")
+                oracle.annotate(rows)
+                return oracle
+
+            checked, control, more = (oracle_of(name) for name in ("suspects", "random", "more"))
+            more.annotate(np.setdiff1d(more_rows, rows), 1)
+            given, before = _classes(checked, rows), _accuracy(setup, checked, rows)
+            features, strength = setup.train.images.take(rows).features[0], setup.config.flywheel.regularisation
+            _, logs = out_of_fold(features, given, len(setup.class_names), rng, strength)
+            chosen = top_k(suspects(logs, given), again, rng)
+            wrong = (given != setup.train.labels.classes[torch.from_numpy(rows), 0].cpu() - 1).numpy()
+            for oracle, where in ((checked, chosen), (control, rng.permutation(len(rows))[:again])):
+                checker = Simulated(truth, seed=seed)
+                args = (oracle.store, oracle.images, oracle.store.classes, checker, "label errors", "checker")
+                StoreOracle(*args).annotate(rows[where], 1)
+                oracle.refresh()
+            found.append(
+                {
+                    "seed": seed,
+                    "wrong": float(wrong.mean()),
+                    "found": float(wrong[chosen].mean()),
+                    "as given": before,
+                    "suspects corrected": _accuracy(setup, checked, rows),
+                    "random ones corrected": _accuracy(setup, control, rows),
+                    "as many more labels": _accuracy(setup, more, more_rows),
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def _classes(oracle: StoreOracle, rows: np.ndarray) -> Tensor:
+    return oracle.labels_of(rows).classes[:, 0] - 1
+
+
+def _accuracy(setup: Setup, oracle: StoreOracle, rows: np.ndarray) -> float:
+    """On the test set, of a linear classifier trained on what the store says of these rows."""
+    model = LinearClassifier(len(setup.class_names))
+    features = setup.train.images.take(rows).features[0]
+    model.fit(features, _classes(oracle, rows), setup.config.flywheel.regularisation)
+    truth = setup.test.labels.classes[:, 0].cpu() - 1
+    return metrics.accuracy(model(setup.test.images.features), truth, setup.class_names)["accuracy"]
