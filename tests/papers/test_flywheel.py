@@ -15,6 +15,8 @@ from fedal_utils.federation import Setup
 from fedal_utils.papers import flywheel
 from fedal_utils.training import CachedImages
 
+NAMES = ("ant", "bee", "cow", "dog")
+
 
 def curve(values, method="margin", images=10) -> list[dict]:
     """values[seed][cycle]: rows as `record.table` gives them, a client's and an earlier round's among them."""
