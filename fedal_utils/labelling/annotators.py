@@ -1,56 +1,15 @@
-"""Annotators for headless runs: somebody simulated with a known error rate, or a recorded session played again."""
+"""The annotator of headless runs: somebody simulated, with a known error rate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from ..seeding import rng_for
-from .store import Question, Store
+from .store import Store
 
 
-class Annotator:
-    """Whoever goes through a store's questions by `reply`; where there is none, a person at the page does."""
-
-    def reply(self, store: Store, who: str, question: Question) -> None:
-        """Answer the question that is held."""
-        raise NotImplementedError
-
-    def answer_all(self, store: Store, who: str) -> int:
-        """Answer until nothing waits; returns how many."""
-        answered = 0
-        while (question := store.next(who)) is not None:
-            self.reply(store, who, question)
-            answered += 1
-        return answered
-
-
-class Replay(Annotator):
-    """Answers as a recorded session did: `Replay(store.history())`.
-
-    The last standing answer of each (image, cycle) counts, or else that of the image in any cycle; its seconds and note
-    are recorded again. ValueError for an image without one.
-    """
-
-    def __init__(self, history: pd.DataFrame):
-        self._said: dict[Any, Mapping[str, Any]] = {}
-        for row in history[history["action"].isin(["label", "unknown"]) & ~history["undone"]].to_dict("records"):
-            self._said[row["image"], int(row["cycle"])] = self._said[row["image"]] = row
-
-    def reply(self, store: Store, who: str, question: Question) -> None:
-        said = self._said.get((question.image, question.cycle)) or self._said.get(question.image)
-        if said is None:
-            raise ValueError(f"the replayed history has no answer to image {question.image!r}")
-        told = {name: said[name] for name in ("seconds", "note", "suggestion_shown")}
-        if said["action"] == "unknown":
-            store.unknown(who, question.image, **told)
-        else:
-            store.answer(who, question.image, said["label"], **told)
-
-
-class Simulated(Annotator):
+class Simulated:
     """Knows the truth and now and then names the wrong class.
 
     truth: {image: class name, or list of {"class", "box"}}; ValueError for an image that it lacks.
@@ -84,7 +43,9 @@ class Simulated(Annotator):
 
         return named(truth) if task == "classes" else [{**one, "class": named(one["class"])} for one in truth]
 
-    def reply(self, store: Store, who: str, question: Question) -> None:
-        label = self.label(question.image, store.task, store.classes)
-        boxes = len(label) if store.task == "boxes" else 0
-        store.answer(who, question.image, label, seconds=self.seconds[0] + boxes * self.seconds[1])
+    def answer_all(self, store: Store, who: str) -> None:
+        """Answer until nothing waits."""
+        while (question := store.next(who)) is not None:
+            label = self.label(question.image, store.task, store.classes)
+            boxes = len(label) if store.task == "boxes" else 0
+            store.answer(who, question.image, label, seconds=self.seconds[0] + boxes * self.seconds[1])

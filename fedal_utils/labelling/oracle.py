@@ -1,4 +1,4 @@
-"""The Oracle that answers an experiment from a store: a person, a simulated one, or a recorded session behind it."""
+"""The Oracle that answers an experiment from a store, with a person or a simulated one behind it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import federation, record, training
 from ..data import Dataset, Images, Labels, letterbox_boxes, letterbox_fit, to_original
 from ..federation import Client, Experiment, Query, Step
 from ..sampling import Cost
-from .annotators import Annotator, Simulated
+from .annotators import Simulated
 from .store import Question, Store, store_path
 
 
@@ -34,7 +34,7 @@ class StoreOracle:
         store: Store,
         images: Images,
         classes: Sequence[str],
-        annotator: Annotator | None = None,
+        annotator: Simulated | None = None,
         strategy: str = "",
         who: str = "person",
     ):
@@ -86,11 +86,6 @@ class StoreOracle:
         last = self._last_actions(cycles)
         return set(last[last == "unknown"].index)
 
-    def refresh(self) -> None:
-        """Take in answers that were given again (label errors that were found and asked once more)."""
-        given = self.store.labels()
-        self._given = {row: given[self.images.ids[row]] for row in self._given}
-
     def labels_of(self, index: np.ndarray) -> Labels:
         """Labels of answered rows, letterboxed; any other raises."""
         rows = [int(row) for row in index]
@@ -126,7 +121,7 @@ class StoreOracle:
 
 
 def oracle_of(
-    run: record.Run, train: Dataset, annotator: Annotator | None = None, task: str = "boxes", who: str = "person"
+    run: record.Run, train: Dataset, annotator: Simulated | None = None, task: str = "boxes", who: str = "person"
 ) -> StoreOracle:
     """The store of this run, `labels.sqlite` in its folder, and who answers there."""
     store = Store(store_path(run.folder), train.class_names, task)

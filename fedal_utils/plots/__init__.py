@@ -13,5 +13,5 @@ from .curves import (
     traffic,
 )
 from .effects import ablation, effects
-from .images import client_histograms, image_grid, score_strip, show_boxes, two_views
+from .images import client_histograms, image_grid, score_strip, two_views
 from .style import Look, style, style_of, y_label

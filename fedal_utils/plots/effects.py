@@ -51,7 +51,7 @@ def effects(
 
 
 @style()
-def ablation(table: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", title: str = "") -> tuple[Figure, str]:
+def ablation(table: pd.DataFrame, y: str = "ap50", title: str = "") -> tuple[Figure, str]:
     """Final values of the same runs under several arms: a dot per seed, and beside them the mean with its interval.
 
     table: rows of `record.table` with a column arm; arms in order of appearance along x, methods side by
@@ -60,7 +60,7 @@ def ablation(table: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", title
     rows = finals(table, y)
     arms, methods = list(dict.fromkeys(table["arm"])), ordered(rows["method"].unique())
     names = names_of(methods)
-    ax = ax or plt.subplots(figsize=(1.6 + len(arms) * (0.45 + 0.62 * len(methods)), 4))[1]
+    _, ax = plt.subplots(figsize=(1.6 + len(arms) * (0.45 + 0.62 * len(methods)), 4))
     step, halo = 0.8 / len(methods), [matplotlib.patheffects.withStroke(linewidth=2, foreground="white")]
     for m, method in enumerate(methods):
         look, offset = style_of(method), (m - (len(methods) - 1) / 2) * step - 0.15 * step

@@ -21,26 +21,15 @@ from .style import PALETTE, legend_below, style
 WIDE, LARGEST = 12.0, 4.4  # inches of a figure, and of an image in it
 
 
-@style()
-def show_boxes(
-    pixels,
-    boxes=(),
-    classes: Sequence[int] = (),
-    scores: Sequence[float] | None = None,
-    ax: Axes | None = None,
-    ignore: Sequence[bool] | None = None,
-) -> tuple[Figure, str]:
-    """One image, uint8 (3, H, W), with its boxes (K, 4) xyxy pixels in the colours of their classes (K,) 1..C.
+def _show_boxes(ax: Axes, pixels: np.ndarray, boxes, classes, scores, ignore) -> None:
+    """One image, uint8 (3, H, W), with its boxes (K, 4) in the colours of their classes (K,) 1..C.
 
-    scores (K,) stand at the boxes. ignore (K,) draws a box thin and dashed. Box edges lie where the pixels' edges are:
-    [0, 0, W, H] frames the image.
+    scores (K,) stand at the boxes; ignore (K,) draws a box thin and dashed; either may be None. [0, 0, W, H] frames it.
     """
-    pixels, boxes = np.asarray(pixels), np.asarray(boxes, dtype=float).reshape(-1, 4)
-    ax = ax or plt.subplots()[1]
     height, width = pixels.shape[1:]
     ax.imshow(pixels.transpose(1, 2, 0), extent=(0, width, height, 0))
     for k, (x1, y1, x2, y2) in enumerate(boxes):
-        colour = PALETTE[(int(classes[k]) if len(classes) else 1) % len(PALETTE) - 1]
+        colour = PALETTE[int(classes[k]) % len(PALETTE) - 1]
         aside = ignore is not None and bool(ignore[k])
         line = {"linewidth": 1.0 if aside else 2.0, "linestyle": "--" if aside else "-"}
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, **line))
@@ -51,7 +40,6 @@ def show_boxes(
     ax.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    return ax.figure, ""
 
 
 def _panels(count: int, columns: int, aspect: float, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -100,7 +88,7 @@ def image_grid(
     seen: set[int] = set()
     for shown, ax, i in zip(pixels, axes, index, strict=True):
         boxes, classes, scores, ignore = _of_image(labels, int(i), above)
-        show_boxes(shown, boxes, classes, scores, ax, ignore)
+        _show_boxes(ax, shown, boxes, classes, scores, ignore)
         seen |= set(classes.tolist())
     colours = {class_names[c - 1]: PALETTE[c % len(PALETTE) - 1] for c in sorted(seen)}
     legend_below(figure, {name: Line2D([], [], color=colour, linewidth=3) for name, colour in colours.items()})

@@ -9,7 +9,7 @@ import torch
 
 from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes
 from fedal_utils.data.boxes import pad_boxes
-from fedal_utils.labelling import Replay, Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
+from fedal_utils.labelling import Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
 from fedal_utils.sampling import Cost, Pool
 
 NAMES = ("ant", "bee", "cow", "dog")
@@ -49,10 +49,12 @@ def letterboxed() -> tuple[Dataset, list[list[list[float]]]]:
 def oracle(tmp_path):
     """(task, annotator or None for the truth) -> the Oracle, its data set."""
 
-    def build(task="classes", annotator=None, name="labels.sqlite"):
+    def build(task="classes", annotator=None):
         train = whole_images(12) if task == "classes" else letterboxed()[0]
         annotator = Simulated(truth_of(train, task)) if annotator is None else annotator
-        return StoreOracle(Store(tmp_path / name, NAMES, task), train.images, NAMES, annotator or None, "margin"), train
+        return StoreOracle(
+            Store(tmp_path / "labels.sqlite", NAMES, task), train.images, NAMES, annotator or None, "margin"
+        ), train
 
     return build
 
@@ -88,8 +90,6 @@ def test_a_person_is_waited_for_and_what_they_cannot_say_is_undecided(oracle):
     pool = Pool("person", train.images, given, range(12))
     pool.replay([{"cycle": 2, "client": "person", "id": f"000{i}.png", "score": 0.5} for i in (0, 2)])
     assert pool.labelled().tolist() == [0, 2] and len(given.store.history()) == 3  # nobody is asked twice
-    again, _ = oracle(annotator=Replay(given.store.history()), name="again.sqlite")
-    assert again.annotate(np.arange(3), 2).tolist() == [True, False, True]
 
 
 def test_the_truth_is_in_original_pixels_without_what_is_ignored_and_comes_back_letterboxed(oracle):

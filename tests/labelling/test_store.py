@@ -1,5 +1,6 @@
 """The labelling store loses nothing and gives no image twice, however many people and processes are at work."""
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -174,12 +175,12 @@ def test_undo_is_ones_own_and_passes_over_a_skip_that_somebody_took_up(make):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", ["bird", "", None, 1, ["cat"], "CAT"])
-def test_an_unknown_class_is_refused_and_nothing_is_stored(make, said):
+def test_an_unknown_class_is_refused_and_nothing_is_stored(make):
     store = make(1)
     store.next("Ann")
-    with pytest.raises(ValueError, match="image 'a'.*allowed are cat, dog"):
-        store.answer("Ann", "a", said)
+    for said in ("bird", "", None, 1, ["cat"], "CAT"):
+        with pytest.raises(ValueError, match="image 'a'.*allowed are cat, dog"):
+            store.answer("Ann", "a", said)
     assert len(store.history()) == 0 and store.next("Ann").image == "a"
 
 
@@ -250,28 +251,21 @@ def test_a_store_is_made_of_sensible_things(tmp_path):
         assert store.classes == tuple(CLASSES)
 
 
-def damage_text(path: Path) -> None:
-    path.write_text("image,label\na,cat\n")
-
-
-def damage_cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def damage_page(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[4096:] = b"\x7f" * (len(content) - 4096)
-    path.write_bytes(content)
-
-
-def damage_other(path: Path) -> None:
+def of_another_program(path: Path) -> None:
     path.unlink()
-    db = sqlite3.connect(path)
-    db.execute("CREATE TABLE notes (text)")
-    db.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE notes (text)")
 
 
-@pytest.mark.parametrize("damage", [damage_text, damage_cut, damage_page, damage_other], ids=lambda d: d.__name__[7:])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text("image,label\na,cat\n"),
+        lambda path: path.write_bytes(path.read_bytes()[:4096].ljust(path.stat().st_size, b"\x7f")),
+        of_another_program,
+    ],
+    ids=("text", "page", "other"),
+)
 def test_a_damaged_file_is_named_and_left_as_it_is(make, damage):
     store = make(5)
     label(store, "Ann")

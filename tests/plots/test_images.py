@@ -38,9 +38,9 @@ def shown(figure):
 
 
 def test_boxes_stand_at_their_pixels_in_the_colour_of_their_class():
-    pixels = torch.zeros(3, 20, 30, dtype=torch.uint8)
-    figure, _ = plots.show_boxes(pixels, [[2, 3, 12, 13], [5, 5, 6, 6]], [2, 1], ignore=[False, True])
-    (ax,) = figure.axes
+    boxes = torch.tensor([[[2.0, 3, 12, 13], [5, 5, 6, 6]]])
+    labels = Labels(boxes, torch.tensor([[2, 1]]), torch.tensor([[False, True]]), torch.zeros(1, 2).bool())
+    (ax,) = plots.image_grid(images(1), labels, NAMES, [0])[0].axes
     assert boxes_of(ax) == [(2, 3, 10, 10, PALETTE[1]), (5, 5, 1, 1, PALETTE[0])]
     assert [p.get_linestyle() for p in ax.patches] == ["-", "--"] and not ax.texts
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 30), (20, 0))
