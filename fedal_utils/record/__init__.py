@@ -5,4 +5,4 @@ from .files import lock, project_root, write_atomic
 from .records import merge, missing, publish, queries, read_record, table
 from .run import Run, every_round, runs
 from .stored import shared, state
-from .verdicts import about, compare_paper, publish_figure, publish_table, publish_verdicts, read_paper
+from .verdicts import about, check_formula, compare_paper, publish_verdicts, read_paper, save

@@ -6,7 +6,7 @@ Intervals are Student's t over paired seeds, 95 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,29 @@ def compare_paper(
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
 
 
+def check_formula(
+    paper: str | Path, about: Mapping[str, str], item: str, formula: Callable[[str, float], float]
+) -> pd.DataFrame:
+    """A paper's item that is arithmetic: *formula checked* if every number is equal to its last printed digit.
+
+    formula: (the paper's setting, x) -> our number, in the paper's unit. A row of VERDICT_COLUMNS.
+    """
+    group = read_paper(paper)
+    group = group[group["item"] == item]
+    names = [name if math.isnan(x) else f"{name} {x:g}" for name, x in zip(group["setting"], group["x"], strict=True)]
+    ours = [float(formula(name, x)) for name, x in zip(group["setting"], group["x"], strict=True)]
+    gaps = [
+        round(one, 0 if value == int(value) else 3) - value for one, value in zip(ours, group["value"], strict=True)
+    ]
+    verdict = "contradicted" if any(abs(gap) > 1e-9 for gap in gaps) else "formula checked"
+    found = {"verdict": verdict, "seeds": 0, "difference": max(gaps, key=abs)}
+    theirs, computed = (
+        dict(zip(names, group["value"], strict=True)),
+        {n: {0: v} for n, v in zip(names, ours, strict=True)},
+    )
+    return pd.DataFrame([_row(about, paper, item, theirs, computed, found, group)], columns=VERDICT_COLUMNS)
+
+
 def _height(x: pd.Series, y: pd.Series, by: str) -> float:
     """The end of a curve or the area under it; a single point is both."""
     points = sorted((a, b) for a, b in zip(x.fillna(0), y, strict=True) if not math.isnan(b))
@@ -185,16 +208,16 @@ def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
     keys = ["notebook", "paper", "item", "data", "scale"]
     both = pd.concat([pd.read_csv(path), frame], ignore_index=True) if path.exists() else frame
     both = both.drop_duplicates(keys, keep="last").sort_values(keys)
-    return publish_table(both[[*VERDICT_COLUMNS]], path.name)
+    return save(both[[*VERDICT_COLUMNS]], path.name)
 
 
-def publish_table(frame: pd.DataFrame, name: str) -> Path:
-    """Write `results/tables/<name>`, a CSV, atomically. Returns the path."""
-    path = project_root() / "results" / "tables" / name
-    return write_atomic(path, frame.to_csv(index=False, lineterminator="\n"))
+def save(result: pd.DataFrame | Figure, name: str) -> Path:
+    """Write a table to `results/tables/<name>` (CSV) or a figure to `results/figures/<name>` (PNG), atomically.
 
-
-def publish_figure(figure: Figure, name: str) -> Path:
-    """Save `results/figures/<name>`, a PNG, atomically; no date or version in it: equal numbers, equal bytes."""
+    Equal numbers, equal bytes: there is no date or version in it. Returns the path.
+    """
+    results = project_root() / "results"
+    if isinstance(result, pd.DataFrame):
+        return write_atomic(results / "tables" / name, result.to_csv(index=False, lineterminator="\n"))
     options = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
-    return write_atomic(project_root() / "results" / "figures" / name, lambda file: figure.savefig(file, **options))
+    return write_atomic(results / "figures" / name, lambda file: result.savefig(file, **options))

@@ -169,6 +169,15 @@ def test_verdicts_are_published_once_for_each_item(tmp_path, monkeypatch):
     assert pd.read_csv(path)["notebook"].tolist() == ["11_fedavg", "12_chain"]
 
 
+@pytest.mark.parametrize(("ours", "verdict"), [(14.0174, "formula checked"), (14.02, "contradicted")])
+def test_a_formula_is_checked_to_the_last_printed_digit(tmp_path, ours, verdict):
+    csv = paper_csv(tmp_path / "p.csv", "MB,FULL,,megabytes,14.017,MB,p. 5,", "MB,FULL,20,megabytes,765,MB,p. 5,")
+    about = dict(zip(("notebook", "data", "scale", "profile"), ("13", "d", "full", "quick"), strict=True))
+    formula = lambda setting, x: 765.4 if x == 20 else ours  # noqa: E731
+    (found,) = record.check_formula(csv, about, "MB", formula).to_dict("records")
+    assert found["verdict"] == verdict and "FULL 20 765" in found["theirs"] and found["scale"] == "full"
+
+
 def test_a_wrong_paper_file_is_an_error(tmp_path):
     (tmp_path / "p.csv").write_text("item,value\nfig. 1,2\n")
     with pytest.raises(ValueError, match=r"p.csv: columns must be item, setting"):
@@ -189,11 +198,11 @@ def test_tables_and_figures_are_published_under_results(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     monkeypatch.setenv("FEDAL_HOME", str(tmp_path))
-    path = record.publish_table(pd.DataFrame({"a": [0.1, 1 / 3], "b": ["x", None]}), "11_fedavg.csv")
+    path = record.save(pd.DataFrame({"a": [0.1, 1 / 3], "b": ["x", None]}), "11_fedavg.csv")
     assert path == tmp_path / "results" / "tables" / "11_fedavg.csv"
     assert path.read_text() == "a,b\n0.1,x\n0.3333333333333333,\n"
     figure, ax = plt.subplots()
     ax.plot([1, 2])
-    first = record.publish_figure(figure, "11_fedavg.png").read_bytes()
-    assert first[:4] == b"\x89PNG" and record.publish_figure(figure, "b.png").read_bytes() == first
+    first = record.save(figure, "11_fedavg.png").read_bytes()
+    assert first[:4] == b"\x89PNG" and record.save(figure, "b.png").read_bytes() == first
     plt.close(figure)
