@@ -98,6 +98,9 @@ def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: flo
     return pd.DataFrame(found, columns=["method", "rule", "images", "value"])
 
 
+WAYS = ("as given", "suspects corrected", "random ones corrected", "as many more labels")
+
+
 def suspects(held_out: Tensor, classes: Tensor) -> Scores:
     """How likely each given label is wrong, 0 .. 1: 1 - the probability that models which did not see it give it.
 
@@ -107,12 +110,15 @@ def suspects(held_out: Tensor, classes: Tensor) -> Scores:
     return Scores.all(1 - held_out.gather(1, classes[:, None])[:, 0].exp())
 
 
-def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int) -> pd.DataFrame:
-    """Does it pay to ask again? One row a seed: wrong, found, and accuracy on the test set after each way of going on.
+def label_errors(
+    setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Does it pay to look again? One row a seed: wrong, found, and accuracy on the test set after each way of going on.
 
     wrong: the share of wrong labels; found: of wrong ones among the suspects (at random one would find `wrong`).
     Accuracies: with the labels as given, after the suspects were corrected, after as many random ones were, and with as
     many more labels in their place (the same person, the same error), which cost as much. The last word counts.
+    Beside it: the effects of the last three ways (`metrics.EFFECT`).
     labels: random images that are labelled. error: the share of them whose label is wrong.
     again: how many suspects are looked at once more.
     """
@@ -153,7 +159,11 @@ def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, 
                     "as many more labels": _accuracy(setup, more, more_rows),
                 }
             )
-    return pd.DataFrame(found)
+    frame, rows = pd.DataFrame(found), []
+    points = {way: {s: np.array([100 * v]) for s, v in frame.set_index("seed")[way].items()} for way in WAYS}
+    for way in WAYS[1:]:
+        rows.append(metrics.effect(way, "accuracy", points[way], points[WAYS[0]], seeds))
+    return frame, pd.DataFrame(rows)
 
 
 def _classes(oracle: StoreOracle, rows: np.ndarray) -> Tensor:

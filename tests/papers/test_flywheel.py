@@ -87,8 +87,10 @@ def setup_of(count: int = 140) -> Setup:
 
 
 def test_label_errors_are_found_and_mending_them_pays():
-    found = flywheel.label_errors(setup_of(), (0, 1), labels=80, error=0.3, again=20)
+    found, effects = flywheel.label_errors(setup_of(), (0, 1), labels=80, error=0.3, again=20)
     assert list(found["seed"]) == [0, 1] and found["wrong"].between(0.15, 0.45).all()
     assert (found["found"] > 2 * found["wrong"]).all()  # suspects rank wrong labels above right ones
     assert found["suspects corrected"].mean() >= found["as given"].mean()
     assert found.drop(columns="seed").stack().between(0, 1).all()
+    gain = 100 * (found["suspects corrected"] - found["as given"]).mean()
+    assert len(effects) == 3 and effects["points"][0] == pytest.approx(gain)
