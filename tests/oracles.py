@@ -5,7 +5,6 @@ A test holds our code equal to these; each oracle follows the text of its source
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -145,29 +144,6 @@ def image_score(strategy, confidences, probs):
     if not values:
         return None
     return {"sum": sum(values), "avg": sum(values) / len(values), "max": max(values)}[how]
-
-
-def box_outlier(probs, held_probs, held_labels):
-    """Of one image: the mean over its boxes of 1 - the mean rank of log p_c / p_0 among held-out boxes of class c.
-
-    held_labels: classes from 1. None without a box here or there.
-    """
-    if not probs or not held_probs:
-        return None
-
-    def odds(p, c):
-        return math.log(max(p[c], 1e-300)) - math.log(max(p[0], 1e-300))
-
-    values = []
-    for p in probs:
-        ranks = []
-        for c in range(1, len(p)):
-            held = [odds(q, c) for q, label in zip(held_probs, held_labels, strict=True) if label == c]
-            if held:
-                own = odds(p, c)
-                ranks.append(sum(1.0 if h < own else 0.5 if h == own else 0.0 for h in held) / len(held))
-        values.append(1 - sum(ranks) / len(ranks))
-    return sum(values) / len(values)
 
 
 # --- federated averaging ----------------------------------------------------------------------------------------------

@@ -19,10 +19,9 @@ BETA, MOST, KEEP = 1.3, 40, 50  # the value of two equal certain boxes; of more 
 def consistency(seen: Observation) -> Scores:
     """Minus CALD's consistency, so that bigger = query first; in [-1, 0].
 
-    For box i of the plain image: j is the view's box of the largest IoU with where i lies there (ties: the best
-    scored), m = IoU + (1 - JS(p_i, p_j)) * (s_i + s_j) / 2, s the largest foreground probability. The view's value is
-    the smallest |m - 1.3| over i, 1 at most, and 0 where the view shows nothing; the image's is the mean over views,
-    and 0 without a box in the plain image. *Reconstructed*: p with background, JS in nats.
+    For box i of the plain image: j is the view's box of the largest IoU with where i lies there, m = IoU + (1 - JS(p_i,
+    p_j)) * (s_i + s_j) / 2, s the largest foreground probability. A view's value is the smallest |m - 1.3| over i, 1 at
+    most, and 0 where the view, or the plain image, shows nothing. *Reconstructed*: p with background, JS in nats.
     """
     plain = seen.detections
     image, row = _entering(plain).nonzero(as_tuple=True)  # of the R boxes that enter
@@ -41,7 +40,7 @@ def consistency(seen: Observation) -> Scores:
 
 
 def _closest(boxes: Tensor, found: Detections) -> Tensor:
-    """(N, T) row of the detection with the largest IoU to each of `boxes` (N, T, 4); ties, and none at all: lowest."""
+    """(N, T) row of the detection with the largest IoU to each of `boxes` (N, T, 4); ties: the lowest."""
 
     def rows(boxes: Tensor, others: Tensor, valid: Tensor) -> Tensor:
         table = iou_of(boxes[:, :, None], others[:, None])  # (N, T, T2)
@@ -72,10 +71,9 @@ def _entering(found: Detections) -> Tensor:
 def cald(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     """The int(1.2 k) least consistent images, of them the k whose classes the labelled set lacks.
 
-    Second stage: v (N, C) is the mean, over the changed views and the plain image, of each class's best score; the
-    images of the largest JS(softmax(mean boxes of each class per labelled image), softmax(v)) are selected, those whose
-    plain view is empty before them; nothing is updated within the batch. *Reconstructed*: that the plain image is one
-    of the views. The scores are those of the first stage.
+    Second stage: v (N, C) is the mean over all views of each class's best score; the images of the largest
+    JS(softmax(mean boxes of each class per labelled image), softmax(v)) are selected, those whose plain view is empty
+    before them. *Reconstructed*: that the plain image is one of the views. The scores are those of the first stage.
     """
     first = consistency(seen)
     labelled = torch.from_numpy(np.asarray(seen.labelled_class_counts, dtype=np.float64))

@@ -1,7 +1,6 @@
 """Diversity: sets of images that cover the pool, and how unlike the labelled images one is. No labels are seen.
 
-N images of the pool, L labelled ones, V held out; C classes, D columns of an embedding. Chapters are those of R.
-Monarch, Human-in-the-Loop Machine Learning (2021).
+Monarch is R. Monarch, Human-in-the-Loop Machine Learning (2021).
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ EXACT = "donot_use_mm_for_euclid_dist"  # a matrix product loses the distance of
 def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generator) -> Selection:
     """Greedy k-center (core-set; Sener and Savarese 2018, 1708.00489, algorithm 1): the farthest point, k times.
 
-    embedding (N, D) of the pool; labelled (L, D) are centres already; without any, the first one is drawn. The scores
-    are distances to the nearest centre before the choice (0 where there was none). Ties break by `rng`.
+    embedding (N, D) of the pool; labelled (L, D) are centres already, without any the first one is drawn. The scores
+    are distances to the nearest centre before the choice. Ties break by `rng`.
     """
     points, centres = finite("embedding", embedding.double()), finite("labelled", labelled.double())
     order = torch.from_numpy(rng.permutation(len(points))).to(points.device)  # argmax takes the first of equals
@@ -54,9 +53,7 @@ def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -
 
     The gradient of the last layer, if the model's own guess were the label: g = (p - onehot(argmax p)) (x) h, with p
     (N, C) the softmax of `logits` and h (N, D) the `embedding`. The first centre is the longest g (as in the authors'
-    code; ties break by `rng`), each further one is drawn with a probability in proportion to its squared distance to
-    the nearest centre; where all are 0, among the images that are left. The scores are |g|.
-
+    code), each further one is drawn in proportion to its squared distance to the nearest centre; the scores are |g|.
     |a (x) h - a' (x) h'|^2 = |a|^2 |h|^2 + |a'|^2 |h'|^2 - 2 (a . a') (h . h'): no (N, C D) table is made. Distances
     below 1e-6 of the norms could be rounding of this difference and count as 0, so that equal images are equal.
     """
@@ -86,9 +83,8 @@ def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -
 def model_outlier(logits: Tensor, held_out_logits: Tensor, held_out_classes: Tensor | None = None) -> Scores:
     """How little the model is moved by an image, in [0, 1]; model-based outliers of Monarch (2021), ch. 4.
 
-    1 - mean over classes of r_c, the rank of the image's logit of class c (N, C) among those of the held-out images
-    (V, C): the part of them that lies below it, of equal ones the half. With held_out_classes (V,), columns 0..C-1,
-    class c is ranked among held-out images of class c alone; classes without any do not count.
+    1 - mean over classes of the rank of the image's logit (N, C) among those of the held-out images (V, C): the part
+    that lies below it, of equal ones the half. With held_out_classes (V,) class c is ranked among images of c alone.
     """
     finite("logits", logits)
     finite("held_out_logits", held_out_logits)
@@ -103,10 +99,10 @@ def model_outlier(logits: Tensor, held_out_logits: Tensor, held_out_classes: Ten
 
 
 def box_outlier(detections: Detections, reference: Detections) -> Scores:
-    """`model_outlier` of each box, the mean over an image's boxes: log odds of each class against the background.
+    """`model_outlier` of each box, the mean over an image's boxes: log odds against the background. *Ours*.
 
     reference: detections on held-out images, those of a class give its ranks; without any no image is scored.
-    Probabilities would not do: they add up to one, so no box is low in all of them. *Ours*.
+    Probabilities would not do: they add up to one, so no box is low in all of them.
     """
     valid, held = detections.valid, reference.valid
     if not bool(held.any()):
@@ -119,10 +115,10 @@ def box_outlier(detections: Detections, reference: Detections) -> Scores:
 
 
 def embedding_outlier(embedding: Tensor, labelled: Tensor, k: int = 10) -> Scores:
-    """Mean distance to the k nearest labelled images (all of them, if there are fewer), in [0, 2], in float64.
+    """Mean Euclidean distance at length 1 to the k nearest labelled images (all, if there are fewer), in [0, 2].
 
-    Euclidean distance of embedding (N, D) and labelled (L, D) at length 1; zero vectors stay zero. Distances below 1e-6
-    could be rounding and count as 0. Without labelled images nothing is far from them: no image is scored.
+    embedding (N, D), labelled (L, D). Distances below 1e-6 could be rounding and count as 0. Without labelled images no
+    image is scored.
     """
     if not len(labelled):
         return Scores.none(len(embedding))
@@ -139,8 +135,8 @@ def embedding_outlier(embedding: Tensor, labelled: Tensor, k: int = 10) -> Score
 def cluster(embedding: Tensor, k: int, rng: np.random.Generator, many: int = MANY) -> np.ndarray:
     """Positions (k,): of each of k clusters of embedding (N, D) the image nearest to its centre; Monarch (2021), ch. 4.
 
-    k-means with one start; of more than `many` images by batches (Sculley 2010). The largest cluster comes first; where
-    there are fewer different images than clusters, the next nearest of each follow. Ties break by `rng`.
+    k-means with one start; of more than `many` images by batches. The largest cluster comes first; where there are
+    fewer different images than clusters, the next nearest of each follow. Ties break by `rng`.
     """
     if k == 0:
         return np.zeros(0, dtype=np.int64)
@@ -177,8 +173,8 @@ def k_means(
 def representative(embedding: Tensor, labelled: Tensor) -> Scores:
     """How much like the pool and how little like what is labelled an image is; an idea of Monarch (2021), ch. 4.
 
-    cos(x, centre of the pool) - cos(x, centre of the labelled images), in [-2, 2], a centre being the mean of the
-    embeddings (N, D) or labelled (L, D) at length 1. Cosines with a zero vector or the centre of no image are 0.
+    cos(x, centre of the pool) - cos(x, centre of the labelled images), in [-2, 2], of embeddings (N, D), (L, D); a
+    centre is a mean at length 1. Cosines with a zero vector or the centre of no image are 0.
     """
     finite("labelled", labelled)
     direction = _centre(embedding) - _centre(labelled).to(embedding.device)  # (D,): cos(x, a) - cos(x, b) = x (a - b)

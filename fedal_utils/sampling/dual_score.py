@@ -1,8 +1,7 @@
 """The dual score: a VAE's reconstruction error says what is new, a detection loss what is useful (SSD + VAE, 2023).
 
 The project's page gives the form, alpha * L_reconstruction + beta * L_detection; its figure puts the detector on the
-VAE's *reconstruction*. Its released code has no loop, and a detection loss only against ground truth. So what is
-L_detection where nobody has labelled anything:
+VAE's *reconstruction*. Its released code has no loop, so L_detection where nobody has labelled anything is ours:
 
     d0  MultiBox loss against the hidden labels: an upper bound for diagnosis (`diagnostic`), never a method
     d1  reconstruction consistency: of the detector on the reconstruction g(x), against its confident detections on x
@@ -10,8 +9,7 @@ L_detection where nobody has labelled anything:
     d3  entropy of the most uncertain detection
     d4  a learned loss: a small head that predicts the detector's loss (Yoo and Kweon 2019, 1905.03677)
 
-"vae" queries by reconstruction error alone, "d1" by the detection loss alone, "vae_d1" by both. A term that an image
-does not have (nothing is detected) counts as the average of the others; the page is silent on it.
+"vae" queries by reconstruction error alone, "d1" by the detection loss alone, "vae_d1" by both.
 """
 
 from __future__ import annotations
@@ -32,10 +30,9 @@ TERMS = {  # detection term -> the observation that it is
 
 
 def standardise(scores: Scores) -> np.ndarray:
-    """(N,) float64: (value - mean) / standard deviation over the scored images; 0 for the others.
+    """(N,) float64: (value - mean) / standard deviation over the scored images; 0 for the others, or without spread.
 
-    Without spread (up to rounding) all are 0: a term that says the same of all images says nothing. *Ours*: the page
-    adds the raw terms, orders of magnitude apart. ValueError: a value is not finite.
+    *Ours*: the page adds the raw terms, orders of magnitude apart. ValueError: a value is not finite.
     """
     out, values = np.zeros(len(scores)), np.asarray(scores.values, dtype=np.float64)[scores.scored]
     if not np.isfinite(values).all():
@@ -68,12 +65,10 @@ def score(seen: Observation, new: bool, term: str) -> Scores:
 
 
 def _register(name: str, new: bool, term: str) -> None:
-    reads = "reconstruction_errors"
-    needs = {reads} if new or term == "d1" else set()  # d1 looks at reconstructions
+    reads = {"reconstruction_errors"} if new or term == "d1" else set()  # d1 looks at reconstructions
     source = f"SSD + VAE (2023): form from its page and figure; {term or 'the reconstruction error alone'}"
-    strategy(name, needs | ({TERMS[term]} if term else set()), "boxes", source=source)(
-        lambda seen: score(seen, new, term)
-    )
+    needs = reads | ({TERMS[term]} if term else set())
+    strategy(name, needs, "boxes", source=source)(lambda seen: score(seen, new, term))
 
 
 _register("vae", True, "")

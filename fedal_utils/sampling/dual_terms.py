@@ -18,10 +18,7 @@ from .scores import Scores
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Images as a VAE gives them back, in pixels 0..255 of their own size: what a detector needs of a set of images.
-
-    noise: what a VAE as released draws its latents with.
-    """
+    """Images as a VAE gives them back; noise: what a VAE as released draws its latents with."""
 
     images: Images
     vae: VAE
@@ -52,7 +49,6 @@ def detection_losses(
 ) -> Scores:
     """MultiBox loss of each image by an SSD against these labels; an image without a label has none.
 
-    model, images, labels, device: the detector, what it sees, against what, and where.
     summed: not divided by the image's own matched anchors, as in the released code, which favours crowded images.
     """
     batch = 8 if isinstance(images, Reconstructed) and torch.device(device).type == "cpu" else 32  # fits its caches

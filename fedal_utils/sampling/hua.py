@@ -20,9 +20,8 @@ SCORE_ABOVE, IOU = 0.3, 0.5
 def epistemic(probs: Tensor, predicted_loss: Tensor, scale: Tensor | float) -> Tensor:
     """H(mean) - E[H] in nats of class vectors drawn from Dirichlet(probs * e), e = 25 scale / (loss + 1e-7).
 
-    probs (B, C + 1), predicted_loss (B,), scale: their mean predicted loss, (B,) or one for all. Little loss expected
-    is much evidence, so little is left to learn. *Stated* (Park et al. 2023 and its released code), but for the
-    expectation: theirs is a mean over 500 samples, here E[H] = psi(e + 1) - sum_c p_c psi(p_c e + 1).
+    probs (B, C + 1), predicted_loss (B,), scale: their mean predicted loss, (B,) or one for all. *Stated* (Park et al.
+    2023 and its released code), but for E[H], a mean over 500 samples there: psi(e + 1) - sum_c p_c psi(p_c e + 1).
     """
     p = probs.double() / probs.double().sum(-1, keepdim=True)
     evidence = 25 * scale / (predicted_loss.double() + 1e-7)
@@ -33,10 +32,8 @@ def epistemic(probs: Tensor, predicted_loss: Tensor, scale: Tensor | float) -> T
 def pool_hierarchy(values: Tensor, image: Tensor, obj: Tensor, level: Tensor, label: Tensor, images: int) -> Tensor:
     """One number an image (images,) from its boxes' `values` (B,), bottom up; 0 for an image without any.
 
-    Mean over the boxes of one (object, level, class), sum over classes, maximum over levels, sum over objects.
-    values: (B,) of the boxes.
-    image, obj, level, label: (B,) int64 >= 0 of each, objects counted within their image.
-    images: how many there are.
+    Mean over the boxes of one (object, level, class), sum over classes, maximum over levels, sum over objects; the keys
+    of the boxes are (B,) int64 >= 0, objects counted within their image.
     """
     values = values.double()
     if not len(values):
@@ -64,7 +61,7 @@ def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
 
     Boxes before suppression with a foreground probability above 0.3 and an IoU above 0.5 with a detection scored above
     0.3 (an object) count, once for every such object, as their most probable class. The evidence is normalised by the
-    mean predicted loss over the boxes that count of one image and level. Images without such a box score 0.
+    mean predicted loss over the boxes that count of one image and level.
     """
     dense, objects = seen.pre_nms_detections, seen.detections.above(SCORE_ABOVE)
     if "predicted_loss" not in dense.extra:

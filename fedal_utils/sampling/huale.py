@@ -1,9 +1,7 @@
 """HUALE's filter cascade (Hierarchical Uncertainty Aggregation and Emphasis Loss, IEEE BigData 2023).
 
-Its text, equations and code are not public; its README, its author's page and figures are: images with much entropy are
-retrieved, then ranked by four metrics of an image and its mirrored copy in turn, never by a weighted sum. Each function
-says how it is known: *stated* (in words), *from figures* or *reconstructed* (ours, no evidence about theirs). N images,
-T boxes, C classes, background first; nats.
+Its text, equations and code are not public; its README, its author's page and figures are. Each function says how it is
+known: *stated* (in words), *from figures* or *reconstructed* (ours). N images, T boxes, C classes, background first.
 """
 
 from __future__ import annotations
@@ -24,23 +22,20 @@ from .select import Selection, cascade
 
 
 def retrieval(plain: Detections, flipped: Detections) -> Scores:
-    """Entropy in nats of the plain view's most uncertain box, 0 .. ln(C + 1): E(x) = max_i (- sum_c p_ic ln p_ic).
+    """Entropy in nats of the plain view's most uncertain box, 0 .. ln(C + 1): the last for an image seen once.
 
-    An image in which only one view has a box gets ln(C + 1); without a box in either there is no score. *From figures*:
-    nats and the maximum; that it is the retrieval score, and both rules, are *reconstructed*.
+    *From figures*: nats and the maximum; that it is the retrieval score, and the rule for one view: *reconstructed*.
     """
     largest = math.log(plain.probs.shape[-1])
-    scores = reduce(entropy(plain), plain.valid, "max")
-    too = flipped.valid.any(1).cpu().numpy()
+    scores, too = reduce(entropy(plain), plain.valid, "max"), flipped.valid.any(1).cpu().numpy()
     values = np.where(scores.scored != too, largest, np.minimum(scores.values, largest))
     return Scores(values, scores.scored | too)
 
 
 def semantic_disagreement(plain: Detections, flipped: Detections) -> Scores:
-    """Mean divergence of what the two views call the same box, 0 .. ln 2; a box that one view alone has counts ln 2.
+    """Mean JS divergence of the class vectors of matched pairs, 0 .. ln 2; a box that one view alone has counts ln 2.
 
-    JS of the class vectors of matched pairs, background included. The name "semantic affinity" and its place are *from
-    figures*, the formula is *reconstructed*.
+    The name "semantic affinity" and its place are *from figures*, the formula is *reconstructed*.
     """
     paired, partner, lone = _paired(plain, flipped)
     apart = torch.zeros(paired.shape, dtype=torch.float64, device=paired.device)
@@ -66,8 +61,7 @@ def category_diversity(plain: Detections, flipped: Detections) -> Scores:
 def overlap_ratio(plain: Detections, flipped: Detections, above: float = 0.1) -> Scores:
     """Share of an image's boxes that overlap another of its boxes with IoU > `above`, 0 .. 1; the larger of two views.
 
-    The name, its place and "0 for a single box" are *from figures*; the rule is *reconstructed*, and known not to give
-    both printed values (.800 and .333) for any threshold.
+    Name, place and "0 for a single box" are *from figures*; the rule is *reconstructed* (one of two printed values).
     """
 
     def touching(boxes: Tensor, valid: Tensor) -> Tensor:
@@ -86,9 +80,9 @@ def overlap_ratio(plain: Detections, flipped: Detections, above: float = 0.1) ->
 def localisation_confidence(plain: Detections, flipped: Detections) -> Scores:
     """1 - the mean confidence in the four sides of the boxes of both views, 0 .. 1: badly placed boxes first.
 
-    From `extra['sides']` of both views. A detector without them is judged by how well they agree: side k of a matched
-    pair has q_k = max(0, 1 - |difference| / the pair's mean width or height), a box without a partner q = 0. Four
-    numbers a box and the name are *from figures*, the reduction is *reconstructed*, the stand-in is ours alone.
+    From `extra['sides']`; without them (ours alone) side k of a matched pair has q_k = max(0, 1 - |difference| / the
+    pair's mean width or height), a box without a partner q = 0. Four numbers a box and the name are *from figures*, the
+    reduction is *reconstructed*.
     """
     if "sides" in plain.extra and "sides" in flipped.extra:
         pairs = [(found.extra["sides"].double().mean(2), found.valid) for found in (plain, flipped)]
@@ -128,8 +122,8 @@ def _means(total: Tensor, count: Tensor) -> Scores:
 def cascade_stages(seen: Observation, k: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray, Scores]]:
     """Retrieval and four filters: (name, the positions it left, best first, its scores of all images) of each.
 
-    Retrieval leaves round(cascade[0] * k) images, the filters in `cascade_order` round(cascade[1] * k), ... and k. The
-    cascade and its order are *stated* and *from figures*, its sizes are *reconstructed*.
+    They leave round(size * k) images for the sizes in `query.cascade`, and k. The cascade and its order are *stated*
+    and *from figures*, its sizes are *reconstructed*.
     """
     query = seen.config.query
     steps = {"retrieval": retrieval, **{name: FILTERS[name] for name in query.cascade_order}}

@@ -1,8 +1,7 @@
 """KAFAL's acquisition, KSAS (Cao et al., ICCV 2023, 2211.13579), and KSAS carried to boxes (*ours*: no paper has it).
 
-A client queries images where its own model and the global one disagree about the classes it knows. Formulas are those
-of KAFAL's algorithm figure and its released code; here all sums run over the classes with labels, n > 0, which is the
-limit n -> 0 for the others, where the released code adds ln 0. N images, C classes, T boxes; nats.
+A client queries images where its own model and the global one disagree about the classes it knows. All sums run over
+the classes with labels, n > 0: the limit n -> 0 for the others, where the released code adds ln 0. Divergences in nats.
 """
 
 from __future__ import annotations
@@ -41,14 +40,12 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def box_divergence(found: Detections, own: Detections, counts: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
     """KSAS of each box of the global detector (`found`) and of the client's (`own`). *Ours*.
 
-    Boxes are paired one to one by `match`, whatever their classes. Of class vectors the classes without labels are left
-    out, the others are weighted by n_y over the mean n of the classes with labels, background by 1; a pair's value is
-    the symmetric divergence of its two. A box that one detector alone shows is held against what the other's silence
-    says: background 1 - `UNSEEN`, and `UNSEEN` over the classes in the box's own proportions. Probabilities are `FLOOR`
-    at least. counts: (C,) labelled boxes of each class in any unit, not all 0.
+    Boxes are paired by `match`. Of class vectors the classes without labels are left out, the others are weighted by
+    n_y over the mean n, background by 1; a pair's value is the symmetric divergence of its two. A box that one detector
+    alone shows is held against what the other's silence says: background 1 - `UNSEEN`, and `UNSEEN` over the classes in
+    the box's own proportions. Probabilities are `FLOOR` at least. counts: (C,) labelled boxes of each class, any unit.
 
-    Returns values (N, T) float64 >= 0 and valid (N, T): the global detector's columns, pairs among them, then the
-    client's.
+    Returns values (N, T) float64 >= 0 and valid (N, T): the global detector's columns, then the client's.
     """
     counts = torch.as_tensor(counts, dtype=torch.float64, device=found.probs.device)
     known = counts > 0
@@ -84,10 +81,13 @@ def _of_classes(seen: Observation, counts: np.ndarray) -> Scores:
     return Scores.all(specialised_divergence(seen.local_class_scores, seen.class_scores, counts))
 
 
-def _of_boxes(seen: Observation, how: str) -> Scores:
-    if seen.local_detections is None or not np.asarray(seen.labelled_class_counts).any():  # no box to specialise in
-        return Scores.none(seen.count)
-    return reduce(*box_divergence(seen.detections, seen.local_detections, seen.labelled_class_counts), how)
+def _of_boxes(how: str):
+    def score(seen: Observation) -> Scores:
+        if seen.local_detections is None or not np.asarray(seen.labelled_class_counts).any():
+            return Scores.none(seen.count)  # nothing to compare with, or no box to specialise in
+        return reduce(*box_divergence(seen.detections, seen.local_detections, seen.labelled_class_counts), how)
+
+    return score
 
 
 _CLASSES = ("class_scores", "local_class_scores")
@@ -99,6 +99,4 @@ strategy("jeffreys", _CLASSES, "images", source="KSAS with equal counts")(
     lambda seen: _of_classes(seen, np.ones(seen.class_scores.shape[1]))
 )
 for _how in ("sum", "avg", "max"):
-    strategy(f"ksas_{_how}", _BOXES, "boxes", source="KSAS carried to boxes: ours")(
-        lambda seen, _how=_how: _of_boxes(seen, _how)
-    )
+    strategy(f"ksas_{_how}", _BOXES, "boxes", source="KSAS carried to boxes: ours")(_of_boxes(_how))

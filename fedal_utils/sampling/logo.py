@@ -24,8 +24,7 @@ def logo(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     """k clusters by the client's local-only model, from each the image of the largest global entropy.
 
     k-means of (1 - max_c p_c(x)) h(x), the last layer's gradient for the class that the local-only model, with features
-    h (N, D), expects itself. Where there are fewer different images than clusters, the next most uncertain of each
-    follow. The scores are the entropies, largest first; ties break by `rng`.
+    h (N, D), expects itself. Where there are fewer different images, the next most uncertain of each follow.
     """
     scores = uncertainty(seen.class_scores, "entropy")
     unsure = uncertainty(seen.local_only_class_scores, "confidence").values[:, None]  # (N, 1) 1 - max_c p_c

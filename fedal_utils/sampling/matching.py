@@ -1,7 +1,4 @@
-"""What strategies on two sets of detections share: IoU, matching one to one, Jensen-Shannon divergence.
-
-N images, T boxes of an image, C classes with the background first; divergences are in nats.
-"""
+"""What strategies on two sets of detections share: IoU, matching one to one, Jensen-Shannon divergence in nats."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 def match(plain: Detections, other: Detections, iou: float = 0.5) -> Tensor:
     """Pairs one-to-one, image by image, from the largest IoU of all pairs down to `iou`; ties: the lowest rows.
 
-    Returns (N, T), the row of `other` that each plain box got, -1 where none. *Reconstructed*: that views are matched
-    is from figures, how is not.
+    Returns (N, T), the row of `other` that each plain box got, -1 where none. How views are matched: *reconstructed*.
     """
     if 0 in (plain.boxes.shape[1], other.boxes.shape[1]):
         return torch.full(plain.labels.shape, -1, device=plain.labels.device)

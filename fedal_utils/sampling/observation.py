@@ -1,7 +1,4 @@
-"""What a query strategy may observe of a client's unlabelled images: computed when asked for, once, without labels.
-
-N images, T boxes of an image, C classes, D columns of an embedding, L labelled images, M clients.
-"""
+"""What a query strategy may observe of a client's unlabelled images: computed when asked for, once, without labels."""
 
 from __future__ import annotations
 
@@ -77,10 +74,7 @@ class Scene:
 
 
 class PoolObservation(Observation):
-    """An observation of these positions of a client's pool by a model.
-
-    models: the client's others (`federation.query.ClientModels`), made when they are wanted.
-    """
+    """Of these positions of a client's pool by a model; models: the client's others, made when they are wanted."""
 
     def __init__(self, config: Config, scene: Scene, pool: Pool, positions: np.ndarray, model: Any, models: Any = None):
         super().__init__(config, len(positions))
@@ -138,8 +132,7 @@ class PoolObservation(Observation):
         return found.take(self.rows)
 
     @cached_property
-    def pre_nms_detections(self) -> Detections:
-        """(N, T) all boxes before non-maximum suppression, each with its best class; T <= `PRE_NMS`."""
+    def pre_nms_detections(self) -> Detections:  # (N, T), each box with its best class; T <= `PRE_NMS`
         return self.predict(self.images, pre_nms=True)
 
     @cached_property
@@ -157,8 +150,7 @@ class PoolObservation(Observation):
         return self._scores_by(self.model)
 
     @cached_property
-    def local_class_scores(self) -> Tensor | None:
-        """(N, C) by the client's own model after its latest training; None while it has none."""
+    def local_class_scores(self) -> Tensor | None:  # (N, C) by the client's own model; None while it has none
         return None if self.models.local is None else self._scores_by(self.models.local)
 
     @cached_property
@@ -166,8 +158,7 @@ class PoolObservation(Observation):
         return self._scores_by(self.models.local_only)
 
     @cached_property
-    def committee_class_scores(self) -> Tensor | None:
-        """(M, N, C) by every client's own model; None while there is none."""
+    def committee_class_scores(self) -> Tensor | None:  # (M, N, C) by every client's own model; None without any
         members = self.models.committee
         return torch.stack([self._scores_by(member) for member in members]) if members else None
 
@@ -175,13 +166,11 @@ class PoolObservation(Observation):
         return training.class_scores(model, self.images, device=self.scene.device)
 
     @cached_property
-    def activations(self) -> Tensor:
-        """(N, C) of a linear classifier, as they are; `class_scores` give unseen classes no probability."""
+    def activations(self) -> Tensor:  # (N, C) of a linear classifier; `class_scores` rule out classes without labels
         return self.model.activations(self.images.features[0])
 
     @cached_property
-    def held_out_activations(self) -> Tensor:
-        """(L, C) of labelled images, each by a linear classifier that was not trained on it."""
+    def held_out_activations(self) -> Tensor:  # (L, C) of labelled images, by classifiers not trained on them
         features, strength = self.scene.images.take(self.labelled).features[0], self.config.flywheel.regularisation
         return out_of_fold(features, self.held_out_classes, self.scene.classes, self.models.folds, strength)[0]
 
@@ -204,8 +193,7 @@ class PoolObservation(Observation):
         return training.embed(self.model, self.scene.images.take(self.labelled), device=self.scene.device)
 
     @cached_property
-    def labelled_class_counts(self) -> np.ndarray:
-        """(C,) mean number of boxes (or images) of each class per labelled image."""
+    def labelled_class_counts(self) -> np.ndarray:  # (C,) mean number of boxes of each class per labelled image
         labels = self.pool.labels_of(self.labelled)
         counted = torch.where(labels.ignore, 0, labels.classes).flatten()
         counts = torch.bincount(counted, minlength=self.scene.classes + 1)[1:].numpy()
@@ -219,14 +207,14 @@ class PoolObservation(Observation):
         return training.vae_losses(vae, self.photos, device=self.scene.device, generator=noise)["reconstruction"]
 
     @cached_property
-    def hidden_label_losses(self) -> Scores:
-        """(N,) the detector's loss against labels that nobody has paid for: an upper bound, needs `diagnostic`."""
+    def hidden_label_losses(self) -> Scores:  # (N,) against labels that nobody has paid for, needs `diagnostic`
         hidden = self.pool.oracle.hidden_labels(self.rows)
         return dual_terms.detection_losses(self.model, self.images, hidden, self.scene.device)
 
     @cached_property
-    def consistency_losses(self) -> Scores:
-        """(N,) of the detector on the VAE's reconstruction, against its confident detections on the image."""
+    def consistency_losses(
+        self,
+    ) -> Scores:  # (N,) on the VAE's reconstruction, against confident detections on the image
         return self._losses_on(dual_terms.Reconstructed(self.photos, self.models.vae, self.models.noise))
 
     @cached_property
@@ -250,16 +238,15 @@ def predict(
     score_above: float | None = None,
     pre_nms: bool = False,
 ) -> Detections:
-    """Detections for scoring: confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, released code).
+    """Detections for scoring: by default confidence above 0.25, class-agnostic NMS at 0.45 (van Bommel 7.1, code).
 
-    These are the config's defaults. score_above: in the place of the config's. pre_nms: all boxes before non-maximum
-    suppression, each with its best class.
+    score_above: in the place of the config's. pre_nms: all boxes before suppression, each with its best class.
     """
     query = config.query
-    options: dict[str, Any] = {"views": YOLO_VIEWS} if query.test_time_views else {}
+    options: dict[str, Any] = {"nms_iou": query.nms_iou, "class_agnostic": query.class_agnostic}
     if pre_nms:
-        options |= {"nms_iou": 1.0, "class_agnostic": True, "top": PRE_NMS, "candidates": PRE_NMS}
-    else:
-        options |= {"nms_iou": query.nms_iou, "class_agnostic": query.class_agnostic}
+        options = {"nms_iou": 1.0, "class_agnostic": True, "top": PRE_NMS, "candidates": PRE_NMS}
+    if query.test_time_views:
+        options["views"] = YOLO_VIEWS
     above = query.score_above if score_above is None else score_above
     return training.predict(model, images, device=device, score_above=above, **options)

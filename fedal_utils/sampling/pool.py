@@ -20,21 +20,18 @@ class Cost:
     boxes: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.images + other.images, self.boxes + other.boxes, self.seconds + other.seconds)
-
 
 def total(costs: Iterable[Cost]) -> Cost:
     """The costs of all clients in one."""
-    return sum(costs, Cost())
+    costs = [Cost(), *costs]
+    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("images", "boxes", "seconds")))
 
 
 class Oracle:
     """Answers with the ground truth, and counts what that costs.
 
     A look at an image takes 2 s (our estimate), drawing a box 7 s, the median of extreme clicking (Papadopoulos et al.
-    2017, 1708.02750). Every real box counts, ignored ones too: an annotator draws them before anyone can call them too
-    small or difficult. diagnostic: opens `hidden_labels`.
+    2017, 1708.02750); ignored boxes count, for an annotator draws them too. diagnostic: opens `hidden_labels`.
     """
 
     def __init__(
@@ -46,10 +43,7 @@ class Oracle:
         self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
 
     def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
-        """Annotate these images; from now on `labels_of` shows them. (n,) True: an Oracle can always say.
-
-        cycle, scores: when and why, for an Oracle who is told (`labelling.StoreOracle`); ground truth does not care.
-        """
+        """Annotate these images: (n,) True where that could be done. cycle, scores: for `labelling.StoreOracle`."""
         again = np.asarray(index)[self._annotated[index]]
         if len(again):
             raise ValueError(f"images {again.tolist()} were annotated before: no label is paid twice")
@@ -57,7 +51,7 @@ class Oracle:
         return np.ones(len(index), dtype=bool)
 
     def undecided(self, cycles: Iterable[int]) -> set[str]:
-        """Ids that were queried in these cycles and that nobody could label: none, an Oracle can always say."""
+        """Ids that were queried in these cycles and that nobody could label: none of ground truth."""
         return set()
 
     def labels_of(self, index: np.ndarray) -> Labels:
@@ -84,8 +78,7 @@ class Pool:
     """One client's images: which are labelled, since which cycle, and what that cost.
 
     index: rows of the training set that this client holds; positions count within the client. `queried_in` is the whole
-    history of labelling: one integer an image, -1 = unlabelled, -2 = undecided (it was queried, and nobody could say),
-    else the cycle of the query.
+    history: the cycle of each image's query, -1 = unlabelled, -2 = undecided (queried, and nobody could say).
     """
 
     def __init__(self, client: str, images: Images, oracle: Oracle, index: Sequence[int]):
@@ -117,12 +110,10 @@ class Pool:
         return self._images.take(rows), self.labels_of(rows)
 
     def label(self, positions: Sequence[int], cycle: int, scores: Sequence[float] | None = None) -> None:
-        """Have these positions labelled in this cycle. scores: why (kept for the record), NaN where there was none."""
+        """Have these positions labelled in this cycle; scores: why, for the record."""
         positions = np.asarray(positions, dtype=np.int64)
         if len(np.unique(positions)) != len(positions) or not np.isin(positions, self.unlabelled()).all():
-            raise ValueError(
-                f"client {self.client}: queries must be different, unlabelled images: {positions.tolist()}"
-            )
+            raise ValueError(f"client {self.client}: queries must be different, unlabelled images: {positions}")
         answered = self.oracle.annotate(self.index[positions], cycle, scores)
         self.queried_in[positions] = np.where(answered, cycle, UNDECIDED)
         if scores is not None:

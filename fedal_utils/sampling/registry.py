@@ -45,14 +45,14 @@ class Strategy:
 
     def select(self, seen: Observation, k: int, rng: np.random.Generator) -> Selection:
         """The k images to label next. ValueError where a score is not finite, or the pool is smaller than k."""
-        if not self.selects:
-            found = self.function(seen)
-            scores = found if isinstance(found, Scores) else Scores.all(found)
-            if len(scores) != seen.count:
-                raise ValueError(f"strategy {self.name!r} scored {len(scores)} images of {seen.count}")
-            return Selection(top_k(scores, k, rng, seen.config.query.no_detection_rule), scores)
-        found = self.function(seen, k, rng)
-        return found if isinstance(found, Selection) else Selection(np.asarray(found), Scores.none(seen.count))
+        if self.selects:
+            found = self.function(seen, k, rng)
+            return found if isinstance(found, Selection) else Selection(np.asarray(found), Scores.none(seen.count))
+        found = self.function(seen)
+        scores = found if isinstance(found, Scores) else Scores.all(found)
+        if len(scores) != seen.count:
+            raise ValueError(f"strategy {self.name!r} scored {len(scores)} images of {seen.count}")
+        return Selection(top_k(scores, k, rng, seen.config.query.no_detection_rule), scores)
 
     def compares_local(self) -> bool:
         """True if it reads clients' own models, which are then kept."""
@@ -104,13 +104,11 @@ def strategy(
     score_above: float | None = None,
     source: str = "ours",
 ) -> Callable[[Callable], Callable]:
-    """Register the function below it under this name; see the module's example.
+    """Register the function below it, in the place of an older one of this name; see the module's example.
 
     name: what methods are called.
-    needs, selects, score_above, source: see `Strategy`.
     kind: 'boxes', 'images', None = both.
-
-    A second one of the same name and kind takes the place of the first, so a notebook's cell can be run again.
+    needs, selects, score_above, source: see `Strategy`.
     """
     for unknown in sorted(set(needs) - set(OBSERVATIONS)):
         raise ValueError(f"strategy {name!r} needs {unknown!r}, which nobody observes: known are {OBSERVATIONS}")

@@ -1,7 +1,4 @@
-"""Scores: one number an image, bigger = query first; pure functions of what models say, never of labels.
-
-N images, T boxes of an image, C classes, M models. Divergences and entropies are in nats.
-"""
+"""Scores: one number an image, bigger = query first; pure functions of what models say, never of labels."""
 
 from __future__ import annotations
 
@@ -71,10 +68,7 @@ def ratio(detections: Detections) -> Tensor:
 
 
 def reduce(values: Tensor, valid: Tensor, how: str) -> Scores:
-    """One number an image from its detections' (N, T) values: 'sum', 'avg' or 'max' over `valid` (N, T) bool.
-
-    Van Bommel 2021, 7.1 of the released code. ValueError: a value that is not finite.
-    """
+    """One number an image from its detections' (N, T) values: 'sum', 'avg' or 'max' over `valid` (N, T) bool."""
     values, count = finite("score", values.double().masked_fill(~valid, 0)), valid.sum(1)
     out = values.sum(1)
     if how == "avg":
@@ -85,10 +79,9 @@ def reduce(values: Tensor, valid: Tensor, how: str) -> Scores:
 
 
 def uncertainty(logits: Tensor, how: str) -> Scores:
-    """How unsure a model is of whole images, from its class scores (N, C), in float64; Settles (2012), ch. 2.
+    """How unsure a model is of whole images, from its class scores (N, C): the same four for class probabilities.
 
-    'entropy' of the class probabilities in nats (eq. 2.3), 'margin', 1 - (best - second best) (eq. 2.2), 'confidence',
-    1 - best (eq. 2.1), 'ratio', second best / best (Monarch 2021, ch. 3), from the difference of the class scores.
+    'confidence', 'margin', 'entropy' are eq. 2.1 to 2.3 of Settles (2012), 'ratio' is of Monarch (2021), ch. 3.
     """
     logits = logits.double()
     probs = logits.softmax(1)

@@ -23,9 +23,8 @@ class Selection:
 def top_k(scores: Scores, k: int, rng: np.random.Generator, empty: str = "last") -> np.ndarray:
     """Positions of the k largest scores, best first; ties break by `rng`, never by memory order.
 
-    empty: what to do with images that had nothing to score: 'last' (after all scored ones, in random order), 'first'
-    (before them: what the model cannot see may be what it must learn), 'never' (van Bommel's released code; fewer than
-    k may come back). ValueError: more than there are, or a score that is not finite.
+    empty: where images that had nothing to score come, in random order: 'last', 'first', or 'never' (van Bommel's
+    released code; fewer than k may come back). ValueError: more than there are, or a score that is not finite.
     """
     if not 0 <= k <= len(scores):
         raise ValueError(f"a query of {k} images, but the pool has {len(scores)} unlabelled ones")
@@ -42,10 +41,7 @@ def top_k(scores: Scores, k: int, rng: np.random.Generator, empty: str = "last")
 def cascade(
     steps: Sequence[Scores], sizes: Sequence[int], rng: np.random.Generator, empty: str = "last"
 ) -> list[np.ndarray]:
-    """Positions that are left after each step: the sizes[i] best by steps[i] of those that the step before left.
-
-    Each step is `top_k`, so the last entry is the selection. Where 'never' left fewer than the next size, all go on.
-    """
+    """Positions left after each step, the last = the selection: the sizes[i] best (`top_k`) of what was left before."""
     left, stages = np.arange(len(steps[0])), []
     for scores, size in zip(steps, sizes, strict=True):
         here = Scores(scores.values[left], scores.scored[left])
@@ -56,8 +52,6 @@ def cascade(
 
 def portions(shares: Mapping[str, float], k: int) -> dict[str, int]:
     """How many of k images each strategy selects: whole parts, then one each to the largest remainders."""
-    if min(shares.values(), default=0) < 0 or not abs(math.fsum(shares.values()) - 1) <= 1e-9:
-        raise ValueError(f"shares must be >= 0 and sum to 1, got {dict(shares)}")
     exact = {name: Fraction(repr(float(share))) for name, share in shares.items()}  # 0.29 is 29/100: 29 of 100 images
     quotas = {name: share * k / sum(exact.values()) for name, share in exact.items()}
     sizes = {name: math.floor(quota) for name, quota in quotas.items()}

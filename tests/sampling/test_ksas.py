@@ -245,14 +245,6 @@ def test_equal_detectors_disagree_on_nothing(how):
     assert not scores.values.any() and scores.scored.tolist() == [bool(image) for image in one]
 
 
-def test_without_any_detection_nothing_is_scored():
-    for length in (0, 3):
-        none = detections([], [], length=length)
-        for how in HOW:
-            assert not reduced(none, none, np.array([1, 1]), how).scored.any()
-        assert reduced(none, detections([(A, MIXED)], []), np.array([1, 1]), "sum").scored.tolist() == [True, False]
-
-
 # --- LoGo -------------------------------------------------------------------------------------------------------------
 
 

@@ -80,22 +80,3 @@ def test_an_observation_is_made_once_and_only_when_it_is_read(monkeypatch):
     monkeypatch.setattr(PoolObservation, "images", None)
     seen = object.__new__(PoolObservation)
     assert not made and seen.detections == seen.detections == "found" and made == [1]
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "settings", "reason"),
-    [
-        ("boxes", "model_outlier", {}, "set held_out_images"),
-        ("boxes", "vae", {"detector": "yolo"}, "set detector='ssd'"),
-        ("boxes", "d4", {}, "set image_loss_head=True"),
-        ("boxes", "d0", {}, "set diagnostic=True"),
-        ("images", "logo", {"classifier": "linear"}, "trained on one client's labels anyway"),
-        ("images", "model_outlier", {"classifier": "resnet8"}, "needs classifier='linear'"),
-        ("boxes", "sum", {"classifier": "resnet8"}, "it is for detectors"),
-        ("images", "ksas", {}, "for classifiers of whole images"),
-    ],
-)
-def test_what_an_experiment_cannot_give_is_refused_with_a_way_out(kind, name, settings, reason):
-    config = Config.of(**settings)
-    assert reason in sampling.find(name, kind).refusal(config)
-    assert not sampling.find("coreset", kind).refusal(config)

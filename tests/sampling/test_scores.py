@@ -106,36 +106,6 @@ def test_every_strategy_equals_the_oracle(images):
                 assert got.values[i] == pytest.approx(want, abs=1e-5)
 
 
-# Some equal, zeros among them; equal odds come from equal rows alone, or a logarithm's last bit would decide.
-PALETTE = [
-    (0, [0.13, 0.31, 0.29, 0.27]),
-    (1, [0.41, 0.11, 0.23, 0.25]),
-    (2, [0.07, 0.51, 0.37, 0.05]),
-    (3, [1.0, 0, 0, 0]),
-    (4, [0.0, 0.61, 0.39, 0]),
-    (5, [0.53, 0.0, 0.0, 0.47]),
-    (6, [0.19, 0.03, 0.67, 0.11]),
-    (7, [0.02, 0.06, 0.01, 0.91]),
-]
-row = st.lists(st.sampled_from(PALETTE), max_size=4)
-
-
-@given(st.lists(row, min_size=1, max_size=4), st.lists(row, min_size=1, max_size=4))
-def test_model_outliers_among_boxes_equal_the_oracle(images, held):
-    found, reference = detections(images), detections(held, likeliest=True)
-    choice = chosen(
-        "model_outlier", observed(len(images), found, held_out_detections=reference), len(images), rng_for(0, "s")
-    )
-    held_probs = reference.probs[reference.valid].tolist()
-    held_labels = reference.labels[reference.valid].tolist()
-    for i, one in enumerate(images):
-        seen = found.probs[i][: len(one)].tolist()
-        want = oracles.box_outlier(seen, held_probs, held_labels)
-        assert choice.scores.scored[i] == (want is not None)
-        if want is not None:
-            assert choice.scores.values[i] == pytest.approx(want, abs=1e-9)
-
-
 def test_model_outliers_among_boxes_by_hand():
     # held out, log odds of class 1: ln 2, ln 4; of class 2 (one box): ln 2.5
     held = detections(
@@ -151,16 +121,6 @@ def test_model_outliers_among_boxes_by_hand():
     assert scores.values[:5] == pytest.approx([0.75, 1, 0.875, 0.25, 0.5], abs=1e-12)
     choice = chosen("model_outlier", observed(6, found, held_out_detections=held), 3, rng_for(0, "c"))
     assert choice.positions.tolist() == [1, 2, 0]
-
-
-@given(st.lists(image.filter(len), min_size=1, max_size=5))
-def test_sum_is_at_least_max_is_at_least_avg(images):
-    found = detections(images)
-    for value in VALUES:
-        total, largest, mean = (
-            values_of(how if value == "confidence" else f"{value}_{how}", found) for how in ("sum", "max", "avg")
-        )
-        assert (total >= largest - 1e-9).all() and (largest >= mean - 1e-9).all() and (mean >= -1e-6).all()
 
 
 @given(st.lists(image, min_size=1, max_size=4), st.integers(0, 9))
@@ -348,12 +308,6 @@ def test_portions_are_the_largest_remainders_and_add_up(cuts, k):
     sizes = portions(shares, k)
     assert list(sizes) == list(shares) and list(sizes.values()) == slow_portions(hundredths, k)
     assert sum(sizes.values()) == k and all(abs(sizes[n] - share * k) < 1 + 1e-6 for n, share in shares.items())
-
-
-@pytest.mark.parametrize("shares", [{"a": 0.5, "b": 0.5 + 1e-8}, {}, {"a": 1.5, "b": -0.5}, {"a": math.nan}])
-def test_shares_that_are_no_parts_of_one_are_refused(shares):
-    with pytest.raises(ValueError, match="shares must be >= 0 and sum to 1"):
-        portions(shares, 3)
 
 
 @pytest.mark.parametrize("rule", ["last", "first", "never"])
