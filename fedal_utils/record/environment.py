@@ -40,24 +40,18 @@ def _commit() -> dict[str, Any]:
     return {}
 
 
-@functools.cache
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def environment() -> dict[str, Any]:
     """Versions, commit and machine class of this process; no host name, user name or path."""
-    versions = {"fedal": __version__, "python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in ("torch", "torchvision", "numpy")}
+    cpu = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"system": platform.system(), "cpu": _cpu(), "cores": cores}
+    machine = {"system": platform.system(), "cpu": cpu, "cores": cores}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    return {**versions, **_commit(), "machine": machine}
+    versions = {package: metadata.version(package) for package in ("torch", "torchvision", "numpy")}
+    return {"fedal": __version__, "python": platform.python_version(), **versions, **_commit(), "machine": machine}
 
 
 def machine_text(facts: Mapping[str, Any]) -> str:
@@ -75,15 +69,14 @@ def banner() -> str:
 
 
 class Progress:
-    """One bar per run over rounds, or one line per round where nobody watches; FEDAL_PROGRESS=bar|lines|none decides.
+    """One bar per run over rounds, or one line per round where neither a terminal nor a notebook looks on.
 
-    Nobody watches: neither a terminal nor a notebook looks on.
+    FEDAL_PROGRESS=bar|lines|none decides otherwise.
     """
 
     def __init__(self, name: str, rounds: int, committed: int):
-        self.how = os.environ.get("FEDAL_PROGRESS") or (
-            "bar" if "ipykernel" in sys.modules or sys.stderr.isatty() else "lines"
-        )
+        watched = "ipykernel" in sys.modules or sys.stderr.isatty()
+        self.how = os.environ.get("FEDAL_PROGRESS") or ("bar" if watched else "lines")
         bar = self.how == "bar"
         self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=not bar)
 

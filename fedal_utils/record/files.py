@@ -28,10 +28,7 @@ _FINITE = frozenset({"images", "boxes", "seconds", "bytes_up", "bytes_down", "st
 
 
 def project_root() -> Path:
-    """The folder that holds `results/`: $FEDAL_HOME, else the checkout around the working directory, else the latter.
-
-    A notebook opened in Jupyter works in `notebooks/`, one run headless in the checkout itself: both write to the same.
-    """
+    """The folder that holds `results/`: $FEDAL_HOME, or the checkout around the working directory, or the latter."""
     if os.environ.get("FEDAL_HOME"):
         return Path(os.environ["FEDAL_HOME"]).expanduser().absolute()
     here = Path.cwd()
@@ -49,8 +46,7 @@ def folder_name(text: str) -> str:
 def write_atomic(path: str | Path, content: bytes | str | Callable[[BinaryIO], None]) -> Path:
     """Write a file under a temporary name, flush it to disk, rename it: readers see the old file or the new one.
 
-    content: bytes, text (UTF-8), or a function that writes to the open binary file. A full disk is an OSError that says
-    so, and leaves the old file as it was.
+    content: bytes, text (UTF-8), or a function that writes to the open file. A full disk is an OSError that says so.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -147,30 +143,29 @@ def typed(sheet: pd.DataFrame) -> pd.DataFrame:
 def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any], where: str):
     """The sheet with rows added and `fixed` filled in; a new column is left empty in the rows before.
 
-    ValueError naming client and column for a value that no cell can hold.
+    Floats are written by `repr`, so that reading gives the same float back. ValueError naming client and column for a
+    value that no cell can hold.
     """
+
+    def cell(value: Any, column: str) -> str:
+        if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
+            value = value.item()
+        if value is None or (column == "score" and value != value):
+            return ""  # a query without a score: an initial label, or an image without detections
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int):
+            return str(int(value))
+        named = column in _FINITE or column.startswith("loss")
+        if not isinstance(value, float) or math.isinf(value) or (math.isnan(value) and named):
+            place = f"client {row.get('client')!r}" + (f", id {row['id']!r}" if "id" in row else "")
+            raise ValueError(f"{where}, {place}: {column} is {value!r}, which no cell can hold; nothing was written")
+        return repr(value)
+
     texts = []
     for row in rows:
-        place = f"{where}, client {row.get('client')!r}" + (f", id {row['id']!r}" if "id" in row else "")
-        texts.append({name: _cell(value, name, place) for name, value in {**row, **fixed}.items()})
+        texts.append({name: cell(value, name) for name, value in {**row, **fixed}.items()})
     return pd.concat([sheet, pd.DataFrame(texts, dtype=object)], ignore_index=True).fillna("") if texts else sheet
-
-
-def _cell(value: Any, column: str, where: str) -> str:
-    """The text of one value; floats by `repr`, so that reading gives the same float back."""
-    if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
-        value = value.item()
-    if value is None or (column == "score" and value != value):
-        return ""  # a query without a score: an initial label, or an image without detections
-    if isinstance(value, (bool, int)):
-        return str(int(value))
-    if isinstance(value, float):
-        if math.isinf(value) or (math.isnan(value) and (column in _FINITE or column.startswith("loss"))):
-            raise ValueError(f"{where}: {column} is {value!r}; nothing was written")
-        return repr(value)
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"{where}: {column} must be one number or a string, got {value!r} of {type(value).__name__}")
 
 
 # --- states -----------------------------------------------------------------------------------------------------------

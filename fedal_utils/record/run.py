@@ -26,20 +26,8 @@ import torch
 
 from .. import seeding
 from ..config import Config
+from . import files
 from .environment import Progress, environment
-from .files import (
-    encode,
-    folder_name,
-    lock,
-    plain,
-    read_json,
-    save_state,
-    sha256,
-    typed,
-    with_rows,
-    write_atomic,
-    write_json,
-)
 from .stored import COLUMNS, STATES, digests, read_run, setting_folder
 
 Plan = Callable[[Config, str], Sequence[tuple[int, int]]]  # config, method -> (cycle, round) of every round
@@ -74,13 +62,16 @@ class Run:
     ):
         self.config, self.notebook, self.method, self.seed = config, notebook, method, int(seed)
         self.root, self.fingerprint = root, fingerprint
-        self.folder = setting_folder(config, notebook, root) / folder_name(method) / f"seed{self.seed}"
+        self.folder = setting_folder(config, notebook, root) / files.folder_name(method) / f"seed{self.seed}"
         self.plan = list(plan(config, method) if plan else every_round(config))
         self.resumed: dict[str, Any] | None = None
         self.committed = 0
         self._sheets = {name: pd.DataFrame(columns=columns, dtype=object) for name, columns in COLUMNS.items()}
         self._lock = self._progress = None
         self._clock = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{self.notebook} {self.method} seed {self.seed}"
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(cycle, round) of each round still to do; round counts from 0 within its cycle. Each must be committed."""
@@ -99,17 +90,7 @@ class Run:
 
     def query_rows(self) -> list[dict[str, Any]]:
         """The committed rows of queries.csv, to rebuild the pools of a resumed run; score NaN where none was given."""
-        return typed(self._sheets["queries"]).to_dict("records")
-
-    @property
-    def finished(self) -> bool:
-        """True once every round is committed."""
-        return self.committed == len(self.plan)
-
-    @property
-    def minutes(self) -> float:
-        """Wall minutes of the committed rounds, over all starts."""
-        return self._sheets["times"]["seconds"].astype(float).sum() / 60
+        return files.typed(self._sheets["queries"]).to_dict("records")
 
     def commit(
         self,
@@ -128,43 +109,42 @@ class Run:
         ValueError, before anything is written, if a value is not allowed.
         """
         if _writers.get(self.folder) is not self:
-            reason = "was started again by this process" if self._lock else "is not open: take it from record.runs"
-            raise RuntimeError(f"{self} {reason}; nothing was written")
-        if self.finished or (cycle, number) != self.plan[self.committed]:
-            due = "nothing, it is finished" if self.finished else f"{self.plan[self.committed]}"
+            raise RuntimeError(f"{self} is not open, or was started again by this process; nothing was written")
+        due = self.plan[self.committed] if self.committed < len(self.plan) else "nothing, it is finished"
+        if (cycle, number) != due:
             raise ValueError(f"commit of cycle {cycle}, round {number} in {self}: due is {due}")
         where = f"{self}, cycle {cycle}, round {number}"
         seconds = time.monotonic() - self._clock
         now = {"cycle": cycle, "round": number}
         sheets = {
-            "rounds": with_rows(self._sheets["rounds"], rows, now, where),
-            "queries": with_rows(self._sheets["queries"], queries, {"cycle": cycle}, where),
-            "times": with_rows(self._sheets["times"], [{"seconds": f"{seconds:.3f}"}], now, where)[[*COLUMNS["times"]]],
+            "rounds": files.with_rows(self._sheets["rounds"], rows, now, where),
+            "queries": files.with_rows(self._sheets["queries"], queries, {"cycle": cycle}, where),
+            "times": files.with_rows(self._sheets["times"], [{"seconds": f"{seconds:.3f}"}], now, where)[
+                [*COLUMNS["times"]]
+            ],
         }
-        state = plain(dict(state or {}), f"{where}: state")
+        state = files.plain(dict(state or {}), f"{where}: state")
         for name, sheet in sheets.items():
-            write_atomic(self.folder / f"{name}.csv", encode(sheet))
-        entries = {n: {"rows": len(s), "columns": list(s), "sha256": sha256(s)} for n, s in sheets.items()}
+            files.write_atomic(self.folder / f"{name}.csv", files.encode(sheet))
+        entries = {n: {"rows": len(s), "columns": list(s), "sha256": files.sha256(s)} for n, s in sheets.items()}
         last, before = (self.folder / name for name in STATES)
         if last.exists():
             os.replace(last, before)
-        save_state(last, {"committed": self.committed + 1, "sheets": entries, "state": state})  # the round exists now
+        files.save_state(
+            last, {"committed": self.committed + 1, "sheets": entries, "state": state}
+        )  # the round exists now
         self._sheets, self.committed = sheets, self.committed + 1
         self._clock = time.monotonic()
-        if self.finished:
-            self._finish()
+        self._finish()
         if self._progress is not None:
             place = f"{self}  cycle {cycle + 1} round {number + 1}, {self.committed} of {len(self.plan)}"
             self._progress.step(place, rows, seconds)
-
-    def __str__(self) -> str:
-        return f"{self.notebook} {self.method} seed {self.seed}"
 
     def _open(self, progress: bool) -> bool:
         """Take up what is in the folder, if nobody else works there. Returns False if the run is finished."""
         if self._done():
             return False  # needs no lock, and no disk that can be written
-        self._lock = lock(self.folder / ".lock")
+        self._lock = files.lock(self.folder / ".lock")
         _writers[self.folder] = self
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
@@ -176,7 +156,7 @@ class Run:
         if not (self.folder / "config.json").exists():
             facts = {"notebook": self.notebook, "method": self.method, "seed": self.seed}
             facts |= {"digest": self.config.digest(), "fingerprint": self.fingerprint, "config": self.config.flat()}
-            write_json(self.folder / "config.json", facts)
+            files.write_json(self.folder / "config.json", facts)
         stored = read_run(self.folder)
         for problem in stored.damaged if stored else ():
             back = f"going back to round {stored.committed} of {len(self.plan)}"
@@ -184,11 +164,10 @@ class Run:
         if stored and stored.sheets:
             self.resumed, self.committed, self._sheets = stored.state, stored.committed, stored.sheets
             for name, sheet in stored.sheets.items():  # cut what a kill left beyond the commit
-                write_atomic(self.folder / f"{name}.csv", encode(sheet))
+                files.write_atomic(self.folder / f"{name}.csv", files.encode(sheet))
         elif stored:
             self._set_aside("damaged", [f for kind in ("*.csv", "*.pt") for f in self.folder.glob(kind)])
-        if self.finished:  # killed between the last commit and its closing note
-            self._finish()
+        if self._finish():  # killed between the last commit and its closing note
             return False
         self._progress = Progress(f"{self}", len(self.plan), self.committed) if progress else None
         self._clock = time.monotonic()
@@ -200,32 +179,27 @@ class Run:
     def _fits(self) -> bool:
         """False if the folder holds a run of other data; ValueError if it holds one of another setting."""
         path = self.folder / "config.json"
-        found = read_json(path)
+        found = files.read_json(path)
         if found and found.get("digest") != self.config.digest():
             raise ValueError(f"{path} belongs to another setting: move that folder away")
         return not (found and self.fingerprint) or found.get("fingerprint") == self.fingerprint
 
-    def _set_aside(self, why: str, files: Iterable[Path]) -> None:
+    def _set_aside(self, why: str, moved: Iterable[Path]) -> None:
         """Move files of the folder to one of its own in there, config.json last."""
         aside = self.folder / f"before-{why}-{time.strftime('%Y%m%d-%H%M%S')}"
-        files = sorted((f for f in files if f.is_file()), key=lambda f: f.name == "config.json")
         aside.mkdir(exist_ok=True)
-        for file in files:
+        for file in sorted((f for f in moved if f.is_file()), key=lambda f: f.name == "config.json"):
             os.replace(file, aside / file.name)
 
-    def _finish(self) -> None:
-        write_json(self.folder / "env.json", {**environment(), "minutes": round(self.minutes, 3)})
-        write_json(self.folder / "done.json", {"rounds": self.committed, "sha256": digests(self._sheets)})
+    def _finish(self) -> bool:
+        """Write the closing notes if every round is committed; whether it is."""
+        if self.committed < len(self.plan):
+            return False
+        minutes = self._sheets["times"]["seconds"].astype(float).sum() / 60  # over all starts
+        files.write_json(self.folder / "env.json", {**environment(), "minutes": round(minutes, 3)})
+        files.write_json(self.folder / "done.json", {"rounds": self.committed, "sha256": digests(self._sheets)})
         (self.folder / STATES[1]).unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.bar.close()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-        if _writers.get(self.folder) is self:
-            del _writers[self.folder]
+        return True
 
 
 def runs(
@@ -254,4 +228,9 @@ def runs(
                 if run._open(progress):
                     yield run
             finally:
-                run._close()
+                if run._progress is not None:
+                    run._progress.bar.close()
+                if run._lock is not None:
+                    run._lock.release()
+                if _writers.get(run.folder) is run:
+                    del _writers[run.folder]

@@ -48,16 +48,21 @@ def read_run(folder: Path) -> Stored | None:
         if not note.get("rounds") or note.get("sha256") != digests(sheets):
             raise ValueError(f"rounds.csv, queries.csv or done.json of {folder} was changed since its run: {ADVICE}")
         return Stored(sheets, note["rounds"], True, fingerprint)
-    damaged = []
-    for path in (folder / name for name in STATES):
+    damaged: list[str] = []
+    for path in (folder / name for name in STATES if (folder / name).exists()):
         try:
             content = load_state(path)
-        except FileNotFoundError:
-            continue
         except ValueError as error:
             damaged.append(str(error))
             continue
-        sheets = {name: _committed_rows(folder / f"{name}.csv", entry) for name, entry in content["sheets"].items()}
+        sheets = {}
+        for name, entry in content["sheets"].items():
+            sheet = read_sheet(folder / f"{name}.csv")
+            if set(entry["columns"]) <= set(sheet):
+                sheet = sheet[entry["columns"]].head(entry["rows"])
+            if sha256(sheet) != entry["sha256"]:
+                raise ValueError(f"{folder / name}.csv was cut or changed since the run committed it: {ADVICE}")
+            sheets[name] = sheet
         return Stored(sheets, content["committed"], False, fingerprint, content["state"], tuple(damaged))
     return Stored({}, 0, False, fingerprint, None, tuple(damaged)) if damaged else None
 
@@ -65,15 +70,6 @@ def read_run(folder: Path) -> Stored | None:
 def digests(sheets: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """Of the two files that a finished run vouches for."""
     return {f"{name}.csv": sha256(sheets[name]) for name in ("rounds", "queries")}
-
-
-def _committed_rows(path: Path, entry: Mapping[str, Any]) -> pd.DataFrame:
-    sheet = read_sheet(path)
-    if set(entry["columns"]) <= set(sheet):
-        sheet = sheet[entry["columns"]].head(entry["rows"])
-    if sha256(sheet) != entry["sha256"]:
-        raise ValueError(f"{path} was cut or changed since the run committed it: {ADVICE}")
-    return sheet
 
 
 def shared(
@@ -85,11 +81,11 @@ def shared(
     root: str | Path | None = None,
     fingerprint: str = "",
 ) -> Any:
-    """What all methods of a seed start from (the initial model): made once, saved, and loaded from then on.
+    """What all methods of a seed start from (the initial model): made once, saved, loaded from then on, on the CPU.
 
-    make: no arguments, returns what `Run.commit` accepts as a state. A second process that asks meanwhile waits. The
-    value always comes from the file, on the CPU, so the first caller sees what the others see. It is made anew where
-    the file is damaged, or belongs to other data.
+    config, notebook, seed, name, root: where it lies.
+    make: returns what `Run.commit` accepts as a state; a second process that asks meanwhile waits.
+    fingerprint: it is made anew where the file belongs to other data, or is damaged.
     """
     path = setting_folder(config, notebook, root) / "shared" / f"{folder_name(name)}-seed{seed}.pt"
     where, content = f"{notebook}: shared {name!r} of seed {seed}", None

@@ -43,7 +43,7 @@ def test_publish_leaves_no_trace_of_the_machine_and_links_work_from_there(house)
 def test_publish_refuses_more_than_a_megabyte(house):
     write_notebook(house / "notebooks" / "10_good.ipynb", "print('x' * 1_100_000)")
     notebooks.run("10")
-    with pytest.raises(ValueError, match=r"1.10 MB with outputs, 1 MB is allowed \(cell 3: 1.10 MB"):
+    with pytest.raises(ValueError, match="1.10 MB with outputs"):
         publish.publish("10")
     assert not (house / "results" / "notebooks" / "10_good.ipynb").exists()
 

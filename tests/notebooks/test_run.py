@@ -34,7 +34,7 @@ def test_runs_by_this_interpreter_from_the_root_with_the_parameters_given(house,
 def test_seeds_and_tuples_arrive_as_lists(house, capsys):
     path = house / "notebooks" / "10_good.ipynb"
     write_notebook(path, "print(seeds, overrides)", parameters='profile = "smoke"\nseeds = None\noverrides = {}')
-    words = ["run", "10", "--profile", "smoke", "--seeds", "0,1", "--set", "zoom=(1, 2)", "--set", "limit=(3, 4)"]
+    words = "run 10 --profile smoke --seeds 0,1 --set zoom=(1,2) --set limit=(3,4)".split()
     assert command.main(words) == 0
     assert capsys.readouterr().out.splitlines()[0] == "[0, 1] {'zoom': [1, 2], 'limit': [3, 4]}"
     assert command.main(["run", "10", "--silence", "-1"]) == 2
@@ -90,8 +90,8 @@ def test_a_kernel_does_not_outlive_its_runner(house):
     until(lambda: gone(int(note.read_text())))
 
 
-def until(true, seconds=300):
-    end = time.monotonic() + seconds
+def until(true):
+    end = time.monotonic() + 300
     while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -99,10 +99,9 @@ def until(true, seconds=300):
 
 def gone(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
         return True
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -113,10 +112,7 @@ def test_reproduce_goes_on_after_a_failure_and_names_notebook_cell_and_error(hou
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "2 notebooks, profile smoke" and lines[3].endswith("1 of 2 notebooks")
-    assert sorted((line.split()[0], line.split()[-1]) for line in lines[1:3]) == [
-        ("10_good", "done"),
-        ("11_bad", "FAILED"),
-    ]
+    assert [line.split()[::3] for line in lines[1:3]] == [["10_good", "done"], ["11_bad", "FAILED"]]
     assert lines[4] == "FAILED: 11_bad, cell [4]: ZeroDivisionError: division by zero"
     assert "ratio = before / 0" in err
 
@@ -155,9 +151,10 @@ def test_unknown_parameters_are_refused_and_the_known_ones_named(house):
     path = house / "notebooks" / "10_good.ipynb"
     with pytest.raises(ValueError, match="10_good has no parameter 'sede'; known: profile, data, seeds"):
         notebooks.run("10_good", sede=3)
-    assert notebooks.checked(path, {"seeds": [1]}) == {"seeds": [1]}
+    assert notebooks.checked(path, {"seeds": [1]})[0] == {"seeds": [1]}
     write_notebook(path, parameters='profile = "smoke"\noverrides = {"cycles": 2, "clients": 3}')
-    assert notebooks.checked(path, {"cycles": 5}) == {"overrides": {"cycles": 5, "clients": 3}}
+    values, config = notebooks.checked(path, {"cycles": 5})
+    assert values == {"overrides": {"cycles": 5, "clients": 3}} and config.query.cycles == 5
     with pytest.raises(ValueError, match="no parameter 'cylces'; known: profile, overrides; settings: .*cycles"):
         notebooks.checked(path, {"cylces": 5})
     with pytest.raises(ValueError, match="10_good: cycles must be 1 or more, got 0"):
@@ -176,13 +173,8 @@ def test_literals_are_read_without_running_anything(tmp_path):
     path = write_notebook(tmp_path / "a.ipynb", parameters=text)
     wanted = {"profile": "smoke", "seeds": [0, 1], "overrides": {"a": (1, -2.5)}, "data": None}
     assert notebooks.parameters(path) == wanted
-    book = json.loads(path.read_text())
-    book["cells"][1]["metadata"] = {}
-    path.write_text(json.dumps(book))
+    path.write_text(path.read_text().replace('"parameters"', '"others"'))
     with pytest.raises(ValueError, match="one code cell tagged 'parameters', it has 0"):
-        notebooks.parameters(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not a notebook"):
         notebooks.parameters(path)
 
 
@@ -200,17 +192,9 @@ def test_find_by_name_number_and_list(house):
 
 def test_the_command_line_reads_seeds_and_settings():
     assert command.seeds("") is None and command.seeds("0") == (0,) and command.seeds("0,2, 1") == (0, 2, 1)
-    assert command.settings(["cycles=3", "data=bccd", "size=(4, 5)", "name='3'", "flag=True", "empty="]) == {
-        "cycles": 3,
-        "data": "bccd",
-        "size": (4, 5),
-        "name": "3",
-        "flag": True,
-        "empty": "",
-    }
-    for wrong in (["cycles"], ["=3"], ["a=1", "a=2"]):
-        with pytest.raises(ValueError):
-            command.settings(wrong)
+    words = ["cycles=3", "set=bccd", "size=(4, 5)", "text='3'", "flag=True", "empty="]
+    wanted = {"cycles": 3, "set": "bccd", "size": (4, 5), "text": "3", "flag": True, "empty": ""}
+    assert dict(map(command.setting, words)) == wanted
 
 
 def test_folders_are_made_good_for_the_root(house, monkeypatch):
@@ -224,19 +208,11 @@ def test_folders_are_made_good_for_the_root(house, monkeypatch):
 
 def test_a_wrong_command_is_one_line_and_exit_code_two(house, capsys):
     assert command.main(["run", "99_nothing"]) == 2
-    assert command.main(["run", "10", "--set", "name=x"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
-    for wrong in (["reproduce", "--profile", "huge"], ["reproduce", "--seeds", "x"]):
+    assert capsys.readouterr().err.startswith("error: notebook '99_nothing' is unknown")
+    for wrong in ("reproduce --profile huge", "reproduce --seeds x", "run 10 --set name=x", "run 10 --set cycles"):
         with pytest.raises(SystemExit) as stopped:
-            command.main(wrong)
+            command.main(wrong.split())
         assert stopped.value.code == 2
-
-
-def test_every_command_has_a_sentence_and_known_options():
-    for name, (function, options) in command.COMMANDS.items():
-        assert function.__doc__ and set(options.split()) <= set(command.OPTIONS), name
-    assert set(command.OPTIONS) == {option for _, options in command.COMMANDS.values() for option in options.split()}
 
 
 def test_doctor_tells_versions_data_and_profile(capsys, tmp_path, monkeypatch):
