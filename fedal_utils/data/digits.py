@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from torch.nn.utils.rnn import pad_sequence
 
 from ..seeding import rng_for
-from .boxes import pad_boxes
 from .types import Dataset, Images, Labels
 
 MIN_CONTRAST = 0.35  # least difference in luminance (0..1) between ink and the mean of what it is drawn on
@@ -18,8 +19,7 @@ MAX_OVERLAP = 0.1  # most of the smaller of two boxes that the other may cover
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
-@dataclass(frozen=True)
-class Digits:
+class Digits(NamedTuple):
     """How many DigitScenes there are in train and test, and which digits are on them: 0 to classes - 1."""
 
     scenes: tuple[int, int] = (400, 200)
@@ -29,8 +29,6 @@ class Digits:
 @functools.lru_cache(maxsize=1)
 def _digits() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """scikit-learn's 1,797 handwritten digits as crisp uint8 masks cut tightly to their ink, and what they are."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     ink = torch.from_numpy(digits.images).float()[:, None]  # (1797, 1, 8, 8)
     ink = torch.nn.functional.pad(ink / ink.amax(dim=(2, 3), keepdim=True), (1, 1, 1, 1))
@@ -86,13 +84,13 @@ def _place(rng: np.random.Generator, h: int, w: int, image_size: tuple[int, int]
     """Where a digit of h x w may be drawn, xyxy; None if 30 tries found no place."""
     for _ in range(30):
         y, x = int(rng.integers(image_size[0] - h + 1)), int(rng.integers(image_size[1] - w + 1))
-        covers = [
-            max(0, min(x + w, b[2]) - max(x, b[0]))
-            * max(0, min(y + h, b[3]) - max(y, b[1]))
-            / min(w * h, (b[2] - b[0]) * (b[3] - b[1]))
-            for b in boxes
-        ]
-        if max(covers, default=0) <= MAX_OVERLAP:
+        covered = (
+            max(0, min(x + w, x2) - max(x, x1))
+            * max(0, min(y + h, y2) - max(y, y1))
+            / min(w * h, (x2 - x1) * (y2 - y1))
+            for x1, y1, x2, y2 in boxes
+        )
+        if all(part <= MAX_OVERLAP for part in covered):
             return x, y, x + w, y + h
     return None
 
@@ -107,8 +105,7 @@ def digit_scene(
     masks, _ = _digits()
     low, high = (round(side * min(image_size) / 64) for side in (14, 28))
     scene = _canvas(rng, *image_size)
-    boxes: list[tuple[int, int, int, int]] = []
-    drawn: list[int] = []
+    boxes, drawn = [], []
     for _ in range(int(rng.integers(1, most + 1))):
         row = int(sources[rng.integers(len(sources))])
         mask, side = masks[row], int(rng.integers(low, high + 1))
@@ -133,13 +130,12 @@ def digit_scenes(
     """Train and test DigitScenes; a box with a side below `min_object` is ignore."""
     if min(image_size) < 18:
         raise ValueError(f"digits need images of 18 and more pixels a side, got {image_size}")
-    target, sides = _digits()[1], []
-    parts = zip(("train", "test"), digits.scenes, digit_sources(seed, digits.classes), strict=True)
-    for split, count, sources in parts:
+    target, sides, parts = _digits()[1], [], digit_sources(seed, digits.classes)
+    for split, count, sources in zip(("train", "test"), digits.scenes, parts, strict=True):
         scenes = [digit_scene(rng_for(seed, "digits", split, k), sources, image_size) for k in range(count)]
         pixels, boxes, drawn = zip(*scenes, strict=True)
-        boxes = pad_boxes([torch.from_numpy(one) for one in boxes])
-        numbers = pad_boxes([torch.from_numpy(target[rows] + 1) for rows in drawn])
+        boxes = pad_sequence([torch.from_numpy(one) for one in boxes], batch_first=True)
+        numbers = pad_sequence([torch.from_numpy(target[rows] + 1) for rows in drawn], batch_first=True)
         small = (torch.minimum(*(boxes[..., 2:] - boxes[..., :2]).unbind(-1)) < min_object) & (numbers > 0)
         labels = Labels(boxes, numbers, small, torch.zeros_like(small))
         ids = tuple(f"{split}-{k:05d}" for k in range(count))

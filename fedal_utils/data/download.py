@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import NamedTuple
 
 from filelock import FileLock
 from torchvision import datasets
+
+from .files import reading
 
 
 class Pinned(NamedTuple):
@@ -55,11 +56,9 @@ def content_digest(folder: str | Path, parts: Iterable[str]) -> str:
 def fetch(name: str, root: str | Path) -> Path:
     """The folder `root`/`name` of "BCCD", "HIT-UAV" or "Kitti", downloaded if it is not there yet.
 
-    Raises ConnectionError without a network, naming URL, file and folder, and ValueError if the contents are not the
-    pinned ones.
+    ConnectionError, with URL, file and folder, without a network; ValueError if the contents are not the pinned ones.
     """
-    root = Path(root)
-    target = root / name
+    root, target = Path(root), Path(root, name)
     if name not in (*PINNED, KITTI):
         raise ValueError(f"no download is known for {name!r}; allowed are {', '.join([*PINNED, KITTI])}")
     root.mkdir(parents=True, exist_ok=True)
@@ -83,13 +82,9 @@ def _put_in_place(pinned: Pinned, root: Path, half: Path, target: Path) -> None:
         try:
             datasets.utils.download_url(url, str(half), archive.name)
         except (OSError, RuntimeError, HTTPException) as error:
-            raise ConnectionError(
-                f"{url}: {error}; get it by other means and put it there as {archive.name}"
-            ) from error
-    try:
+            raise ConnectionError(f"{url}: {error}; or put it there by other means, as {archive.name}") from error
+    with reading(f"archive {archive} is damaged or cannot be unpacked", "a whole zip, and room; remove it and fetch it again"):
         datasets.utils.extract_archive(str(archive), str(half / "all"))  # drops drives, leading '/' and '..'
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"archive {archive} is damaged: {error}; remove it and fetch it again") from error
     (top,) = (half / "all").iterdir()
     for part in pinned.parts:
         (half / "set" / part).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +92,6 @@ def _put_in_place(pinned: Pinned, root: Path, half: Path, target: Path) -> None:
     found = content_digest(half / "set", pinned.parts)
     if found != pinned.sha256:
         raise ValueError(
-            f"archive {archive} has contents with the digest {found}; expected is {pinned.sha256}, that of "
-            f"{pinned.repository} at commit {pinned.commit}. Nothing was put into {target}"
+            f"archive {archive} has the digest {found}; expected is {pinned}. Nothing was put into {target}"
         )
     os.rename(half / "set", target)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..seeding import rng_for
 from .files import find_files, key_of, read_text, same_form
-from .formats import Record, names_in
+from .formats import Record
 from .formats_coco import coco_records, read_json
 from .formats_kitti import KITTI_CLASSES, kitti_records, kitti_split
 from .formats_voc import split_lines, voc_records
@@ -100,7 +100,7 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     drops = Counter({f"labels of {tool} beside it, such as {file.name}, not read": 1 for tool, file in foreign.items()})
     if labelled:
         records = _with_the_rest(root, layout, labelled, images, unlabelled, drops)
-        names = names_in(labelled) if names is None else names
+        names = names or tuple(sorted({thing.name for record in labelled for thing in record.objects}))
     train, test, split_from = _sides(root, files, records, said, seed, drops)
     classes_from = ", ".join(f.relative_to(root).as_posix() for f in told) or ("the objects" if labelled else "")
     return Found(train, test, names, Reading(layout, classes_from, split_from), drops)

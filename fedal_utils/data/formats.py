@@ -1,8 +1,7 @@
 """What all formats share: the record, boxes settled in their image, and `assemble`, which makes a Dataset of records.
 
 Ignored and counted: VOC `difficult`, COCO `iscrowd`, objects smaller than `min_object`. Changed and counted: a box
-partly outside its image is clipped, one without area dropped. All else is a ValueError that names file and entry. An
-annotation that lists no object makes its image a negative; an image without an annotation is none.
+partly outside its image is clipped, one without area dropped. All else is a ValueError that names file and entry.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .boxes import letterbox_boxes, pad_boxes
+from .boxes import letterbox_boxes
 from .files import relative
 from .pixels import SUFFIXES, in_order, read_all, size_pair, upright_size
-from .types import Dataset, Images, Labels, Reading, StreamedImages
-
-MAX_BYTES = 8 << 30  # of a set's pixels; larger sets stream
+from .types import Dataset, Images, Labels, Reading
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,7 @@ class Record:
 
 
 def settled(record: Record) -> Record:
-    """The record with the size of its upright image and its boxes in pixels inside it; `drops` counts what was done.
-
-    The image's file may be missing where the annotation tells the size; where both tell it they must agree.
-    """
+    """The record with the size of its upright image and its boxes in pixels inside it; `drops` counts what was done."""
     file = record.file if record.file is not None and record.file.is_file() else None
     size = upright_size(file) if file else record.size
     if record.size not in (None, size) or (size is None and record.objects):
@@ -66,34 +61,24 @@ def settled(record: Record) -> Record:
             f"{record.source}: image {record.id!r} has the size {record.size} (height, width) there, but its file "
             f"{record.file} is {size or 'missing'}, upright; one must tell the size, and both the same"
         )
-    drops, objects = Counter(record.drops), record.objects
-    if objects is not None:
-        boxes = [_inside(record, thing, size, drops) for thing in objects]
-        objects = tuple(replace(t, box=box) for t, box in zip(objects, boxes, strict=True) if box is not None)
+    drops, kept = Counter(record.drops), []
+    for thing in record.objects or ():
+        height, width = size
+        sides = (width, height) * 2 if record.fractions else (1, 1, 1, 1)
+        box = x1, y1, x2, y2 = tuple(float(round(v * side, 20)) for v, side in zip(thing.box, sides, strict=True))
+        if not (x1 <= x2 and y1 <= y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height and max(x2, y2) < math.inf):
+            raise ValueError(
+                f"{record.source}: image {record.id!r}, class {thing.name!r}, box {box} (xyxy pixels) is inverted, not "
+                f"finite or lies outside its image, which spans x 0..{width}, y 0..{height}"
+            )
+        if x1 == x2 or y1 == y2:
+            drops["zero_area"] += 1
+            continue
+        inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+        drops["clipped"] += any(abs(a - b) > 1e-6 * max(width, height) for a, b in zip(inside, box, strict=True))
+        kept.append(replace(thing, box=inside))
+    objects = None if record.objects is None else tuple(kept)
     return replace(record, file=file, size=size, objects=objects, fractions=False, drops=dict(drops))
-
-
-def _inside(record: Record, thing: Object, size: tuple[int, int], drops: Counter) -> tuple[float, ...] | None:
-    """The object's box in pixels inside its image, None if it has no area."""
-    height, width = size
-    sides = (width, height) * 2 if record.fractions else (1, 1, 1, 1)
-    box = x1, y1, x2, y2 = tuple(float(round(v * side, 20)) for v, side in zip(thing.box, sides, strict=True))
-    if not (x1 <= x2 and y1 <= y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height and max(x2, y2) < math.inf):
-        raise ValueError(
-            f"{record.source}: image {record.id!r}, class {thing.name!r}, box {box} (xyxy pixels) is inverted, not "
-            f"finite or lies outside its image, which spans x 0..{width}, y 0..{height}"
-        )
-    if x1 == x2 or y1 == y2:
-        drops["zero_area"] += 1
-        return None
-    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    drops["clipped"] += any(abs(a - b) > 1e-6 * max(width, height) for a, b in zip(inside, box, strict=True))
-    return inside
-
-
-def names_in(records: Iterable[Record]) -> tuple[str, ...]:
-    """The classes of all objects, sorted."""
-    return tuple(sorted({thing.name for record in records for thing in record.objects or ()}))
 
 
 def unique(records: Iterable[Record]) -> list[Record]:
@@ -147,11 +132,10 @@ def _labels_of(
         if odd := {thing.name for thing in record.objects or ()} - number.keys():
             raise ValueError(f"{record.source}: {record.id!r} has the classes {odd}; allowed are {list(class_names)}")
     objects = [record.objects or () for record in records]
-    longest = max(1, max(len(things) for things in objects))  # one padding row, so that reductions over K are defined
 
-    def padded(rows: list, dtype: torch.dtype, *shape: int) -> Tensor:
+    def padded(rows: list, dtype: torch.dtype, *shape: int) -> Tensor:  # (N, K, ...)
         tensors = [torch.tensor(row, dtype=dtype).reshape(-1, *shape) for row in rows]
-        return pad_boxes([*tensors, torch.zeros(longest, *shape, dtype=dtype)])[:-1]  # (N, K, ...)
+        return pad_sequence([*tensors, torch.zeros(1, *shape, dtype=dtype)], batch_first=True)[:-1]  # K is at least 1
 
     classes = padded([[number[thing.name] for thing in things] for things in objects], torch.int64)
     difficult = padded([[thing.difficult for thing in things] for things in objects], torch.bool)
@@ -175,15 +159,11 @@ def assemble(
     drops: Mapping[str, int] | None = None,
     reading: Reading | None = None,
 ) -> Dataset:
-    """The Dataset of these records: annotations are checked first, then pixels are read, of large sets when needed.
+    """The Dataset of these records, at least one: all annotations are checked before pixels are read.
 
-    name: what it is called.
-    records: at least one.
-    image_size: (height, width), or one side, that images are letterboxed to.
-    class_names: default: those of the objects, sorted.
-    min_object: a box with a shorter side (letterboxed) is ignore.
-    drops: what was left out before, by reason.
-    reading: how the records were read.
+    name: what it is called. image_size: (height, width), or one side, that images are letterboxed to.
+    class_names: default: those of the objects, sorted. min_object: a box with a shorter side (letterboxed) is ignore.
+    drops: what was left out before, by reason. reading: how the records were read.
     """
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")
@@ -196,17 +176,12 @@ def assemble(
     labelled = torch.tensor([record.objects is not None for record in records])
     labels = None
     if labelled.any():
-        class_names = class_names or names_in(records)
+        class_names = class_names or sorted({thing.name for record in records for thing in record.objects or ()})
         if not class_names:
             raise ValueError(f"{records[0].source}: no object in any annotation of {name!r}; give class_names")
         labels = _labels_of(records, class_names, image_size, min_object, counts)
     ids, files, groups = (tuple(getattr(record, what) for record in records) for what in ("id", "file", "group"))
-    groups = None if None in groups else groups
-    sizes = torch.tensor([record.size for record in records], dtype=torch.int64)
-    if len(records) * 3 * image_size[0] * image_size[1] > MAX_BYTES:
-        images = StreamedImages(ids, files, sizes, groups, image_size)
-    else:
-        images = Images(ids, read_all(files, image_size)[0], sizes, groups)
+    images = Images(ids, *read_all(files, image_size), None if None in groups else groups)
     kept = {reason: n for reason, n in counts.items() if n}
     partly = None if labels is None or labelled.all() else labelled
     return Dataset(name, images, labels, tuple(class_names or ()), kept, partly, reading or Reading())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +16,43 @@ from .formats import settled
 from .types import Dataset, Reading
 
 
-def inspect_folder(
-    name: str, root: str | Path | None = None, seed: int = 0, ids: int = 5, unlabelled: bool = False
-) -> dict[str, Any]:
+def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
     """What `load` reads, without pixels: a dict that JSON can hold.
 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
-    test images, boxes, per_class (images, where a class is a whole image's), ignored, not_labelled and the first ids.
+    test images, boxes, per_class (images, where a class is a whole image's) and the first ids.
     """
     if name in classification.NAMES or name.lower().endswith(".zip"):
-        return _class_report(name, root, seed, ids)
-    found = find(name, data_root(root), seed, False, unlabelled)
-    report, left_out = _head(found.reading, found.class_names or ()), Counter(found.drops)
-    for split, records in (("train", found.train), ("test", found.test)):
+        return _of_classes(name, root, seed)
+    found = find(name, data_root(root), seed, fetch=False)
+    left_out, sides = Counter(found.drops), []
+    for records in (found.train, found.test):
         records = [settled(record) for record in records]
         for record in records:
             left_out.update(record.drops)
         things = [thing for record in records for thing in record.objects or ()]
-        per_class = Counter(thing.name for thing in things if not (thing.difficult or thing.crowd))
-        report["splits"][split] = {
-            "images": len(records),
-            "boxes": sum(per_class.values()),
-            "per_class": {name: per_class[name] for name in report["classes"]},
-            "ignored": len(things) - sum(per_class.values()),
-            "not_labelled": sum(record.objects is None for record in records),
-            "ids": [record.id for record in records[:ids]],
-        }
+        kinds = [thing.name for thing in things if not (thing.difficult or thing.crowd)]
+        sides.append(([record.id for record in records], kinds, len(kinds)))
     if found.class_names is None:  # images without labels: their folders may be classes
         with contextlib.suppress(ValueError):
-            return _class_report(name, root, seed, ids)
-    return report | {"left_out": {reason: n for reason, n in left_out.items() if n}}
+            return _of_classes(name, root, seed)
+    return _report(found.reading, found.class_names or (), sides, left_out)
 
 
-def _head(told: Reading, classes: Sequence[str]) -> dict[str, Any]:
-    report = {"format": told.format, "classes": list(classes), "classes_from": told.classes_from}
-    return report | {"split_from": told.split_from, "left_out": {}, "splits": {}}
-
-
-def _class_report(name: str, root: str | Path | None, seed: int, ids: int) -> dict[str, Any]:
+def _of_classes(name: str, root: str | Path | None, seed: int) -> dict[str, Any]:
     _, names, sides, told = classification.find(name, data_root(root), seed)
-    report = _head(told, names)
-    for split, side in zip(("train", "test"), sides, strict=True):
-        counts = {name: side.classes.count(c + 1) for c, name in enumerate(names)}
-        report["splits"][split] = {
-            "images": len(side.ids),
-            "boxes": 0,
-            "per_class": counts,
-            "ids": list(side.ids[:ids]),
-        }
-    return report
+    return _report(told, names, [(side.ids, [names[c - 1] for c in side.classes], 0) for side in sides], {})
+
+
+def _report(told: Reading, classes: Sequence[str], sides: Iterable, left_out: Mapping[str, int]) -> dict[str, Any]:
+    """sides: of train and test the ids, the class of each thing, and how many boxes there are."""
+    splits = {}
+    for split, (ids, kinds, boxes) in zip(("train", "test"), sides, strict=True):
+        per_class = {name: kinds.count(name) for name in classes}
+        splits[split] = {"images": len(ids), "boxes": boxes, "per_class": per_class, "ids": list(ids[:5])}
+    report = {"format": told.format, "classes": list(classes), "classes_from": told.classes_from}
+    left_out = {reason: n for reason, n in left_out.items() if n}
+    return report | {"split_from": told.split_from, "left_out": left_out, "splits": splits}
 
 
 def report_lines(report: dict[str, Any]) -> str:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import logsumexp
 
+TRIES = 1000  # draws that `dirichlet` and `dirichlet_equal` make before they give up
 ALTERNATIONS = 2000  # of normalising rows and columns, before `dirichlet_equal` draws again
 
 
-def _check(images: int, clients: int, alpha: float = 1.0) -> None:
-    if not 1 <= clients <= images or not 0 < alpha < np.inf:
-        raise ValueError(
-            f"{clients} clients cannot share {images} images with alpha {alpha}: each needs at least one image, and "
-            "alpha must be > 0 and finite"
-        )
+def _check(images: int, clients: int) -> None:
+    if not 1 <= clients <= images:
+        raise ValueError(f"{clients} clients cannot share {images} images: each needs at least one")
 
 
 def iid(images: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -28,17 +26,16 @@ def iid(images: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]
 
 
 def dirichlet(
-    dominant: np.ndarray, clients: int, alpha: float, rng: np.random.Generator, least: int = 1, tries: int = 1000
+    dominant: np.ndarray, clients: int, alpha: float, rng: np.random.Generator, least: int = 1
 ) -> list[np.ndarray]:
     """Label skew: each class's images are dealt out by proportions from Dirichlet(alpha) (Hsu et al. 2019, 1909.06335).
 
     dominant: (N,) class of each image (the most frequent one in it; 0 = no object, a class of its own).
-    clients: how many. rng: of the draws.
-    alpha: concentration; small = each client sees few classes, large = IID.
-    least: images that every client must get; the draw is repeated until it holds, `tries` times at most.
+    clients: how many. alpha: concentration; small = each client sees few classes, large = IID. rng: of the draws.
+    least: images that every client must get; the draw is repeated until it holds, TRIES times at most.
     """
-    _check(len(dominant), clients, alpha)
-    for _ in range(tries):
+    _check(len(dominant), clients)
+    for _ in range(TRIES):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for label in np.unique(dominant):
             members = rng.permutation(np.flatnonzero(dominant == label))
@@ -50,7 +47,7 @@ def dirichlet(
         if min(len(part) for part in joined) >= least:
             return joined
     raise ValueError(
-        f"no Dirichlet({alpha}) draw in {tries} gave each of {clients} clients {least} of {len(dominant)} images; "
+        f"no Dirichlet({alpha}) draw in {TRIES} gave each of {clients} clients {least} of {len(dominant)} images; "
         "raise alpha or lower clients"
     )
 
@@ -67,50 +64,40 @@ def _balanced(logs: np.ndarray, columns: np.ndarray, tolerance: float) -> np.nda
 
 
 def _whole(wanted: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Integers (M, C) near `wanted` whose columns sum to `counts` (C,) and whose rows sum to `sizes` (M,).
-
-    Largest remainders settle the columns. Then one image at a time goes from a client with too many to one with too
-    few, of the class where that leaves both nearest to what they want.
-    """
+    """Integers (M, C) near `wanted` whose columns sum to `counts` (C,), by largest remainders, and rows to `sizes`."""
     dealt = np.floor(wanted).astype(np.int64)
     for column, lacking in enumerate(counts - dealt.sum(axis=0)):
         order = np.argsort(dealt[:, column] - wanted[:, column], kind="stable")
         dealt[order[:lacking], column] += 1
     while (dealt.sum(axis=1) != sizes).any():
-        over = int(np.argmax(dealt.sum(axis=1) - sizes))
-        under = int(np.argmin(dealt.sum(axis=1) - sizes))
+        over, under = np.argmax(dealt.sum(axis=1) - sizes), np.argmin(dealt.sum(axis=1) - sizes)
         gain = (dealt[over] - wanted[over]) - (dealt[under] - wanted[under])
-        column = int(np.argmax(np.where(dealt[over] > 0, gain, -np.inf)))
+        column = np.argmax(np.where(dealt[over] > 0, gain, -np.inf))  # of which both come nearest to what they want
         dealt[over, column] -= 1
         dealt[under, column] += 1
     return dealt
 
 
-def dirichlet_equal(
-    classes: np.ndarray, clients: int, alpha: float, rng: np.random.Generator, tries: int = 100
-) -> list[np.ndarray]:
+def dirichlet_equal(classes: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Label skew with equal sizes, as LoGo's released code splits (Kim et al. 2023): Dirichlet(alpha), then balanced.
 
     A matrix clients x classes with rows from Dirichlet(alpha) is normalised by columns and by rows in turn, until rows
     sum to 1 and column c to clients * n_c / N, to within min(1, clients / classes, classes / clients) / 1000. Scaled to
-    images it is rounded: every image goes to one client, and sizes differ by one at most. A draw that is not balanced
-    after ALTERNATIONS is drawn again, `tries` at most.
-
-    classes: (N,) class of each image, any integers. The released code splits without the matrix from alpha 10 on; here
-    one rule holds for all.
+    images it is rounded, so that sizes differ by one at most. A draw that does not balance is drawn again. The released
+    code splits without the matrix from alpha 10 on; here one rule holds. classes: (N,) of each image, any integers.
     """
-    _check(len(classes), clients, alpha)
+    _check(len(classes), clients)
     present, number, counts = np.unique(classes, return_inverse=True, return_counts=True)
     share, kinds = len(classes) / clients, len(present)
     tolerance = min(1, clients / kinds, kinds / clients) / 1000
-    for _ in range(tries):  # log G(a) = log G(a + 1) + log U / a never underflows
+    for _ in range(TRIES):  # log G(a) = log G(a + 1) + log U / a never underflows
         logs = np.log(rng.standard_gamma(alpha + 1, (clients, kinds)))
         logs = logs + np.log1p(-rng.random((clients, kinds))) / alpha
         balanced = _balanced(logs, counts / share, tolerance)
         if balanced is not None:
             break
     else:
-        raise ValueError(f"none of {tries} Dirichlet({alpha}) draws for {clients} clients was balanced; raise alpha")
+        raise ValueError(f"none of {TRIES} Dirichlet({alpha}) draws for {clients} clients was balanced; raise alpha")
     sizes = np.full(clients, len(classes) // clients)
     sizes[rng.permutation(clients)[: len(classes) % clients]] += 1
     dealt = _whole(balanced * share, sizes, counts)
@@ -149,8 +136,7 @@ def missing_class(
             counts = np.array([len(parts[client]) for client in allowed])
             fewest = allowed[counts == counts.min()]
             parts[fewest[rng.integers(len(fewest))]].append(int(image))
-    empty = [client for client, part in enumerate(parts) if not part]
-    if empty:
+    if empty := [client for client, part in enumerate(parts) if not part]:
         raise ValueError(f"clients {empty} get no image: every image holds a class that they must miss")
     return [np.sort(np.array(part, dtype=np.int64)) for part in parts], np.sort(np.array(left_over, dtype=np.int64))
 

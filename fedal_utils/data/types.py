@@ -6,14 +6,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .boxes import flip_boxes
-from .pixels import read_all
 
 Index = Sequence[int] | np.ndarray | Tensor
 
@@ -27,10 +25,6 @@ def row_numbers(index: Index, count: int) -> np.ndarray:
     if rows.size and (rows.min() < 0 or rows.max() >= count):
         raise ValueError(f"row {rows[(rows < 0) | (rows >= count)][0]} does not exist: rows are 0..{count - 1}")
     return rows
-
-
-def _of(values: Sequence | None, rows: np.ndarray) -> tuple | None:
-    return None if values is None else tuple(values[i] for i in rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,43 +59,20 @@ class Images:
     def take(self, index: Index) -> Images:
         """The images of these rows (row numbers or a mask), in this order."""
         rows = row_numbers(index, len(self))
-        return Images(
-            _of(self.ids, rows), self.batch(rows, self.pixels.device), self.sizes[rows], _of(self.groups, rows)
-        )
+        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
+        ids, pixels = tuple(self.ids[row] for row in rows), self.batch(rows, self.pixels.device)
+        return Images(ids, pixels, self.sizes[rows], groups)
 
     def batch(self, index: Index, device: str | torch.device = "cpu", flip: Tensor | None = None) -> Tensor:
         """Model inputs for these rows: uint8 (B, 3, H, W) on `device`, mirrored where `flip` (B,) bool is True."""
-        batch = self._pixels(row_numbers(index, len(self))).to(device)
+        rows = torch.from_numpy(row_numbers(index, len(self)))
+        batch = self.pixels[rows.to(self.pixels.device)].to(device)
         return batch if flip is None else torch.where(flip.to(device)[:, None, None, None], batch.flip(-1), batch)
 
     def batches(self, chunks: Sequence[Index], device: str | torch.device = "cpu") -> Iterator[Tensor]:
         """`batch` for each chunk of row numbers in turn."""
         for chunk in chunks:
             yield self.batch(chunk, device)
-
-    def _pixels(self, rows: np.ndarray) -> Tensor:
-        return self.pixels[torch.from_numpy(rows).to(self.pixels.device)]
-
-
-@dataclass(frozen=True, eq=False)
-class StreamedImages(Images):
-    """`Images` whose `pixels` are paths: they are read when asked for, and the same rows give the same bytes."""
-
-    pixels: tuple[Path, ...]
-    image_size: tuple[int, int] = (1, 1)
-
-    def to(self, device: str | torch.device) -> StreamedImages:
-        """Itself: `batch` moves what it reads."""
-        return self
-
-    def take(self, index: Index) -> StreamedImages:
-        """The images of these rows; nothing is read."""
-        rows = row_numbers(index, len(self))
-        kept = {name: _of(getattr(self, name), rows) for name in ("ids", "pixels", "groups")}
-        return replace(self, sizes=self.sizes[rows], **kept)
-
-    def _pixels(self, rows: np.ndarray) -> Tensor:
-        return read_all(_of(self.pixels, rows), self.image_size)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,20 +168,12 @@ class Dataset:
         return torch.from_numpy(np.where(counts.max(axis=1) > 0, first, 0))
 
     def fingerprint(self) -> str:
-        """SHA-256 of ids, original sizes, groups, class names, labels and pixels (streamed: name, size, time of files).
-
-        A run, a cached feature or an initial model belongs to the data set with this fingerprint.
-        """
+        """SHA-256 of ids, sizes, groups, class names, labels and pixels: what runs and cached features belong to."""
         images, labels = self.images, self.labels
-        about = [images.ids, images.groups, images.image_size, self.class_names]
-        tensors = [images.sizes, self.labelled]
+        tensors = [images.sizes, self.labelled, images.pixels]
         if labels is not None:
-            tensors += [labels.boxes, labels.classes, labels.ignore, labels.crowd]
-        if isinstance(images, StreamedImages):
-            about += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in images.pixels]
-        else:
-            tensors.append(images.pixels)
-        digest = hashlib.sha256(repr(tuple(about)).encode())
+            tensors[2:2] = [labels.boxes, labels.classes, labels.ignore, labels.crowd]
+        digest = hashlib.sha256(repr((images.ids, images.groups, images.image_size, self.class_names)).encode())
         for tensor in (t for t in tensors if t is not None):
             digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -227,13 +190,8 @@ class Dataset:
             line += f", {sum(per_class):,} boxes ({listed})"
             known = torch.ones(len(self), dtype=torch.bool) if self.labelled is None else self.labelled
             empty = known & (self.labels.classes == 0).all(dim=1).cpu()
-            told = zip(
-                ("ignored", "images without objects", "images not labelled"),
-                (self.labels.ignore, empty, ~known),
-                strict=True,
-            )
-            line += "".join(f", {int(mask.sum()):,} {what}" for what, mask in told if mask.any())
+            told = {"ignored": self.labels.ignore, "images without objects": empty, "images not labelled": ~known}
+            line += "".join(f", {int(mask.sum()):,} {what}" for what, mask in told.items() if mask.any())
         if self.drops:
             line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())
-        drawn = self.reading.split_from.startswith("drawn")
-        return line + (f"; split {self.reading.split_from}" if drawn else "")
+        return line + f"; split {self.reading.split_from}" * self.reading.split_from.startswith("drawn")

@@ -1,7 +1,6 @@
-"""The changed views of an image under which CALD compares a detector's output with itself (Yu et al. 2022, 2103.10374).
+"""The changed views under which CALD compares a detector's output with itself (Yu et al. 2022, 2103.10374).
 
-Changes and numbers are *from released code* (github.com/we1pingyu/CALD). Two things are ours: where a patch is tried
-follows from the image's id, and the smaller image lies in a grey canvas.
+Changes and numbers are *from released code*. Ours: a patch's place follows from the image's id, the canvas is grey.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PATCHES, TRIES, PATCH_SIDE, COVERED = 2, 50, (0.05, 0.2), (0.1, 0.4)  # how many
 def cutout_patches(ids: Sequence[str], boxes: Tensor, valid: Tensor, image_size: tuple[int, int]) -> Tensor:
     """What cutout covers in each image: (N, PATCHES, 4) xyxy whole pixels, zeros where too few of TRIES places will do.
 
-    boxes (N, T, 4), valid (N, T): those detected in the plain image; without any no place will do.
+    boxes (N, T, 4), valid (N, T): those detected in the plain image.
     """
     drawn = torch.stack([torch.from_numpy(rng_for(0, "cutout", name).random((TRIES, 4))) for name in ids])
     canvas = torch.tensor([image_size[1], image_size[0]], dtype=torch.float64)  # width, height
@@ -94,10 +93,7 @@ def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Viewed:
-    """Images as a view shows them: what `training.predict` and `training.cache_features` need of a set of images.
-
-    plain: what is detected in the images themselves, row by row; cutout needs it.
-    """
+    """Images as a view shows them, to predict on; plain: what is detected in the images as they are, for cutout."""
 
     images: Images
     name: str

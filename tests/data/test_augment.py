@@ -44,14 +44,12 @@ def test_settings_that_change_nothing_change_nothing():
 
 
 def test_flipping_twice_is_the_identity_and_padding_stays_zero():
-    pixels, boxes, classes, _ = batch()
-    mask = torch.tensor([True, False, True, True])
-    once = a.horizontal_flip(pixels, boxes, classes, mask)
-    assert torch.equal(once[0][0], pixels[0].flip(-1)) and torch.equal(once[0][1], pixels[1])
-    assert not once[1][:, -1].any()
-    twice = a.horizontal_flip(*once, classes, mask)
-    assert torch.equal(twice[0], pixels)
-    torch.testing.assert_close(twice[1], boxes)
+    given = batch()
+    once = augment(given, rng(), flip=1.0)
+    assert torch.equal(once[0], given[0].flip(-1)) and not once[1][:, -1].any()
+    twice = augment(once, rng(), flip=1.0)
+    assert torch.equal(twice[0], given[0])
+    torch.testing.assert_close(twice[1], given[1])
 
 
 def rectangle(x1: int, y1: int, x2: int, y2: int):

@@ -76,13 +76,6 @@ def test_clip_cuts_at_the_edges_and_leaves_nothing_of_a_box_outside():
     assert clipped.tolist() == [[0, 0, 3, 10], [16, 2, 16, 4], [1, 2, 3, 4]]
 
 
-def test_padding_keeps_rows_in_front_and_the_dtype():
-    rows = [torch.tensor([[1, 2]]), torch.zeros(0, 2, dtype=torch.int64), torch.tensor([[3, 4], [5, 6]])]
-    out = b.pad_boxes(rows)
-    assert out.tolist() == [[[1, 2], [0, 0]], [[0, 0], [0, 0]], [[3, 4], [5, 6]]]
-    assert out.dtype == torch.int64
-
-
 def _detections(count: int, scores: list[float]) -> b.Detections:
     k = len(scores)
     return b.Detections(

@@ -344,9 +344,9 @@ def sixteen_bits() -> bytes:
         (many("a.png", "cat/b.png", "dog/c.png"), "a.png lies in no class folder"),
         (many("a.png", "b.png"), "a.png lies in no class folder"),
         (many("train/cat/a.png", "train/dog/b.png", "test/c.png"), "test/c.png lies in no class folder"),
-        (BOTH | many("other/cat/x.png"), "other/cat/x.png lies in none of test, train"),
-        (BOTH | many("train/emu/x.png"), "without any image .*'test', 'emu'"),
-        (BOTH | many("val/cat/x.png"), "without any image .*'val', 'dog'"),
+        (BOTH | many("other/cat/x.png"), "other/cat/x.png lies in no class folder"),
+        (BOTH | many("train/emu/x.png"), "no image of .*'test', 'emu'"),
+        (BOTH | many("val/cat/x.png"), "no image of .*'val', 'dog'"),
         (many("train/cat/a.png", "test/cat/b.png"), r"has the classes \('cat',\), two are needed"),
         (BOTH | {"train/cat/a.png": b""}, "train/cat/a.png"),
         (BOTH | {"train/cat/a.png": encoded("a")[:-400]}, "train/cat/a.png is truncated or corrupt"),
@@ -359,14 +359,6 @@ def test_what_is_wrong_with_class_folders_is_named(place, files, message):
         class_sets.load(str(place(files)), 8)
 
 
-def test_a_set_that_does_not_fit_says_what_to_lower(tmp_path, monkeypatch):
-    at = str(written(tmp_path / "pets", BOTH))
-    monkeypatch.setattr(class_sets, "MAX_BYTES", 3 * 3 * 8 * 8)
-    assert len(class_sets.load(at, 8)[0]) == 3
-    with pytest.raises(ValueError, match="pets' needs more than 576 bytes; lower image_size or limit"):
-        class_sets.load(at, (9, 8))
-
-
 def test_a_damaged_zip_is_named(tmp_path):
     at = cut(written(tmp_path / "pets.zip", BOTH))
     with pytest.raises(ValueError, match="pets.zip is missing or damaged"):
@@ -377,7 +369,7 @@ def test_a_damaged_zip_is_named(tmp_path):
 
 
 def test_an_unknown_name_lists_what_is_allowed(tmp_path):
-    with pytest.raises(ValueError, match="'cifar11' is not known .* allowed are digit-images, cifar10, .* or the path"):
+    with pytest.raises(ValueError, match="'cifar11' is not known.* allowed are digit-images, cifar10, .* or the path"):
         class_sets.load("cifar11", 8, tmp_path)
 
 

@@ -126,11 +126,8 @@ def test_natural_groups_come_back_sorted_by_name():
         (lambda rng: partition.iid(3, 4, rng), "4 clients cannot share 3 images"),
         (lambda rng: partition.iid(3, 0, rng), "0 clients cannot share"),
         (lambda rng: partition.dirichlet(np.zeros(3), 4, 1.0, rng), "4 clients cannot share 3 images"),
-        (lambda rng: partition.dirichlet(np.zeros(9), 2, 0.0, rng), "alpha 0.0: .* must be > 0 and finite"),
-        (lambda rng: partition.dirichlet_equal(np.zeros(9), 2, float("nan"), rng), "alpha nan: .* finite"),
-        (lambda rng: partition.dirichlet_equal(np.zeros(9), 2, float("inf"), rng), "alpha inf: .* finite"),
         (lambda rng: partition.dirichlet(np.zeros(9), 2, 1.0, rng, least=5), "gave each of 2 clients 5 of 9"),
-        (lambda rng: partition.dirichlet(np.zeros(9), 9, 0.01, rng, tries=3), r"no Dirichlet\(0.01\) draw .*raise"),
+        (lambda rng: partition.dirichlet(np.zeros(9), 9, 0.001, rng), r"no Dirichlet\(0.001\) draw .*raise"),
         (lambda rng: partition.missing_class(np.ones((1, 2), bool), [[], []], rng), "2 clients cannot share 1 images"),
         (lambda rng: partition.missing_class(np.ones((4, 2), bool), [[], [2]], rng), "client 1 misses the columns"),
         (lambda rng: partition.missing_class(np.ones((4, 2), bool), [[], [0]], rng), r"clients \[1\] get no image"),
@@ -183,6 +180,6 @@ def test_the_alternation_gives_the_margins_that_it_promises_and_keeps_the_odds()
 
 
 def test_a_draw_that_does_not_balance_is_drawn_again_and_at_last_an_error(monkeypatch):
-    monkeypatch.setattr(partition, "ALTERNATIONS", 1)
+    monkeypatch.setattr(partition, "ALTERNATIONS", 1), monkeypatch.setattr(partition, "TRIES", 5)
     with pytest.raises(ValueError, match=r"none of 5 Dirichlet\(0.1\) draws for 10 clients was balanced"):
-        partition.dirichlet_equal(np.repeat(np.arange(10), 50), 10, 0.1, rng_for(0, "p"), tries=5)
+        partition.dirichlet_equal(np.repeat(np.arange(10), 50), 10, 0.1, rng_for(0, "p"))

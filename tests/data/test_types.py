@@ -1,4 +1,4 @@
-"""Images, labels and sets: rows and mirrored batches, counts, streaming's parity, and a fingerprint that notices."""
+"""Images, labels and sets: rows and mirrored batches, counts, and a fingerprint that notices."""
 
 from dataclasses import replace
 
@@ -7,12 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miniatures import Picture, voc
 
 from fedal_utils import data
-from fedal_utils.data import formats
-
-SIZE = (48, 64)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def test_counts_dominant_class_and_description_leave_ignored_objects_out():
         bare.dominant_class()
 
 
-def test_a_fingerprint_notices_every_change_and_nothing_else(tmp_path, monkeypatch):
+def test_a_fingerprint_notices_every_change_and_nothing_else():
     one = counted()
     assert one.fingerprint() == counted().fingerprint() == replace(one, name="other", drops={}).fingerprint()
     pixels = one.images.pixels.clone()
@@ -103,30 +99,3 @@ def test_a_fingerprint_notices_every_change_and_nothing_else(tmp_path, monkeypat
         one.take([1, 0, 2, 3]),
     ]
     assert len({one.fingerprint(), *(other.fingerprint() for other in changed)}) == 7
-    root = voc(tmp_path)
-    monkeypatch.setattr(formats, "MAX_BYTES", 0)
-    before = data.load(str(root), SIZE)[0].fingerprint()
-    assert data.load(str(root), SIZE)[0].fingerprint() == before
-    for name in "abc":
-        (root / "JPEGImages" / f"{name}.png").touch()
-    assert data.load(str(root), SIZE)[0].fingerprint() != before
-
-
-# ----------------------------------------------------------------------------------------------------------- streaming
-
-
-def test_streamed_images_are_the_same_bytes_as_those_in_memory(tmp_path, monkeypatch):
-    records = data.read_voc(voc(tmp_path, [Picture(f"p{i}", (30 + i, 60 - 2 * i)) for i in range(7)], suffix=".jpg"))
-    memory = data.assemble("s", records, SIZE, ["cat"])
-    monkeypatch.setattr(formats, "MAX_BYTES", 7 * 3 * 48 * 64 - 1)
-    stream = data.assemble("s", records, SIZE, ["cat"])
-    assert isinstance(stream.images, data.StreamedImages) and not isinstance(memory.images, data.StreamedImages)
-    for name in ("ids", "image_size", "groups"):
-        assert getattr(stream.images, name) == getattr(memory.images, name)
-    assert torch.equal(stream.images.sizes, memory.images.sizes)
-    flip = torch.tensor([True, False, True])
-    assert torch.equal(stream.images.batch([4, 0, 6], flip=flip), memory.images.batch([4, 0, 6], flip=flip))
-    chunks = [np.array([5, 1]), np.array([0, 6, 2]), np.array([], dtype=int), np.array([3]), np.array([4])]
-    both = list(zip(stream.images.batches(chunks), memory.images.batches(chunks), strict=True))
-    assert len(both) == 5 and all(torch.equal(a, b) for a, b in both)
-    assert torch.equal(stream.take([6, 2]).images.batch([0, 1]), memory.take([6, 2]).images.pixels)

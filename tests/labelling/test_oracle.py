@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes
-from fedal_utils.data.boxes import pad_boxes
 from fedal_utils.labelling import Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
 from fedal_utils.sampling import Cost, Pool
 
@@ -36,8 +36,8 @@ def letterboxed() -> tuple[Dataset, list[list[list[float]]]]:
         [],
         [[33.3, 250.7, 333, 500], [1.5, 2.5, 300, 400]],
     ]
-    original = pad_boxes([torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in drawn])
-    classes = pad_boxes([torch.tensor(row, dtype=torch.int64) for row in ([1, 2, 3], [4], [], [2, 1])])
+    original = pad_sequence([torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in drawn], True)
+    classes = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in ([1, 2, 3], [4], [], [2, 1])], True)
     moved = letterbox_boxes(original, sizes, (64, 64)) * (classes > 0)[..., None]
     ignore = torch.zeros_like(classes, dtype=torch.bool)
     ignore[0, 1] = True
