@@ -107,15 +107,11 @@ def scale_translate(
     centre = (side / 2).repeat(2)  # (4,) x, y, x, y
     whole = (boxes - centre) * scale[:, None, None] + centre + shift.repeat(1, 2)[:, None]  # (B, K, 4)
     seen = clip_boxes(whole, (height, width))
-    area, left = _area(whole), _area(seen)
+    area, left = ((b[..., 2:] - b[..., :2]).clamp(min=0).prod(dim=-1) for b in (whole, seen))
     gone = (classes > 0) & (left <= 0)
     present = (classes > 0) & ~gone
     ignore = (ignore | (present & (left < (MIN_VISIBLE - 1e-5) * area))) & ~gone
     return pixels, seen * present[..., None], classes * present, ignore
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
 
 
 def join_four(
@@ -140,7 +136,7 @@ def join_four(
     whole = boxes[sources] + shift.repeat(1, 1, 2)[:, :, None]  # (B, 4, K, 4)
     low_corner, high_corner = whole[..., :2].maximum(low[:, :, None]), whole[..., 2:].minimum(high[:, :, None])
     seen = torch.cat([low_corner, high_corner], dim=-1)  # (B, 4, K, 4)
-    left, shorter = _area(seen), (high_corner - low_corner).amin(dim=-1)  # (B, 4, K)
+    left, shorter = (high_corner - low_corner).clamp(min=0).prod(-1), (high_corner - low_corner).amin(-1)  # (B, 4, K)
     cut = (seen != whole).any(dim=-1)
     dropped = cut & ((left < 0.1 * (whole[..., 2:] - whole[..., :2]).prod(dim=-1)) | (shorter < 2))
     kinds, ignored = classes[sources], ignore[sources]  # (B, 4, K)
@@ -158,8 +154,7 @@ def join_four(
     return joined, boxes, classes.gather(1, order), ignore.gather(1, order)
 
 
-def _joined(pixels: Tensor, mask: Tensor, sources: Tensor, centre: Tensor) -> Tensor:
-    """The mosaics' pixels in one gather, which waits for no GPU."""
+def _joined(pixels: Tensor, mask: Tensor, sources: Tensor, centre: Tensor) -> Tensor:  # one gather waits for no GPU
     mask, sources, centre = (t.to(pixels.device) for t in (mask, sources, centre))
     height, width = pixels.shape[-2:]
     x = torch.arange(width, device=pixels.device) - centre[:, :1]  # (B, W) from the centre; below 0: left of it

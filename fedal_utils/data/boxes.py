@@ -16,16 +16,14 @@ from torch import Tensor
 class Detections:
     """Padded detections of N images, best first: the one thing that a detector returns.
 
-    boxes (N, T, 4) float32 xyxy pixels of the letterboxed image; scores (N, T) in [0, 1]; labels (N, T) int64,
-    1..C, 0 = padding; probs (N, T, C + 1) class probabilities with background first, zeros where padded.
-    extra: what some detectors add, (N, T, ...) each: 'level' (N, T) int64, the map that a box came from; 'sides'
-    (N, T, 4), confidence in [0, 1] of left, top, right and bottom; 'predicted_loss' (N, T) >= 0.
+    extra: what some detectors add: 'level' (N, T) int64, the map that a box came from; 'sides' (N, T, 4), confidence
+    in [0, 1] of left, top, right and bottom; 'predicted_loss' (N, T) >= 0.
     """
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    probs: Tensor
+    boxes: Tensor  # (N, T, 4) float32 xyxy pixels of the letterboxed image
+    scores: Tensor  # (N, T) in [0, 1]
+    labels: Tensor  # (N, T) int64, 1..C, 0 = padding
+    probs: Tensor  # (N, T, C + 1) class probabilities, background first, zeros where padded
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

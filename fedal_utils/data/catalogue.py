@@ -80,13 +80,12 @@ def _hit_uav(place: Path) -> Found:
                 names = HIT_UAV_CLASSES if thing.name == "DontCare" else (thing.name,)
                 things += [replace(thing, name=name, crowd=thing.name == "DontCare") for name in names]
             days.setdefault(day, []).append(replace(record, id=record.file.name, objects=tuple(things), group=day))
-    sides = [], []
+    train, test = [], []
     for records in days.values():
         records.sort(key=lambda record: int(record.file.stem.split("_")[-1]))
-        count = round(0.8 * len(records))
-        sides[0].extend(records[:count])
-        sides[1].extend(records[count:])
-    return Found(*(sorted(side, key=lambda record: record.id) for side in sides), HIT_UAV_CLASSES)
+        train += records[: round(0.8 * len(records))]
+        test += records[round(0.8 * len(records)) :]
+    return Found(*(sorted(side, key=lambda record: record.id) for side in (train, test)), HIT_UAV_CLASSES)
 
 
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
@@ -116,8 +115,6 @@ def data_root(root: str | Path | None = None) -> Path:
 
 def within_limit(count: int, most: int | None, seed: int, split: str) -> np.ndarray:
     """Which of `count` images stay, in their order; nested: the 50 of a limit are among the 100 of another."""
-    if most is None or most >= count:
-        return np.arange(count)
     return np.sort(rng_for(seed, "limit", split).permutation(count)[:most])
 
 
@@ -127,20 +124,16 @@ def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: b
     if source is None:
         folders = [folder for folder in (Path(name).expanduser(), root / name) if folder.is_dir()]
         if not folders:
-            raise ValueError(
-                f"data set {name!r} is not known, nor a folder here or in {root}; allowed are {', '.join(NAMES)} or "
-                "the path of a folder of images"
-            )
+            allowed = f"{', '.join(NAMES)} or the path of a folder of images"
+            raise ValueError(f"data set {name!r} is not known, nor a folder here or in {root}; allowed are {allowed}")
         return own_folder(folders[0], seed, unlabelled)
     place = next((root / place for place in source.places if (root / place).is_dir()), None)
     if place is None and source.download and fetch:
         place = download.fetch(source.download, root)
     if place is None:
-        raise ValueError(
-            f"data set {name!r}: folder {root / source.places[0]} does not exist; get it from {source.origin} and put "
-            "it there, or point FEDAL_DATA to the folder that holds it"
-        )
-    return replace(source.find(place), reading=Reading(name, "the published list", "as published"))
+        folder = root / source.places[0]
+        raise ValueError(f"data set {name!r}: {folder} does not exist; get it from {source.origin}, or set FEDAL_DATA")
+    return source.find(place)._replace(reading=Reading(name, "the published list", "as published"))
 
 
 def load(
@@ -155,13 +148,11 @@ def load(
 ) -> tuple[Dataset, Dataset]:
     """Train and test of a data set by name (`NAMES`), or of a folder of the user's own.
 
-    image_size: (height, width), or one side, that every image is letterboxed to.
-    root: where data sets lie, see `data_root`.
+    image_size: (height, width), or one side, that every image is letterboxed to. root: see `data_root`.
     seed: also draws the digits, and the 80 : 20 split of a folder that tells none; KITTI's split is fixed.
     limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
     min_object: objects whose shorter side, letterboxed, is below this many pixels become ignore.
-    digits: DigitScenes in train and test, and their classes.
-    unlabelled: keep images of a folder that have no annotation, as not labelled.
+    digits: DigitScenes in train and test. unlabelled: keep a folder's images without annotation, as not labelled.
     """
     limit = limit or (None, None)
     if name == "digits":
@@ -174,8 +165,6 @@ def load(
     sides, label = [], name if name in SOURCES else Path(name).absolute().name
     for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):
         kept = [records[i] for i in within_limit(len(records), most, seed, split)]
-        drops = found.drops if split == "train" else None
-        sides.append(
-            assemble(f"{label} {split}", kept, image_size, found.class_names, min_object, drops, found.reading)
-        )
+        told = found.class_names, min_object, found.drops if split == "train" else None, found.reading
+        sides.append(assemble(f"{label} {split}", kept, image_size, *told))
     return sides[0], sides[1]

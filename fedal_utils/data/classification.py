@@ -34,11 +34,11 @@ Entry = tuple[tuple[str, ...], Path | zipfile.Path]  # folders and name of an im
 
 
 class Side(NamedTuple):
-    """Train or test before its pixels are read: ids, classes 1..C, and row -> RGB image."""
+    """Train or test before its pixels are read."""
 
     ids: Sequence[str]
-    classes: Sequence[int]
-    read: Callable[[int], Image.Image]
+    classes: Sequence[int]  # 1..C
+    read: Callable[[int], Image.Image]  # row -> RGB image
 
 
 def load(
@@ -78,10 +78,8 @@ def find(name: str, root: Path, seed: int) -> tuple[str, tuple[str, ...], list[S
         return name, *_class_folders(root, entries, seed)[:2], published
     found = [p for p in (Path(name), root / name) if p.is_dir() or p.suffix.lower() == ".zip" and p.is_file()]
     if not found:
-        raise ValueError(
-            f"classification set {name!r} is not known, nor a folder or .zip here or in {root}; allowed are "
-            f"{', '.join(NAMES)} or the path of a folder or .zip of class folders"
-        )
+        allowed = f"{', '.join(NAMES)} or the path of a folder or .zip of class folders"
+        raise ValueError(f"set {name!r} is not known, nor a folder or .zip here or in {root}; allowed are {allowed}")
     names, sides, split_from = _class_folders(found[0], _listed(found[0]), seed)
     place = found[0].resolve()
     label = place.stem if place.is_file() else place.name
@@ -110,10 +108,9 @@ def _cifar(name: str, root: Path) -> tuple[tuple[str, ...], list[Side]]:
             with FileLock(root / f".{name}.lock"):
                 parts = [kind(str(root), train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise ConnectionError(
-                f"data set {name!r}: folder {root / kind.base_folder} does not exist or is not whole, and {kind.url} "
-                f"cannot be downloaded: {error}; put {kind.filename} into {root}, or ask for 'cifar10-jpeg'"
-            ) from error
+            told = f"data set {name!r}: folder {root / kind.base_folder} does not exist or is not whole, and {kind.url}"
+            hint = f"put {kind.filename} into {root}, or ask for 'cifar10-jpeg'"
+            raise ConnectionError(f"{told} cannot be downloaded: {error}; {hint}") from error
 
     def side(split: str, part: datasets.CIFAR10) -> Side:
         ids = [f"{split}/{row:05d}" for row in range(len(part.data))]

@@ -42,7 +42,7 @@ def _digits() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
 
 
 def digit_sources(seed: int = 0, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Which of scikit-learn's digits train and test scenes may draw: two disjoint arrays of row numbers, 70 : 30."""
+    """The rows of scikit-learn's digits that train and test may draw: two disjoint arrays, 70 : 30."""
     target = _digits()[1]
     order = rng_for(seed, "digits", "sources").permutation(len(target))
     cut = int(0.7 * len(target))
@@ -81,7 +81,6 @@ def _ink_colour(rng: np.random.Generator, ground: float) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, h: int, w: int, image_size: tuple[int, int], boxes: list) -> tuple | None:
-    """Where a digit of h x w may be drawn, xyxy; None if 30 tries found no place."""
     for _ in range(30):
         y, x = int(rng.integers(image_size[0] - h + 1)), int(rng.integers(image_size[1] - w + 1))
         covered = (

@@ -83,7 +83,9 @@ def _put_in_place(pinned: Pinned, root: Path, half: Path, target: Path) -> None:
             datasets.utils.download_url(url, str(half), archive.name)
         except (OSError, RuntimeError, HTTPException) as error:
             raise ConnectionError(f"{url}: {error}; or put it there by other means, as {archive.name}") from error
-    with reading(f"archive {archive} is damaged or cannot be unpacked", "a whole zip, and room; remove it and fetch it again"):
+    with reading(
+        f"archive {archive} is damaged or cannot be unpacked", "a whole zip, and room; remove it and fetch it again"
+    ):
         datasets.utils.extract_archive(str(archive), str(half / "all"))  # drops drives, leading '/' and '..'
     (top,) = (half / "all").iterdir()
     for part in pinned.parts:
@@ -91,7 +93,5 @@ def _put_in_place(pinned: Pinned, root: Path, half: Path, target: Path) -> None:
         (top / pinned.root / part).rename(half / "set" / part)
     found = content_digest(half / "set", pinned.parts)
     if found != pinned.sha256:
-        raise ValueError(
-            f"archive {archive} has the digest {found}; expected is {pinned}. Nothing was put into {target}"
-        )
+        raise ValueError(f"archive {archive} has the digest {found}; expected is {pinned}. {target} was not made")
     os.rename(half / "set", target)

@@ -21,10 +21,7 @@ LAYOUT = {"images", "jpegimages", "labels", "annotations", "annotation", "xml", 
 
 
 def find_files(root: str | Path, *suffixes: str) -> list[Path]:
-    """Files below `root`, sorted, with one of these suffixes (none given: all), also in linked folders.
-
-    Hidden ones and `NOT_DATA` are passed over. ValueError for a loop of links, an unreadable folder, a name not UTF-8.
-    """
+    """Files below `root`, sorted, with one of these suffixes (none given: all), also in linked folders; none hidden."""
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}")
@@ -71,7 +68,7 @@ def images_in(folder: Path) -> dict[str, Path]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file in UTF-8, or with a byte order mark in UTF-16; ValueError that names the file."""
+    """The text of a file in UTF-8, or with a byte order mark in UTF-16."""
     if not file.is_file():
         raise ValueError(f"{file} is no plain file" if file.exists() else f"annotation {file} does not exist")
     content = file.read_bytes()

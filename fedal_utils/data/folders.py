@@ -1,8 +1,7 @@
 """A folder of the user's own: which format it is in, which images belong to it, and how it splits into train and test.
 
-KITTI, VOC XML, COCO JSON, YOLO txt, else images alone. The split is told by `ImageSets/Main`, by data.yaml (or
-train.txt, val.txt, test.txt), or by the names of folders and COCO files; otherwise it is drawn 80 : 20, and said so.
-Test is `test`, or `val` without one; train is the rest.
+The split is told by `ImageSets/Main`, by data.yaml (or train.txt, val.txt, test.txt), or by the names of folders and
+COCO files; otherwise it is drawn 80 : 20. Test is `test`, or `val` without one; train is the rest.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ..seeding import rng_for
 from .files import find_files, key_of, read_text, same_form
@@ -33,15 +33,14 @@ _BOX_COLUMN = re.compile(rb"(?i)\b(x_?min|x1|bbox|left)\b")
 Told = dict[str, list[Path]]  # train, val, test -> images
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Both sides of a set before any pixel is read."""
 
     train: list[Record]
     test: list[Record]
     class_names: Sequence[str] | None
     reading: Reading = Reading()
-    drops: Mapping[str, int] = field(default_factory=dict)
+    drops: Mapping[str, int] = MappingProxyType({})
 
 
 def split_of(words: Iterable[str]) -> str | None:
@@ -72,12 +71,11 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     if not images:
         raise ValueError(f"data set {str(root)!r} is empty: no {', '.join(SUFFIXES)} file in it")
     keys, said = {key_of(path, root) for path in images}, {}
-    xmls = [
-        f for f in files if f.suffix.lower() == ".xml" and (key_of(f, root) in keys or f.parent.name == "Annotations")
-    ]
+    xmls = [f for f in files if f.suffix.lower() == ".xml"]
+    xmls = [f for f in xmls if key_of(f, root) in keys or f.parent.name == "Annotations"]
     jsons = {f: read_json(f) for f in files if f.suffix.lower() == ".json"}
     coco = {
-        f: c for f, c in jsons.items() if not xmls and isinstance(c, dict) and {"images", "annotations"} <= c.keys()
+        f: c for f, c in jsons.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys() and not xmls
     }
     names, told = None, []
     if xmls:
@@ -165,8 +163,8 @@ def _with_the_rest(
 ) -> list[Record]:
     """The labelled images and those without an annotation that belong to the set; counts in `drops` what is left out.
 
-    Masks, thumbnails and previews beside a set are no images without objects: an image belongs to the set if one of its
-    folder is labelled, or the folder is named images or after a split.
+    An image belongs to it if one of its folder is labelled, or the folder is named images or after a split; masks,
+    thumbnails and previews do not.
     """
     known = {record.file for record in labelled}
     folders, records = {path.parent for path in known}, list(labelled)
@@ -177,10 +175,7 @@ def _with_the_rest(
         elif unlabelled:
             records.append(Record(inner.as_posix() if layout == "COCO" else key_of(path, root), path, source=path))
         elif layout == "Pascal VOC":
-            raise ValueError(
-                f"image {path} has no annotation {path.stem}.xml, but others have one; an image without objects needs "
-                "an XML file without <object>"
-            )
+            raise ValueError(f"image {path} has no annotation {path.stem}.xml; without objects it needs an empty one")
         else:
             drops["not_in_json" if layout == "COCO" else "no_label_file"] += 1
             records += [Record(key_of(path, root), path, None, (), source=path)] if layout == "YOLO" else []

@@ -34,22 +34,17 @@ class Object:
 
 @dataclass(frozen=True)
 class Record:
-    """An image as its annotation tells it: what readers return and writers take.
+    """An image as its annotation tells it: what readers return and writers take."""
 
-    id: a relative path with '/'. size: (height, width), if known. objects: () is an image without objects, None one
-    that nobody has labelled. label: the class of a whole image. group: day, town, camera. source: the file to name in
-    an error. fractions: boxes are in parts of the image. drops: left out, by reason.
-    """
-
-    id: str
+    id: str  # a relative path with '/'
     file: Path | None = None
-    size: tuple[int, int] | None = None
-    objects: tuple[Object, ...] | None = None
-    label: str | None = None
-    group: str | None = None
-    source: str | Path = field(default="", compare=False)
-    fractions: bool = field(default=False, compare=False)
-    drops: Mapping[str, int] = field(default_factory=dict, compare=False)
+    size: tuple[int, int] | None = None  # height, width
+    objects: tuple[Object, ...] | None = None  # (): an image without objects, None: nobody has labelled it
+    label: str | None = None  # the class of a whole image
+    group: str | None = None  # day, town, camera
+    source: str | Path = field(default="", compare=False)  # to name in an error
+    fractions: bool = field(default=False, compare=False)  # are boxes in parts of the image?
+    drops: Mapping[str, int] = field(default_factory=dict, compare=False)  # left out, by reason
 
 
 def settled(record: Record) -> Record:
@@ -57,20 +52,18 @@ def settled(record: Record) -> Record:
     file = record.file if record.file is not None and record.file.is_file() else None
     size = upright_size(file) if file else record.size
     if record.size not in (None, size) or (size is None and record.objects):
-        raise ValueError(
-            f"{record.source}: image {record.id!r} has the size {record.size} (height, width) there, but its file "
-            f"{record.file} is {size or 'missing'}, upright; one must tell the size, and both the same"
+        told = (
+            f"the size {record.size} (height, width) there, but its file {record.file} is {size or 'missing'}, upright"
         )
+        raise ValueError(f"{record.source}: image {record.id!r} has {told}")
     drops, kept = Counter(record.drops), []
     for thing in record.objects or ():
         height, width = size
         sides = (width, height) * 2 if record.fractions else (1, 1, 1, 1)
         box = x1, y1, x2, y2 = tuple(float(round(v * side, 20)) for v, side in zip(thing.box, sides, strict=True))
         if not (x1 <= x2 and y1 <= y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height and max(x2, y2) < math.inf):
-            raise ValueError(
-                f"{record.source}: image {record.id!r}, class {thing.name!r}, box {box} (xyxy pixels) is inverted, not "
-                f"finite or lies outside its image, which spans x 0..{width}, y 0..{height}"
-            )
+            told = f"{record.source}: image {record.id!r} of {width} x {height}, class {thing.name!r}, box {box}"
+            raise ValueError(f"{told} (xyxy pixels) is inverted, not finite or lies outside its image")
         if x1 == x2 or y1 == y2:
             drops["zero_area"] += 1
             continue
@@ -101,10 +94,8 @@ def to_write(records: Iterable[Record], classes: Sequence[str], what: str, flags
         for thing in record.objects:
             odd = [flag for flag in ("difficult", "crowd") if getattr(thing, flag) and flag not in flags]
             if odd or thing.name not in classes:
-                raise ValueError(
-                    f"image {record.id!r} has a box of class {thing.name!r} {' '.join(odd)}; {what} holds the classes "
-                    f"{list(classes)} and of flags {list(flags)}"
-                )
+                told = f"image {record.id!r} has a box of class {thing.name!r} {' '.join(odd)}"
+                raise ValueError(f"{told}; {what} holds the classes {list(classes)} and of flags {list(flags)}")
     return records
 
 

@@ -13,9 +13,7 @@ from .formats import Object, Record, settled, to_write, unique
 from .pixels import SUFFIXES
 
 SAMPLE = "sample"  # our own field of an image: its id, where the file name is another
-_IMAGE = (
-    "an id, a whole number or always a text, once; a relative file_name; height and width; a group where others have it"
-)
+_IMAGE = "an id, a number or always a text, once; a relative file_name; height, width; a group where others have one"
 _OBJECT = "image_id and category_id of those listed, a bbox of 4 numbers, iscrowd and ignore 0 or 1"
 
 
@@ -32,12 +30,6 @@ def read_json(file: Path) -> Any:
     text = read_text(file)
     with reading(f"annotation {file} is truncated or not JSON", "a whole JSON file"):
         return json.loads(text, object_pairs_hook=once)
-
-
-def _flag(value: object) -> bool:
-    if type(value) not in (int, bool) or value not in (0, 1):
-        raise ValueError(f"{value!r} is neither 0 nor 1")
-    return bool(value)
 
 
 def _categories(entries: Sequence[dict], used: set, file: Path) -> dict[int, str]:
@@ -57,10 +49,7 @@ def _categories(entries: Sequence[dict], used: set, file: Path) -> dict[int, str
 
 
 def coco_records(file: Path, content: dict, find: Callable[[str], Path]) -> tuple[list[Record], tuple[str, ...]]:
-    """Records in the order of image ids, and the class names in the order of category ids.
-
-    find: file name -> path of the image.
-    """
+    """Records and class names, each in the order of ids. find: file name -> path of the image."""
     with reading(f"annotation {file}", "the lists images, annotations, categories"):
         images, annotations, categories = (content[key] + [] for key in ("images", "annotations", "categories"))
         grouped = any("group" in entry for entry in images)
@@ -75,7 +64,7 @@ def coco_records(file: Path, content: dict, find: Callable[[str], Path]) -> tupl
     for position, entry in enumerate(annotations):
         with reading(f"annotation {file}: object {position}, {entry}", _OBJECT):
             x, y, width, height = (number(v) for v in entry["bbox"])
-            flags = (_flag(entry.get("ignore", 0)), _flag(entry.get("iscrowd", 0)))
+            flags = [{0: False, 1: True}[entry.get(key, 0)] for key in ("ignore", "iscrowd")]
             thing = Object(names[whole(entry["category_id"])], (x, y, x + width, y + height), *flags)
             objects[entry["image_id"]].append(thing)
     records = []

@@ -1,8 +1,7 @@
 """KITTI's 2D objects: `training/image_2/*.png` and `training/label_2/*.txt`, as torchvision's `Kitti` has them.
 
-Only the class and the box of a line are read. Corners are cut to whole pixels, as the released code of van Bommel
-(2021) does; `DontCare` regions and other classes are dropped and counted, as there; an image that keeps none stays as a
-negative.
+As in the released code of van Bommel (2021), corners are cut to whole pixels, and `DontCare` regions and other classes
+are dropped (and counted here); an image that keeps none stays as a negative.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _LINE = f"one of {', '.join(KITTI_CLASSES)}, DontCare, then 14 finite numbers, o
 
 
 def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
-    """70 % train and 30 % validation ids, each sorted; of KITTI's 7,481 images 5,237 and 2,244 (van Bommel 2021).
+    """70 % train and 30 % validation ids, each sorted, the same for all class sets (van Bommel 2021).
 
-    Depends on the sorted ids alone, so all class sets and machines share it. Seed and sizes are those of the released
-    code; the lists are not, as its generator is another one. The paper's validation part is its test set too.
+    Seed and sizes (5,237 and 2,244 of 7,481) are those of the released code, the lists are not: its generator is
+    another one. The paper's validation part is its test set too.
     """
     ids = sorted(ids)
     if len(ids) < 2:
@@ -37,8 +36,7 @@ def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
     return [i for n, i in enumerate(ids) if n not in held], [i for n, i in enumerate(ids) if n in held]
 
 
-def kitti_record(key: str, image: Path, file: Path, class_names: Sequence[str]) -> Record:
-    """The image `key` with the objects that its label file lists."""
+def _kitti_record(key: str, image: Path, file: Path, class_names: Sequence[str]) -> Record:
     objects, left_out = [], Counter()
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
@@ -62,4 +60,4 @@ def kitti_records(folder: Path, class_names: Sequence[str] = KITTI_CLASSES) -> l
         raise ValueError(f"folder {labels} does not exist; it should hold one txt file an image, empty without objects")
     images = images_in(pictures)
     keys = sorted(images.keys() | {p.stem for p in labels.glob("*.txt") if not p.name.startswith(".")})
-    return [kitti_record(i, images.get(i, pictures / f"{i}.png"), labels / f"{i}.txt", class_names) for i in keys]
+    return [_kitti_record(i, images.get(i, pictures / f"{i}.png"), labels / f"{i}.txt", class_names) for i in keys]

@@ -22,7 +22,7 @@ _TASK = "an id, an image address in 'data', annotations: one choice, or upright 
 
 def write_csv(path: str | Path, records: Iterable[Record]) -> Path:
     """A row a box; an image without boxes is a row without class, the class of a whole image one without a box."""
-    rows: list[tuple] = [COLUMNS]
+    rows = [COLUMNS]
     for record in unique(records):
         size = record.size or ("", "")
         if not record.objects:
@@ -37,8 +37,8 @@ def write_csv(path: str | Path, records: Iterable[Record]) -> Path:
 def read_label_studio(path: str | Path, images: str | Path | None = None) -> list[Record]:
     """Finished tasks: one choice an image, or upright labelled rectangles. Files are looked for in `images`.
 
-    Of several annotations of a task the last one that was not cancelled counts; a task without one is left out. The id
-    is the base name of the image's address, without the prefix of an upload; where tasks share it, its whole path.
+    Of a task's annotations the last one that was not cancelled counts. The id is the base name of the image's address,
+    without the prefix of an upload; where tasks share it, its whole path.
     """
     file = Path(path)
     root, tasks = file.parent if images is None else Path(images), read_json(file)

@@ -1,7 +1,6 @@
 """Pascal VOC: one XML file an image, `JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt`.
 
-Boxes are read as they are written; VOC07 and VOC12 count pixels from 1 (`one_based`): 1 is taken off xmin and ymin.
-`difficult` objects are ignore. An <annotation> without <object> is an image without objects.
+VOC07 and VOC12 count pixels from 1 (`one_based`): 1 is taken off xmin and ymin. No <object>: an image without objects.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def xml_root(file: Path) -> ElementTree.Element:
-    """The root of an XML file in the encoding that it declares; ValueError that names the file."""
-    text = "" if file.is_file() and _DECLARED.match(file.read_bytes()[:200]) else read_text(file)
+def _xml_root(file: Path) -> ElementTree.Element:
+    raw = file.read_bytes() if file.is_file() else b""
+    declared = _DECLARED.match(raw)
+    text = "" if declared else read_text(file)
     with reading(f"annotation {file} is truncated, not XML or wrongly encoded", "plain XML without entities"):
-        if not text:
-            raw = file.read_bytes()
-            declared = _DECLARED.match(raw)
+        if declared:
             text = raw[declared.end() :].decode(declared[1].decode())
         if "<!ENTITY" in text:
             raise ValueError("it defines entities")
@@ -47,7 +45,7 @@ def _numbers(element: ElementTree.Element, inner: str, tags: Sequence[str]) -> l
 
 def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False) -> Record:
     """What one XML file says about an image; a size of 0 in it counts as not told, as some tools write it."""
-    root = xml_root(file)
+    root = _xml_root(file)
     with reading(f"annotation {file}", "an <annotation> with one <size> of whole numbers"):
         if root.tag != "annotation":
             raise ValueError(f"its root is <{root.tag}>")

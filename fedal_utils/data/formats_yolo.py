@@ -51,18 +51,6 @@ def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
     return told or {file: content for file, content in found.items() if "names" in content}
 
 
-def _names_of(told: object, count: str | None) -> dict[int, str]:
-    """The names of a file by number; count: what it says how many there are."""
-    names = dict(enumerate(told)) if isinstance(told, list) else {int(key): told[key] for key in sorted(told, key=int)}
-    if isinstance(told, dict) and list(map(str, names)) != sorted(told, key=int):
-        raise ValueError(f"names has the keys {list(told)}")
-    if not names or len(set(map(class_name, names.values()))) != len(names) or count not in (None, str(len(names))):
-        raise ValueError(
-            f"there are {len(names)} names, nc is {count}; no class name stands twice: {list(names.values())}"
-        )
-    return names
-
-
 def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]]:
     """Class names by number, and the files that told them; None where no file does."""
     yamls = data_yamls(files)
@@ -75,7 +63,12 @@ def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]
     first: dict[int, str] | None = None
     for file, content in told.items():
         with reading(str(file), "a list of unique names, or a mapping of whole numbers to them, nc as many"):
-            names = _names_of(content, yamls.get(file, {}).get("nc"))
+            keys = list(range(len(content))) if isinstance(content, list) else sorted(content, key=int)
+            names, count = {int(key): content[key] for key in keys}, yamls.get(file, {}).get("nc", str(len(keys)))
+            if isinstance(content, dict) and list(map(str, names)) != keys:
+                raise ValueError(f"names has the keys {keys}")
+            if not names or len(set(map(class_name, names.values()))) != len(names) or count != str(len(names)):
+                raise ValueError(f"there are {len(names)} names, nc is {count}; no class name stands twice: {names}")
         first = first or names
         if names != first:
             raise ValueError(f"{file} names the classes {names}, but {next(iter(told))} {first}; they must agree")
@@ -104,7 +97,7 @@ def yolo_objects(file: Path, names: Mapping[int, str] | None) -> tuple[Object, .
 def yolo_records(
     root: Path, files: Sequence[Path], names: Mapping[int, str] | None
 ) -> tuple[list[Record], tuple[str, ...]]:
-    """A record an image, with objects None where there is no file of labels; and the class names in their order."""
+    """A record an image, with objects None where there is no file of labels, and the class names."""
     images = by_key((f for f in files if f.suffix.lower() in SUFFIXES), root)
     labels = {key_of(f, root): f for f in files if f.suffix.lower() == ".txt"}
     for key, file in labels.items():
@@ -131,10 +124,7 @@ def _decimal(value: Decimal) -> str:
 
 
 def write_yolo(folder: str | Path, records: Iterable[Record], classes: Sequence[str]) -> Path:
-    """`labels/<image>.txt`, empty without boxes, and the classes in `data.yaml`; the images belong into `images`.
-
-    Fractions have as many digits as it takes to read the same corners again (beside images of the same size).
-    """
+    """`labels/<image>.txt` and `data.yaml`; the images belong into `images`. Beside them the same corners are read."""
     folder, records = Path(folder), to_write(records, classes, "YOLO txt")
     for record, name in zip(records, beside(folder / "labels", records, ".txt"), strict=True):
         (height, width), lines = record.size, []

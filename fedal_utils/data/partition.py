@@ -46,10 +46,8 @@ def dirichlet(
         joined = [np.sort(np.concatenate(part)) for part in parts]
         if min(len(part) for part in joined) >= least:
             return joined
-    raise ValueError(
-        f"no Dirichlet({alpha}) draw in {TRIES} gave each of {clients} clients {least} of {len(dominant)} images; "
-        "raise alpha or lower clients"
-    )
+    wanted = f"gave each of {clients} clients {least} of {len(dominant)} images"
+    raise ValueError(f"no Dirichlet({alpha}) draw in {TRIES} {wanted}; raise alpha or lower clients")
 
 
 def _balanced(logs: np.ndarray, columns: np.ndarray, tolerance: float) -> np.ndarray | None:

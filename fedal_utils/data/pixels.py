@@ -84,10 +84,7 @@ def letterbox_image(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
 
 
 def read_all(files: Sequence, image_size: tuple[int, int], read: Callable = read_upright) -> tuple[Tensor, Tensor]:
-    """All images letterboxed, uint8 (N, 3, H, W), and their sizes, (N, 2) height, width; in the order of `files`.
-
-    read: what makes an RGB image of an entry of `files`.
-    """
+    """Images letterboxed, uint8 (N, 3, H, W), and their sizes (N, 2). read: makes an RGB image of one of `files`."""
     pixels = torch.empty(len(files), 3, *image_size, dtype=torch.uint8)
 
     def fill(row: int) -> tuple[int, int]:
@@ -96,7 +93,7 @@ def read_all(files: Sequence, image_size: tuple[int, int], read: Callable = read
         return image.height, image.width
 
     sizes = list(in_order(fill, range(len(files))))
-    return pixels, torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+    return pixels, torch.tensor(sizes).reshape(-1, 2).long()
 
 
 def in_order(work: Callable, items: Sequence) -> Iterator:

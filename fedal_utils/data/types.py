@@ -29,15 +29,12 @@ def row_numbers(index: Index, count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images without labels: unique ids, pixels uint8 (N, 3, H, W), letterboxed once at load.
+    """Images without labels, letterboxed once at load."""
 
-    sizes: (N, 2) int64 original height, width. groups: day, town, camera of each image.
-    """
-
-    ids: tuple[str, ...]
-    pixels: Tensor
-    sizes: Tensor
-    groups: tuple[str, ...] | None = None
+    ids: tuple[str, ...]  # unique
+    pixels: Tensor  # uint8 (N, 3, H, W)
+    sizes: Tensor  # (N, 2) int64 original height, width
+    groups: tuple[str, ...] | None = None  # day, town, camera of each image
 
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids):
@@ -77,16 +74,12 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The objects of N images, padded to K rows each; padding is all zero and comes last.
+    """The objects of N images, padded to K rows each; padding is all zero and comes last."""
 
-    boxes (N, K, 4) float32 xyxy pixels of the letterboxed image; classes (N, K) int64, 1..C, 0 = padding; ignore (N, K)
-    bool: difficult, crowd or too small; crowd (N, K) bool.
-    """
-
-    boxes: Tensor
-    classes: Tensor
-    ignore: Tensor
-    crowd: Tensor
+    boxes: Tensor  # (N, K, 4) float32 xyxy pixels of the letterboxed image
+    classes: Tensor  # (N, K) int64, 1..C, 0 = padding
+    ignore: Tensor  # (N, K) bool: difficult, crowd or too small
+    crowd: Tensor  # (N, K) bool
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
@@ -129,19 +122,14 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One split of one data set.
-
-    labels: None for images alone. drops: how many objects, images or files a reader changed or left out, by reason.
-    labelled: (N,) bool, which images somebody has labelled; None = all of them, if there are labels. An image that is
-    not labelled is no negative: nobody knows what is on it.
-    """
+    """One split of one data set. An image that is not labelled is no negative: nobody knows what is on it."""
 
     name: str
     images: Images
-    labels: Labels | None
+    labels: Labels | None  # None for images alone
     class_names: tuple[str, ...]
-    drops: dict[str, int] = field(default_factory=dict)
-    labelled: Tensor | None = None
+    drops: dict[str, int] = field(default_factory=dict)  # what a reader changed or left out, by reason
+    labelled: Tensor | None = None  # (N,) bool; None = all of them, if there are labels
     reading: Reading = Reading()
 
     def __len__(self) -> int:

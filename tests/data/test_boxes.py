@@ -119,11 +119,3 @@ def test_what_is_known_of_each_box_goes_where_the_box_goes():
     assert joined.extra["sides"].shape == (4, 3, 4) and not joined.extra["sides"][0, 1:].any()
     assert torch.equal(joined.extra["sides"][1:], found.extra["sides"])
     assert b.join_detections([_detections(1, [0.8])]).extra == {}
-
-
-def test_joined_detections_keep_their_rows_and_pad_the_shorter():
-    short, long = _detections(2, [0.9]), _detections(1, [0.8, 0.7])
-    joined = b.join_detections([short, long])
-    assert len(joined) == 3 and joined.boxes.shape == (3, 2, 4) and joined.probs.shape == (3, 2, 3)
-    assert torch.equal(joined.boxes[:2, :1], short.boxes) and torch.equal(joined.boxes[2:], long.boxes)
-    assert joined.valid.tolist() == [[True, False], [True, False], [True, True]]

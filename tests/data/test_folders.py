@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from miniatures import KITTI, THREE, Picture, coco, coco_content, folder, image, kitti, voc, voc_flat, xml, yolo
+from miniatures import THREE, Picture, coco, coco_content, folder, image, voc, voc_flat, xml, yolo
 from PIL import Image
 
 from fedal_utils import __main__ as command
@@ -223,12 +223,9 @@ def test_images_nobody_labelled_are_kept_apart_from_negatives_where_asked(tmp_pa
         told = {}
         for side in sides:
             known = [True] * len(side) if side.labelled is None else side.labelled.tolist()
-            ids = [Path(i).stem for i in side.images.ids]
-            told |= (
-                dict(zip(ids, zip(known, side.labels.count().tolist(), strict=True), strict=True))
-                if side.labels
-                else {i: (False, 0) for i in ids}
-            )
+            counted = side.labels.count().tolist() if side.labels else [0] * len(side)
+            known = known if side.labels else [False] * len(side)
+            told |= {Path(i).stem: (k, n) for i, k, n in zip(side.images.ids, known, counted, strict=True)}
         assert told == {"a": (True, 2), "b": (True, 1), "c": (True, 0), "d": (False, 0), "e": (False, 0)}, kind
     with pytest.raises(ValueError, match=r"image .*d\.png has no annotation d\.xml"):
         counts(roots["voc"])
@@ -327,10 +324,3 @@ def test_limits_are_seeded_and_nested(tmp_path):
     assert len(data.load(str(root), SIZE, limit=(None, 2))[1]) == 2
     assert few != set(data.load(str(root), SIZE)[0].images.ids[:5])
     assert [len(side) for side in data.load("digits", 64, limit=(4, None), digits=data.Digits((9, 9)))] == [4, 9]
-
-
-def test_kittis_layout_is_found_and_an_unknown_name_lists_the_known_ones(tmp_path):
-    train, test = data.load(str(kitti(tmp_path / "mine", KITTI)), (37, 124))
-    assert train.name == "mine train" and (len(train), len(test)) == (9, 3)
-    with pytest.raises(ValueError, match="'bcd' is not known.*digits, bccd, hit-uav"):
-        data.load("bcd", SIZE, root=tmp_path)

@@ -33,14 +33,9 @@ def region(name: str, x: float) -> dict:
 
 
 def studio(root: Path) -> Path:
-    tasks = [
-        {
-            "id": i,
-            "data": {"image": f"/data/upload/1/0a1b2c3d-{i}.png"},
-            "annotations": [{"id": i, "result": [region("cat", i)]}],
-        }
-        for i in range(3)
-    ]
+    images = [{"image": f"/data/upload/1/0a1b2c3d-{i}.png"} for i in range(3)]
+    annotations = [[{"id": i, "result": [region("cat", i)]}] for i in range(3)]
+    tasks = [{"id": i, "data": images[i], "annotations": annotations[i]} for i in range(3)]
     root.mkdir()
     (root / "export.json").write_text(json.dumps(tasks))
     return root
@@ -86,13 +81,8 @@ def mutated_bytes(raw: bytes, random: random.Random, text: str) -> bytes:
     put = text.encode("utf-8", "surrogatepass")
     borders = [i for i, byte in enumerate(raw) if byte in b' \n<>,:="'] or [0]
     i, j = sorted(random.choice(borders) + 1 if random.random() < 0.5 else random.randrange(len(raw) + 1) for _ in "ab")
-    return [
-        raw[:i] + put + raw[j:],
-        raw[:i] + put + raw[i:],
-        raw[:i],
-        raw[:j] + raw[i:],
-        raw.replace(raw[i:j], put, 1),
-    ][random.randrange(5)]
+    changed = (raw[:i] + put + raw[j:], raw[:i] + put + raw[i:], raw[:i], raw[:j] + raw[i:])
+    return (*changed, raw.replace(raw[i:j], put, 1))[random.randrange(5)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,9 +105,8 @@ def test_a_mutated_set_is_read_or_refused_by_a_valueerror_that_names_its_file(
                     check(record.objects or (), record.size)
             else:
                 for side in data.load(str(folder), (24, 36)):
-                    boxes = side.labels.boxes if side.labels is not None else []
-                    for row, (height, width) in zip(boxes, [(24, 36)] * len(boxes), strict=True):
-                        assert ((row >= 0) & (row <= max(height, width))).all()
+                    for row in side.labels.boxes if side.labels is not None else []:
+                        assert ((row >= 0) & (row <= 36)).all()
         except ValueError as error:
             assert type(error) is ValueError and str(folder) in str(error), repr(error)
     finally:

@@ -48,16 +48,9 @@ def test_boxes_written_here_fit_when_read_back_in_every_orientation(tmp_path, ki
         where = root / {"voc": "JPEGImages", "coco": "images", "yolo": "images"}[kind] / "p.jpg"
         photograph(where, orientation, size)
         photograph(where.with_name("q.jpg"), 1, size)
-        records = [
-            data.Record(f"{stem}.jpg" if kind == "coco" else stem, where.with_name(f"{stem}.jpg"), size, (thing,))
-            for stem, thing in (("p", data.Object("cat", BOX)), ("q", data.Object("cat", BOX)))
-        ]
-        write = {
-            "voc": data.write_voc,
-            "yolo": data.write_yolo,
-            "coco": lambda r, *a: data.write_coco(r / "c.json", *a),
-        }
-        write[kind](root, records, ["cat"])
+        ends, thing = ".jpg" if kind == "coco" else "", data.Object("cat", BOX)
+        records = [data.Record(i + ends, where.with_name(f"{i}.jpg"), size, (thing,)) for i in "pq"]
+        getattr(data, f"write_{kind}")(root / "c.json" if kind == "coco" else root, records, ["cat"])
         for side in data.load(str(root), size):
             assert side.labels.boxes[0, 0].tolist() == list(BOX) and side.images.sizes.tolist() == [list(size)]
             seen = side.images.pixels[0, :, 7:23, 12:28].float()
