@@ -68,12 +68,8 @@ def learn(model, steps, lr=2e-3, images=8, size=(64, 64)):
         left, top = (int(v) for v in torch.randint(4, 36, (2,), generator=rng))
         x[i, :, top : top + 20, left : left + 20] = 90 + 80 * (i % 3)
         places.append([((left, top, left + 20, top + 20), 1 + i % 3, False)])
-    boxes, optimizer, losses, draw = (
-        targets(places),
-        torch.optim.AdamW(model.parameters(), lr),
-        [],
-        torch_rng_for(0, "l"),
-    )
+    boxes, losses, draw = targets(places), [], torch_rng_for(0, "l")
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
     model.train()
     for _ in range(steps):
         parts = model.loss(x, *boxes, draw)

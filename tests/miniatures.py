@@ -51,16 +51,20 @@ def image(picture: Picture, folder: Path, suffix: str = ".png") -> Path:
 
 def xml(picture: Picture, file: Path, one_based: bool = False, difficult: Sequence[int] = ()) -> Path:
     """A Pascal VOC annotation; the objects numbered in `difficult` carry the flag."""
-    height, width = picture.size
-    shift = 1 if one_based else 0
+    (height, width), shift = picture.size, int(one_based)
     objects = "".join(
         f"<object><name>{name}</name><difficult>{int(i in difficult)}</difficult><bndbox><xmin>{x1 + shift}</xmin>"
         f"<ymin>{y1 + shift}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
         for i, (name, (x1, y1, x2, y2)) in enumerate(picture.objects)
     )
     size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+    text = f"<annotation><filename>{picture.id}.png</filename>{size}{objects}</annotation>"
+    return written(file, text)
+
+
+def written(file: Path, text: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"<annotation><filename>{picture.id}.png</filename>{size}{objects}</annotation>")
+    file.write_text(text)
     return file
 
 
@@ -77,9 +81,7 @@ def voc(
         image(picture, root / "JPEGImages", suffix)
         xml(picture, root / "Annotations" / f"{picture.id}.xml", one_based, difficult)
     for split, ids in (splits or {}).items():
-        file = root / "ImageSets" / "Main" / f"{split}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f"{i}\n" for i in ids))
+        written(root / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{i}\n" for i in ids))
     return root
 
 
@@ -96,15 +98,12 @@ def coco_content(pictures: Sequence[Picture] = THREE, suffix: str = ".png", **ex
     names = sorted({name for picture in pictures for name, _ in picture.objects})
     images, annotations = [], []
     for i, picture in enumerate(pictures, start=1):
-        height, width = picture.size
-        entry = {"id": i, "file_name": f"{picture.id}{suffix}", "height": height, "width": width}
-        images.append(entry | dict(extra.get(picture.id, {})))
+        size = dict(zip(("height", "width"), picture.size, strict=True))
+        images.append({"id": i, "file_name": f"{picture.id}{suffix}", **size, **extra.get(picture.id, {})})
         for name, (x1, y1, x2, y2) in picture.objects:
-            box = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": i, "category_id": 10 * (1 + names.index(name)), "bbox": box}
-                | {"iscrowd": 0, "area": box[2] * box[3]}
-            )
+            box, kind = [x1, y1, x2 - x1, y2 - y1], 10 * (1 + names.index(name))
+            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": kind, "bbox": box, "iscrowd": 0}
+            annotations.append(entry | {"area": box[2] * box[3]})
     categories = [{"id": 10 * (1 + k), "name": name} for k, name in enumerate(names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -115,8 +114,7 @@ def coco(
     """Images in one folder and one JSON file."""
     for picture in pictures:
         image(picture, root / images)
-    (root / file).parent.mkdir(parents=True, exist_ok=True)
-    (root / file).write_text(json.dumps(coco_content(pictures)))
+    written(root / file, json.dumps(coco_content(pictures)))
     return root
 
 
@@ -134,9 +132,7 @@ def yolo(
             for name, (x1, y1, x2, y2) in picture.objects
         ]
         if lines:
-            file = root / "labels" / split / f"{picture.id}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(lines))
+            written(root / "labels" / split / f"{picture.id}.txt", "".join(lines))
     if names:
         listed = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
         (root / "data.yaml").write_text(f"train: images\nnames:\n{listed}")
@@ -176,9 +172,8 @@ def kitti(root: Path, pictures: Sequence[Picture] = KITTI, suffix: str = ".png")
     """training/image_2 and training/label_2, as KITTI's zips unpack."""
     for picture in pictures:
         image(picture, root / "training" / "image_2", suffix)
-        file = root / "training" / "label_2" / f"{picture.id}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(kitti_line(*thing) + "\n" for thing in picture.objects))
+        text = "".join(kitti_line(*thing) + "\n" for thing in picture.objects)
+        written(root / "training" / "label_2" / f"{picture.id}.txt", text)
     return root
 
 

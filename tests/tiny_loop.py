@@ -18,17 +18,8 @@ CONFIG = Config.of(cycles=2, rounds=2, profile="quick", methods=("sum", "random"
 
 def rows_of(run: record.Run, cycle: int, number: int, weights: torch.Tensor, labelled: int) -> list[dict]:
     """Two clients and the server; a new metric column appears at the end of each cycle, as with rare evaluation."""
-    clients = [
-        {
-            "client": k,
-            "images": labelled,
-            "boxes": 3 * labelled,
-            "loss": float(weights[k].abs()),
-            "bytes_up": 4 * k,
-            "steps": 5,
-        }
-        for k in range(2)
-    ]
+    costs = {"images": labelled, "boxes": 3 * labelled, "steps": 5}
+    clients = [{"client": k, **costs, "loss": float(weights[k].abs()), "bytes_up": 4 * k} for k in range(2)]
     server = {"client": "server", "images": 2 * labelled, "seconds": 2.5 * labelled}
     if number == run.config.federation.rounds - 1:
         server |= {"ap50": float(torch.sigmoid(weights.sum())), "ap50/empty class": float("nan")}
@@ -38,14 +29,8 @@ def rows_of(run: record.Run, cycle: int, number: int, weights: torch.Tensor, lab
 def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
     """State: weights, a float64 moment and the generator's own state; every number depends on all before it."""
     for run in record.runs(config, "tiny", root=root, progress=False):
-        start = record.shared(
-            config,
-            "tiny",
-            run.seed,
-            "start",
-            lambda run=run: {"w": torch.randn(3, generator=run.torch_rng("start"))},
-            root,
-        )
+        first = {"w": torch.randn(3, generator=run.torch_rng("start"))}
+        start = record.shared(config, "tiny", run.seed, "start", lambda first=first: first, root)
         draws = run.torch_rng("draws", run.method)
         weights, moment, ids = start["w"].clone(), torch.zeros(3, dtype=torch.float64), []
         if run.resumed:
@@ -54,10 +39,8 @@ def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
         for cycle, number in run.rounds():
             queries = []
             if number == 0:
-                queries = [
-                    {"client": k, "id": f"image,{cycle}-{k}", "score": float(torch.rand((), generator=draws))}
-                    for k in range(2)
-                ]
+                asked = [(k, f"image,{cycle}-{k}") for k in range(2)]
+                queries = [{"client": k, "id": i, "score": float(torch.rand((), generator=draws))} for k, i in asked]
                 ids = ids + [row["id"] for row in queries]
             step = torch.randn(3, generator=draws) * run.config.training.lr + run.rng("noise", cycle, number).normal()
             weights = weights + step

@@ -49,11 +49,9 @@ def table(
     what: rounds, or queries (`client` and `id` are text).
     ValueError naming the file if one was cut or changed, and if two runs belong to different data.
     """
-    found = {
-        key: run
-        for key, run in _found(config, notebook, root, fingerprint).items()
-        if (methods is None or key[0] in methods) and (seeds is None or key[1] in seeds) and run.sheets
-    }
+    found = _found(config, notebook, root, fingerprint)
+    found = {key: run for key, run in found.items() if run.sheets and (methods is None or key[0] in methods)}
+    found = {key: run for key, run in found.items() if seeds is None or key[1] in seeds}
     prints = {run.fingerprint for run in found.values()} - {""}
     if len(prints) > 1:
         raise ValueError(f"runs of {notebook} belong to different data ({sorted(prints)}): run the older ones again")
@@ -88,14 +86,23 @@ def _found(config: Config, notebook: str, root: str | Path | None, fingerprint: 
     """(method, seed) -> all runs of a setting; a run that was broken off here counts where no record has it."""
     found = {}
     for (digest, method, seed), run in (_runs(record_path(config, notebook)) if root is None else {}).items():
-        if digest == config.digest()[:8]:
-            found[method, seed] = _stored(run)
+        if digest != config.digest()[:8]:
+            continue
+        sheets = {}
+        for name, rows in run.items():
+            filled = [c for c in rows if c not in (*FACTS, WALL) and (rows[c] != "").any()]
+            sheets[name] = rows[[c for c in rows if c in COLUMNS[name] or c in filled]]
+        found[method, seed] = Stored(sheets, 0, True, _print(run))
     for folder in setting_folder(config, notebook, root).glob("*/seed*"):
         key = folder.parent.name, int(folder.name.removeprefix("seed"))
         run = read_run(folder)
         if run is not None and (run.done or key not in found):
             found[key] = run
     return {key: run for key, run in found.items() if not fingerprint or run.fingerprint in ("", fingerprint)}
+
+
+def _print(run: Texts) -> str:
+    return run["rounds"]["fingerprint"].iloc[0]
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -135,11 +142,10 @@ def merge(folder: str | Path) -> list[Path]:
     for path in sorted(p for p in Path(folder).glob("*.csv.gz") if not p.name.endswith("-queries.csv.gz")):
         place = project_root() / "results" / "records" / path.name
         ours, theirs = _runs(place), _runs(path)
-        prints = {key[0]: texts["rounds"]["fingerprint"].iloc[0] for key, texts in ours.items()}
-        for key, texts in theirs.items():
-            found = texts["rounds"]["fingerprint"].iloc[0]
-            if prints.get(key[0], found) != found:
-                raise ValueError(f"{path}: setting {key[0]} ran on other data ({found}) than ours ({prints[key[0]]})")
+        prints = {key[0]: _print(run) for key, run in ours.items()}
+        for key, run in theirs.items():
+            if prints.get(key[0], _print(run)) != _print(run):
+                raise ValueError(f"{path}: setting {key[0]} ran on other data than ours")
         merged[place] = {**theirs, **ours}
     return [_write(place, runs) for place, runs in merged.items()]
 
@@ -164,54 +170,44 @@ def _texts(key: Key, setting: str, folder: Path) -> Texts:
     return out
 
 
-def _stored(run: Texts) -> Stored:
-    """A run of a record, as if it were read from its folder."""
-    sheets = {}
-    for name, rows in run.items():
-        filled = [c for c in rows if c not in (*FACTS, WALL) and (rows[c] != "").any()]
-        sheets[name] = rows[[c for c in rows if c in COLUMNS[name] or c in filled]]
-    return Stored(sheets, 0, True, run["rounds"]["fingerprint"].iloc[0])
-
-
-def _check(texts: Texts) -> str:
+def _check(run: Texts) -> str:
     parts = []
-    for rows in (texts["rounds"], texts["queries"]):
+    for rows in (run["rounds"], run["queries"]):
         filled = sorted(c for c in rows if c != "check" and (rows[c] != "").any())
         parts.append(rows[filled].to_csv(index=False))
     return sha256("\n".join(parts).encode())[:16]
 
 
 def _write(path: Path, runs: dict[Key, Texts]) -> Path:
-    settings = {key: texts["rounds"]["setting"].iloc[0] for key, texts in runs.items()}
+    settings = {key: run["rounds"]["setting"].iloc[0] for key, run in runs.items()}
     order = sorted(runs, key=lambda key: (settings[key] != "{}", settings[key], *key))  # the main setting first
     checks = {key: _check(runs[key]) for key in order}
-    for name, place in (("rounds", path), ("queries", _queries_of(path))):
+    for name, place in zip(("rounds", "queries"), _files(path), strict=True):
         rows = pd.concat([runs[key][name].assign(check=checks[key]) for key in order], ignore_index=True).fillna("")
         write_atomic(place, gzip.compress(encode(rows), mtime=0))
     return path
 
 
-def _queries_of(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".csv.gz") + "-queries.csv.gz")
+def _files(path: Path) -> tuple[Path, Path]:
+    return path, path.with_name(path.name.removesuffix(".csv.gz") + "-queries.csv.gz")
 
 
 def _runs(path: Path) -> dict[Key, Texts]:
     """The runs of a record; none if it is not there. ValueError naming it if a run was changed or cut."""
-    files = (path, _queries_of(path))
-    return _read(path, *(file.exists() and file.stat().st_mtime_ns for file in files)) if path.exists() else {}
+    return _read(path, *(f.exists() and f.stat().st_mtime_ns for f in _files(path))) if path.exists() else {}
 
 
 @functools.lru_cache(maxsize=16)
 def _read(path: Path, *times: int) -> dict[Key, Texts]:
     try:
-        both = [pd.read_csv(file, dtype=object, keep_default_na=False) for file in (path, _queries_of(path))]
+        both = [pd.read_csv(file, dtype=object, keep_default_na=False) for file in _files(path)]
         parts = [dict(iter(rows.groupby(KEY, sort=False))) for rows in both]
     except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise ValueError(f"{path} or its queries cannot be read ({error}): {ADVICE}") from None
     runs = {}
     for key, rounds in parts[0].items():
-        texts = {"rounds": rounds, "queries": parts[1].get(key, both[1].iloc[:0])}
-        if set(rounds["check"]) != {_check(texts)}:
+        run = {"rounds": rounds, "queries": parts[1].get(key, both[1].iloc[:0])}
+        if set(rounds["check"]) != {_check(run)}:
             raise ValueError(f"{path}: the rows of {key[1]} seed {key[2]} were changed or cut: {ADVICE}")
-        runs[key[0], key[1], int(key[2])] = texts
+        runs[key[0], key[1], int(key[2])] = run
     return runs

@@ -38,12 +38,14 @@ def read_paper(paper: str | Path) -> pd.DataFrame:
     """A paper's published numbers: `results/paper/<paper>.csv`, or any CSV with PAPER_COLUMNS. `x` may be empty."""
     path = Path(paper) if str(paper).endswith(".csv") else project_root() / "results" / "paper" / f"{paper}.csv"
     frame = read_sheet(path)
-    if tuple(frame) != PAPER_COLUMNS:
-        raise ValueError(f"{path}: columns must be {', '.join(PAPER_COLUMNS)}, got {', '.join(frame)}")
     try:
-        return frame.assign(**{c: frame[c].replace("", "nan").astype(float) for c in ("x", "value", "tolerance")})
-    except ValueError as error:
-        raise ValueError(f"{path}: x, value and tolerance are numbers or empty ({error})") from None
+        return frame[[*PAPER_COLUMNS]].assign(
+            **{c: frame[c].replace("", "nan").astype(float) for c in ("x", "value", "tolerance")}
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}: columns are {', '.join(PAPER_COLUMNS)}, x, value, tolerance numbers: {error}"
+        ) from None
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -157,15 +159,12 @@ def check_formula(
     group = group[group["item"] == item]
     names = [name if math.isnan(x) else f"{name} {x:g}" for name, x in zip(group["setting"], group["x"], strict=True)]
     ours = [float(formula(name, x)) for name, x in zip(group["setting"], group["x"], strict=True)]
-    gaps = [
-        round(one, 0 if value == int(value) else 3) - value for one, value in zip(ours, group["value"], strict=True)
-    ]
+    places = [0 if value == int(value) else 3 for value in group["value"]]
+    gaps = [round(one, n) - value for one, n, value in zip(ours, places, group["value"], strict=True)]
     verdict = "contradicted" if any(abs(gap) > 1e-9 for gap in gaps) else "formula checked"
     found = {"verdict": verdict, "seeds": 0, "difference": max(gaps, key=abs)}
-    theirs, computed = (
-        dict(zip(names, group["value"], strict=True)),
-        {n: {0: v} for n, v in zip(names, ours, strict=True)},
-    )
+    theirs = dict(zip(names, group["value"], strict=True))
+    computed = {name: {0: value} for name, value in zip(names, ours, strict=True)}
     return pd.DataFrame([_row(about, paper, item, theirs, computed, found, group)], columns=VERDICT_COLUMNS)
 
 

@@ -99,15 +99,6 @@ def test_killed_at_every_instant_then_resumed_gives_the_same_bytes(unbroken, tmp
     assert instants >= 200 // KILL_EVERY
 
 
-def test_killed_again_and_again_makes_progress_and_gives_the_same_bytes(unbroken, tmp_path, server):
-    for instant in (37, 45, 31, 52, 40, 33):
-        doomed = server.Process(target=tiny_loop.killed_at, args=(tmp_path, instant))
-        doomed.start()
-        doomed.join()
-    tiny_loop.loop(tmp_path)
-    assert results(tmp_path) == results(unbroken)
-
-
 def test_resumes_from_the_last_commit_only(tmp_path):
     run, runs = first_run(tmp_path)
     run.commit(0, 0, [], [{"client": 3, "id": "007", "score": math.nan}], {"w": torch.ones(2)})
@@ -160,19 +151,16 @@ def test_a_flipped_bit_is_noticed_and_the_run_goes_back_to_the_last_good_state(u
 def test_a_damaged_shared_state_is_made_anew(tmp_path):
     made = []
 
-    def make():
-        made.append(1)
-        return {"w": torch.ones(3)}
+    def shared(**named):
+        return record.shared(CONFIG, "tiny", 0, "start", lambda: made.append(1) or torch.ones(3), tmp_path, **named)
 
-    for _ in range(2):
-        assert torch.equal(record.shared(CONFIG, "tiny", 0, "start", make, tmp_path)["w"], torch.ones(3))
-    assert len(made) == 1
+    assert torch.equal(shared(), torch.ones(3)) and torch.equal(shared(), torch.ones(3)) and len(made) == 1
     (path,) = tmp_path.rglob("start-seed0.pt")
     flip_a_bit(path, 0.5)
     with pytest.warns(UserWarning, match="start-seed0.pt is damaged"):
-        record.shared(CONFIG, "tiny", 0, "start", make, tmp_path)
-    record.shared(CONFIG, "tiny", 0, "start", make, tmp_path, fingerprint="other data")
-    record.shared(CONFIG, "tiny", 0, "start", make, tmp_path, fingerprint="other data")
+        shared()
+    shared(fingerprint="other data")
+    shared(fingerprint="other data")
     assert len(made) == 3
 
 
@@ -215,10 +203,7 @@ def test_rows_of_different_data_never_stand_in_one_table(tmp_path):
     with pytest.raises(ValueError, match=r"belong to different data \(\['aaaa', 'bbbb'\]\)"):
         record.table(settings, "tiny", tmp_path)
     assert set(record.table(settings, "tiny", tmp_path, fingerprint="aaaa")["method"]) == {"sum"}
-    assert set(record.queries(settings, "tiny", tmp_path, methods=["sum"])) == {"method", "seed", "cycle", *QUERY}
 
-
-QUERY = ("client", "id", "score")
 
 # --- who may write ----------------------------------------------------------------------------------------------------
 
@@ -257,18 +242,15 @@ def test_the_same_process_takes_its_own_run_over_and_the_old_loop_cannot_write(t
 
 
 @pytest.mark.parametrize(
-    "values",
-    [
-        *({"loss": math.nan}, {"loss": math.inf}, {"loss_box": np.float32("nan")}, {"ap50": -math.inf}),
-        *({"images": math.nan}, {"ap50": np.zeros(2)}, {"ap50": [1]}),
-    ],
+    ("name", "value"),
+    [("loss", math.nan), ("loss_box", np.float32("nan")), ("ap50", -math.inf), ("images", math.nan), ("ap50", [1])],
 )
-def test_a_value_that_no_cell_can_hold_is_refused_by_name_and_nothing_is_written(tmp_path, values):
+def test_a_value_that_no_cell_can_hold_is_refused_by_name_and_nothing_is_written(tmp_path, name, value):
     run, runs = first_run(tmp_path)
     commit(run, 0, 0)
     before = {p: p.read_bytes() for p in run.folder.iterdir()}
-    with pytest.raises(ValueError, match=rf"tiny sum seed 0, cycle 0, round 1, client 7: {next(iter(values))} "):
-        run.commit(0, 1, [{"client": 7, **values}])
+    with pytest.raises(ValueError, match=rf"tiny sum seed 0, cycle 0, round 1, client 7: {name} "):
+        run.commit(0, 1, [{"client": 7, name: value}])
     with pytest.raises(ValueError, match="id 'b': score is inf"):
         run.commit(0, 1, [], [{"client": 7, "id": "b", "score": math.inf}])
     assert before == {p: p.read_bytes() for p in run.folder.iterdir()}
@@ -277,17 +259,10 @@ def test_a_value_that_no_cell_can_hold_is_refused_by_name_and_nothing_is_written
     assert len(record.table(run.config, "tiny", tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        (np.zeros(3), r"state\['a'\]\[1\] is a ndarray.*torch.from_numpy"),
-        (print, "builtin_function_or_method"),
-    ],
-)
-def test_a_state_that_could_not_be_read_back_is_refused(tmp_path, value, message):
+def test_a_state_that_could_not_be_read_back_is_refused(tmp_path):
     run, runs = first_run(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        run.commit(0, 0, [], [], {"a": [0, value]})
+    with pytest.raises(ValueError, match=r"state\['a'\]\[1\] is a ndarray.*torch.from_numpy"):
+        run.commit(0, 0, [], [], {"a": [0, np.zeros(3)]})
     assert not (run.folder / "rounds.csv").exists()
 
 
@@ -316,39 +291,36 @@ DAMAGES = {
     "edited": lambda content: content.replace(b"server,1", b"server,2"),
     "ragged": lambda content: content.replace(b"server", b"server,1"),
     "binary": lambda content: b"\xff\xfe\x00",
-    "missing": None,
 }
 
 
 @pytest.mark.parametrize("done", [False, True])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
 def test_a_damaged_csv_is_an_error_that_names_it_for_every_reader(tmp_path, damage, done):
     run, runs = first_run(tmp_path, cycles=1)
     for number in range(1 + done):
         commit(run, 0, number)
     runs.close()
     path = run.folder / "rounds.csv"
-    if DAMAGES[damage]:
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    else:
+    if damage == "missing":
         path.unlink()
-    for read in (
-        lambda: first_run(tmp_path, cycles=1),
-        lambda: record.table(run.config, "tiny", tmp_path),
-        lambda: record.queries(run.config, "tiny", tmp_path),
-        lambda: record.missing(run.config, "tiny", ["sum"], [0], tmp_path),
-    ):
+    else:
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(ValueError, match="rounds.csv"):
+        first_run(tmp_path, cycles=1)
+    for read in (record.table, record.queries):
         with pytest.raises(ValueError, match="rounds.csv"):
-            read()
+            read(run.config, "tiny", tmp_path)
 
 
 @pytest.mark.parametrize("digests", [{}, None, {"rounds.csv": "0" * 64}, {"rounds.csv": "", "queries.csv": ""}])
 def test_a_closing_note_without_the_right_digests_is_refused(tmp_path, digests):
     run = finish(tmp_path)
     (run.folder / "done.json").write_text(json.dumps({"rounds": 2, "sha256": digests}))
-    for read in (lambda: first_run(tmp_path, cycles=1), lambda: record.table(run.config, "tiny", tmp_path)):
-        with pytest.raises(ValueError, match="was changed"):
-            read()
+    with pytest.raises(ValueError, match="was changed"):
+        first_run(tmp_path, cycles=1)
+    with pytest.raises(ValueError, match="was changed"):
+        record.table(run.config, "tiny", tmp_path)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -383,12 +355,11 @@ def test_table_gathers_all_methods_and_seeds_in_order(unbroken, tmp_path):
     assert record.missing(CONFIG, "tiny", ("sum", "random"), (0, 1), unbroken) == [("sum", 1), ("random", 1)]
 
 
-def test_env_tells_versions_and_machine_but_not_whose(unbroken, monkeypatch):
-    path = next(unbroken.rglob("env.json"))
-    env = json.loads(path.read_text())
+def test_env_tells_versions_and_machine_but_not_whose(unbroken):
+    text = next(unbroken.rglob("env.json")).read_text()
+    env = json.loads(text)
     assert env["torch"].startswith(torch.__version__.split("+")[0]) and env["machine"]["cores"] >= 1
-    assert env["minutes"] >= 0
-    assert str(Path.home()) not in path.read_text() and os.uname().nodename not in path.read_text().split('"')
+    assert env["minutes"] >= 0 and str(Path.home()) not in text and os.uname().nodename not in text.split('"')
     assert "torch" in record.banner() and "cores" in record.banner()
 
 
@@ -400,19 +371,6 @@ def test_state_is_the_last_one_and_a_view_does_not_drag_its_storage_along(tmp_pa
     assert found["row"].shape == (1000,) and found["big"] == 2**100 and found["nested"] == [{"a": (1, None, True)}]
     assert (run.folder / "state.pt").stat().st_size < 20_000
     assert record.state(run.config, "tiny", "max", 0, tmp_path) is None
-
-
-@pytest.mark.parametrize("problem, message", [(errno.ENOSPC, "no space left on the disk"), (errno.EIO, "as it came")])
-def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, problem, message):
-    path = files.write_atomic(tmp_path / "a.csv", "old\n")
-
-    def fail(file):
-        file.write(b"new")
-        raise OSError(problem, "as it came")
-
-    with pytest.raises(OSError, match=message):
-        files.write_atomic(path, fail)
-    assert path.read_text() == "old\n" and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_a_disk_that_fills_up_within_a_commit_leaves_a_run_that_resumes(unbroken, tmp_path, monkeypatch):

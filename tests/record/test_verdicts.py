@@ -151,17 +151,12 @@ def test_items_of_a_paper_are_compared_at_the_end_or_by_area(tmp_path):
         record.compare_paper(TABLE, csv, ABOUT, items=["fig. 9"])
 
 
-def test_smoke_is_never_compared_and_never_published(tmp_path, monkeypatch):
+def test_verdicts_are_published_once_for_each_item_and_none_of_smoke_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDAL_HOME", str(tmp_path))
     csv = paper_csv(tmp_path / "p.csv", "fig. 1,sum,,ap50,.6,,p. 3,", "fig. 1,random,,ap50,.5,,p. 3,")
     frame = record.compare_paper(TABLE, csv, record.about(Config.of(profile="smoke"), "11_fedavg", "small detector"))
     assert frame["verdict"].tolist() == ["not run"] and frame["ours"].tolist() == [""]
     assert not record.publish_verdicts(frame, "smoke").exists()
-
-
-def test_verdicts_are_published_once_for_each_item(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDAL_HOME", str(tmp_path))
-    csv = paper_csv(tmp_path / "p.csv", "fig. 1,sum,,ap50,.6,,p. 3,", "fig. 1,random,,ap50,.5,,p. 3,")
     path = record.publish_verdicts(record.compare_paper(TABLE, csv, ABOUT), "quick")
     before = path.read_bytes()
     assert record.publish_verdicts(record.compare_paper(TABLE, csv, ABOUT), "quick").read_bytes() == before
@@ -172,17 +167,16 @@ def test_verdicts_are_published_once_for_each_item(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("ours", "verdict"), [(14.0174, "formula checked"), (14.02, "contradicted")])
 def test_a_formula_is_checked_to_the_last_printed_digit(tmp_path, ours, verdict):
     csv = paper_csv(tmp_path / "p.csv", "MB,FULL,,megabytes,14.017,MB,p. 5,", "MB,FULL,20,megabytes,765,MB,p. 5,")
-    about = dict(zip(("notebook", "data", "scale", "profile"), ("13", "d", "full", "quick"), strict=True))
     formula = lambda setting, x: 765.4 if x == 20 else ours  # noqa: E731
-    (found,) = record.check_formula(csv, about, "MB", formula).to_dict("records")
-    assert found["verdict"] == verdict and "FULL 20 765" in found["theirs"] and found["scale"] == "full"
+    (found,) = record.check_formula(csv, ABOUT, "MB", formula).to_dict("records")
+    assert found["verdict"] == verdict and "FULL 20 765" in found["theirs"]
 
 
 def test_a_wrong_paper_file_is_an_error(tmp_path):
     (tmp_path / "p.csv").write_text("item,value\nfig. 1,2\n")
-    with pytest.raises(ValueError, match=r"p.csv: columns must be item, setting"):
+    with pytest.raises(ValueError, match="p.csv: columns are item, setting"):
         record.read_paper(tmp_path / "p.csv")
-    with pytest.raises(ValueError, match="value and tolerance are numbers"):
+    with pytest.raises(ValueError, match="x, value, tolerance numbers"):
         record.read_paper(paper_csv(tmp_path / "q.csv", "fig. 1,sum,20,ap50,high,,p. 3,"))
     (tmp_path / "q.csv").write_text("item,setting")
     with pytest.raises(ValueError, match="it is cut"):
