@@ -208,7 +208,7 @@ def taken(name: str) -> set[tuple[str, str]]:
                     found.add((node.module, alias.name))
     for node in nodes:
         first, *rest = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else [""]
-        value = modules.get(first)
+        value = modules.get(first) if all(map(str.isidentifier, rest)) else None
         for word in rest if value else ():
             inner = member(value, word)
             if not isinstance(inner, types.ModuleType):
