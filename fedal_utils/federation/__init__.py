@@ -15,5 +15,5 @@ from .experiment import Experiment, runs, start
 from .local import train_client
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .query import Query, query_size, select, strategy_at
-from .schemes import SCHEMES, Step, method_of, plan, round_lr_factor
+from .schemes import SCHEMES, Step, method_of, plan
 from .setup import Setup, class_counts, first_queries, partition_clients, prepare, setup_of

@@ -32,10 +32,7 @@ def average(updates: Sequence[Update], weights: str = "images", parts: Sequence[
 
 
 def average_optimizer_states(updates: Sequence[Update], weights: str = "images") -> State:
-    """The optimizer states that came with the updates, averaged as the weights are; the steps taken are the most.
-
-    Only where all of them travel: {} if an update carries none.
-    """
+    """Optimizer states, averaged as the weights are, the steps taken being the most; {} if an update carries none."""
     if not all(u.optimizer_state for u in updates):
         return {}
     states = {u.client: unpack(u.optimizer_state) for u in updates}
@@ -45,10 +42,7 @@ def average_optimizer_states(updates: Sequence[Update], weights: str = "images")
 
 
 def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -> State:
-    """The sum of the clients' states, each times its part; float64, over clients sorted by name.
-
-    ValueError with the client's name on entries that cannot be averaged.
-    """
+    """The sum of the clients' states, each times its part; ValueError with a client's name on what does not fit."""
     names = [client for client, _ in sent]
     if len(set(names)) != len(names):
         raise ValueError(f"a client sent two updates: {sorted(names)}")
@@ -57,9 +51,8 @@ def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -
     for place in np.argsort(names):
         (client, state), part = sent[place], float(parts[place])
         if sums and state.keys() != sums.keys():
-            raise ValueError(
-                f"client {client} sent other entries than the rest: {sorted(state.keys() ^ sums.keys())[:3]}"
-            )
+            odd = sorted(state.keys() ^ sums.keys())[:3]
+            raise ValueError(f"client {client} sent other entries than the rest: {odd}")
         for key, value in state.items():
             if not value.is_floating_point():
                 raise ValueError(f"client {client} sent integer entry {key!r}: counters are never averaged")
@@ -74,10 +67,7 @@ def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -
 
 
 def too_large(updates: Sequence[Update], before: Mapping[str, Tensor], ratio: float) -> set[str]:
-    """Clients whose update moved further from `before` than `ratio` times the median update (L2, float64).
-
-    Of fewer than three nobody: the median of two is half way between them.
-    """
+    """Clients whose update moved further from `before` than `ratio` times the median (L2); of fewer than three none."""
     moved = {}
     for update in updates:
         sent = unpack(update.payload).items()
@@ -96,9 +86,9 @@ def percent_shares(count: int) -> np.ndarray:
 def class_wise_shares(metric: np.ndarray) -> np.ndarray:
     """Parts of a merge class by class: each class gives its vote to the client that does it best (van Bommel, 7.2).
 
-    metric: (M, C) clients by classes, bigger = better; NaN = not judged. Ties share a vote. A class that nobody detects
-    has none, where the released code would give it to the first client; without any, all clients count alike.
-    Returns (M,) float64, summing to one. Example: [[.9, .2], [.5, .6], [.1, .1]] -> [1/2, 1/2, 0].
+    metric: (M, C), bigger = better; NaN = not judged. Ties share a vote. A class that nobody detects has none (released
+    code: the first client's); without any, all count alike. Returns (M,), summing to one.
+    Example: [[.9, .2], [.5, .6], [.1, .1]] -> [1/2, 1/2, 0].
     """
     judged = np.nan_to_num(np.asarray(metric, dtype=np.float64), nan=0.0)
     best = judged.max(axis=0)  # (C,)

@@ -59,8 +59,7 @@ def ap_by_class(experiment: Experiment, clients: Sequence[Client]) -> np.ndarray
 def traffic(experiment: Experiment, step: Step, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
     """Bytes that each client sent and received in this round: packed messages, as they are.
 
-    One node sends nothing; local clients send when all labels are there. A hop of a chain counts where it arrives; in
-    the first pass each sends its model to the server as well, and the last visitor hands the result in.
+    One node sends nothing, nor do local clients before the last cycle. A hop of a chain counts where it arrives.
     """
     clients = experiment.clients
     if experiment.method.scheme.central or len(clients) == 1:

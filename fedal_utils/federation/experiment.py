@@ -30,10 +30,7 @@ from .setup import Setup, partition_clients
 
 
 def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -> Iterator[record.Run]:
-    """The runs of a setting that are not finished, of its data; options: methods, seeds, root, progress.
-
-    config: a variant of the setup's own.
-    """
+    """The runs that are not finished; config: a variant of the setup's own; options: methods, seeds, root, progress."""
     config = config or setup.config
     for method in options.get("methods") or config.methods:
         method_of(method, config)  # refused before the first run starts
@@ -41,9 +38,9 @@ def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -
 
 
 def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> Experiment:
-    """An experiment, fresh or where a broken run stopped: partition, initial labels and model depend on the seed only.
+    """An experiment, fresh or where a broken run stopped; oracle: who annotates, in the place of the known labels.
 
-    oracle: who annotates, in the place of the known labels (`labelling.StoreOracle`).
+    Partition, initial labels and initial model depend on the seed only.
     """
     if setup.train.labels is None:
         raise ValueError(f"data set {setup.train.name!r} has no labels: it can be scored, but nobody can annotate it")
@@ -60,10 +57,7 @@ def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> Experi
 
 
 class Experiment:
-    """One run: its clients, the global model, and the verbs of the loop.
-
-    Flower's server overrides `query` and `train_clients`, for its clients are elsewhere.
-    """
+    """One run: clients, global model, and the verbs of the loop. Flower's server overrides `query`, `train_clients`."""
 
     def __init__(self, run: record.Run, setup: Setup, clients: Sequence[Client], oracle: Oracle | None = None):
         self.run, self.setup, self.config, self.clients, self.oracle = run, setup, run.config, list(clients), oracle
@@ -94,9 +88,7 @@ class Experiment:
         if method := self.method.labels_of:
             run = self.run
             if record.missing(run.config, run.notebook, [method], [run.seed], run.root, run.fingerprint):
-                raise ValueError(
-                    f"{run} gets the labels of method {method!r}: run that first (put it before in `methods`)"
-                )
+                raise ValueError(f"{run} gets the labels of method {method!r}: run that first, put it before this one")
             rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
             return client.pool.replay(rows[rows["cycle"] == step.cycle].to_dict("records"))
         chosen = querying.select(self, step, client)
@@ -110,8 +102,7 @@ class Experiment:
     def train(self, step: Step) -> list[Update]:
         """Each participant trains from the global model (or its own), on its own labels.
 
-        A client without labels sends nothing, nor (with on_failure='skip') does one whose update is lost or too large,
-        or whose training diverges; its `status` says why.
+        The `status` of a client that sends nothing says why. With on_failure='stop' a lost one ends the run.
         """
         if self.config.federation.reset_each_cycle and step.cycle > 0 and step.round == 0:
             self._remember_global(self.clients)
@@ -158,7 +149,7 @@ class Experiment:
             client.bytes_down = 0 if client.local_state else len(message) + extra
             drop = settings.dropout_rate and not step.local
             if drop and self.run.rng("lost", client.name, step.cycle, step.round).random() < settings.dropout_rate:
-                lost[client.name] = _lost(client.name, step, "did not arrive", "lost")
+                lost[client.name] = ClientLost(f"client {client.name}: its update did not arrive in {step}")
             else:
                 here.append(client)
         return here, lost
@@ -173,13 +164,13 @@ class Experiment:
         if ratio := self.config.federation.max_update_ratio:
             arrived = [update for update in sent.values() if isinstance(update, Update)]
             for name in merging.too_large(arrived, unpack(message), ratio):
-                sent[name] = _lost(name, step, "is too large", "too large")
-        if self.config.federation.on_failure == "stop":
-            _stop(sent)
+                sent[name] = ClientLost(f"client {name}: its update is too large in {step}", "too large")
         updates = []
         for client in step.participants:
             result = sent.get(client.name)
             if isinstance(result, Exception):
+                if self.config.federation.on_failure == "stop":
+                    raise type(result)(f"{result}; on_failure='skip' goes on without it") from result
                 client.status = result.status if isinstance(result, ClientLost) else "diverged"
             elif result is not None:
                 updates.append(result)
@@ -205,7 +196,7 @@ class Experiment:
         self.method.scheme.aggregate(self, step, updates)
 
     def average(self, updates: Sequence[Update]) -> None:
-        """The global model becomes the updates' average; optimizer states that came along are averaged for all clients.
+        """The global model becomes the updates' average, as do optimizer states that came along.
 
         as_released: equal parts in whole percent, whatever the clients hold.
         """
@@ -262,10 +253,10 @@ class Experiment:
                 trained.append({**row, "loss": update.loss, "steps": update.steps})
             elif client.status:
                 silent.append({**row, "bytes_up": 0, "steps": 0, "status": client.status})
+        up, down = (sum(way) for way in zip(*bytes_of.values(), strict=True))
         server = {
             **self._labels(step, "server", self.clients),
-            "bytes_up": sum(up for up, _ in bytes_of.values()),
-            "bytes_down": sum(down for _, down in bytes_of.values()),
+            **{"bytes_up": up, "bytes_down": down},
             "loss": float(np.mean([u.loss for u in updates])) if updates else None,
             "steps": sum(u.steps for u in updates),
             **(evaluate(self, step) if step.evaluate else {}),
@@ -283,13 +274,3 @@ class Experiment:
     def _labels(self, step: Step, who: str, clients: Sequence[Client]) -> dict:
         cost = total(client.pool.cost() for client in clients)
         return {"cycle": step.cycle, "round": step.round, "client": who, **vars(cost)}
-
-
-def _lost(name: str, step: Step, what: str, status: str) -> ClientLost:
-    return ClientLost(f"client {name}: its update {what} in cycle {step.cycle}, round {step.round}", status)
-
-
-def _stop(sent: dict[str, Update | Exception]) -> None:
-    for result in sent.values():
-        if isinstance(result, Exception):
-            raise type(result)(f"{result}; on_failure='skip' goes on without it") from result

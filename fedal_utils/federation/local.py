@@ -15,7 +15,7 @@ from ..config import Config, TrainingConfig
 from ..data import Images, Labels
 from ..detectors import Detector
 from ..sampling import Oracle, Pool
-from ..training import CachedImages, ClassifierTask, LocalTask, TrainingDiverged
+from ..training import CachedImages, LocalTask, TrainingDiverged
 from .client import Client
 from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
 from .query import classifier_task
@@ -35,7 +35,7 @@ _LATER = (
 def train_here(
     experiment: Experiment, step: Step, clients: Sequence[Client], message: bytes
 ) -> list[Update | TrainingDiverged]:
-    """What each of these clients sends after a round, in their order; if centralised, the node's one update."""
+    """What each of these clients sends after a round; if centralised, the node's one update."""
     if experiment.method.scheme.central:
         return [_train_on_one_node(experiment, step)]
     if experiment.config.model.classifier == "linear":
@@ -52,30 +52,23 @@ def train_here(
 
 
 def train_client(experiment: Experiment, step: Step, client: Client, scratch, message: bytes) -> Update:
-    """One client's part of a round of detectors: from the message (or its own weights), on its own labels.
-
-    scratch: a detector of the right shape, its backbone frozen where the step trains the head.
-    """
+    """One client's round with a detector, from the message or its own weights; scratch: any detector of that shape."""
     recipe, task = _recipe_and_task(experiment, step, client, client.name)
     payload = pack(client.local_state) if client.local_state else message
     dtype = "fp32" if step.local else experiment.config.federation.message_dtype
     along = step.optimizer_state == "travels"
-    return train_detector(
-        scratch, payload, client.pool.training_set(), recipe, task, dtype, along, experiment.setup.device
-    )
+    part, device = client.pool.training_set(), experiment.setup.device
+    return train_detector(scratch, payload, part, recipe, task, dtype, along, device)
 
 
 def _recipe_and_task(
     experiment: Experiment, step: Step, client: Client, name: str, count: int = 1
 ) -> tuple[TrainingConfig, LocalTask]:
-    """How a client trains in this step; count: clients whose steps one node takes.
-
-    The schedule of an optimizer whose state lives on must not be over before the client is: labels at the end count.
-    """
-    recipe, iterations = experiment.recipe(step)
-    state, position = None, None
+    """How a client trains in this step; count: clients whose steps one node takes."""
+    (recipe, iterations), state, position = experiment.recipe(step), None, None
     if step.optimizer_state != "restart":
         state = client.optimizer_state
+        # the schedule must not be over before the client is, so the labels at the end count
         each = iterations or recipe.epochs * math.ceil(experiment.config.labels_needed() / recipe.batch)
         position = (int(state.get(training.STEPS, 0)), each * step.schedule_rounds * count)
     rng = experiment.run.torch_rng("train", name, step.cycle, step.round)
@@ -135,11 +128,24 @@ def _train_on_one_node(experiment: Experiment, step: Step) -> Update:
 def _train_classifiers(
     experiment: Experiment, step: Step, clients: Sequence[Client], message: bytes
 ) -> list[Update | TrainingDiverged]:
-    """All at once, from the global model, which from a cycle's second round on also teaches (KAFAL, 4.2)."""
-    config, setup = experiment.config, experiment.setup
+    """All at once, from the global model, which from a cycle's second round on also teaches (KAFAL, 4.2).
+
+    as_released: the "unlabelled" images are those that were unlabelled in the first cycle.
+    """
+    config, run, setup = experiment.config, experiment.run, experiment.setup
     recipe, iterations = experiment.recipe(step)
-    ordered = sorted(clients, key=lambda client: client.name)
-    tasks = [_task_of(experiment, step, client, iterations) for client in ordered]
+    tasks = []
+    for client in sorted(clients, key=lambda client: client.name):
+        pool = client.pool
+        rows, others = pool.index[pool.labelled()], pool.queried_in != 0 if config.as_released else pool.unlabelled()
+        more = {"unlabelled": pool.index[others], "iterations": iterations}
+        if config.federation.optimizer_state == "client":
+            each = iterations or config.training.epochs * math.ceil(len(rows) / config.training.batch)
+            rounds = sum(cycle == step.cycle or not config.federation.reset_each_cycle for cycle, _ in run.plan)
+            position = (int(client.optimizer_state.get(training.STEPS, 0)), each * rounds)
+            more |= {"optimizer_state": client.optimizer_state, "schedule_position": position}
+        rng = run.torch_rng("train", client.name, step.cycle, step.round)
+        tasks.append(classifier_task(setup, client, rows, rng, **more))
     model, teacher, start = detectors.clone(experiment.model), experiment.model if step.round else None, unpack(message)
     options = {"teacher": teacher, "device": setup.device, "as_released": config.as_released}
     found = training.fit_together(model, [start] * len(tasks), tasks, setup.train.images, recipe, **options)
@@ -152,38 +158,20 @@ def _train_classifiers(
     return [sent[client.name] for client in clients]
 
 
-def _task_of(experiment: Experiment, step: Step, client: Client, iterations: int | None) -> ClassifierTask:
-    """as_released: the "unlabelled" images are those that were unlabelled in the first cycle."""
-    config, run, pool = experiment.config, experiment.run, client.pool
-    rows = pool.index[pool.labelled()]
-    more = {"unlabelled": pool.index[pool.queried_in != 0] if config.as_released else pool.index[pool.unlabelled()]}
-    if config.federation.optimizer_state == "client":
-        each = iterations or config.training.epochs * math.ceil(len(rows) / config.training.batch)
-        here = [r for c, r in run.plan if c == step.cycle] if config.federation.reset_each_cycle else run.plan
-        done = int(client.optimizer_state.get(training.STEPS, 0))
-        more |= {"optimizer_state": client.optimizer_state, "schedule_position": (done, each * len(here))}
-    rng = run.torch_rng("train", client.name, step.cycle, step.round)
-    return classifier_task(experiment.setup, client, rows, rng, iterations=iterations, **more)
-
-
 def _fit_linear(experiment: Experiment, client: Client) -> Update:
     """Logistic regression on frozen features, from scratch on all labels so far."""
-    pool, model = client.pool, detectors.clone(experiment.model)
-    rows = pool.index[pool.labelled()]
-    features = experiment.setup.train.images.take(rows).features[0]
-    classes = pool.labels_of(rows).classes[:, 0] - 1
-    loss = model.fit(features, classes, experiment.config.flywheel.regularisation)
+    model, (images, labels) = detectors.clone(experiment.model), client.pool.training_set()
+    loss = model.fit(images.features[0], labels.classes[:, 0] - 1, experiment.config.flywheel.regularisation)
     payload = pack(state_of(model, list(model.state_dict())))
-    return Update(client.name, payload, len(rows), len(rows), 1, loss)
+    return Update(client.name, payload, len(images), len(images), 1, loss)
 
 
 def initial_model(run: record.Run, setup: Setup) -> State:
     """Weights that every method of a seed begins from, trained centrally on images of the server's; made once."""
-    config, rows = run.config, setup.initial_rows(run.seed)
+    config, rows, settings = run.config, setup.initial_rows(run.seed), run.config.federation
 
     def make() -> State:
         model = detectors.build(config, len(setup.class_names) or 1, run.torch_rng("weights"))
-        settings = config.federation
         if len(rows) and settings.initial_model_iterations:
             recipe = config.training.replace(schedule="cosine", warmup=settings.initial_model_warmup, proximal=0.0)
             _train_initial(run, setup, model, rows, recipe)
@@ -193,19 +181,17 @@ def initial_model(run: record.Run, setup: Setup) -> State:
     return record.shared(_alike(config), *where, make, root=run.root, fingerprint=run.fingerprint)
 
 
-def _train_initial(run: record.Run, setup: Setup, model, rows, recipe) -> None:
-    rng, iterations = run.torch_rng("starting point"), run.config.federation.initial_model_iterations
-    if not run.config.model.classifier:
-        task = LocalTask(rng, "initial model", iterations)
-        images, labels = setup.train.images.take(rows), setup.train.labels.take(rows)
-        for _ in training.fit(model, images, labels, recipe, task, device=setup.device):
-            pass
-        return
+def _train_initial(run: record.Run, setup: Setup, model, rows: np.ndarray, recipe: TrainingConfig) -> None:
     server = Client("initial model", Pool("initial model", setup.train.images, Oracle(setup.train.labels), rows))
     server.pool.label(range(len(rows)), 0)
-    task = classifier_task(setup, server, rows, rng, iterations=iterations)
-    recipe = recipe.replace(balanced_softmax=False, distillation_weight=0.0)  # plain cross-entropy
-    training.fit_classifier(model, task, setup.train.images, recipe, device=setup.device)
+    rng, iterations = run.torch_rng("starting point"), run.config.federation.initial_model_iterations
+    if run.config.model.classifier:
+        task = classifier_task(setup, server, rows, rng, iterations=iterations)
+        recipe = recipe.replace(balanced_softmax=False, distillation_weight=0.0)  # plain cross-entropy
+        training.fit_classifier(model, task, setup.train.images, recipe, device=setup.device)
+    else:
+        task = LocalTask(rng, server.name, iterations)
+        list(training.fit(model, *server.pool.training_set(), recipe, task, device=setup.device))
 
 
 def _alike(config: Config) -> Config:

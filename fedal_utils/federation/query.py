@@ -30,12 +30,7 @@ class Query:
     positions: np.ndarray  # (k,) of its pool
     why: np.ndarray  # (k,) their scores, NaN: none
     scores: np.ndarray  # of everything that was observed, in the order of the pool
-    detected: np.ndarray | None = (
-        None  # (C,) boxes of each class that the model predicts, where the strategy reads them
-    )
-
-
-NOTHING = Query(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))
+    detected: np.ndarray | None = None  # (C,) boxes of each class that the model predicts, where those are observed
 
 
 def strategy_at(experiment: Experiment, cycle: int) -> Strategy:
@@ -60,14 +55,11 @@ def query_size(experiment: Experiment, client: Client, cycle: int) -> int:
 
 
 def select(experiment: Experiment, step: Step, client: Client) -> Query:
-    """Observe the client's unlabelled images and select; nobody annotates yet.
-
-    A client asks its own model where it has one, else the global model as it knows it.
-    """
+    """Observe the client's unlabelled images by its own model, else the global one as it knows it, and select."""
     config, run, cycle = experiment.config, experiment.run, step.cycle
     strategy, count = strategy_at(experiment, cycle), query_size(experiment, client, cycle)
     if count == 0:  # all is labelled
-        return NOTHING
+        return Query(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))
     state = client.local_state or client.stale_global_state
     model = with_state(experiment.model, state) if state else experiment.model
     if config.federation.message_dtype != "fp32":  # it observes with what it received
@@ -140,8 +132,7 @@ class ClientModels:
             vae.load_state_dict(client.vae_state)
         rows = pool.index if settings.vae_images == "all" else pool.index[pool.labelled()]
         rng = run.torch_rng("vae", client.name, self.cycle)
-        for _ in training.fit_vae(vae, photos, rows, settings, rng, device=self.setup.device, client=client.name):
-            pass
+        list(training.fit_vae(vae, photos, rows, settings, rng, device=self.setup.device, client=client.name))
         if not settings.vae_refit:
             client.vae_state = {name: value.detach().cpu().clone() for name, value in vae.state_dict().items()}
         return vae

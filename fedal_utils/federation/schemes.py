@@ -51,6 +51,9 @@ class Step:
     optimizer_state: str = "restart"  # as `FederationConfig.optimizer_state`
     lr_factor: float = 1.0  # on the learning rate
 
+    def __str__(self) -> str:
+        return f"cycle {self.cycle}, round {self.round}"
+
 
 class FedAvg:
     """All clients train side by side and are averaged in each round; the other schemes say where they differ."""
@@ -72,16 +75,17 @@ class FedAvg:
 
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
         """Who acts in this round, and how."""
-        plan, everyone, every = self.plan(config), tuple(clients), config.evaluate_every
-        last = (cycle, number + 1) not in plan
+        everyone, every = tuple(clients), config.evaluate_every
+        rounds = sum(one == cycle for one, _ in self.plan(config))  # of this cycle
+        last = number + 1 == rounds
         return Step(
             *(cycle, number, everyone),
             querying=everyone if number == 0 else (),
             last=last,
             evaluate=last or every > 0 and (number + 1) % every == 0,
-            schedule_rounds=len(plan),
+            schedule_rounds=len(self.plan(config)),
             optimizer_state=config.federation.optimizer_state,
-            lr_factor=round_lr_factor(config, cycle, number),
+            lr_factor=_falling(config, number, rounds),
         )
 
     def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
@@ -121,9 +125,8 @@ class Chain(FedAvg):
     def plan(self, config: Config) -> list[tuple[int, int]]:
         """One cycle: `clients` visits of the first pass, the merge, then the later passes."""
         count = config.federation.clients
-        return [
-            (0, number) for number in range(count + 1 + self.later_passes(config) * (1 if self.together else count))
-        ]
+        visits = self.later_passes(config) * (1 if self.together else count)
+        return [(0, number) for number in range(count + 1 + visits)]
 
     def later_passes(self, config: Config) -> int:
         """Passes after the first: as many as the config says, or as give every client as many steps as fedavg does."""
@@ -131,9 +134,8 @@ class Chain(FedAvg):
         passes = settings.chain_passes or rounds - settings.first_pass_rounds
         if passes < 1:
             raise ValueError(
-                f"the chain's first pass trains as long as first_pass_rounds={settings.first_pass_rounds} rounds, "
-                f"which leaves none of the {rounds} (cycles x rounds + extra_rounds) for later passes: lower "
-                "first_pass_rounds, or give chain_passes"
+                f"first_pass_rounds={settings.first_pass_rounds} leaves none of the {rounds} rounds (cycles x rounds + "
+                "extra_rounds) for the chain's later passes: lower first_pass_rounds, or give chain_passes"
             )
         return passes
 
@@ -230,12 +232,6 @@ def method_of(name: str, config: Config) -> Method:
 def plan(config: Config, method: str) -> list[tuple[int, int]]:
     """(cycle, round) of every round of a method, for `record.runs`."""
     return method_of(method, config).scheme.plan(config)
-
-
-def round_lr_factor(config: Config, cycle: int, number: int) -> float:
-    """Factor on the learning rate in this round of a cycle: 1 in the first, `round_lr_decay` in the last."""
-    extra = config.federation.extra_rounds if cycle == config.query.cycles - 1 else 0
-    return _falling(config, number, config.federation.rounds + extra)
 
 
 def _falling(config: Config, done: int, whole: int) -> float:

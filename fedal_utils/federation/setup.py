@@ -58,7 +58,7 @@ class Setup:
         return self.photos[test].take(list(rows))
 
     def preview(self, count: int) -> Dataset:
-        """The first `count` training images with their pixels, or all if there are fewer."""
+        """The first `count` training images with their pixels."""
         return self.view(range(min(count, len(self.train))))
 
     def initial_rows(self, seed: int) -> np.ndarray:
@@ -81,18 +81,16 @@ class Setup:
 def prepare(config: Config, device: str | torch.device | None = None, root: str | None = None) -> Setup:
     """Load the data once; with a frozen backbone, cache its features of all images.
 
-    root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout that the notebook was opened in.
-    Clients and query sizes are shrunk to a small folder of the user's own (`fitted`). ValueError says what cannot be
-    combined, and why. Sets the number of CPU threads to `config.threads` (0 = as it was).
+    root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout. Clients and query sizes are shrunk
+    to a small folder of the user's own. ValueError on what cannot be combined. Sets the number of CPU threads.
     """
     place = Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cores, settings = torch.get_num_threads(), config.data
-    if config.model.classifier:
-        load, more = data.load_classes, {}
-    else:
-        load, more = data.load, {"digits": data.Digits(settings.scenes, settings.digit_classes)}
-        more["min_object"] = settings.min_object
+    load, more = data.load_classes, {}
+    if not config.model.classifier:
+        digits = data.Digits(settings.scenes, settings.digit_classes)
+        load, more = data.load, {"digits": digits, "min_object": settings.min_object}
     train, test = load(settings.dataset, settings.image_size, root=place, limit=settings.limit, **more)
     if settings.dataset not in (*data.NAMES, *data.CLASS_NAMES):
         config = fitted(config, len(train))
@@ -183,17 +181,16 @@ def _parts(
         return [rows[part] for part in parts], [str(name) for name in names]
     if how == "iid":
         parts = partition.iid(len(rows), settings.clients, rng)
-    elif how == "dirichlet":
-        least = 10 if config.model.classifier else config.labels_needed()  # images of a client
-        dominant = train.dominant_class().numpy()[rows]
-        parts = partition.dirichlet(dominant, settings.clients, settings.dirichlet_alpha, rng, least=least)
-    elif how == "dirichlet-equal":
-        dominant = train.dominant_class().numpy()[rows]
-        parts = partition.dirichlet_equal(dominant, settings.clients, settings.dirichlet_alpha, rng)
-    else:
+    elif how == "missing":
         classes = train.labels.classes.numpy()[rows]
         present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
         parts, _ = partition.missing_class(present, settings.missing_classes, rng)
+    else:
+        split, more = partition.dirichlet_equal, {}
+        if how == "dirichlet":
+            split, more = partition.dirichlet, {"least": 10 if config.model.classifier else config.labels_needed()}
+        dominant = train.dominant_class().numpy()[rows]
+        parts = split(dominant, settings.clients, settings.dirichlet_alpha, rng, **more)
     return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
 
 
@@ -205,10 +202,7 @@ def class_counts(setup: Setup, seed: int) -> tuple[np.ndarray, list[str]]:
 
 
 def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
-    """What each client should label first when there are no labels yet, as in cycle 0 of a run; columns: client, id.
-
-    Those of the initial model come first, under the client 'start'.
-    """
+    """What to label first when there are no labels yet: client ('start': for the initial model) and id."""
     rows = [("start", row) for row in setup.initial_rows(seed)]
     for name, part in zip(*reversed(partition_clients(setup, seed)), strict=True):
         rng = seeding.rng_for(seed, "ask", name, 0)
