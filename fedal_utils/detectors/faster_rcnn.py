@@ -1,7 +1,4 @@
-"""Faster R-CNN: Ren et al. 2015 (1506.01497), torchvision's region proposals and RoI heads on maps that may be cached.
-
-The full size is ResNet-50 with a feature pyramid and torchvision's numbers; small ones take fewer proposals.
-"""
+"""Faster R-CNN: Ren et al. 2015 (1506.01497), torchvision's proposals and RoI heads on maps that may be cached."""
 
 from __future__ import annotations
 
@@ -86,7 +83,7 @@ class FasterRCNN(Detector):
         """
         boxes, classes, ignore = with_a_column(boxes, classes, ignore)
         images, maps = self.pyramid(inputs)
-        classes = classes * ~ignore  # 0 = padding
+        classes = classes * ~ignore
         # Outside of autocast: torchvision casts boxes to the maps' type, and bfloat16 cannot tell 401 from 400.
         with torch.autocast(boxes.device.type, enabled=False):
             if boxes.device.type == "cpu":

@@ -1,7 +1,6 @@
 """Losses that torch or torchvision lack: CIoU and two EIoUs, likelihood per side, crowding weights, classes, ranking.
 
-Of boxes: row i of `boxes` is compared with row i of `targets`, both (N, 4) xyxy in pixels; results are (N,). Of
-classes: results are means over images. No device is waited for: what is not a number stays none, so that it is seen.
+Boxes and targets are (N, 4) xyxy pixels, row by row. No device is waited for; what is not a number stays none.
 """
 
 from __future__ import annotations
@@ -53,16 +52,15 @@ def efficient_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
 def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
     """Extended IoU (N,) in (-1, 1]; Peng and Yu 2021 (IEEE TIP): IoU where boxes overlap, below 0 where they do not.
 
-    From the top left corner of the enclosing box, let a be the larger start and e the smaller end along an axis. Then
-    I = (ex - ax)(ey - ay) where both axes overlap, (ex - ax)(ey + ay) where only x is disjoint, (ex + ax)(ey - ay)
-    where only y is, 2(ex ey - ax ay) where both are, and the value is I / (area + area* - I).
+    I / (area + area* - I). From the enclosing box' corner, with a the larger start and e the smaller end along an axis,
+    I = (ex - ax)(ey - ay) where both overlap, with + where that axis alone does, 2(ex ey - ax ay) where neither does.
     """
     corner = torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     starts = torch.maximum(boxes[:, :2], targets[:, :2]) - corner
     ends = torch.minimum(boxes[:, 2:], targets[:, 2:]) - corner
     overlap = _signed_overlap(boxes, targets)
     width, height = overlap.relu().unbind(1)  # (N,) each
-    # clamp's gradient at its bound differs between versions of PyTorch; where boxes only touch, it is needed from here
+    # clamp's gradient at its bound differs between versions of PyTorch
     gap_x, gap_y = torch.where(overlap > 0, 0, overlap).unbind(1)  # <= 0
     reach_x, reach_y = (starts + ends).unbind(1)
     both = width * height + gap_x * reach_y + gap_y * reach_x  # the four cases of I in one line

@@ -1,7 +1,6 @@
-"""Faster R-CNN's proposals and samples of a whole batch with fixed shapes: how `FasterRCNN.loss` goes on a GPU.
+"""Faster R-CNN's proposals and samples of a whole batch with fixed shapes, so that no GPU is waited for.
 
-torchvision asks for each image how many boxes are left, and waits for the GPU; here a mask marks what it leaves out.
-B images, K ground-truth boxes, N anchors or proposals; boxes are xyxy pixels.
+A mask marks what torchvision leaves out. B images, K ground-truth boxes, N anchors or proposals, xyxy pixels.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """The best boxes of all levels (B, P, 4), best first, and which of them are real (B, P).
 
-    objectness: of each level (B, n); deltas: (B, n, 4); anchors: (n, 4). image_size: height, width.
+    objectness, deltas, anchors: of each level (B, n), (B, n, 4), (n, 4).
     limits: boxes of each level before NMS, and of all levels after it (P, or less where there are not as many).
     """
     boxes, scores = [], []

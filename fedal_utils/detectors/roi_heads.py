@@ -1,7 +1,6 @@
 """torchvision's RoI heads with a replaceable box loss, and heads that say how sure each box is.
 
-With the defaults of the config the loss is torchvision's. The rest belongs to HUALE (IEEE BigData 2023), whose
-equations are not public: which loss its names stand for is *reconstructed* (see `losses`), and so are the weights.
+The defaults are torchvision's. The rest is *reconstructed*: HUALE's (IEEE BigData 2023) equations are not public.
 """
 
 from __future__ import annotations
@@ -36,7 +35,11 @@ class LocalisedRoIHeads(RoIHeads):
         self.plain = config.box_loss == "smooth_l1" and config.auxiliary_head == "none" and config.emphasis == 0
         self.side_head = _beside(lambda: nn.Linear(hidden, 4)) if config.auxiliary_head == "sides" else None
         self.iou_head = _beside(lambda: nn.Linear(hidden, 1)) if config.auxiliary_head == "iou" else None
-        self.evidence_head = _beside(lambda: _loss_head(hidden)) if config.box_loss_head else None
+        self.evidence_head = (
+            _beside(lambda: nn.Sequential(nn.Linear(hidden, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, 1)))
+            if config.box_loss_head
+            else None
+        )
 
     def loss(
         self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: list[dict]
@@ -65,8 +68,8 @@ class LocalisedRoIHeads(RoIHeads):
     ) -> dict[str, Tensor]:
         """The losses of R RoIs.
 
-        features: (R, hidden) of the box head; proposals: (R, 4) xyxy pixels; labels: (R,) classes, 0 = background.
-        goals: (R, 4) matched boxes; density: (R,) how crowded it is where the matched box stands.
+        features: (R, hidden) of the box head; proposals, goals: (R, 4) xyxy pixels, and the matched boxes.
+        labels: (R,) classes, 0 = background; density: (R,) how crowded it is where the matched box stands.
         valid: (R,) False for padding, and then no shape depends on values; None: all are RoIs.
         """
         config, foreground = self.config, labels > 0
@@ -118,7 +121,7 @@ class LocalisedRoIHeads(RoIHeads):
         return parts
 
     def deviations(self, features: Tensor) -> Tensor:
-        """Standard deviations (R, 4) of left, top, right and bottom, as parts of the proposal's side, in (0, 1)."""
+        """Standard deviations (R, 4) of left, top, right, bottom, as parts of the proposal's side, in (0, 1)."""
         return self.side_head(features).sigmoid() * (1 - LEAST_DEVIATION) + LEAST_DEVIATION
 
     def predicted_loss(self, features: Tensor) -> Tensor:
@@ -141,7 +144,3 @@ def _beside(make: Callable[[], nn.Module]) -> nn.Module:
     """A head with weights of its own, and the random numbers left as they were: no other's weights depend on it."""
     with torch.random.fork_rng(devices=[]):
         return make()
-
-
-def _loss_head(hidden: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(hidden, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, 1))

@@ -1,7 +1,4 @@
-"""SSD: Liu et al. 2016 (1512.02325), in the full size (SSD300 on VGG16) and in small ones, on torchvision's parts.
-
-Target assignment and loss are batched, of fixed shapes; tests hold them to torchvision's.
-"""
+"""SSD: Liu et al. 2016 (1512.02325), SSD300 on VGG16 and small ones; targets and loss are batched, of fixed shapes."""
 
 from __future__ import annotations
 
@@ -80,8 +77,7 @@ def anchor_losses(
 ) -> AnchorLosses:
     """Cross-entropy and smooth L1 of each anchor, and which are hard negatives (sec. 2.2).
 
-    logits: (B, A, C + 1), background first; deltas: (B, A, 4). boxes: (B, K, 4) xyxy pixels; classes: (B, K).
-    matched: (B, A) from `match_anchors`; anchors: (A, 4).
+    logits, deltas, matched: (B, A, C + 1), background first, (B, A, 4), and (B, A) from `match_anchors`.
     least_negatives: 0 in torchvision; more lets an image without objects teach the background.
     """
     positive = matched >= 0
@@ -199,10 +195,7 @@ class SSD(Detector):
     def image_losses(
         self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, summed: bool = False
     ) -> dict[str, Tensor]:
-        """The two parts of `loss` for each image as if it were alone: {"classification": (B,), "regression": (B,)}.
-
-        summed: not divided by the number of an image's positive anchors. Gradients reach float pixels 0..255.
-        """
+        """{"classification": (B,), "regression": (B,)}: `loss` of each image alone; summed: without its divisor."""
         return self._anchor_losses(self._maps(inputs), boxes, classes, ignore).per_image(summed)
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """Variational autoencoders whose reconstruction error says how novel an image is (AL-VAE, papers/vae-ssd.md).
 
-Images x are (B, 3, h, w) in [0, 1] at the autoencoder's own size, pixels (B, 3, H, W) in 0..255 at any size, latents
-(B, D). The second head is log s, s the standard deviation of a latent.
+Images x are (B, 3, h, w) in [0, 1] at the autoencoder's own size, pixels (B, 3, H, W) in 0..255 at any, latents (B, D).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class VAE(nn.Module):
         return _resized(pixels.to(self.mean.weight.dtype) / 255, self.size)
 
     def restore(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The way back: x -> float pixels 0..255 (B, 3, H, W) of `size` (H, W)."""
+        """x -> float pixels 0..255 (B, 3, H, W) of `size` (H, W)."""
         return _resized(x, tuple(size)) * 255
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,23 +57,17 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    """Divergence (B,) in nats of N(mean, s^2) from N(0, 1), summed over the latents (B, D); 1312.6114, app. B."""
-    return ((mean.square() + torch.expm1(2 * log_std)) / 2 - log_std).sum(1)
-
-
-def kl_as_released(mean: Tensor, log_std: Tensor) -> Tensor:
-    """The published code's penalty (B,): s^2 + mean^2 - log s - 1/2; no divergence, smallest at s = 1 / sqrt 2."""
-    return (mean.square() + torch.exp(2 * log_std) - log_std - 0.5).sum(1)
-
-
 def losses_of(vae: VAE, x: Tensor, reconstruction: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
     """Of each image: "reconstruction" (B,), its sum of squared errors, and "kl" (B,), unweighted.
 
-    vae: whose penalty. x, reconstruction, mean, log_std: what it made of x.
+    "kl" is the divergence in nats of N(mean, s^2) from N(0, 1), 1312.6114, app. B; with `vae.as_released` the published
+    code's s^2 + mean^2 - log s - 1/2, which is none. reconstruction, mean, log_std: what `vae` made of x.
     """
-    penalty = kl_as_released if vae.as_released else kl
-    return {"reconstruction": (reconstruction - x).square().flatten(1).sum(1), "kl": penalty(mean, log_std)}
+    if vae.as_released:
+        kl = mean.square() + torch.exp(2 * log_std) - log_std - 0.5
+    else:
+        kl = (mean.square() + torch.expm1(2 * log_std)) / 2 - log_std
+    return {"reconstruction": (reconstruction - x).square().flatten(1).sum(1), "kl": kl.sum(1)}
 
 
 def _small(size: tuple[int, int], latent: int) -> tuple[nn.Sequential, int, nn.Sequential]:

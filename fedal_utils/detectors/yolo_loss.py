@@ -1,4 +1,4 @@
-"""Cells, targets and loss of YOLO; no shape depends on values, so that a training step never waits for its device.
+"""Cells, targets and loss of YOLO; no shape depends on values, so that a step never waits for its device.
 
 Raw outputs are (B, A, 5 + C): x, y, w, h, objectness, classes; A runs over levels (stride 8, 16, 32), rows, columns and
 the three anchors of a cell, the anchor fastest. "From released code" marks what no paper states.
@@ -98,9 +98,8 @@ def yolo_loss(
     cells: Cells,
     weights: tuple[float, float, float] = (0.05, 1.0, 0.5),
 ) -> dict[str, Tensor]:
-    """Box (CIoU, 1911.08287), objectness and class loss of raw outputs; their sum is to be minimised.
+    """Box (CIoU, 1911.08287), objectness and class loss of raw outputs (B, A, 5 + C) float32.
 
-    raw: (B, A, 5 + C) float32. boxes: (B, K, 4); classes: (B, K), 0 = padding; ignore: (B, K).
     weights: of box, objectness, classes (the last for 80 classes: times C / 80; one class has no class loss).
 
     In each level the box and class losses are means over the claims of the batch, objectness is one over all outputs,

@@ -125,7 +125,7 @@ class Experiment:
         """What is sent to the participants: the model, or its head. Freezes the backbone where the step does."""
         dtype = self.config.federation.message_dtype
         if step.head_only and step.send_backbone and not self.config.model.frozen:
-            self.model.unfreeze_backbone()
+            self.model.freeze_backbone(False)
         message = broadcast(self.model, dtype)
         if step.head_only:
             self.model.freeze_backbone()

@@ -1,10 +1,5 @@
-"""A person answers.
-
-store        the one file that holds the questions and the answers
-annotators   somebody simulated, for headless runs
-oracle       the Oracle that answers an experiment from a store
-transfer     labels as COCO, YOLO, VOC or CSV
-page, guard  the page in the browser (Gradio, which is imported when the page is built), and who may call it
+"""A person answers: the store of questions and answers, a simulated annotator, the Oracle behind which a store lies,
+transfer of labels from and to files; `page` in the browser (imports Gradio when it is built), and its guard.
 """
 
 from .annotators import Simulated

@@ -55,12 +55,11 @@ class StoreOracle:
     def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
         """(n,) bool: which of these rows have a label now; of the others nobody could say."""
         rows, ids, sizes = [int(row) for row in index], self.images.ids, self.images.sizes.tolist()
-        questions = []
-        for row, score in zip(rows, [None] * len(rows) if scores is None else scores, strict=True):
-            score = None if score is None or math.isnan(score) else float(score)
-            told = (ids[row], self.strategy, score, self.model, self.suggestions.get(row), cycle, sizes[row])
-            questions.append(Question(*told))
-        self.store.queue(questions)
+        scores = [math.nan] * len(rows) if scores is None else map(float, scores)
+        self.store.queue(
+            Question(ids[r], self.strategy, score, self.model, self.suggestions.get(r), cycle, sizes[r])
+            for r, score in zip(rows, (None if math.isnan(s) else s for s in scores), strict=True)
+        )
         if self.annotator is not None:
             self.annotator.answer_all(self.store, self.who)
         here = self._last_actions([cycle])

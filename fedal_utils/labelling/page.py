@@ -1,7 +1,6 @@
 """The labelling page in the browser: plain Gradio, any number of people at once, keys for everything.
 
-Nothing that the browser gets tells a file's name or the model's suggestion unless it is asked to: both give the class
-away. The page listens on this machine alone; elsewhere it asks for a password.
+The browser gets neither a file's name nor the model's suggestion unless told to: both give the class away.
 """
 
 from __future__ import annotations
@@ -61,10 +60,7 @@ def need_gradio() -> None:
 
 def find_images(folder: str | Path) -> dict[str, Path]:
     """Every image file below a folder, by its relative path, sorted; hidden ones left out. ValueError if none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist")
-    found = {path.relative_to(folder).as_posix(): path for path in data.find_files(folder, *data.SUFFIXES)}
+    found = {path.relative_to(folder).as_posix(): path for path in data.find_files(Path(folder), *data.SUFFIXES)}
     if not found:
         raise ValueError(f"folder {folder} holds no image: no {', '.join(data.SUFFIXES)} file in it")
     return found
@@ -218,7 +214,7 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
 
 def launch(
     store: Store,
-    images: Mapping[str, Any] | str | Path,
+    images: Mapping[str, Any],
     suggestions: bool = False,
     names: bool = False,
     host: str = "127.0.0.1",
@@ -228,14 +224,13 @@ def launch(
 ) -> Any:
     """Serve the page and return its Blocks (`local_url`, `token`, `close()`); does not wait.
 
-    images: {id: path of a file, or uint8 (H, W, 3)}, or the folder that the ids are relative to.
-    suggestions, names: show the model's label, the image's id.
+    images, suggestions, names: as of `build`.
     host: this machine alone unless told otherwise; elsewhere it is served without encryption, for a network you trust.
     allow: host names by which it may be called besides this machine's own.
     token: the password; a new one is made where host is not this machine.
     more: what Gradio's `launch` takes, such as `server_port`, `inline`.
     """
-    blocks = build(store, find_images(images) if isinstance(images, (str, Path)) else images, suggestions, names)
+    blocks = build(store, images, suggestions, names)
     middleware, local = guards(host, allow)
     if token is not None and len(token) < 8:
         raise ValueError("a token needs 8 characters or more")

@@ -170,13 +170,12 @@ class Store(contextlib.AbstractContextManager):
         into = "INSERT INTO actions (at, who, question, action, told, undoes) VALUES (?, ?, ?, ?, ?, ?)"
         self._db.execute(into, (at, who, question, action, json.dumps(told), undoes))
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Let go of the file; nothing is pending."""
         with self._lock:
             self._db.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
     def queue(self, questions: Iterable[Question]) -> int:
         """Put questions at the end of the queue, the most wanted first; returns how many are new.

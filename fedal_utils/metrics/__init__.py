@@ -1,9 +1,4 @@
-"""How good: average precision, accuracy, statistics over seeds.
-
-ap: three kinds of AP from one detection list, and accuracy of classifiers.
-statistics: learning curves, intervals over seeds, paired tests, the summary of a table.
-effects: differences in points between arms and strategies, paired by seed, and what they show in sentences.
-"""
+"""How good: average precision and accuracy, statistics over seeds, and effects between arms and strategies."""
 
 from .ap import accuracy, evaluate
 from .effects import EFFECT, arm_gains, curves_by_arm, effect, finals, findings, gains_at_equal, gaps

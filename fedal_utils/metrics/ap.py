@@ -4,11 +4,10 @@ All are means over the classes that have countable ground truth: `ap_voc11`, IoU
 recall >= 0, 0.1, ..., 1 (VOC 2007; Everingham et al. 2010); `ap_voc`, IoU 0.5, area under the precision envelope, all
 points (VOC 2010 and later); `ap_coco`, 101 recall points, mean over IoU .50:.05:.95; `ap50` and `ap75` at one IoU.
 
-Ignored objects (`Labels.ignore`: difficult, too small) are neither to be found nor wrong to be found: in COCO each
-takes one detection off the list, in VOC, as in its devkit, any number of which it is the best overlap. Crowd regions
-(`Labels.crowd`) follow COCO's `iscrowd` (overlap divided by the detection's area, any number of matches), and count as
-difficult in VOC. Boxes are continuous xyxy pixels: unlike the VOC devkit nothing adds 1 to a width. Ties in score keep
-image order, then the order within the image's row, under all names.
+Ignored objects (`Labels.ignore`) are neither to be found nor wrong to be found: in COCO each takes one detection off
+the list, in VOC, as in its devkit, any number of which it is the best overlap. Crowd regions (`Labels.crowd`) follow
+COCO's `iscrowd`, and count as difficult in VOC. Boxes are continuous xyxy pixels: nothing adds 1 to a width. Ties in
+score keep image order, then the order within the image's row.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ MOST = 100  # detections of an image and class that enter COCO's numbers; VOC ta
 def evaluate(detections: Detections, labels: Labels, class_names: Sequence[str]) -> dict[str, float]:
     """All APs of one set of detections: ap50, ap75, ap_coco, ap_voc11, ap_voc and 'ap50/<class>', in [0, 1].
 
-    Row i of `detections` and of `labels` is the same image, in the same pixels; class k is `class_names[k - 1]`.
-    'ap50/<class>' is NaN for a class without countable ground truth. No detections at all: zeros. ValueError: no
+    Row i of both is the same image; class k is `class_names[k - 1]`, NaN without countable ground truth. ValueError: no
     countable ground truth at all, or a detection that is not finite.
     """
     flat = _flatten(detections, labels)
@@ -49,9 +47,8 @@ def accuracy(
 ) -> dict[str, float]:
     """Accuracy of whole-image classification: 'accuracy', and 'accuracy/<class>' (NaN for a class without an image).
 
-    scores (N, C), classes (N,) from 0. mixes (M, C): each client's share of every class. A client's accuracy is that
-    of the same model on the test set weighed by the client's own mix of classes; 'accuracy_mean_client' is the mean
-    over clients, 'accuracy_worst_client' the smallest.
+    scores (N, C), classes (N,) from 0. mixes (M, C): each client's share of every class, which weighs the test set for
+    'accuracy_mean_client', the mean over clients, and 'accuracy_worst_client'.
     """
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("a class score is not finite: a broken model has no accuracy")

@@ -28,11 +28,9 @@ def curves_by_arm(table: pd.DataFrame, y: str) -> dict[tuple[str, str], Curves]:
 def effect(
     name: str, part: str, one: Curves, other: Curves, seeds: Sequence[int], where: slice = slice(None)
 ) -> dict[str, object]:
-    """A row of EFFECT: the mean of this part of each curve of `one` minus that of `other`, paired by seed.
+    """A row of EFFECT: the mean of the part `where` of each curve of `one` minus that of `other`, paired by seed.
 
-    name, part: what the row is called.
-    one, other, seeds: curves, and the seeds of both that count.
-    where: the part of a curve.
+    name, part: what the row is called. one, other, seeds: curves, and the seeds of both that count.
     """
     test = paired_test([one[s][where].mean() for s in seeds], [other[s][where].mean() for s in seeds])
     return dict(zip(EFFECT, (name, part, *test.values()), strict=True))
@@ -58,8 +56,7 @@ def gains_at_equal(
 ) -> pd.DataFrame:
     """Each method (effect) minus the baseline at equal labels, counted in images and in boxes (part).
 
-    A difference is that of the mean heights of both curves (straight lines between points) over the labels that both
-    reach: a method that queries images full of objects has paid for more boxes at the same number of images.
+    A difference is that of the mean heights of both curves over the labels that both reach.
     """
     runs = {key: rows.sort_values("cycle") for key, rows in cycle_ends(table).groupby(["method", "seed"])}
     found = []
@@ -93,8 +90,8 @@ def finals(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
 def gaps(table: pd.DataFrame, y: str = "ap50", method: str = "random", reference: str = "centralised") -> pd.DataFrame:
     """An ablation's ends as effects, on the seeds that all arms have.
 
-    For each arm: the method minus the best reference (that of the last arm that has one: a single node, trained as
-    well as the ablation knows how), then its gain over the first arm, and the reference's own gain over the first arm.
+    For each arm: the method minus the reference of the last arm that has one (a single node, trained as well as the
+    ablation knows how), then the gains of both over the first arm.
     """
     curves, arms, end = curves_by_arm(table, y), list(dict.fromkeys(table["arm"])), slice(-1, None)
     nodes = [arm for arm in arms if (arm, reference) in curves]
@@ -115,10 +112,7 @@ def gaps(table: pd.DataFrame, y: str = "ap50", method: str = "random", reference
 
 
 def findings(frame: pd.DataFrame, baseline: str = "random") -> str:
-    """What a frame of effects or a `summary` shows, in sentences made by rule.
-
-    A difference counts when its 95 % interval leaves out zero; one seed shows nothing.
-    """
+    """What a frame of effects or a `summary` shows, in sentences; a difference counts if its interval lacks zero."""
     if f"minus_{baseline}" in frame:
         rest = frame.assign(part=f"area above {baseline}", points=100 * frame[f"minus_{baseline}"])
         rest = rest.assign(low=100 * frame["low"], high=100 * frame["high"], effect=frame["method"])

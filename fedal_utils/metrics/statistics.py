@@ -31,10 +31,7 @@ def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The band that figures draw: 95 % t interval of the mean for three or more seeds, both for two, NaN for one.
-
-    Min to max of two seeds covers the true mean about half the time: a picture of the runs, never a test.
-    """
+    """The band that figures draw: 95 % t interval of the mean for three or more seeds, both for two, NaN for one."""
     values = np.asarray(values, dtype=float)
     if len(values) < 3:
         return (float(values.min()), float(values.max())) if len(values) == 2 else (math.nan, math.nan)

@@ -1,8 +1,6 @@
 """What each paper adds: sizes, arms and tables; `load` gives the config of a notebook.
 
-sizes: the form of a notebook's sizes, and those that several share. van_bommel: notebooks 10 to 14, bytes as the paper
-counts them, the optimizer's state. huale: 20. kafal: 30. ssd_vae: 40. flywheel: 50, stopping rules and label errors.
-real_clients: 60.
+van_bommel: notebooks 10 to 14. huale: 20. kafal: 30. ssd_vae: 40. flywheel: 50. real_clients: 60.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The labelling flywheel (active-vision, 2025): notebook 50. When to stop, and which labels to have looked at again.
 
-Its loop is that of all notebooks; what is new is who annotates (`labelling.StoreOracle`). Part A, classes: a linear
-classifier on the features of a frozen network, cached once. Part B ("50b"), boxes: one node, every cycle trains from
-the first weights (digits: from an initial model); the images that are held out say what the detector makes of images
-it knows nothing of.
+Part A, classes: a linear classifier on the features of a frozen network. Part B ("50b"), boxes: one node, every cycle
+trains from the first weights (digits: from an initial model).
 """
 
 from __future__ import annotations
@@ -72,13 +70,11 @@ PRESETS = {
 
 
 def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: float = 0.0) -> pd.DataFrame:
-    """Where each rule would have ended the labelling: columns method, rule, images, value (of y there).
+    """Where each rule would have ended the labelling: columns method, rule, images, value (of y there), NaN if nowhere.
 
-    The evaluation set decides here, as in active-vision: a number that stops a loop is not a fair report of it. A rule
-    that never strikes has no images.
+    The evaluation set decides here, as in active-vision: a number that stops a loop is not a fair report of it.
     table, y: of `record.table`, several seeds; its column.
-    goal: the mean over seeds reaches it.
-    budget: so many images.
+    goal, budget: the mean over seeds reaches it; so many images.
     plateau: the 95 % interval of the gain over the last cycle, paired by seed, lies below this many points (100 x y).
     """
     found = []
@@ -113,12 +109,10 @@ def suspects(held_out: Tensor, classes: Tensor) -> Scores:
 def label_errors(
     setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Does it pay to look again? One row a seed: wrong, found, and accuracy on the test set after each way of going on.
+    """Does it pay to look again? One row a seed: wrong, found, and accuracy after each of `WAYS`; and their effects.
 
-    wrong: the share of wrong labels; found: of wrong ones among the suspects (at random one would find `wrong`).
-    Accuracies: with the labels as given, after the suspects were corrected, after as many random ones were, and with as
-    many more labels in their place (the same person, the same error), which cost as much. The last word counts.
-    Beside it: the effects of the last three ways (`metrics.EFFECT`).
+    wrong: the share of wrong labels; found: of wrong ones among the suspects (at random one would find `wrong`). As
+    many more labels in the place of corrections (the same person, the same error) cost as much.
     labels: random images that are labelled. error: the share of them whose label is wrong.
     again: how many suspects are looked at once more.
     """
@@ -148,22 +142,13 @@ def label_errors(
                 args = (oracle.store, oracle.images, oracle.store.classes, checker, "label errors", "checker")
                 StoreOracle(*args).annotate(rows[where], 1)
                 oracle.refresh()
-            found.append(
-                {
-                    "seed": seed,
-                    "wrong": float(wrong.mean()),
-                    "found": float(wrong[chosen].mean()),
-                    "as given": before,
-                    "suspects corrected": _accuracy(setup, checked, rows),
-                    "random ones corrected": _accuracy(setup, control, rows),
-                    "as many more labels": _accuracy(setup, more, more_rows),
-                }
-            )
-    frame, rows = pd.DataFrame(found), []
+            after = [before, *(_accuracy(setup, *one) for one in ((checked, rows), (control, rows), (more, more_rows)))]
+            row = {"seed": seed, "wrong": float(wrong.mean()), "found": float(wrong[chosen].mean())}
+            found.append(row | dict(zip(WAYS, after, strict=True)))
+    frame = pd.DataFrame(found)
     points = {way: {s: np.array([100 * v]) for s, v in frame.set_index("seed")[way].items()} for way in WAYS}
-    for way in WAYS[1:]:
-        rows.append(metrics.effect(way, "accuracy", points[way], points[WAYS[0]], seeds))
-    return frame, pd.DataFrame(rows)
+    effects = [metrics.effect(way, "accuracy", points[way], points[WAYS[0]], seeds) for way in WAYS[1:]]
+    return frame, pd.DataFrame(effects)
 
 
 def _classes(oracle: StoreOracle, rows: np.ndarray) -> Tensor:

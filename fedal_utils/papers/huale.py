@@ -97,9 +97,8 @@ PARTS = {"all cycles": slice(None), "without the first": slice(1, None), "first 
 def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     """HUALE's gain over random taken apart: a frame of effects (`metrics.EFFECT`), one row per effect and part.
 
-    table: rows of `record.table` of several arms, with a column `arm` (names of `loss_arms`). Parts of the curve: 'all
-    cycles' (as HUALE's abstract averages), 'without the first' (as CALD's), 'first cycle' (random labels for
-    everybody). An effect whose runs are missing is left out.
+    table: of `record.table`, with a column `arm` (names of `loss_arms`); an effect whose runs are missing is left out.
+    Parts: 'all cycles' (as HUALE's abstract averages), 'without the first' (as CALD's), 'first cycle' (all random).
     """
     curves = metrics.curves_by_arm(table, y)
     found = []

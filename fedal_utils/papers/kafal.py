@@ -1,7 +1,6 @@
 """KAFAL: notebook 30. Its training taken apart.
 
-Classification; every cycle trains from the first weights, and the optimizer state lives for the cycle. Eight of ten
-clients take part in a round, in the last one too (the paper's algorithm 1; its released code then takes all:
+Eight of ten clients take part in a round, in the last one too (algorithm 1; the released code then takes all:
 `as_released`). Clients are of equal size, as those of its one published partition nearly are.
 """
 

@@ -13,18 +13,13 @@ Sizes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Preset:
-    """The sizes of one notebook.
+    """The sizes of one notebook."""
 
-    methods: what is compared. full: the size `paper`, full_by_data: what another data set changes in it. small: the
-    sizes `smoke` and `quick` by data set, "" = photographs without an entry; they go on top of `BY_DATA`. data: the
-    data set of a profile, where it is not that of `PROFILES`.
-    """
-
-    methods: tuple[str, ...]
-    full: Sizes
-    full_by_data: dict[str, Sizes] = field(default_factory=dict)
-    small: dict[str, Sizes] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...]  # what is compared
+    full: Sizes  # the size `paper`
+    full_by_data: dict[str, Sizes] = field(default_factory=dict)  # what another data set changes in it
+    small: dict[str, Sizes] = field(default_factory=dict)  # on top of `BY_DATA`; "" = photographs without an entry
+    data: dict[str, str] = field(default_factory=dict)  # of a profile, where it is not that of `PROFILES`
 
 
 PROFILES: dict[str, Sizes] = {

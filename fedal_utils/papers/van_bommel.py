@@ -1,8 +1,7 @@
 """Van Bommel (2021), active learning during federated learning: notebooks 10 to 14, and what the paper sends.
 
-The small sizes train a small detector of the paper's shape from scratch, so that there is a backbone to freeze and to
-send. A chain's first visits take as many steps as `first_pass_rounds` rounds, the rest is for the later passes; every
-scheme takes the same number of gradient steps.
+The small sizes train a small detector of the paper's shape from scratch. A chain's first visits take as many steps as
+`first_pass_rounds` rounds; every scheme takes the same number of gradient steps.
 """
 
 from __future__ import annotations
@@ -94,14 +93,12 @@ def paper_megabytes(
 ) -> float:
     """MB sent by all clients, both ways, after a step of a scheme: the released analysis' formulas (section 8).
 
-    scheme: its name.
+    They count two transfers for each hop of a chain, which needs one, and neither the initial model nor labels.
+    scheme, clients: its name; how many there are.
     step: fedavg and local-first: the communication round, from 0; chains: the visit of the first pass, from 0 to
         clients - 1, then clients for the merge, and from clients + 1 on the later visits (chain-fedavg: rounds).
-    clients: how many there are.
     merge_at: the round in which local-first merges for the first time.
     sizes: MB of the model, of what is left of it with a frozen backbone, of the optimizer's state.
-
-    The formulas count two transfers for each hop of a chain, which needs one, and neither the initial model nor labels.
     """
     full, head, optimizer = (sizes[name] for name in ("full", "head", "optimizer"))
     each = {"chain": 2 * head, "chain-fedavg": 2 * head * clients, "accumulate": 2 * (full + optimizer)}
@@ -150,10 +147,9 @@ def traffic_table(setup: federation.Setup, table: pd.DataFrame) -> pd.DataFrame:
 def optimizer_ablation(config: Config) -> dict[str, Config]:
     """The same experiment with three policies for the optimizer state between rounds, and a control.
 
-    The first is the released code's: its warm-up of 1,000 iterations begins again in every local call of at most 280;
-    here it is as many times longer than a round as there, so that it never ends either. Kept at the client, it happens
-    once. In the control every client takes as many steps in a row as the single node does (at equal steps in all, each
-    takes its part of them): what is left of the gap is due to averaging and to the split of the images alone.
+    The first is the released code's: its warm-up of 1,000 iterations begins again in every local call of at most 280,
+    and never ends; kept at the client, it happens once. In the control every client takes as many steps in a row as the
+    single node does: what is left of the gap is due to averaging and to the split of the images alone.
     """
     iterations, many = config.federation.iterations, config.federation.clients
     warmup = round(1000 / 280 * iterations) if iterations else 1000

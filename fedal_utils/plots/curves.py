@@ -1,7 +1,6 @@
 """Curves over cycles, rounds, bytes and chains, ours beside a paper's, and paired differences from a baseline.
 
-Tables are those of `record.table`: one row per method, seed, cycle, round and client, metrics in the rows of client
-"server". Every function returns (figure, caption); a line is the mean over seeds, a band `metrics.seed_interval`.
+Tables are those of `record.table`; a line is the mean over seeds, a band `metrics.seed_interval`.
 """
 
 from __future__ import annotations
@@ -44,15 +43,12 @@ def learning_curve(
     bands: Sequence[str] | None = None,
     title: str = "",
 ) -> tuple[Figure, str]:
-    """Metric `y` against one of the costs, one line per method.
+    """Metric `y` against one of the costs, one line per method; dashed at its final value if it pays nothing there.
 
     x: images, boxes, seconds (drawn as minutes), bytes (all rounds so far, both ways, as MB) or rounds.
     ax: where to draw, without a legend; None = a new figure with one.
-    methods: which ones, in this order; None = all.
+    methods, bands: which ones, in this order, and which of them get a band; None = all.
     points: "cycle" (the last round of each) or "round" (every evaluated round).
-    bands: the methods that get a band; None = all.
-
-    A method that pays nothing on this axis (bytes of central training) is a dashed line at its final value.
     """
     rows = _server_rows(table, x, y, points)
     methods = (
@@ -86,10 +82,7 @@ def learning_curves(
     title: str = "",
     points: str = "cycle",
 ) -> tuple[Figure, str]:
-    """A panel for each x, each y and each table, with one legend.
-
-    table: one, or several by the panels' titles. xs, y, methods, points: see `learning_curve`.
-    """
+    """A panel for each x, each y and each table (several by their titles), with one legend; see `learning_curve`."""
     tables = table if isinstance(table, Mapping) else {"": table}
     ys = [y] if isinstance(y, str) else list(y)
     panels = [(name, x, metric) for name in tables for x in xs for metric in ys]
@@ -122,10 +115,7 @@ def traffic(
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ax.get_xlim()[1] < 1000 * ax.get_xlim()[0] else (1,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    return figure, (
-        f"{caption} Each point: an evaluated round, against all bytes sent so far (log axis); a vertical stretch: "
-        "rounds in which nothing is sent; dashed across: the final value of what sends nothing."
-    )
+    return figure, f"{caption} A vertical stretch: rounds in which nothing is sent; dashed across: what sends nothing."
 
 
 @style()
@@ -173,8 +163,7 @@ def beside_paper(
     """A paper's published points (left, hollow) and our curves (right), each panel with its own axes; same colours.
 
     paper: rows of `record.read_paper` (setting, x, value, unit), of one item; those without an x are left out.
-    settings: {paper's name of a setting: our method}; others keep their names.
-    titles: what each is, such as "paper: VOC07, Faster R-CNN, 1 seed". paper_x: label of the paper's axis.
+    settings: {paper's name of a setting: our method}. titles, paper_x: of both panels, and label of the paper's axis.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.1))
     _, caption = learning_curve(table, x, y, right, methods, "round" if x == "rounds" else "cycle", title=titles[1])
@@ -200,11 +189,7 @@ def paired_differences(
     methods: Sequence[str] | None = None,
     title: str = "",
 ) -> tuple[Figure, str]:
-    """Mean curves with the baseline's band only (left), and each method's paired difference from it (right).
-
-    A difference is that of the mean heights of both curves at equal images, and at equal boxes, see
-    `metrics.gains_at_equal`; paired by seed, in points.
-    """
+    """Mean curves with the baseline's band (left), and each method's `metrics.gains_at_equal` above it (right)."""
     methods = ordered(dict.fromkeys(table["method"])) if methods is None else list(methods)
     gains = gains_at_equal(table[table["method"].isin({*methods, baseline})], xs, y, baseline)
     order = {method: place for place, method in enumerate(methods)}
@@ -217,9 +202,6 @@ def paired_differences(
     legend_below(figure, handles_of(left))
     figure.suptitle(title or None)
     return figure, f"Left: {caption} Right: {text}"
-
-
-# ------------------------------------------------------------------------------------------------------------- parts
 
 
 def _server_rows(table: pd.DataFrame, x: str, y: str, points: str) -> pd.DataFrame:

@@ -21,11 +21,10 @@ PARTS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#7F7F7F"), ("D", "#009E73"))
 def effects(
     frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", xlabel: str = "", title: str = ""
 ) -> tuple[Figure, str]:
-    """Differences in points with their intervals, one row an effect, one marker for each part.
+    """Differences in points of the metric `y` with their intervals, one row an effect, one marker for each part.
 
-    frame: columns effect, part, points, low, high (and seeds) of `metrics.effect`, in order of appearance from the top.
-    Names of methods and metrics are written out. An interval that holds zero is pale and its marker hollow; one seed
-    has none. y: the metric whose points (100 x) these are.
+    frame: columns of `metrics.effect`, in order of appearance from the top. An interval that holds zero is pale and its
+    marker hollow; one seed has none.
     """
     names, parts = list(dict.fromkeys(frame["effect"])), list(dict.fromkeys(frame["part"]))
     ax = ax or plt.subplots(figsize=(7.6, 1.2 + 0.5 * len(names)))[1]
@@ -54,8 +53,7 @@ def effects(
 def ablation(table: pd.DataFrame, y: str = "ap50", title: str = "") -> tuple[Figure, str]:
     """Final values of the same runs under several arms: a dot per seed, and beside them the mean with its interval.
 
-    table: rows of `record.table` with a column arm; arms in order of appearance along x, methods side by
-    side. Thin grey lines join the dots of a seed from arm to arm; the number is the mean.
+    table: rows of `record.table` with a column arm; grey lines join the dots of a seed from arm to arm.
     """
     rows = finals(table, y)
     arms, methods = list(dict.fromkeys(table["arm"])), ordered(rows["method"].unique())

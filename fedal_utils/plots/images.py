@@ -22,10 +22,7 @@ WIDE, LARGEST = 12.0, 4.4  # inches of a figure, and of an image in it
 
 
 def _show_boxes(ax: Axes, pixels: np.ndarray, boxes, classes, scores, ignore) -> None:
-    """One image, uint8 (3, H, W), with its boxes (K, 4) in the colours of their classes (K,) 1..C.
-
-    scores (K,) stand at the boxes; ignore (K,) draws a box thin and dashed; either may be None. [0, 0, W, H] frames it.
-    """
+    """One image, uint8 (3, H, W), with its boxes in the colours of their classes, scores, and ignored ones dashed."""
     height, width = pixels.shape[1:]
     ax.imshow(pixels.transpose(1, 2, 0), extent=(0, width, height, 0))
     for k, (x1, y1, x2, y2) in enumerate(boxes):
@@ -111,8 +108,7 @@ def two_views(
 ) -> tuple[Figure, str]:
     """Each image beside its mirror image, both with their detections; two such pairs a row.
 
-    flipped: detections of the mirrored images with boxes mapped back to the plain ones, as an observation holds them.
-    titles: one per shown image.
+    flipped: of the mirrored images, with boxes mapped back to the plain ones. titles: one per shown image.
     """
     shown, width = images.take(index), images.image_size[1]
     mirrored = replace(flipped, boxes=flip_boxes(flipped.boxes, width)).take(index)
@@ -129,10 +125,7 @@ def two_views(
 def score_strip(
     images: Images, scores: Sequence[float], show: int = 5, index: Sequence[int] | None = None
 ) -> tuple[Figure, str]:
-    """The images that would be queried first (top row, highest scores) and last (bottom row), each with its score.
-
-    scores (N,) belong to `index` (default: all images in order); of equal scores the earlier comes first.
-    """
+    """The images that would be queried first (above) and last (below) by scores (N,) of `index` (None: all)."""
     scores = np.asarray(scores, dtype=float)
     index = np.arange(len(scores)) if index is None else np.asarray(index, dtype=int)
     order = np.argsort(-scores, kind="stable")

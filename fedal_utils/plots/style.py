@@ -1,7 +1,6 @@
 """The look of every figure: one style file, and for each method a colour, a marker, a line and a shown name.
 
-A strategy has a colour and a marker, the same in every figure, from its place in a list or else from its name; under a
-scheme other than FedAvg the scheme gives the line and most of the colour.
+A strategy's colour and marker are of its place in a list or else of its name; line and most of the colour a scheme's.
 """
 
 from __future__ import annotations
@@ -45,20 +44,14 @@ SHOWN = {  # where it is not the strategy's name with spaces
     **dict(sum="SUM", avg="AVG", max="MAX", count="box count", confidence="least confidence", coreset="core-set"),
     **dict(entropy_sum="entropy SUM", entropy_avg="entropy AVG", entropy_max="entropy MAX", badge="BADGE"),
     **dict(qbc="committee", cascade="HUALE cascade", cald="CALD", hua="HUA pooling", ksas="KSAS", logo="LoGo"),
-    **dict(ksas_sum="KSAS on boxes, SUM", ksas_avg="KSAS on boxes, AVG"),
-    **dict(ksas_max="KSAS on boxes, MAX"),
+    **dict(ksas_sum="KSAS on boxes, SUM", ksas_avg="KSAS on boxes, AVG", ksas_max="KSAS on boxes, MAX"),
     **dict(jeffreys="plain symmetric KL", vae="VAE novelty"),
     **dict(d0="D0, hidden labels", d1="D1, reconstruction consistency", d2="D2, self-training", d3="D3, entropy"),
     **dict(d4="D4, learned loss", vae_d0="VAE + D0, hidden labels", vae_d1="VAE + D1", vae_d2="VAE + D2"),
     **dict(vae_d3="VAE + D3", vae_d4="VAE + D4", mix="mixture", mix_diverse="mixture with diversity"),
     **dict(model_outlier="model-based outlier", cluster="cluster centres"),
 }
-GREYS = {
-    "random": ("#7F7F7F", "X"),
-    "centralised": ("#444444", "d"),
-    "d0": ("#B0B0B0", "P"),
-    "vae_d0": ("#8A8A8A", "P"),
-}
+GREYS = dict(random=("#7F7F7F", "X"), centralised=("#444444", "d"), d0=("#B0B0B0", "P"), vae_d0=("#8A8A8A", "P"))
 SCHEMES: dict[str, tuple[str, str | tuple, str]] = {  # scheme -> colour, line, shown name
     "fedavg": ("", "-", "FedAvg"),
     "local-first": ("#33BBEE", (0, (1, 1)), "local first"),
@@ -108,9 +101,8 @@ def style_of(method: str) -> Look:
     if scheme == "fedavg":
         return look._replace(name=f"{name}, {look.name}")
     if scheme == "centralised":
-        return look._replace(
-            colour=_mix(colour, look.colour, 0.5), line=line, name=f"centralised on the labels of {look.name}"
-        )
+        mixed = _mix(colour, look.colour, 0.5)
+        return look._replace(colour=mixed, line=line, name=f"centralised on the labels of {look.name}")
     return look._replace(colour=_mix(colour, look.colour, 0.2), line=line, name=f"{name}, {look.name}")
 
 

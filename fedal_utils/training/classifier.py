@@ -1,7 +1,4 @@
-"""Train one client's classifier, from draws that are made for the whole call at once.
-
-`fit_classifier` is the plain way; what trains many clients at once (`streams`) is tested against it.
-"""
+"""Train one client's classifier, from draws that are made for the whole call at once: the plain way of `streams`."""
 
 from __future__ import annotations
 
@@ -51,10 +48,6 @@ class ClassifierTask(LocalTask):
         passes = config.epochs * math.ceil(len(self.rows) / config.batch)
         return passes if self.iterations is None else self.iterations
 
-    def position(self, config: TrainingConfig) -> tuple[int, int]:
-        """Steps before this call, and steps in all, of the schedule."""
-        return self.schedule_position or (0, self.steps(config))
-
     def mixes(self, config: TrainingConfig, teacher: Classifier | None) -> bool:
         """True where unlabelled images are mixed for distillation."""
         return teacher is not None and config.distillation_weight > 0 and len(self.unlabelled) > 0
@@ -73,11 +66,10 @@ class LocalResult:
 def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner: bool = False) -> Draws:
     """All that is random in one call of one client: S steps of B labelled images, and of as many mixed ones.
 
-    length (S,): images of a step, the last of a pass may be short; what stands behind repeats the first. rows (S, B) of
-    the training set, target (S, B) their classes; flip (S, B) bool; shift (S, B, 2) in 0..2 * crop. If mixing also
-    mixed, mixed_flip, mixed_shift likewise, and beta (S, B), partner (S, B): image b becomes beta_b * itself +
-    (1 - beta_b) * its partner; they come from a generator of their own, so that mixing moves nothing of the rest. A
-    pool smaller than a batch is gone through several times.
+    length (S,): images of a step, the last of a pass may be short; what stands behind repeats the first. rows, target
+    (S, B): of the training set, and their classes; flip (S, B) bool; shift (S, B, 2) in 0..2 * crop. If mixing also
+    mixed, mixed_flip, mixed_shift likewise, and beta, partner (S, B): image b becomes beta_b * itself + (1 - beta_b) *
+    its partner; they come from a generator of their own, so that mixing moves nothing of the rest.
     """
     rng, batch, crop = task.rng, config.batch, config.augment.crop
     apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
@@ -147,8 +139,8 @@ def fit_classifier(
 ) -> LocalResult:
     """Train `model` in place on one client's labelled images: SGD with momentum and weight decay on all weights.
 
-    model: left in eval mode. task: rows, classes, generator. images: the whole training set. config, device: as in
-    `fit`. teacher: the global model of this round, for the distillation of KAFAL's 4.2; it is not changed.
+    model: left in eval mode. task: what of `images`, the whole training set. config, device: as in `fit`.
+    teacher: the global model of this round, for the distillation of KAFAL's 4.2; it is not changed.
     as_released: one partner for all images of a batch, and a teacher that uses each batch's statistics.
     """
     device = torch.device(device)
@@ -160,7 +152,7 @@ def fit_classifier(
     anchors, counts = anchored(model, config), task.counts.to(device)
     gamma, priors = compensation_weights(counts), counts if config.balanced_softmax else None
     draws = draw(task, config, mixing, as_released)
-    before, whole = task.position(config)
+    before, whole = task.schedule_position or (0, task.steps(config))
     losses, seen = [], 0
 
     def pixels(rows: Tensor, flip: Tensor, shift: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""One step of one client's classifier with all that it needs on the device, so that it can be one CUDA graph.
-
-Labelled and mixed images are one batch. Convolutions run in bfloat16, weights and statistics stay in float32.
-"""
+"""One step of one client's classifier as one CUDA graph; labelled and mixed images are one batch, in bfloat16."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Train a detector on labelled images: `fit` yields one row a pass and lets the caller decide.
+"""Train a detector on labelled images: `fit` yields one row a pass, and remembers nothing from one call to the next.
 
-It never prints, saves, seeds, or remembers anything from one call to the next. On a GPU nothing waits for the device
-inside a pass: batches are drawn and augmented many at a time, losses are read at its end, gradients are CUDA graphs.
+On a GPU nothing waits inside a pass: batches are drawn and augmented many at a time, gradients are CUDA graphs.
 """
 
 from __future__ import annotations
@@ -51,10 +50,9 @@ def fit(
 
     model: left in eval mode. With `config.ema` > 0 the weights at the end are their exponential moving average.
     images, labels: of this client, row by row.
-    config: optimizer, schedule, batch, augmentation. With `proximal` > 0 every step also pulls what is trained back to
-        where it was at the start of this call (FedProx); the loss that is yielded is the detector's, without that term.
-    task: generator, number of steps, and the optimizer's state, see `LocalTask`.
-    device: where it is trained.
+    config: with `proximal` > 0 every step also pulls what is trained back to where it was at the start of this call
+        (FedProx); the loss that is yielded is without that term.
+    task, device: see `LocalTask`; where it is trained.
     """
     device = torch.device(device)
     if isinstance(images, CachedImages) and config.augment.changes_pixels():
@@ -67,10 +65,9 @@ def fit(
     model.to(device).train()
     seed = int(torch.randint(1 << 62, (1,), generator=task.rng))  # of what a loss samples
     work = _Step(model, config, task.optimizer_state or {}, seed, device.type in GRAPHED)
-    done = added = 0
+    done = added = in_row = 0
     waiting: list[tuple[Tensor, Tensor]] = []  # losses of steps that nobody has read yet
     sums: dict[str, float] = {}
-    in_row = 0
     for epoch, last, index, batch in _batches(images, labels, config, task, device):
         waiting.append((work.gradients(batch), index))
         in_row += 1
@@ -110,8 +107,7 @@ class _Step:
     def gradients(self, batch: tuple) -> Tensor:
         """Add the gradients of a batch; its loss and the parts of it (P,), called `names`."""
         if self.graphs:
-            values = self.graphs.gradients(batch)
-            self.names = self.graphs.names
+            values, self.names = self.graphs.gradients(batch), self.graphs.names
             return values
         with tensor_cores(self.config.amp):
             with half_precision(self.device, self.config.amp):
@@ -185,7 +181,5 @@ def _batches(
 
 def _joined(draws: list[AugmentDraws]) -> AugmentDraws:
     """Draws of several batches side by side."""
-    if len(draws) == 1:
-        return draws[0]
     together = zip(AugmentDraws._fields, zip(*draws, strict=True), strict=True)
     return AugmentDraws(**{k: torch.cat(v, dim=int(k == "colour")) for k, v in together if v[0] is not None})

@@ -1,6 +1,6 @@
 """What a trained model says of images, in order, on the CPU; features that are computed once and kept.
 
-With a folder they are kept on disk under the fingerprint of pixels and network: who comes next does not pay.
+In a folder they lie under the fingerprint of pixels and network.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ class CachedImages:
 
     def batches(self, chunks, device: str | torch.device = "cpu") -> Iterator[tuple[Tensor, ...]]:
         """`batch` for each chunk of row numbers in turn."""
-        for chunk in chunks:
-            yield self.batch(chunk, device)
+        return (self.batch(chunk, device) for chunk in chunks)
 
 
 def chunks(count: int, size: int) -> list[np.ndarray]:
@@ -84,10 +83,10 @@ def cache_features(
     mirrored: bool = True,
     folder: str | Path | None = None,
 ) -> CachedImages:
-    """A frozen backbone's maps of all images, in half precision, in the memory of the CPU.
+    """A frozen backbone's maps of all images, and of their mirror images if `mirrored`, in half precision on the CPU.
 
-    model: whose backbone. images: also a changed view of them. device: where it runs. mirrored: the maps of the mirror
-    images as well. folder: kept there on disk, and read from it; None = neither.
+    model, images, device: whose backbone, of what (also a changed view), and where it runs. folder: kept there on disk,
+    and read from it; None = neither.
     """
     if not model.frozen:
         raise ValueError("only a frozen backbone's features can be cached; build the detector with frozen=True")
@@ -118,7 +117,7 @@ def embedded_sets(
 ) -> tuple[Dataset, Dataset]:
     """Both sets with an `Embedder`'s features in the place of pixels: mean 0, deviation 1 over the training images.
 
-    side: of the images that it sees. device: where it runs. folder: kept there on disk.
+    side: of the images that it sees. folder: kept there on disk.
     """
     net = Embedder(side).to(device).eval()
 
@@ -230,10 +229,7 @@ def image_losses(
     device: str | torch.device = "cpu",
     summed: bool = False,
 ) -> dict[str, Tensor]:
-    """{"classification": (N,), "regression": (N,)} of each image against its labels, in order, on the CPU.
-
-    model, images, labels: of N > 0 images. batch: how many at once. device: where. summed: see `SSD.image_losses`.
-    """
+    """`SSD.image_losses` of each of N > 0 images against its labels, `batch` at once, in order, on the CPU."""
     model.to(device).eval()
     pieces, kept = chunks(len(images), batch), []
     for rows, x in zip(pieces, images.batches(pieces, device), strict=True):

@@ -1,7 +1,4 @@
-"""What one call of training is given: its task, batches, learning rates, and an optimizer whose state lives on.
-
-Nothing is remembered from one call to the next: the optimizer's state and the place in the schedule are handed in.
-"""
+"""What one call of training is given: its task, batches, learning rates, and an optimizer whose state lives on."""
 
 from __future__ import annotations
 
@@ -83,12 +80,9 @@ def batches_per_step(config: TrainingConfig, step: int) -> int:
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov's momentum, or AdamW; only weights of two or more dimensions decay. Biases come last."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    flat = [(name, p) for name, p in trained if p.dim() <= 1]
-    groups = [
-        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in flat if not name.endswith("bias")], "weight_decay": 0.0},
-        {"params": [p for name, p in flat if name.endswith("bias")], "weight_decay": 0.0},
-    ]
+    flat = [(name.endswith("bias"), p) for name, p in trained if p.dim() <= 1]
+    groups = [{"params": [p for _, p in trained if p.dim() > 1], "weight_decay": config.weight_decay}]
+    groups += [{"params": [p for bias, p in flat if bias == last], "weight_decay": 0.0} for last in (False, True)]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups, lr=config.lr)

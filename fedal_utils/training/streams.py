@@ -34,7 +34,7 @@ def fit_together(
 ) -> list[LocalResult | TrainingDiverged]:
     """`fit_classifier` for many clients, on a GPU at once; a client whose training diverges has its error in its place.
 
-    model: its architecture; it is not changed. states: each client's weights to start from. The rest as there.
+    model: their architecture; not changed. states: each client's weights to start from. The rest as there.
     """
     train = fit_graphs if torch.device(device).type == "cuda" else fit_in_turn
     return train(model, states, tasks, images, config, device=device, **more)
@@ -90,13 +90,9 @@ def _shared(model: Classifier, images: Images, config: TrainingConfig, teacher, 
 def _train(
     slot: ClientStep, state: State, task: ClassifierTask, drawn: Draws, config: TrainingConfig, out: dict
 ) -> Iterator[None]:
-    """Train one client; stops after every few launches, so that its neighbours get theirs.
-
-    slot: where. state: weights to start from. task, drawn: whose, and its draws. config: learning rates. out: is filled
-    for `_result`.
-    """
+    """Train one client in this slot; stops after every few launches, so that its neighbours get theirs; fills `out`."""
     steps, device = len(drawn["length"]), slot.shared.device
-    before, whole = task.position(config)
+    before, whole = task.schedule_position or (0, task.steps(config))
     lr = torch.tensor([config.lr * learning_rate_factor(config, before + step, whole) for step in range(steps)])
     full = (drawn["length"] == config.batch).tolist()
     passes = [0, *(torch.cumsum(drawn["length"], 0) // len(task.rows)).tolist()]  # that are over before each step
@@ -124,7 +120,7 @@ def _train(
 
 
 def _accuracy(slot: ClientStep, task: ClassifierTask) -> Iterator[None]:
-    """The part of the labelled images on which the network in eval mode is right; others work meanwhile."""
+    """The part of the labelled images on which it is right in eval mode; others work meanwhile."""
     shared = slot.shared
     slot.net.eval()
     with slot.on_stream(), torch.no_grad(), shared.autocast:
@@ -147,5 +143,5 @@ def _result(out: dict, task: ClassifierTask, images: Images, config: TrainingCon
         return error
     if task.optimizer_state is not None:
         task.optimizer_state.update({f"momentum_buffer:{k}": v.contiguous().cpu() for k, v in out["momenta"].items()})
-        task.optimizer_state[STEPS] = torch.tensor(task.position(config)[0] + out["steps"])
+        task.optimizer_state[STEPS] = torch.tensor((task.schedule_position or (0,))[0] + out["steps"])
     return result

@@ -34,8 +34,7 @@ def fit_vae(
     The loss is the batch's mean of reconstruction + kl_weight * kl. With `vae.as_released` the gradient is never reset
     in a call: each step adds to what clipping left of the sum so far.
 
-    config: steps, batch and learning rate. rng: of order and of the latents' noise.
-    device, client: where, and who is named if the loss stops being finite.
+    rng: of order and of the latents' noise. client: named if the loss stops being finite.
     task: also added; task(pixels, rows) gets reconstructions 0..255 (B, 3, H, W) at the images' own size, through which
         its gradient comes, and their rows in `images`.
     """

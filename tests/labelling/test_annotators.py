@@ -43,5 +43,3 @@ def test_the_errors_of_a_simulated_annotator_do_not_depend_on_the_order(make):
     assert 5 <= sum(thing["class"] != "cat" for thing in boxes) <= 25 and all(t["box"] == BOX["box"] for t in boxes)
     other = Simulated(truth, error=0.2, seed=4)
     assert any(other.label(image, "classes", CLASSES) != told[0][image] for image in truth)  # errs elsewhere
-    with pytest.raises(ValueError, match="probability"):
-        Simulated({}, error=1.5)

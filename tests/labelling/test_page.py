@@ -405,8 +405,7 @@ def test_a_folder_is_walked_and_a_wrong_one_is_refused(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert list(page.find_images(tmp_path)) == ["b.PNG", "sub/a.jpg"]
-    with pytest.raises(ValueError, match="does not exist"):
-        page.find_images(tmp_path / "none")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(ValueError, match="holds no image"):
-        page.find_images(tmp_path / "bare")
+    for wrong in ("none", "bare"):
+        with pytest.raises(ValueError, match=f"{wrong} (cannot be read|holds no image)"):
+            page.find_images(tmp_path / wrong)
