@@ -12,15 +12,8 @@ from fedal_utils.detectors import backbones
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
 
 # EfficientNet-Lite0: expansion, channels, blocks, stride of the first block, kernel (TensorFlow's lite/README table)
-STAGES = [
-    (1, 16, 1, 1, 3),
-    (6, 24, 2, 2, 3),
-    (6, 40, 2, 2, 5),
-    (6, 80, 3, 2, 3),
-    (6, 112, 3, 1, 5),
-    (6, 192, 4, 2, 5),
-    (6, 320, 1, 1, 3),
-]
+STAGES = [(1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3)]
+STAGES += [(6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3)]
 
 
 def pixels(*shape, seed=0):
@@ -116,11 +109,8 @@ def test_a_missing_package_names_the_extra(monkeypatch, missing):
 
 def made(name):
     with borrowed_global_rng(torch_rng_for(0, "w")):
-        return {
-            "small": backbones.SmallConv,
-            "vgg16": backbones.VGG16,
-            "resnet50": backbones.ResNet50FPN,
-        }[name]().eval()
+        made = {"small": backbones.SmallConv, "vgg16": backbones.VGG16, "resnet50": backbones.ResNet50FPN}
+        return made[name]().eval()
 
 
 @pytest.mark.parametrize(("name", "size"), [("small", (64, 96)), ("resnet50", (64, 128))])

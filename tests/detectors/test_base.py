@@ -19,9 +19,8 @@ KINDS = ["ssd", "faster_rcnn", "yolo"]
 
 
 def select(boxes, probs, score_above, nms_iou, top=100, candidates=400, agnostic=False, scores=None, **extra):
-    return select_detections(
-        RawDetections(boxes, probs, scores, extra), score_above, nms_iou, top, candidates, agnostic
-    )
+    raw = RawDetections(boxes, probs, scores, extra)
+    return select_detections(raw, score_above, nms_iou, top, candidates, agnostic)
 
 
 @pytest.mark.parametrize("weights", [(10.0, 5.0), (1.0, 1.0)])
@@ -126,9 +125,8 @@ def test_what_is_known_of_a_box_follows_it(classes, own_box, agnostic):
         for place in range(count):
             known = {name: value[image, place] for name, value in found.extra.items()}
             row, label = int(known["row"]) - 1, int(found.labels[image, place])
-            assert torch.equal(
-                found.boxes[image, place], boxes[image, row, label - 1] if own_box else boxes[image, row]
-            )
+            box = boxes[image, row, label - 1] if own_box else boxes[image, row]
+            assert torch.equal(found.boxes[image, place], box)
             assert torch.equal(found.probs[image, place], probs[image, row])
             assert torch.equal(known["table"], row + 1 + torch.arange(6.0).view(2, 3))
     assert torch.equal(select(boxes, probs, 0.2, 0.3, 9, 60, agnostic).boxes, found.boxes)

@@ -13,19 +13,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from fedal_utils.detectors import proposals
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
 
-HUALE = {
-    "box_loss": "efficient_iou",
-    "box_weight": 5.0,
-    "auxiliary_head": "sides",
-    "auxiliary_weight": 0.2,
-    "emphasis": 1,
-}
-NAMES = {
-    "objectness": "loss_objectness",
-    "proposal_regression": "loss_rpn_box_reg",
-    "classification": "loss_classifier",
-    "regression": "loss_box_reg",
-}
+HUALE = dict(box_loss="efficient_iou", box_weight=5.0, auxiliary_head="sides", auxiliary_weight=0.2, emphasis=1)
+NAMES = dict(objectness="loss_objectness", proposal_regression="loss_rpn_box_reg")
+NAMES |= dict(classification="loss_classifier", regression="loss_box_reg")
 
 
 class Parts(nn.Module):
@@ -42,26 +32,13 @@ class Parts(nn.Module):
 
 def torchvisions(ours):
     """A FasterRCNN of torchvision of the same parts."""
-    return FasterRCNN(
-        Parts(ours),
-        min_size=64,
-        max_size=96,
-        image_mean=[0, 0, 0],
-        image_std=[1, 1, 1],
-        rpn_anchor_generator=ours.rpn.anchor_generator,
-        rpn_head=ours.rpn.head,
-        rpn_batch_size_per_image=32,
-        box_roi_pool=ours.roi.box_roi_pool,
-        box_head=ours.roi.box_head,
-        box_predictor=ours.roi.box_predictor,
-        box_batch_size_per_image=32,
-        box_score_thresh=0.01,
-        box_nms_thresh=0.5,
-        rpn_pre_nms_top_n_train=200,
-        rpn_post_nms_top_n_train=50,
-        rpn_pre_nms_top_n_test=200,
-        rpn_post_nms_top_n_test=100,
-    )
+    heads = {"box_roi_pool": ours.roi.box_roi_pool, "box_head": ours.roi.box_head}
+    heads |= {"rpn_anchor_generator": ours.rpn.anchor_generator, "rpn_head": ours.rpn.head}
+    limits = dict(rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=50, rpn_pre_nms_top_n_test=200)
+    limits |= dict(rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=32, box_batch_size_per_image=32)
+    sizes = dict(min_size=64, max_size=96, image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    limits |= dict(box_predictor=ours.roi.box_predictor, box_score_thresh=0.01, box_nms_thresh=0.5)
+    return FasterRCNN(Parts(ours), **sizes, **heads, **limits)
 
 
 def test_a_small_one_equals_a_torchvision_one_of_the_same_parts():

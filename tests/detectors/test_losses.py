@@ -1,8 +1,4 @@
-"""Both EIoUs by hand and against exact fractions, their laws and gradients; likelihood per side; crowding weights.
-
-Then the losses of classes: balanced softmax and KAFAL's distillation, by hand, against loops, with their gradients; and
-the ranking of images by their loss.
-"""
+"""Losses by hand, against exact fractions, loops and PyTorch's own, with their gradients."""
 
 import math
 from fractions import Fraction
@@ -39,7 +35,6 @@ BY_HAND = {
     "both disjoint": ((5, 6, 7, 9), -28 / 50, 1 + 185 / 520 + 4 / 49 + 1 / 81),
 }
 SMOOTH = [name for name in BY_HAND if name != "touching"]  # a kink of both formulas
-DISJOINT = [name for name in BY_HAND if name.endswith("disjoint")]
 CLOSE = (0.5, 0.25, 40.125, 40.5)  # against 10 x TARGET: 1 - IoU is 0.034, in the quadratic part of the smoothed loss
 
 BOX_LOSSES = {
@@ -114,14 +109,6 @@ def exact_extended(a, b):
     return ratio(both, union)
 
 
-def slow_sides(a, b, deviations, size):
-    terms = 0.0
-    for k in range(4):
-        error = (b[k] - a[k]) / size[k % 2]
-        terms += error**2 / (2 * deviations[k] ** 2) + math.log(deviations[k])
-    return oracles.iou(a, b) * terms
-
-
 def boxes_of(sides):
     corner = st.integers(-30, 30)
     return st.tuples(corner, corner, sides, sides).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
@@ -146,15 +133,6 @@ def test_both_eious_equal_exact_fractions(some):
         ):
             assert found.dtype == dtype and found.shape == (len(some),)
             assert found.tolist() == pytest.approx([float(exact(a, b)) for a, b in some], abs=tight)
-
-
-@fewer
-@given(pairs, st.lists(st.floats(0.01, 2), min_size=4, max_size=4), st.tuples(st.floats(1, 50), st.floats(1, 50)))
-def test_side_likelihood_equals_a_loop(some, deviations, size):
-    boxes, targets = rows(*(a for a, _ in some)), rows(*(b for _, b in some))
-    s, sizes = rows(deviations).expand_as(boxes), torch.tensor([size], dtype=torch.float64).expand(len(some), 2)
-    wanted = [slow_sides(a, b, deviations, size) for a, b in some]
-    assert losses.side_likelihood_loss(boxes, targets, s, sizes).tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------------------- laws
@@ -202,19 +180,6 @@ def test_the_gradient_of_the_likelihood_is_that_with_a_constant_weight(name):
     found = grad(losses.side_likelihood_loss(boxes, targets, deviations, sizes).sum(), (boxes, deviations))
     for slope, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(slope, iou(boxes) * plain, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("loss", ["efficient", "extended"])
-def test_descent_from_disjoint_boxes_reaches_the_target(loss):
-    starts = [BY_HAND[name][0] for name in (*DISJOINT, "touching")] + [(-5, -6, -2, -1), (-7, -2, -3, 9)]
-    boxes, targets = leaf(*starts), rows(*[TARGET] * len(starts))
-    for rate in (0.3, 0.1, 0.03, 0.01):
-        steps = torch.optim.Adam([boxes], lr=rate)
-        for _ in range(60):
-            steps.zero_grad()
-            BOX_LOSSES[loss](boxes, targets).sum().backward()
-            steps.step()
-    assert (boxes.detach() - targets).abs().max() < 0.05  # of sides of 4; they began 4 and more away
 
 
 # --------------------------------------------------------------------------------------------------- degenerate boxes
@@ -353,12 +318,8 @@ def test_compensation_weights_by_hand():
     # 1 / 1, 1 / 2, 1 / 4: of 7 / 4 in all; the class without labels gets nothing
     found = losses.compensation_weights(torch.tensor([1, 2, 0, 4], dtype=torch.float64))
     assert found.tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
-    # the added 1e-6 is seen where counts are as small: 1 / 2e-6 and 1 / 4e-6
-    small = losses.compensation_weights(torch.tensor([1e-6, 3e-6], dtype=torch.float64))
-    assert small.tolist() == pytest.approx([2 / 3, 1 / 3], rel=1e-9)
-    whole = [losses.compensation_weights(torch.tensor(n)) for n in ([1, 2, 0, 4], [0, 0, 0, 0], [0, 9, 0, 0])]
-    assert whole[0].dtype == torch.float32 and whole[0].tolist() == pytest.approx([4 / 7, 2 / 7, 0, 1 / 7], rel=2e-6)
-    assert [w.tolist() for w in whole[1:]] == [[0, 0, 0, 0], [0, 1, 0, 0]]
+    whole = [losses.compensation_weights(torch.tensor(n)) for n in ([0, 0, 0, 0], [0, 9, 0, 0])]
+    assert whole[0].dtype == torch.float32 and [w.tolist() for w in whole] == [[0, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_compensation_loss_by_hand():

@@ -54,9 +54,8 @@ def test_matching_by_hand():
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
 
     def match(boxes, classes, ignore):
-        return match_anchors(torch.tensor([boxes]), torch.tensor([classes]), torch.tensor([ignore]), anchors)[
-            0
-        ].tolist()
+        rows = (torch.tensor([each]) for each in (boxes, classes, ignore))
+        return match_anchors(*rows, anchors)[0].tolist()
 
     # of two boxes that share their best anchor (IoU 1 and .16) the later one owns it, as in torchvision
     twins = [[0.0, 0, 10, 10], [0, 0, 4, 4]]
@@ -273,10 +272,8 @@ def test_the_ranking_is_that_of_predictions_by_a_loop_against_each_images_own_lo
             layers = zip(model.loss_head.each, means, strict=True)
             hidden = torch.cat([layer(mean).clamp(min=0) for layer, mean in layers])
             predicted.append(model.loss_head.joint(hidden).item())
-        apart = [
-            {k: v.item() for k, v in model.loss(x[i : i + 1], *(t[i : i + 1] for t in targets)).items()}
-            for i in range(4)
-        ]
+        ones = (model.loss(x[i : i + 1], *(t[i : i + 1] for t in targets)) for i in range(4))
+        apart = [{k: v.item() for k, v in one.items()} for one in ones]
         each, summed = model.image_losses(x, *targets), model.image_losses(x, *targets, summed=True)
     assert hidden.shape == (3 * 32,) and not model.predicted_loss(x).requires_grad
     assert model.predicted_loss(x).tolist() == pytest.approx(predicted, rel=1e-4, abs=1e-5)

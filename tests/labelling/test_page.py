@@ -1,7 +1,6 @@
 """The labelling page in a real browser: keys, boxes by mouse, reload, two people at once, a killed server, strangers.
 
-Skipped where gradio, playwright or chromium is missing, unless CI=true: then that is a failure. FEDAL_SHOTS: a folder
-for screenshots.
+Skipped where gradio, playwright or chromium is missing, unless CI=true: then that is a failure.
 """
 
 import importlib.util
@@ -23,10 +22,8 @@ from fedal_utils.labelling import Question, Store, page
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 TOKEN = "a token for the test"
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+ARGUMENTS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 SIZE = (300, 400)  # height, width of the images
 WAIT = 60_000  # ms, for a busy machine
 
@@ -158,11 +155,6 @@ class Person:
     def hears(self, text: str) -> None:
         self.page.wait_for_function("(t) => document.querySelector('#told textarea').value.includes(t)", arg=text)
 
-    def shot(self, name: str) -> None:
-        if os.environ.get("FEDAL_SHOTS"):
-            Path(os.environ["FEDAL_SHOTS"]).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(os.environ["FEDAL_SHOTS"]) / f"{name}.png")
-
     def leave(self) -> None:
         outside = [url for url in self.outside if "fonts.g" not in url]
         assert not self.errors and not outside, (self.errors, outside)
@@ -187,7 +179,6 @@ def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, brows
             ann.page.keyboard.press("Enter")
             ann.hears("Choose a class first")
             ann.page.keyboard.press("1")
-            ann.shot("classes")
         ann.press(key, "ArrowRight" if i % 2 else "Enter")
         said[image] = say
         assert ann.store.labels() == said
@@ -303,7 +294,6 @@ def test_boxes_are_drawn_moved_named_and_removed_by_mouse(servers, browser):
     screen.keyboard.press("Delete")
     screen.keyboard.press("d")
     drag(250, 200, 280, 190)  # the dog moves by (30, -10)
-    fay.shot("boxes")
     fay.press("Enter")
     dog, cat = ("dog", [230, 140, 330, 240]), ("cat", [40, 30, 140, 110])
     assert_stored(image, [dog, cat])
@@ -315,9 +305,8 @@ def test_boxes_are_drawn_moved_named_and_removed_by_mouse(servers, browser):
     screen.keyboard.press("e")  # whose class is chosen anew
     screen.locator("#model-box-edit input").first.fill("<b>x</b>")
     screen.keyboard.press("Enter")
-    screen.locator("#model-box-edit button", has_text="OK").click() if screen.locator(
-        "#model-box-edit"
-    ).count() else None
+    if screen.locator("#model-box-edit").count():
+        screen.locator("#model-box-edit button", has_text="OK").click()
     fay.press("Enter")
     assert_stored(image, [dog, ("<b>x</b>", cat[1])])
 
@@ -365,9 +354,8 @@ def test_an_image_is_shown_upright_and_boxes_find_their_way_back(tmp_path):
     boxes, scale = [{"class": "dog", "box": [2, 4, 10, 20]}], 20 / 320
     value = page._annotated(shown, boxes, CLASSES, scale)
     assert [value["boxes"][0][side] for side in page.SIDES] == [32, 64, 160, 320]
-    sent = {
-        "boxes": [{**value["boxes"][0], **dict(zip(page.SIDES, (16, 32, 80, 160), strict=True)), "scaleFactor": 0.5}]
-    }
+    half = dict(zip(page.SIDES, (16, 32, 80, 160), strict=True))
+    sent = {"boxes": [{**value["boxes"][0], **half, "scaleFactor": 0.5}]}
     assert page._drawn(sent, scale) == boxes
     for wrong in ({**sent, "orientation": 1}, {"boxes": [{**value["boxes"][0], "label": "?"}]}):
         with pytest.raises(ValueError):

@@ -26,16 +26,11 @@ def synthetic(methods=("sum", "random", "centralised"), seeds=3, cycles=3, round
             for cycle in range(cycles):
                 for number in range(rounds):
                     key = {"method": method, "seed": seed, "cycle": cycle, "round": number}
-                    cost = {
-                        "images": 40 * (cycle + 1),
-                        "boxes": 100 * (cycle + 1) + 5 * seed,
-                        "seconds": 600 * (cycle + 1),
-                    }
+                    cost = {"images": 40, "boxes": 100, "seconds": 600}
+                    cost = {k: v * (cycle + 1) + 5 * seed * (k == "boxes") for k, v in cost.items()}
                     sent = 0 if method == "centralised" else 1_500_000
-                    for k in range(clients):
-                        rows.append(
-                            {**key, "client": str(k), **cost, "bytes_up": sent, "bytes_down": sent, "loss": 1.0}
-                        )
+                    each = {**key, **cost, "bytes_up": sent, "bytes_down": sent, "loss": 1.0}
+                    rows += [{**each, "client": str(k)} for k in range(clients)]
                     ap = START.get(method, 0.2) + 0.15 * cycle + 0.03 * number + 0.02 * seed
                     total = {"bytes_up": clients * sent, "bytes_down": clients * sent}
                     rows.append({**key, "client": "server", **cost, **total, "ap50": ap, "ap50/red cell": ap / 2})
@@ -106,9 +101,8 @@ def test_each_cost_has_its_unit(x, wanted, label):
 def test_rounds_not_evaluated_cost_bytes_all_the_same_and_rows_may_come_in_any_order():
     table = synthetic(["sum"])
     table.loc[(table["client"] == "server") & (table["cycle"] == 0), "ap50"] = np.nan
-    ax = plots.learning_curve(table.sample(frac=1, random_state=0), "rounds", points="round", title="every round")[
-        0
-    ].axes[0]
+    mixed = table.sample(frac=1, random_state=0)
+    ax = plots.learning_curve(mixed, "rounds", points="round", title="every round")[0].axes[0]
     np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [3, 4, 5, 6])
     assert ax.get_title() == "every round"
     np.testing.assert_allclose(lines(plots.learning_curve(table, "bytes")[0].axes[0])["SUM"].get_xdata(), [24, 36])
@@ -119,9 +113,8 @@ def test_panels_for_costs_metrics_and_tables_share_one_legend():
     assert [ax.get_xlabel().split()[-1] for ax in figure.axes] == ["images", "boxes", "(MB)"]
     assert [ax.get_ylabel() for ax in figure.axes] == ["AP at IoU 0.5", "", ""]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["random", "SUM", "centralised"]
-    two, _ = plots.learning_curves(
-        {"A": synthetic(["sum"]), "B": synthetic(["avg", "max"])}, xs=("images",), methods=["sum", "max"]
-    )
+    tables = {"A": synthetic(["sum"]), "B": synthetic(["avg", "max"])}
+    two, _ = plots.learning_curves(tables, xs=("images",), methods=["sum", "max"])
     assert [ax.get_title() for ax in two.axes] == ["A", "B"]
     assert [t.get_text() for t in two.legends[0].get_texts()] == ["SUM", "MAX"]
     both, _ = plots.learning_curves(synthetic(), xs=("images",), y=("ap50", "ap50/red cell"))

@@ -15,14 +15,9 @@ def _close_figures():
 
 
 def test_effects_stand_in_order_with_their_intervals_hollow_where_zero_is_inside():
-    frame = pd.DataFrame(
-        [
-            ("vae_d1", "ap50", 1.5, 0.5, 2.5, 3),
-            ("vae_d1", "ap_coco", -1.0, -2.0, 0.5, 3),
-            ("mine", "ap50", 2.0, np.nan, np.nan, 1),
-        ],
-        columns=("effect", "part", "points", "low", "high", "seeds"),
-    )
+    rows = [("vae_d1", "ap50", 1.5, 0.5, 2.5, 3), ("vae_d1", "ap_coco", -1.0, -2.0, 0.5, 3)]
+    rows.append(("mine", "ap50", 2.0, np.nan, np.nan, 1))
+    frame = pd.DataFrame(rows, columns=("effect", "part", "points", "low", "high", "seeds"))
     figure, caption = plots.effects(frame, xlabel="points above random")
     (ax,) = figure.axes
     assert [t.get_text() for t in ax.get_yticklabels()] == ["VAE + D1", "mine"]

@@ -24,12 +24,6 @@ def in_turn(images, config, teacher=None, as_released=False, **options):
     return training.fit_in_turn(start, states(start, 5), tasks, images, config, teacher, "cpu", as_released)
 
 
-def test_the_released_quirks_are_quirks(images):
-    config = MIXING.replace(distillation_weight=50.0)
-    runs = [in_turn(images, config, model(seed=9), quirk, iterations=2) for quirk in (False, True)]
-    assert abs(runs[0][0].loss - runs[1][0].loss) > 1e-3
-
-
 def test_two_calls_with_an_optimizer_that_lives_on_are_one_long_call(images):
     config, start = CONFIG.replace(schedule="step", step_at=(0.5,), flip=0.0, crop=0, batch=12), model()
 
@@ -128,14 +122,8 @@ def test_draws_of_a_call_mixing_leaves_the_labelled_stream_alone():
     assert plain["length"].tolist() == [6, 6, 2] * 2 and "mixed" not in plain
     for passed in plain["rows"].view(2, 18):
         assert sorted(passed[:14].tolist()) == list(range(14)) and set(passed[14:].tolist()) == {int(passed[12])}
-    assert (
-        torch.equal(plain["target"], plain["rows"] % 3)
-        and int(plain["shift"].min()) == 0
-        and int(plain["shift"].max()) == 2
-    )
-    assert torch.equal(mixing["beta"], released["beta"]) and set(mixing["mixed"].flatten().tolist()) == set(
-        range(14, 23)
-    )
+    assert torch.equal(plain["target"], plain["rows"] % 3) and set(plain["shift"].flatten().tolist()) == {0, 1, 2}
+    assert torch.equal(mixing["beta"], released["beta"]) and mixing["mixed"].unique().tolist() == list(range(14, 23))
     assert all(sorted(row.tolist()) == list(range(6)) for row in mixing["partner"])
     assert all(len(set(row.tolist())) == 1 for row in released["partner"])
     assert drawn(True, iterations=5)["rows"].shape == (5, 6) == drawn(True, iterations=5)["mixed"].shape

@@ -64,11 +64,8 @@ def test_a_warm_up_takes_no_more_steps_than_so_many_passes(scenes, monkeypatch, 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_weight_decay_is_for_weights_and_not_for_norms_and_biases(scenes, optimizer):
     base = PLAIN.replace(optimizer=optimizer, momentum=0.5, weight_decay=0.0)
-    start, without, decayed = (
-        new_model(),
-        trained(scenes, base, 1)[0],
-        trained(scenes, base.replace(weight_decay=0.2), 1)[0],
-    )
+    start, without = new_model(), trained(scenes, base, 1)[0]
+    decayed = trained(scenes, base.replace(weight_decay=0.2), 1)[0]
     # AdamW: w loses lr * decay * w. SGD with Nesterov: the first step is (1 + momentum) times the gradient.
     factor = 1e-3 * 0.2 * (1.5 if optimizer == "sgd" else 1.0)
     for (name, w), a, b in zip(start.named_parameters(), without.parameters(), decayed.parameters(), strict=True):

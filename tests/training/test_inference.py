@@ -99,9 +99,8 @@ def test_maps_on_disk_are_read_again_and_belong_to_their_pixels_and_backbone(sce
     first, cost = kept()
     again, free = kept()
     assert (cost, free) == (12, 0) and again.ids == first.ids
-    for a, b, c in zip(
-        first.features + first.mirrored, again.features + again.mirrored, cached.features * 2, strict=True
-    ):
+    both = (one.features + one.mirrored for one in (first, again))
+    for a, b, c in zip(*both, cached.features * 2, strict=True):
         assert torch.equal(a, b) and a.shape == c.shape and a.stride() == b.stride()
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes()[:-200])  # a broken file is made anew
