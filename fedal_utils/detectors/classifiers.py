@@ -52,7 +52,7 @@ class Classifier(nn.Module):
         return self.trunk(self.scaled(pixels).contiguous(memory_format=torch.channels_last))
 
     def exchanged(self) -> list[str]:
-        """Names of the state that clients and server exchange: all of it."""
+        """Names of what is sent: everything."""
         return list(self.state_dict())
 
 

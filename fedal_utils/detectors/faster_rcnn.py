@@ -34,14 +34,12 @@ class FasterRCNN(Detector):
         full = config.backbone == "resnet50"
         if full:
             body, neck, width, ratios = ResNet50FPN(config.pretrained), None, 256, (0.5, 1.0, 2.0)
-            sizes = tuple((side,) for side in (32, 64, 128, 256, 512))
-            levels = 4  # RoIs are pooled from the first four maps, as in torchvision
         else:
             body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
             width, ratios = config.fpn_channels, config.anchor_ratios
             neck = TopDown(body.channels, width, config.norm)
-            sizes = octave_sizes(config.anchor_side, len(body.strides), per_level=1)
-            levels = len(body.strides)
+        sizes = octave_sizes(32 if full else config.anchor_side, len(body.strides), per_level=1)
+        levels = len(body.strides) - full  # torchvision pools no RoI from the last map
         self.backbone, self.neck = body, neck
         self.limits = (2000, 2000) if full else (200, 50)  # proposals while training: of a map, of an image
         self.rpn = RegionProposalNetwork(
@@ -90,9 +88,7 @@ class FasterRCNN(Detector):
                 return self.loss_by_image(images, maps, boxes, classes, generator)
             return self.loss_at_once(maps, boxes, classes, generator)
 
-    def loss_by_image(
-        self, images: ImageList, maps: dict[str, Tensor], boxes: Tensor, classes: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def loss_by_image(self, images, maps, boxes, classes, generator) -> dict[str, Tensor]:
         """`loss` by torchvision's own parts; classes (B, K), 0 = padding."""
         density = crowding(boxes, classes > 0)
         targets = [
@@ -104,9 +100,7 @@ class FasterRCNN(Detector):
             rest = self.roi.loss(maps, proposals, images.image_sizes, targets)
         return {"objectness": rpn["loss_objectness"], "proposal_regression": rpn["loss_rpn_box_reg"], **rest}
 
-    def loss_at_once(
-        self, maps: dict[str, Tensor], boxes: Tensor, classes: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def loss_at_once(self, maps, boxes, classes, generator) -> dict[str, Tensor]:
         """The same for the whole batch with fixed shapes: nothing waits for the device; samples differ."""
         real = classes > 0
         objectness, deltas = self.rpn.head(list(maps.values()))
@@ -132,9 +126,7 @@ class FasterRCNN(Detector):
         rest = self.roi.losses_of(self.roi.box_head(pooled), *every)
         return {"objectness": wrong.sum() / count, "proposal_regression": apart / count, **rest}
 
-    def _sampled(
-        self, found: Tensor, valid: Tensor, boxes: Tensor, classes: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _sampled(self, found, valid, boxes, classes, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """RoIs (B, S, 4) of the second stage, their classes, their boxes' index and which count (B, S) each."""
         found, valid = torch.cat([found, boxes], dim=1), torch.cat([valid, classes > 0], dim=1)
         matched = match(boxes, classes > 0, found, 0.5, 0.5)
@@ -179,7 +171,5 @@ class FasterRCNN(Detector):
 
         boxes, probs = padded(decoded[:, 1:]), padded(logits.softmax(-1))  # (B, P, C, 4), (B, P, C + 1)
         extra = {name: padded(value) for name, value in extra.items()}
-        scores = None
-        if self.roi.iou_head is not None:
-            scores = probs[..., 1:] * extra["sides"][..., :1] ** 0.5
+        scores = None if self.roi.iou_head is None else probs[..., 1:] * extra["sides"][..., :1] ** 0.5
         return RawDetections(boxes, probs, scores, extra)

@@ -41,9 +41,7 @@ class LocalisedRoIHeads(RoIHeads):
             else None
         )
 
-    def loss(
-        self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: list[dict]
-    ) -> dict[str, Tensor]:
+    def loss(self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list, targets: list[dict]) -> dict:
         """Losses of sampled proposals: 'classification', 'regression', and those of the heads that there are.
 
         targets: of each image "boxes" (k, 4), "labels" (k,) 1..C and "density" (k,), see `losses.crowding`.
@@ -57,15 +55,7 @@ class LocalisedRoIHeads(RoIHeads):
 
         return self.losses_of(features, torch.cat(proposals), torch.cat(labels), matching("boxes"), matching("density"))
 
-    def losses_of(
-        self,
-        features: Tensor,
-        proposals: Tensor,
-        labels: Tensor,
-        goals: Tensor,
-        density: Tensor,
-        valid: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def losses_of(self, features, proposals, labels, goals, density, valid: Tensor | None = None) -> dict[str, Tensor]:
         """The losses of R RoIs.
 
         features: (R, hidden) of the box head; proposals, goals: (R, 4) xyxy pixels, and the matched boxes.

@@ -146,12 +146,9 @@ class SSD(Detector):
             anchors = anchors + torch.tensor(body.strides)[levels][:, None] / 2  # to the middle of their cells
         self.least_negatives = 0 if full else 8
         self.backbone, self.neck, self.head = body, neck, head
-        self.evidence_head = self.loss_head = None
-        if config.box_loss_head:
-            pairs = zip(channels, per_cell, strict=True)
-            self.evidence_head = nn.ModuleList(nn.Conv2d(inputs, count, 1) for inputs, count in pairs)
-        if config.image_loss_head:
-            self.loss_head = LossHead(channels)
+        own = (nn.Conv2d(inputs, count, 1) for inputs, count in zip(channels, per_cell, strict=True))
+        self.evidence_head = nn.ModuleList(own) if config.box_loss_head else None
+        self.loss_head = LossHead(channels) if config.image_loss_head else None
         self.register_buffer("anchors", anchors, persistent=False)
         self.register_buffer("levels", levels, persistent=False)  # (A,) which map each anchor belongs to
 
@@ -223,6 +220,5 @@ def place_anchors(generator: nn.Module, image_size: tuple[int, int], strides: tu
 
 def octave_sizes(smallest: float, levels: int, per_level: int = 2) -> tuple[tuple[float, ...], ...]:
     """Anchor sides in pixels, doubling from level to level: (16, 22.6), (32, 45.3), ..."""
-    return tuple(
-        tuple(smallest * 2 ** (level + part / per_level) for part in range(per_level)) for level in range(levels)
-    )
+    parts = [part / per_level for part in range(per_level)]
+    return tuple(tuple(smallest * 2 ** (level + part) for part in parts) for level in range(levels))

@@ -151,30 +151,22 @@ def chain_progress(
 
 @style()
 def beside_paper(
-    table: pd.DataFrame,
-    paper: pd.DataFrame,
-    x: str = "images",
-    y: str = "ap50",
-    methods: Sequence[str] | None = None,
-    settings: Mapping[str, str] | None = None,
-    titles: tuple[str, str] = ("paper", "ours"),
-    paper_x: str = "",
+    table: pd.DataFrame, paper: pd.DataFrame, y: str, titles: tuple[str, str], paper_x: str = ""
 ) -> tuple[Figure, str]:
     """A paper's published points (left, hollow) and our curves (right), each panel with its own axes; same colours.
 
     paper: rows of `record.read_paper` (setting, x, value, unit), of one item; those without an x are left out.
-    settings: {paper's name of a setting: our method}. titles, paper_x: of both panels, and label of the paper's axis.
+    titles, paper_x: of both panels, and label of the paper's axis.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.1))
-    _, caption = learning_curve(table, x, y, right, methods, "round" if x == "rounds" else "cycle", title=titles[1])
+    _, caption = learning_curve(table, "images", y, right, title=titles[1])
     points = paper.dropna(subset=["x", "value"])
-    methods_of = {name: (settings or {}).get(name, name) for name in dict.fromkeys(points["setting"])}
-    for name in sorted(methods_of, key=lambda name: ordered(methods_of.values()).index(methods_of[name])):
-        rows, look = points[points["setting"] == name].sort_values("x"), style_of(methods_of[name])
+    for name in ordered(dict.fromkeys(points["setting"])):
+        rows, look = points[points["setting"] == name].sort_values("x"), style_of(name)
         value = rows["value"].astype(float) / np.where(rows["unit"].isin(("percent", "%")), 100, 1)
         kwargs = marks(look, 6.5) | {"markerfacecolor": "white", "markeredgecolor": look.colour, "markeredgewidth": 1.3}
         left.plot(rows["x"], value, color=look.colour, linewidth=0.9, label=look.name, **kwargs)
-    left.set(xlabel=paper_x or X_LABELS[x], ylabel=y_label(y), title=titles[0])
+    left.set(xlabel=paper_x or X_LABELS["images"], ylabel=y_label(y), title=titles[0])
     left.xaxis.set_major_locator(MaxNLocator(nbins=6))
     legend_below(figure, handles_of(right, left))
     return figure, f"Left, hollow: the paper's published points. Right, on axes of its own: {caption}"
@@ -182,23 +174,15 @@ def beside_paper(
 
 @style()
 def paired_differences(
-    table: pd.DataFrame,
-    y: str = "ap50",
-    baseline: str = "random",
-    xs: Sequence[str] = ("images", "boxes"),
-    methods: Sequence[str] | None = None,
-    title: str = "",
+    table: pd.DataFrame, y: str = "ap50", xs: Sequence[str] = ("images", "boxes"), title: str = ""
 ) -> tuple[Figure, str]:
-    """Mean curves with the baseline's band (left), and each method's `metrics.gains_at_equal` above it (right)."""
-    methods = ordered(dict.fromkeys(table["method"])) if methods is None else list(methods)
-    gains = gains_at_equal(table[table["method"].isin({*methods, baseline})], xs, y, baseline)
-    order = {method: place for place, method in enumerate(methods)}
-    gains = gains.sort_values("effect", key=lambda names: names.map(order), kind="stable")
+    """Mean curves with random's band (left), and each method's `metrics.gains_at_equal` above it (right)."""
+    methods = ordered(dict.fromkeys(table["method"]))
+    gains = gains_at_equal(table, xs, y)
+    gains = gains.sort_values("effect", key=lambda names: names.map(methods.index), kind="stable")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.8, 1.6 + 0.42 * len(methods))))
-    _, caption = learning_curve(table, xs[0], y, left, methods, bands=[baseline])
-    _, text = effects(
-        gains, right, y, xlabel=f"points above {style_of(baseline).name} ({y_label(y)}), mean over the curve"
-    )
+    _, caption = learning_curve(table, xs[0], y, left, methods, bands=["random"])
+    _, text = effects(gains, right, y, xlabel=f"points above random ({y_label(y)}), mean over the curve")
     legend_below(figure, handles_of(left))
     figure.suptitle(title or None)
     return figure, f"Left: {caption} Right: {text}"

@@ -18,9 +18,7 @@ PARTS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#7F7F7F"), ("D", "#009E73"))
 
 
 @style()
-def effects(
-    frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", xlabel: str = "", title: str = ""
-) -> tuple[Figure, str]:
+def effects(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", xlabel: str = "") -> tuple[Figure, str]:
     """Differences in points of the metric `y` with their intervals, one row an effect, one marker for each part.
 
     frame: columns of `metrics.effect`, in order of appearance from the top. An interval that holds zero is pale and its
@@ -43,14 +41,16 @@ def effects(
     ax.set_xlabel(xlabel or f"difference in points, {y_label(y)}")
     if len(parts) > 1:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
-    ax.figure.suptitle(title or None)
-    over = sorted(set(frame["seeds"])) if "seeds" in frame else []
-    seeds = f" over {' to '.join(map(str, over[:1] + over[1:][-1:]))} seed{'s' if over[-1] > 1 else ''}" if over else ""
-    return ax.figure, f"Differences paired by seed{seeds}, with 95 % t intervals; hollow: the interval holds zero."
+    over = sorted(set(frame["seeds"])) or [0]
+    seeds = f"{' to '.join(map(str, over[:1] + over[1:][-1:]))} seed{'s' if over[-1] > 1 else ''}"
+    return (
+        ax.figure,
+        f"Differences paired by seed over {seeds}, with 95 % t intervals; hollow: the interval holds zero.",
+    )
 
 
 @style()
-def ablation(table: pd.DataFrame, y: str = "ap50", title: str = "") -> tuple[Figure, str]:
+def ablation(table: pd.DataFrame, y: str = "ap50") -> tuple[Figure, str]:
     """Final values of the same runs under several arms: a dot per seed, and beside them the mean with its interval.
 
     table: rows of `record.table` with a column arm; grey lines join the dots of a seed from arm to arm.
@@ -83,6 +83,5 @@ def ablation(table: pd.DataFrame, y: str = "ap50", title: str = "") -> tuple[Fig
     ax.grid(False, axis="x")
     ax.set_ylabel(f"{y_label(y)}, at the end")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(methods)))
-    ax.figure.suptitle(title or None)
     caption = f"{y_label(y)} on the test images at the end; dot: one seed, grey lines join a seed's runs; marker: "
     return ax.figure, caption + mean_and_band(rows.groupby(["arm", "method"])["seed"], "bar") + "."

@@ -104,7 +104,6 @@ def two_views(
     class_names: Sequence[str],
     index: Sequence[int],
     titles: Sequence[str],
-    above: float = 0.3,
 ) -> tuple[Figure, str]:
     """Each image beside its mirror image, both with their detections; two such pairs a row.
 
@@ -118,7 +117,7 @@ def two_views(
     order = torch.arange(2 * len(shown)).view(2, -1).T.flatten()  # 0, N, 1, N + 1, ...
     found = join_detections([plain.take(index), mirrored]).take(order)
     both = [text for title in titles for text in (title, "mirrored")]
-    figure, caption = image_grid(pairs, found, class_names, range(len(pairs)), min(4, len(pairs)), both, above)
+    figure, caption = image_grid(pairs, found, class_names, range(len(pairs)), min(4, len(pairs)), both)
     return figure, f"An image and its mirror image. {caption}"
 
 

@@ -87,9 +87,7 @@ def _shared(model: Classifier, images: Images, config: TrainingConfig, teacher, 
     return shared
 
 
-def _train(
-    slot: ClientStep, state: State, task: ClassifierTask, drawn: Draws, config: TrainingConfig, out: dict
-) -> Iterator[None]:
+def _train(slot: ClientStep, state: State, task: ClassifierTask, drawn: Draws, config, out: dict) -> Iterator[None]:
     """Train one client in this slot; stops after every few launches, so that its neighbours get theirs; fills `out`."""
     steps, device = len(drawn["length"]), slot.shared.device
     before, whole = task.schedule_position or (0, task.steps(config))

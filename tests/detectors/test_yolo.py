@@ -96,15 +96,10 @@ def test_confidence_is_objectness_times_class_and_probs_sum_to_one(classes):
     objectness, p = sigmoid(raw[:, 4]), sigmoid(raw[:, 5:]) if classes > 1 else np.ones((378, 1))
     boxes = np.clip(boxes.double().numpy(), 0, [96, 64, 96, 64])
     real = (boxes[:, 2:] - boxes[:, :2] > 1e-2).all(1)  # what is left of it in the image
-    want = sorted(
-        (
-            (o * q[c], c + 1, row)
-            for row, (o, q) in enumerate(zip(objectness, p, strict=True))
-            for c in range(classes)
-            if o * q[c] > 0.2 and real[row]
-        ),
-        reverse=True,
-    )
+    rows = [
+        (o * q[c], c + 1, row) for row, (o, q) in enumerate(zip(objectness, p, strict=True)) for c in range(classes)
+    ]
+    want = sorted((one for one in rows if one[0] > 0.2 and real[one[2]]), reverse=True)
     assert int(found.valid.sum()) == len(want) > 20
     for t, (score, label, row) in enumerate(want):
         assert found.scores[0, t].item() == pytest.approx(score, abs=1e-6) and found.labels[0, t] == label

@@ -17,11 +17,8 @@ NAMES = ("ant", "bee", "cow", "dog")
 
 def whole_images(count: int) -> Dataset:
     """Black images of classes 0, 1, 2, 3, 0, ..."""
-    images = Images(
-        tuple(f"{i:04d}.png" for i in range(count)),
-        torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
-        torch.tensor([[20, 10]] * count),
-    )
+    ids, pixels = tuple(f"{i:04d}.png" for i in range(count)), torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    images = Images(ids, pixels, torch.tensor([[20, 10]] * count))
     no = torch.zeros(count, 1, dtype=torch.bool)
     classes = (torch.arange(count) % 4)[:, None] + 1
     return Dataset("whole", images, Labels(torch.tensor([0.0, 0, 8, 8]).repeat(count, 1, 1), classes, no, no), NAMES)
@@ -52,9 +49,8 @@ def oracle(tmp_path):
     def build(task="classes", annotator=None):
         train = whole_images(12) if task == "classes" else letterboxed()[0]
         annotator = Simulated(truth_of(train, task)) if annotator is None else annotator
-        return StoreOracle(
-            Store(tmp_path / "labels.sqlite", NAMES, task), train.images, NAMES, annotator or None, "margin"
-        ), train
+        store = Store(tmp_path / "labels.sqlite", NAMES, task)
+        return StoreOracle(store, train.images, NAMES, annotator or None, "margin"), train
 
     return build
 

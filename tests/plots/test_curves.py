@@ -142,10 +142,10 @@ def test_a_chain_stands_at_its_passes_and_the_merge_is_a_step():
 
 def test_a_papers_points_stand_in_a_panel_of_their_own_in_the_same_colours():
     columns = ("item", "setting", "x", "metric", "value", "unit")
-    rows = [("a", "SUM", 500, "ap50", 43.0, "percent"), ("a", "SUM", 900, "ap50", 58.5, "percent")]
+    rows = [("a", "sum", 500, "ap50", 43.0, "percent"), ("a", "sum", 900, "ap50", 58.5, "percent")]
     rows += [("a", "VAAL", 500, "ap50", 0.4, "fraction"), ("a", "VAAL", np.nan, "ap50", 0.5, "fraction")]
     paper = pd.DataFrame(rows, columns=columns)
-    figure, caption = plots.beside_paper(synthetic(), paper, settings={"SUM": "sum"}, titles=("paper: VOC", "ours"))
+    figure, caption = plots.beside_paper(synthetic(), paper, "ap50", ("paper: VOC", "ours"))
     left, right = figure.axes
     assert [ax.get_title() for ax in figure.axes] == ["paper: VOC", "ours"] and left.get_ylim() != right.get_ylim()
     theirs, ours = lines(left)["SUM"], lines(right)["SUM"]
