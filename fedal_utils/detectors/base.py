@@ -79,7 +79,7 @@ class Detector(nn.Module):
 
     backbone: nn.Module
     frozen: bool = False
-    nms_iou: float = 0.45  # unless `predict` is told otherwise
+    nms_iou: float = 0.45  # unless `predict` is told otherwise, and so is `candidates`
     candidates: int = 400
 
     def __init__(self, image_size: tuple[int, int], classes: int):
@@ -124,11 +124,18 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, inputs: Inputs, score_above=0.01, nms_iou: float | None = None, top=100, class_agnostic=False, **views
+        self,
+        inputs: Inputs,
+        score_above: float = 0.01,
+        nms_iou: float | None = None,
+        top: int = 100,
+        candidates: int | None = None,
+        class_agnostic: bool = False,
+        **views,
     ) -> Detections:
         """Detections of each image, best first, see `select_detections`; views: see `YOLO.raw_detections`."""
         raw, nms_iou = self.raw_detections(inputs, **views), self.nms_iou if nms_iou is None else nms_iou
-        return select_detections(raw, score_above, nms_iou, top, self.candidates, class_agnostic)
+        return select_detections(raw, score_above, nms_iou, top, candidates or self.candidates, class_agnostic)
 
     def exchanged(self) -> list[str]:
         """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""
