@@ -82,8 +82,3 @@ def test_fewer_classes_and_small_digits():
     sides = (train.labels.boxes[..., 2:] - train.labels.boxes[..., :2]).amin(dim=-1)
     assert torch.equal(train.labels.ignore, (sides < 20) & (train.labels.classes > 0))
     assert train.drops == {"too_small": int(train.labels.ignore.sum())}
-
-
-def test_images_too_small_for_digits_are_named():
-    with pytest.raises(ValueError, match=r"18 and more pixels a side, got \(16, 64\)"):
-        data.load("digits", (16, 64))

@@ -44,15 +44,12 @@ def test_a_folder_keeps_the_split_it_brings(tmp_path):
     folder(tmp_path / "plain" / "train"), folder(tmp_path / "plain" / "test", MANY)
     both = coco(tmp_path / "coco", THREE, "instances_train.json", "train")
     coco(both, [Picture("d", objects=THREE[0].objects), *MANY[1:]], "instances_test.json", "test")
+    by_names = "told by the names of folders and files"
     for root, want, told in (
         (sets, (4, 2), "told by ImageSets/Main (train, val; test)"),
-        (
-            yolo(yolo(tmp_path / "yolo", THREE, "train"), MANY, "valid"),
-            (3, 4),
-            "told by the names of folders and files",
-        ),
-        (both, (3, 4), "told by the names of folders and files"),
-        (tmp_path / "plain", (3, 4), "told by the names of folders and files"),
+        (yolo(yolo(tmp_path / "yolo", THREE, "train"), MANY, "valid"), (3, 4), by_names),
+        (both, (3, 4), by_names),
+        (tmp_path / "plain", (3, 4), by_names),
     ):
         assert counts(root) == want and data.inspect_folder(str(root))["split_from"] == told
     assert data.load(str(sets), SIZE)[0].drops == {"in_no_split": 1}  # g
@@ -85,18 +82,10 @@ def yolo_of(root: Path, text: str, **where: str) -> Path:
         ("train: images/one\nval: images/two\n", {}, ("abc", "de")),
         ("train: [images/one, images/three]\nval: images/two\n", {}, ("abcf", "de")),
         ("train: images/one\nval: images/two\ntest: images/three\n", {}, ("abcde", "f")),
-        (
-            "train: ../images/one\nval: ../images/two\ntest: ../images/gone\n",
-            {},
-            ("abc", "de"),
-        ),  # as Roboflow writes it
+        ("train: ../images/one\nval: ../images/two\ntest: ../images/gone\n", {}, ("abc", "de")),  # Roboflow's
         ("path: ../elsewhere\ntrain: images/one\nval: images/two\n", {}, ("abc", "de")),
         ("path: images\ntrain: one\nval: two\n", {}, ("abc", "de")),
-        (
-            "train: t.txt\nval: v.txt\n",
-            {"t.txt": "./images/one/a.png\nimages/two/d.png\n", "v.txt": "b.png\n"},
-            ("ad", "b"),
-        ),
+        ("train: t.txt\nval: v.txt\n", {"t.txt": "./images/one/a.png\nd.png\n", "v.txt": "b.png\n"}, ("ad", "b")),
         ("train: t.txt\nval: v.txt\n", {"t.txt": "/home/me/x/images/one/a.png\n", "v.txt": "C:\\b\\f.png"}, ("a", "f")),
         ("", {"train.txt": "images/one/a.png\n", "test.txt": "images/one/b.png\n"}, ("a", "b")),
     ],
@@ -131,11 +120,7 @@ def test_a_split_that_contradicts_itself_or_names_nothing_is_named(tmp_path):
 
 
 def test_lists_of_ids_that_cannot_be_meant_are_named(tmp_path):
-    for lines, reason in (
-        ("a b\na", "lists the image id 'a b'"),
-        ("a\na", "lists the image id 'a'"),
-        ("", "empty"),
-    ):
+    for lines, reason in (("a b\na", "lists the image id 'a b'"), ("a\na", "lists the image id 'a'"), ("", "empty")):
         root = voc(tmp_path / str(len(lines)), splits={"train": ["b"], "test": ["c"]})
         (root / "ImageSets" / "Main" / "train.txt").write_text(lines)
         with pytest.raises(ValueError, match=rf"train\.txt.*{reason}"):
@@ -210,11 +195,7 @@ def test_labels_of_a_tool_that_is_not_read_are_an_error_that_names_it(tmp_path, 
 def test_images_nobody_labelled_are_kept_apart_from_negatives_where_asked(tmp_path):
     """a and b are labelled, c has no object, d and e have no annotation at all."""
     pictures = [*THREE[:2], Picture("c", objects=())]
-    roots = {
-        "voc": voc(tmp_path / "voc", pictures),
-        "yolo": yolo(tmp_path / "yolo", pictures),
-        "coco": coco(tmp_path / "coco", pictures),
-    }
+    roots = {write.__name__: write(tmp_path / write.__name__, pictures) for write in (voc, yolo, coco)}
     (roots["yolo"] / "labels" / "c.txt").write_text("")
     for kind, root in roots.items():
         for i in "de":

@@ -201,8 +201,7 @@ def test_coco_comes_back_exactly(case, tmp_path_factory):
 def test_voc_comes_back_exactly(case, difficult, tmp_path_factory):
     records, classes = case
     if difficult:
-        hard = [tuple(Object(t.name, t.box, True) for t in record.objects) for record in records]
-        records = [Record(r.id, None, r.size, things) for r, things in zip(records, hard, strict=True)]
+        records = [replace(r, objects=tuple(replace(t, difficult=True) for t in r.objects)) for r in records]
     found = data.read_voc(data.write_voc(tmp_path_factory.mktemp("trip") / "v", records, classes))
     assert sorted(found, key=lambda r: r.id) == sorted(records, key=lambda r: r.id)
 
@@ -272,12 +271,8 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
-WRONG_BOXES = {
-    "outside": (70, 5, 90, 25),
-    "nan": (float("nan"), 5, 30, 25),
-    "inverted": (30, 5, 10, 25),
-    "infinite": (10, 5, float("inf"), 25),
-}
+WRONG_BOXES = {"outside": (70, 5, 90, 25), "nan": (math.nan, 5, 30, 25), "inverted": (30, 5, 10, 25)}
+WRONG_BOXES |= {"infinite": (10, 5, math.inf, 25)}
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco", "yolo"])

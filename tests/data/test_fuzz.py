@@ -102,7 +102,9 @@ def test_a_mutated_set_is_read_or_refused_by_a_valueerror_that_names_its_file(
         try:
             if kind == "studio":
                 for record in data.read_label_studio(file):
-                    check(record.objects or (), record.size)
+                    for thing in record.objects or ():
+                        (x1, y1, x2, y2), (height, width) = thing.box, record.size
+                        assert thing.name and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
             else:
                 for side in data.load(str(folder), (24, 36)):
                     for row in side.labels.boxes if side.labels is not None else []:
@@ -111,9 +113,3 @@ def test_a_mutated_set_is_read_or_refused_by_a_valueerror_that_names_its_file(
             assert type(error) is ValueError and str(folder) in str(error), repr(error)
     finally:
         shutil.rmtree(folder.parent)
-
-
-def check(objects, size) -> None:
-    for thing in objects:
-        x1, y1, x2, y2 = thing.box
-        assert thing.name and 0 <= x1 < x2 <= size[1] and 0 <= y1 < y2 <= size[0]
