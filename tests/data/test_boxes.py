@@ -19,10 +19,8 @@ from fedal_utils.data import boxes as b
         ((480, 640), (192, 256), (192, 256), (0, 0), (10, 20, 640, 480), (4, 8, 256, 192)),
         # portrait: scale 64/100, 50 -> 32, 16 columns on either side; the whole image becomes the whole inner part
         ((100, 50), (64, 64), (64, 32), (0, 16), (0, 0, 50, 100), (16, 0, 48, 64)),
-        # odd margin of 17 rows: 8 above, 9 below
-        ((33, 100), (50, 100), (33, 100), (8, 0), (1, 2, 3, 4), (1, 10, 3, 12)),
-        # enlarged: scale 3
-        ((10, 20), (60, 60), (30, 60), (15, 0), (1, 1, 2, 10), (3, 18, 6, 45)),
+        ((33, 100), (50, 100), (33, 100), (8, 0), (1, 2, 3, 4), (1, 10, 3, 12)),  # 17 rows: 8 above, 9 below
+        ((10, 20), (60, 60), (30, 60), (15, 0), (1, 1, 2, 10), (3, 18, 6, 45)),  # enlarged: scale 3
     ],
 )
 def test_letterbox_worked_by_hand(size, canvas, inner, offset, box, expected):
@@ -76,13 +74,6 @@ def _detections(count: int, scores: list[float]) -> b.Detections:
     )
 
 
-def test_detections_below_a_score_become_padding_and_shapes_stay():
-    kept = _detections(2, [0.9, 0.5, 0.1]).above(0.5)
-    assert kept.valid.tolist() == [[True, False, False]] * 2
-    assert kept.scores.tolist()[0] == pytest.approx([0.9, 0, 0])
-    assert kept.boxes.shape == (2, 3, 4) and not kept.boxes[:, 1:].any() and not kept.probs[:, 1:].any()
-
-
 def _known(found: b.Detections, first: int) -> b.Detections:
     """The same with the map of each box, and four numbers."""
     level = first + torch.arange(found.scores.numel()).view(found.scores.shape)
@@ -90,9 +81,10 @@ def _known(found: b.Detections, first: int) -> b.Detections:
 
 
 def test_what_is_known_of_each_box_goes_where_the_box_goes():
-    found = _known(_detections(3, [0.9, 0.5, 0.1]), 1)
+    found = _known(_detections(3, [0.9, 0.5, 0.25]), 1)
     level = found.extra["level"]  # 1 2 3 | 4 5 6 | 7 8 9
-    cut = found.above(0.4)
+    cut = found.above(0.25)  # the third is at the score, not above it
+    assert cut.valid.tolist() == [[True, True, False]] * 3 and not cut.boxes[:, 2].any() and not cut.probs[:, 2].any()
     assert cut.extra["level"].tolist() == [[1, 2, 0], [4, 5, 0], [7, 8, 0]] and cut.extra["level"].dtype == torch.int64
     assert torch.equal(cut.extra["sides"][:, :2], found.extra["sides"][:, :2]) and not cut.extra["sides"][:, 2].any()
     for rows in ([2, 0], torch.tensor([2, 0])):

@@ -32,7 +32,6 @@ def test_kitti_in_both_class_sets(tmp_path, suffix, place):
         assert {k: train.drops.get(k, 0) + test.drops.get(k, 0) for k in drops} == drops
         held = {data.load(n, LONG, root=tmp_path, seed=s)[1].images.ids for n in ("kitti", "kitti-2") for s in (0, 7)}
         assert held == {test.images.ids}  # whatever the classes and the seed
-    assert KITTI_CLASSES == ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
 
 
 def test_kittis_split_has_the_papers_sizes_and_depends_on_the_sorted_ids_alone():
@@ -129,9 +128,6 @@ def test_a_set_that_can_be_fetched_is_fetched_once_asked(tmp_path, monkeypatch):
     assert train.class_names == ("RBC", "WBC", "Platelets") and train.labels.classes[0].tolist() == [2]
 
 
-# ------------------------------------------------------------------------------------------------------- the real sets
-
-
 def real(folder: str):
     return pytest.mark.skipif(not (REAL / folder).is_dir(), reason=f"needs {folder} in FEDAL_DATA")
 
@@ -162,9 +158,7 @@ def test_the_real_hit_uav_has_its_counts_and_nine_days():
     assert (len(train), len(test)) == (2319, 579) and classes_of(train, test) == [12312, 7311, 4980, 148]
     assert train.drops["crowd"] + test.drops["crowd"] == 4 * 148
     days = {day: train.images.groups.count(day) for day in set(train.images.groups)}
-    assert (
-        len(days) == 9 and days["20201217"] == 470 and days["20210118"] == 100 and set(test.images.groups) == set(days)
-    )
+    assert len(days) == 9 and days["20201217"] == 470 and set(test.images.groups) == set(days)
 
 
 @pytest.mark.skipif(not (SHARED / "HIT-UAV-original-sample").is_dir(), reason="needs ../shared/data")

@@ -57,14 +57,6 @@ def test_boxes_written_here_fit_when_read_back_in_every_orientation(tmp_path, ki
             assert seen.mean() > 150, (kind, orientation, "the bright part lies elsewhere")
 
 
-def test_an_annotation_of_the_stored_size_is_refused_not_misread(tmp_path):
-    """A tool that ignores EXIF saw 60 x 40: there the box would lie elsewhere."""
-    photograph(tmp_path / "6.png", 6)
-    record = data.Record("p", tmp_path / "6.png", (60, 40), (data.Object("cat", BOX),), source="p.xml")
-    with pytest.raises(ValueError, match=r"p\.xml: .*\(60, 40\) .*6\.png is \(40, 60\)"):
-        data.assemble("s", [record], (40, 60))
-
-
 def test_exif_that_cannot_be_read_counts_as_upright(tmp_path):
     file = image(THREE[0], tmp_path, ".jpg")
     with Image.open(file) as picture:
