@@ -1,8 +1,4 @@
-"""A client: what it answers to the server's messages, with its images, labels and states in a folder of its own.
-
-`build` makes Flower's ClientApp; `app` is the one that `flwr run` starts. An error goes to the server as text without
-paths.
-"""
+"""A client: what it answers to the server's messages. An error goes to the server as text without paths."""
 
 from __future__ import annotations
 
@@ -29,11 +25,6 @@ def workspace_of(context: Context, place: str | Path | None = None) -> Workspace
     if place is not None and "partition-id" in node:
         return Workspace(sorted((Path(place) / "clients").iterdir())[int(node["partition-id"])])
     raise ValueError("the node's configuration names no folder: start it with --node-config 'folder=\"...\"'")
-
-
-def hello(workspace: Workspace, content: RecordDict) -> RecordDict:
-    """Who this is."""
-    return RecordDict({"said": ConfigRecord({"name": workspace.name})})
 
 
 def select_and_annotate(workspace: Workspace, content: RecordDict) -> RecordDict:
@@ -87,7 +78,7 @@ def build(place: str | Path | None = None) -> ClientApp:
 
         return answer
 
-    client_app.query("hello")(answering(hello))
+    client_app.query("hello")(answering(lambda own, _: RecordDict({"said": ConfigRecord({"name": own.name})})))
     client_app.query("select")(answering(select_and_annotate))
     client_app.train()(answering(train))
     return client_app

@@ -69,21 +69,14 @@ def _carried(message: Message) -> Message:
 def in_process(
     config: Config, notebook: str, place: str | Path, meddle: Meddle = lambda message: message, **waiting: float
 ) -> Path:
-    """The experiment with the clients of this place in this process; the root of the run folders.
-
-    config, notebook, place, waiting: see `server_app.serve`.
-    meddle: see `InProcess`; nodes are 101, 102, ... in the order of the clients' names.
-    """
+    """The experiment with the clients of this place in this process; waiting: see `serve`, meddle: `InProcess`."""
     folders = [str(Path(place) / "clients" / name) for name in facts_of(place)["clients"]]
     grid = InProcess(client_app.build(), dict(enumerate(folders, start=101)), meddle)
     return serve(grid, place, config, notebook, **waiting)
 
 
 def simulate(config: Config, notebook: str, place: str | Path) -> Path:
-    """The experiment in Flower's simulation of the clients of this place; the root of the run folders.
-
-    RuntimeError if a run was not finished.
-    """
+    """The experiment in Flower's simulation of the clients of this place; RuntimeError if it was not finished."""
     place, server = Path(place).absolute(), ServerApp()
     check(config)
 
@@ -97,10 +90,7 @@ def simulate(config: Config, notebook: str, place: str | Path) -> Path:
 
 
 def deployed(config: Config, notebook: str, place: str | Path, **waiting: float) -> Path:
-    """The experiment with processes of this machine over TLS on free ports; the root of the run folders.
-
-    No process is left behind. waiting: see `server_app.serve`. RuntimeError if a run was not finished.
-    """
+    """The experiment with processes of this machine over TLS on free ports; RuntimeError if it was not finished."""
     check(config)
     place, package, bin_ = Path(place).absolute(), Path(__file__).parents[2], Path(sys.executable).parent
     folder = place / "deployment"

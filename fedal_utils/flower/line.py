@@ -14,10 +14,7 @@ from .messages import DIVERGED, HELLO, Answer, without_paths
 
 
 class Line:
-    """The server's connection to its clients, by name.
-
-    clients: name -> the ids that this client holds. timeout: seconds that a message waits for its answer.
-    """
+    """clients: name -> the ids that it holds; timeout: seconds that a message waits for its answer."""
 
     def __init__(self, grid: Grid, clients: Mapping[str, Sequence[str]], timeout: float):
         self.grid, self.clients, self.timeout = grid, dict(clients), timeout

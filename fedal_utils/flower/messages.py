@@ -60,19 +60,15 @@ def without_paths(text: object, *folders: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What a message asks for, beside a model: which run, which step of it, and how.
-
-    classes: everybody's class names, in their order. step: all of it that is not clients. queries: the client's so far,
-    as rows of queries.csv.
-    """
+    """What a message asks for, beside a model: which run, which step of it, and how."""
 
     config: Config
     notebook: str
     method: str
     seed: int
-    classes: tuple[str, ...]
-    step: Step
-    queries: tuple[dict[str, Any], ...] = ()
+    classes: tuple[str, ...]  # everybody's, in their order
+    step: Step  # all of it that is not clients
+    queries: tuple[dict[str, Any], ...] = ()  # the client's so far, as rows of queries.csv
 
     def record(self) -> ConfigRecord:
         """As text."""
@@ -99,10 +95,7 @@ class Answer:
 
     def __init__(self, content: RecordDict, step: Step | None = None):
         self.content = content
-        if step is not None and (self.of("counts", "cycle", int), self.of("counts", "round", int)) != (
-            step.cycle,
-            step.round,
-        ):
+        if step and [self.of("counts", name, int) for name in ("cycle", "round")] != [step.cycle, step.round]:
             raise ValueError("it is an answer to another round")
 
     def of(self, record: str, name: str, kind: type) -> Any:

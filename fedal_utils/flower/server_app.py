@@ -1,8 +1,6 @@
-"""The server: the notebooks' loop, with clients that are elsewhere.
+"""The server: the notebooks' loop, with clients that are elsewhere; a client's word is never the weight.
 
-`serve` runs all methods of a config; `app` is the ServerApp that `flwr run` starts. A client's word is never the
-weight: an answer that does not come, an error, or an answer beyond what the server granted costs the round that client
-and nothing else (on_failure='skip'); the record names it. A server that was killed goes on from its run folder.
+With on_failure='skip' no answer, an error, or more than was granted costs the round that client and nothing else.
 """
 
 from __future__ import annotations
@@ -100,7 +98,7 @@ def check(config: Config) -> None:
     for name in config.methods:
         method = federation.method_of(name, config)
         if method.scheme.name in ("local-first", "centralised", "accumulate"):
-            raise ValueError(f"method {name!r}: {method.scheme.name!r} is for one process; use the plain loop")
+            raise ValueError(f"method {name!r} is for one process; use the plain loop")
         if any(need.startswith(("held_out", "committee", "hidden")) for need in method.strategy.needs):
             raise ValueError(f"method {name!r} needs images or models that a client does not have; use the plain loop")
 

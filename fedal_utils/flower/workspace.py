@@ -60,10 +60,7 @@ def read_set(folder: Path, classes: Sequence[str], image_size: Sequence[int]) ->
 
 
 def deal(setup: Setup, place: str | Path, seed: int = 0) -> list[str]:
-    """Write each client's images, and the server's, into folders below `place`; returns the clients' names.
-
-    A place that was dealt for the same is left as it is; one that was dealt for something else is a ValueError.
-    """
+    """Write each client's images, and the server's, into folders below `place`, unless done; the clients' names."""
     place, fingerprint, (train, test) = Path(place), setup.fingerprint, setup.photos
     if (place / "server" / "federation.json").is_file():
         facts = facts_of(place, setup.config, seed)
@@ -92,10 +89,7 @@ def _dealt(config: Config, seed: int) -> dict[str, Any]:
 
 
 def facts_of(place: str | Path, config: Config | None = None, seed: int | None = None) -> dict[str, Any]:
-    """What `deal` noted: dealt (settings and seed), clients (name -> ids), classes, start, held_out.
-
-    ValueError if the place was dealt for other settings than those of the config, or for another seed.
-    """
+    """What `deal` noted: dealt, clients (name -> ids), classes, start, held_out; ValueError if for something else."""
     file = Path(place) / "server" / "federation.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: hand the data out first (flower.deal)")
@@ -104,9 +98,7 @@ def facts_of(place: str | Path, config: Config | None = None, seed: int | None =
     now = then if config is None else _dealt(config, then["seed"] if seed is None else seed)
     for name in now:
         if then.get(name) != now[name]:
-            raise ValueError(
-                f"{place} was dealt with {name} = {then.get(name)!r}, now it is {now[name]!r}: give another"
-            )
+            raise ValueError(f"{place} was dealt with {name} = {then.get(name)!r}, now it is {now[name]!r}")
     return facts
 
 
@@ -133,10 +125,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def experiment(self, task: Task, received: State, trains: bool) -> Iterator[Experiment]:
-        """The experiment as this client knows it at this step: one client, and the model that it received.
-
-        At the end, what stays here is kept, in the place of later steps. trains: after the queries of this step.
-        """
+        """The experiment as this client knows it at this step (trains: after its queries); keeps what stays here."""
         run = record.Run(task.config, task.notebook, task.method, task.seed, self.folder / "runs", federation.plan)
         run.folder.mkdir(parents=True, exist_ok=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"

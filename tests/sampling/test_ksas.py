@@ -274,13 +274,6 @@ def test_logo_fills_up_by_rounds_where_images_are_equal_and_warns_nobody():
     assert found == {0: [], 1: [0], 2: [0, 3], 3: [0, 1, 3], 4: [0, 1, 3, 4], 5: [0, 1, 2, 3, 4]}
 
 
-def test_logo_breaks_ties_by_its_generator_and_repeats_itself():
-    args = torch.zeros(6, 2), torch.tensor([[0.0], [0], [0], [9], [9], [9]]), torch.zeros(6, 2), 2
-    runs = [tuple(lone(*args, rng_for(seed, "c")).positions.tolist()) for seed in range(60)]
-    assert {i for run in runs for i in run} == set(range(6)) and all((a < 3) != (b < 3) for a, b in runs)
-    assert runs[7] == tuple(lone(*args, rng_for(7, "c")).positions.tolist())
-
-
 # --- choosing by name -------------------------------------------------------------------------------------------------
 
 

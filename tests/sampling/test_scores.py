@@ -139,24 +139,7 @@ def test_padding_never_matters(images, extra):
         assert np.array_equal(values_of(how, plain), values_of(how, padded))
 
 
-def test_nan_in_the_padding_is_not_looked_at():
-    found = confidences([0.9], [0.5, 0.4])
-    found.scores[0, 1] = float("nan")
-    assert values_of("sum", found) == pytest.approx([0.1, 1.1])
-    found.probs[0, 1] = float("nan")
-    scores = diversity.box_outlier(found, found)
-    assert scores.scored.all() and np.isfinite(scores.values).all()
-
-
 # --- selection --------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.data())
-def test_top_k_takes_the_largest_best_first(values, data):
-    k = data.draw(st.integers(0, len(values)))
-    picks = top_k(Scores(np.array(values), np.ones(len(values), dtype=bool)), k, rng_for(0, "t"))
-    assert len(set(picks.tolist())) == k
-    assert [values[i] for i in picks] == sorted(values, reverse=True)[:k]
 
 
 def test_ties_break_by_the_seed_and_not_by_the_order_in_memory():
