@@ -73,7 +73,8 @@ def data_place(data: str) -> str | None:
     """A data set's name as it is; a folder's path made good for a notebook, which works in the checkout's root."""
     if "/" not in data and not data.startswith((".", "~")):
         return data or None
-    return data if Path.cwd() == record.project_root() else str(Path(data).expanduser().absolute())
+    path = Path(data).expanduser()
+    return str(path if Path.cwd() == record.project_root() else path.absolute())
 
 
 def data_folder() -> Path:

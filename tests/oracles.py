@@ -98,9 +98,6 @@ def voc_ap(truths, founds, threshold=0.5):
     return eleven, area
 
 
-# --- anchors ----------------------------------------------------------------------------------------------------------
-
-
 def matched_boxes(boxes, real, ignored, anchors, threshold=0.5):
     """For each anchor of one image: the box that it answers for, -1 = background, -2 = not used.
 
@@ -124,9 +121,6 @@ def matched_boxes(boxes, real, ignored, anchors, threshold=0.5):
     return answers
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
 def image_score(strategy, confidences, probs):
     """One image's score by name from its detections' confidences and class distributions; None without detections."""
     if strategy == "count":
@@ -144,9 +138,6 @@ def image_score(strategy, confidences, probs):
     if not values:
         return None
     return {"sum": sum(values), "avg": sum(values) / len(values), "max": max(values)}[how]
-
-
-# --- federated averaging ----------------------------------------------------------------------------------------------
 
 
 def weighted_average(arrays, counts):

@@ -64,15 +64,14 @@ def loop(root: Path, setup: Setup | None = None, enough: int | None = None, turn
 
 def killed_at(root: Path, writes: int) -> None:
     """Run the loop and kill this process just before its n-th atomic write, or just after where n is odd."""
-    passed, original = 0, files.os.replace
+    passed, original = [], files.os.replace
 
     def doomed(source, target):
-        nonlocal passed
-        passed += 1
-        if passed == writes and writes % 2 == 0:
+        passed.append(target)
+        if len(passed) == writes and writes % 2 == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         original(source, target)
-        if passed == writes:
+        if len(passed) == writes:
             os.kill(os.getpid(), signal.SIGKILL)
 
     files.os.replace = doomed

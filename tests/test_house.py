@@ -64,9 +64,6 @@ def imported(path: Path) -> set[tuple[str, ...]]:
     return found
 
 
-# --- rooms ------------------------------------------------------------------------------------------------------------
-
-
 @each_file
 def test_a_room_imports_only_from_rooms_before_it_and_not_from_files_inside(path):
     mine = room(path)
@@ -107,9 +104,6 @@ def test_no_private_names_of_flower_or_torchvision(path):
             assert {alias.name for alias in node.names} <= public, f"{path.name}: {names}"
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
 def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
@@ -145,9 +139,6 @@ def test_the_formatter_formats_everything():
     for words in (["check", "-q"], ["format", "--check", "-q"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
-
-
-# --- notebooks --------------------------------------------------------------------------------------------------------
 
 
 def code(name: str) -> list[ast.Module]:
@@ -235,8 +226,6 @@ def test_badges_and_navigation_are_up_to_date(monkeypatch):
     stale = publish.navigation(write=False)
     assert not stale, f"{stale}: run `python -m fedal_utils navigation`"
 
-
-# --- versions and make ------------------------------------------------------------------------------------------------
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]

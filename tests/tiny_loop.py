@@ -59,13 +59,12 @@ def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
 
 def killed_at(root: Path, instant: int) -> None:
     """Run the loop and kill this process at the n-th instant; an atomic write has the five numbered below."""
-    passed = 0
+    passed = []
 
     def instant_passes() -> None:
-        nonlocal passed
-        if passed == instant:
+        if len(passed) == instant:
             os.kill(os.getpid(), signal.SIGKILL)
-        passed += 1
+        passed.append(1)
 
     original_fsync, original_replace, original_open = os.fsync, os.replace, open
 

@@ -81,9 +81,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read an object, {} if there is no file; ValueError naming the file if it is none."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no readable JSON object ({error}): {ADVICE}") from None
 
@@ -100,9 +98,6 @@ def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
     except filelock.Timeout:
         raise RuntimeError(f"{path.parent} is in use by another process") from None
     return held
-
-
-# --- tables of text: a rewrite never changes a byte -------------------------------------------------------------------
 
 
 def read_sheet(path: Path) -> pd.DataFrame:
@@ -131,13 +126,14 @@ def sha256(content: pd.DataFrame | bytes) -> str:
 def typed(sheet: pd.DataFrame) -> pd.DataFrame:
     """The same as whole numbers, floats and text, exactly as written; an empty cell is NaN among floats."""
 
-    def values(name: str, cells: list[str]) -> np.ndarray:
+    columns = {}
+    for name in sheet:
+        columns[name] = np.array(sheet[name].tolist(), dtype=object)
         for kind, empty in ((int, None), (float, "nan")) if name not in _TEXT else ():
             with contextlib.suppress(ValueError, TypeError):
-                return np.array([kind(cell or empty) for cell in cells], dtype=np.dtype(kind))
-        return np.array(cells, dtype=object)
-
-    return pd.DataFrame({name: values(name, sheet[name].tolist()) for name in sheet})
+                columns[name] = np.array([kind(cell or empty) for cell in sheet[name]], dtype=np.dtype(kind))
+                break
+    return pd.DataFrame(columns)
 
 
 def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any], where: str):
@@ -166,9 +162,6 @@ def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Map
     for row in rows:
         texts.append({name: cell(value, name) for name, value in {**row, **fixed}.items()})
     return pd.concat([sheet, pd.DataFrame(texts, dtype=object)], ignore_index=True).fillna("") if texts else sheet
-
-
-# --- states -----------------------------------------------------------------------------------------------------------
 
 
 def save_state(path: Path, content: Any) -> None:

@@ -1,7 +1,4 @@
-"""Tables over all runs of a setting, and the records: every row of every published run in one tidy file.
-
-    results/records/<notebook>-<data>-<profile>.csv.gz           one row per run, round and client
-    results/records/<notebook>-<data>-<profile>-queries.csv.gz   one row per answered query
+"""Tables over all runs of a setting, and the records: every row of every published run in two tidy files.
 
 `check` is a digest of all rows of a run, in both files: a row that was changed or cut is noticed.
 """
@@ -103,9 +100,6 @@ def _found(config: Config, notebook: str, root: str | Path | None, fingerprint: 
 
 def _print(run: Texts) -> str:
     return run["rounds"]["fingerprint"].iloc[0]
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def record_path(config: Config, notebook: str) -> Path:

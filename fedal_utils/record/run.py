@@ -1,14 +1,7 @@
-"""One run's folder: append a round, save atomically, resume after a kill.
-
-    results/runs/<notebook>/<digest>/<method>/seed<k>/
-        config.json  env.json                what was run on which data; on what machine and for how long
-        rounds.csv  queries.csv  times.csv   one row per client and round; every answered query; wall seconds
-        state.pt  state-before.pt            resume point and commit point, and the one before it
-        done.json                            the run is complete; digests of the two result files
+"""One run's folder (its files: results/README.md): append a round, save atomically, resume after a kill.
 
 `state.pt` is renamed last and says how many rows of each CSV belong to it, so a run that is killed at any instant and
-started again leaves `rounds.csv` and `queries.csv` as an unbroken run does, byte for byte. A damaged state is noticed
-by its checksum: the run goes back to the one before, or to the start, and says so.
+started again leaves `rounds.csv` and `queries.csv` as an unbroken run does, byte for byte.
 """
 
 from __future__ import annotations

@@ -48,9 +48,6 @@ def read_paper(paper: str | Path) -> pd.DataFrame:
         ) from None
 
 
-# --- the rule ---------------------------------------------------------------------------------------------------------
-
-
 def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dict[str, Any]:
     """What our runs show of the paper's order: verdict, difference, low, high, smallest_detectable, seeds.
 
@@ -58,19 +55,18 @@ def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dic
     of n have, none is shown the other way; *contradicted*: one is; *inconclusive*: none is shown either way.
 
     theirs: setting -> the paper's value; equal values make no step. ours: setting -> seed -> our value.
-    Numbers: first setting of the paper's order minus the last; smallest_detectable: half the widest interval of a step.
+    Numbers: first setting of the order minus the last; smallest_detectable: half the widest interval of a step.
     """
     order = sorted((name for name in theirs if ours.get(name)), key=lambda name: -theirs[name])
     steps = [_paired(ours[a], ours[b]) for a, b in zip(order, order[1:], strict=False) if theirs[a] > theirs[b]]
     if not steps:
         return {"verdict": "not run", "seeds": 0}
     shown = sum(step["low"] > 0 for step in steps)
+    verdict = f"order partly shown ({shown} of {len(steps)} steps)" if shown else "inconclusive"
     if any(step["high"] < 0 for step in steps):
         verdict = "contradicted"
     elif shown == len(steps):
         verdict = "order shown"
-    else:
-        verdict = f"order partly shown ({shown} of {len(steps)} steps)" if shown else "inconclusive"
     ends = _paired(ours[order[0]], ours[order[-1]])
     widest = max((step["high"] - step["low"]) / 2 for step in steps) if all(s["n"] > 1 for s in steps) else math.nan
     found = {"verdict": verdict, "smallest_detectable": widest, "seeds": min(step["n"] for step in steps)}
@@ -92,15 +88,11 @@ def level_verdict(theirs: float, ours: Seeds, tolerance: float) -> dict[str, Any
     """
     test = paired_test(list(ours.values()), [theirs] * len(ours))
     half = (test["high"] - test["low"]) / 2
+    verdict = "level differs" if test["low"] > tolerance or test["high"] < -tolerance else "inconclusive"
     if half < tolerance and abs(test["difference"]) <= tolerance:
         verdict = "level matches"
-    else:
-        verdict = "level differs" if test["low"] > tolerance or test["high"] < -tolerance else "inconclusive"
     found = {name: test[name] for name in ("difference", "low", "high")}
     return {"verdict": verdict, "smallest_detectable": tolerance + half, "seeds": len(ours), **found}
-
-
-# --- our tables against it --------------------------------------------------------------------------------------------
 
 
 def compare_paper(
@@ -184,19 +176,15 @@ def _ours(server: pd.DataFrame, method: str, metric: str, x: str, by: str, scale
     return {int(seed): scale * _height(part[x], part[metric], by) for seed, part in mine.groupby("seed")}
 
 
-def _row(
-    about: Mapping, paper: str | Path, item: str, theirs: Mapping, ours: Mapping, found: Mapping, group: Any
-) -> dict:
+def _row(about: Mapping, paper: str | Path, item: str, theirs: Mapping, ours: Mapping, found: Mapping, group: Any):
     order = sorted(theirs, key=lambda name: -theirs[name])
+    means = {name: np.mean(list(ours[name].values())) for name in order if ours.get(name)}
     text = {
         "theirs": " > ".join(f"{name} {theirs[name]:.4g}" for name in order),
-        "ours": ", ".join(f"{name} {np.mean(list(ours[name].values())):.4g}" for name in order if ours.get(name)),
+        "ours": ", ".join(f"{name} {mean:.4g}" for name, mean in means.items()),
     }
     facts = {"paper": Path(paper).stem, "item": item, "source": "; ".join(dict.fromkeys(group["source"]))}
     return {**about, **facts, **text, **found}
-
-
-# --- published --------------------------------------------------------------------------------------------------------
 
 
 def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:

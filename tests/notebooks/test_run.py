@@ -18,8 +18,6 @@ from small_house import printed, write_notebook
 from fedal_utils import __main__ as command
 from fedal_utils import notebooks
 
-# --- one notebook -----------------------------------------------------------------------------------------------------
-
 
 def test_runs_by_this_interpreter_from_the_root_with_the_parameters_given(house, monkeypatch):
     monkeypatch.chdir(house / "notebooks")
@@ -50,19 +48,16 @@ def test_a_failing_cell_is_told_reason_first_and_the_part_before_it_is_kept(hous
     assert partial.exists() and not (partial.parent / "11_bad.ipynb").exists()
 
 
-def test_silence_is_limited_not_time(house):
+def test_silence_is_limited_not_time_and_a_dead_kernel_is_told(house):
     talks = "import time\nfor i in range(10):\n    print(i, flush=True)\n    time.sleep(1)"
     write_notebook(house / "notebooks" / "12_slow.ipynb", talks)
     write_notebook(house / "notebooks" / "13_silent.ipynb", "import time", "time.sleep(600)")
+    write_notebook(house / "notebooks" / "14_dead.ipynb", "import os; os._exit(9)")
     assert notebooks.run("12", silence=0.1).exists()
     with pytest.raises(notebooks.NotebookFailed, match="13_silent, printed nothing for 0.05 minutes"):
         notebooks.run("13", silence=0.05)
-
-
-def test_a_dead_kernel_is_told(house):
-    write_notebook(house / "notebooks" / "12_dead.ipynb", "import os; os._exit(9)")
-    with pytest.raises(notebooks.NotebookFailed, match="12_dead, its kernel died"):
-        notebooks.run("12")
+    with pytest.raises(notebooks.NotebookFailed, match="14_dead, its kernel died"):
+        notebooks.run("14")
 
 
 def test_a_kernel_does_not_outlive_its_runner(house):
@@ -104,9 +99,6 @@ def gone(process: int) -> bool:
         return True
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
 def test_reproduce_goes_on_after_a_failure_and_names_notebook_cell_and_error(house, capsys):
     assert command.main(["reproduce", "--profile", "smoke", "--seeds", "3", "--jobs", "1"]) == 1
     out, err = capsys.readouterr()
@@ -142,9 +134,6 @@ def test_reproduce_refuses_before_it_runs_anything(house, capsys):
     assert command.main(["reproduce", "--seeds", "0,0"]) == 2
     assert "seeds must be a list of different integers" in capsys.readouterr().err
     assert not (house / "results").exists()
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_unknown_parameters_are_refused_and_the_known_ones_named(house):
@@ -185,9 +174,6 @@ def test_find_by_name_number_and_list(house):
     assert names("11, 10,11") == ["11_bad", "10_good"]
     with pytest.raises(ValueError, match="'1' is unknown; there are: 10_good, 11_bad"):
         notebooks.find("1")
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_reads_seeds_and_settings():

@@ -126,8 +126,6 @@ def test_records_of_another_machine_are_merged_and_other_data_refused(home, tmp_
         record.merge(theirs)
 
 
-# --- what is committed ------------------------------------------------------------------------------------------------
-
 RECORDS = Path(__file__).resolve().parents[2] / "results" / "records"
 COMMITTED = sorted(path for path in RECORDS.glob("*.csv.gz") if "-queries" not in path.name)
 

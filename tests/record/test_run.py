@@ -74,9 +74,6 @@ def flip_a_bit(path: Path, place: float) -> None:
     path.write_bytes(content)
 
 
-# --- killed and resumed -----------------------------------------------------------------------------------------------
-
-
 def test_killed_at_every_instant_then_resumed_gives_the_same_bytes(unbroken, tmp_path, server):
     """Every 17th instant: a write has five, and 17 is prime to 5, so each kind of instant is met at many files."""
     expected = results(unbroken)
@@ -129,9 +126,6 @@ def test_killed_between_the_last_commit_and_its_note_counts_as_finished(tmp_path
     assert all(note.exists() for note in notes) and len(notes) == 2
 
 
-# --- damaged states ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("place", [0, 0.3, 0.7, 1])
 @pytest.mark.parametrize("both", [False, True])
 def test_a_flipped_bit_is_noticed_and_the_run_goes_back_to_the_last_good_state(unbroken, tmp_path, place, both):
@@ -174,9 +168,6 @@ def test_two_processes_share_a_state_that_is_made_once(tmp_path, server):
     assert len(list(tmp_path.glob("got by *"))) == 2 and len(list(tmp_path.glob("made by *"))) == 1
 
 
-# --- the data set changed ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_run_of_other_data_starts_anew_and_is_kept_aside(tmp_path, rounds):
     run, runs = first_run(tmp_path, "aaaa", cycles=1)
@@ -203,9 +194,6 @@ def test_rows_of_different_data_never_stand_in_one_table(tmp_path):
     with pytest.raises(ValueError, match=r"belong to different data \(\['aaaa', 'bbbb'\]\)"):
         record.table(settings, "tiny", tmp_path)
     assert set(record.table(settings, "tiny", tmp_path, fingerprint="aaaa")["method"]) == {"sum"}
-
-
-# --- who may write ----------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_cannot_share_a_folder_and_a_dead_owner_does_not_block(tmp_path, monkeypatch, server):
@@ -236,9 +224,6 @@ def test_the_same_process_takes_its_own_run_over_and_the_old_loop_cannot_write(t
     new_runs.close()
     with pytest.raises(RuntimeError, match="not open"):
         commit(record.Run(CONFIG, "tiny", "sum", 0, tmp_path))
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -321,9 +306,6 @@ def test_a_closing_note_without_the_right_digests_is_refused(tmp_path, digests):
         first_run(tmp_path, cycles=1)
     with pytest.raises(ValueError, match="was changed"):
         record.table(run.config, "tiny", tmp_path)
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_floats_and_texts_come_back_as_they_went_in(tmp_path):

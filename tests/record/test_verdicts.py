@@ -86,9 +86,6 @@ def test_a_level_matches_only_if_the_interval_is_narrow(theirs, ours, tolerance,
     assert found["verdict"] == verdict and found["difference"] == pytest.approx(sum(ours) / len(ours) - theirs)
 
 
-# --- tables against a paper's file ------------------------------------------------------------------------------------
-
-
 def paper_csv(path: Path, *rows: str) -> Path:
     path.write_text("item,setting,x,metric,value,unit,source,tolerance\n" + "".join(row + "\n" for row in rows))
     return path
