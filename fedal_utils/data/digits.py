@@ -109,8 +109,7 @@ def digit_scene(
         row = int(sources[rng.integers(len(sources))])
         mask, side = masks[row], int(rng.integers(low, high + 1))
         h, w = (max(3, round(side * s / max(mask.shape))) for s in mask.shape)
-        place = _place(rng, h, w, image_size, boxes)
-        if place is None:
+        if (place := _place(rng, h, w, image_size, boxes)) is None:
             continue
         x1, y1, x2, y2 = place
         alpha = np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.BILINEAR))[..., None] / 255.0

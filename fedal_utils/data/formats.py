@@ -159,7 +159,7 @@ def assemble(
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")
     image_size, counts = size_pair(image_size), Counter(drops)
-    records = list(in_order(settled, unique(records)))
+    records = in_order(settled, unique(records))
     for record in records:
         if record.file is None:
             raise ValueError(f"{record.source}: image {record.id!r} of {name!r} does not exist")

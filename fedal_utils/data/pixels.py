@@ -92,13 +92,10 @@ def read_all(files: Sequence, image_size: tuple[int, int], read: Callable = read
         pixels.numpy()[row] = letterbox_image(image, image_size).numpy()
         return image.height, image.width
 
-    sizes = list(in_order(fill, range(len(files))))
-    return pixels, torch.tensor(sizes).reshape(-1, 2).long()
+    return pixels, torch.tensor(in_order(fill, range(len(files)))).reshape(-1, 2).long()
 
 
-def in_order(work: Callable, items: Sequence) -> Iterator:
+def in_order(work: Callable, items: Sequence) -> list:
     """`map` by a pool of threads; results and the first error come in the order of `items`."""
-    if THREADS == 1 or len(items) < 2:
-        return map(work, items)
     with ThreadPoolExecutor(THREADS) as pool:  # whose map cancels the rest of the queue after an error
-        return iter(list(pool.map(work, items)))
+        return list(pool.map(work, items))
