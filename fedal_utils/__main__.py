@@ -137,7 +137,8 @@ def inspect(given: argparse.Namespace) -> None:
     if given.picture:
         sheet = data.contact_sheet(given.path, data_folder(), given.seed)
         figure, _ = plots.image_grid(sheet.images, sheet.labels, sheet.class_names, range(len(sheet)))
-        figure.savefig(given.picture)
+        kind = Path(given.picture).suffix[1:] or "png"
+        record.write_atomic(given.picture, lambda file: figure.savefig(file, format=kind))
 
 
 def label(given: argparse.Namespace) -> None:
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except notebooks.NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last: in use by another, no home
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -24,7 +24,7 @@ class AugmentConfig(Part):
 
     flip: float = fraction(0.5)  # probability of a left-right flip
     colour: float = number(0.0, least=0)  # strength of brightness, contrast and saturation changes
-    zoom: tuple[float, float] = (1.0, 1.0)  # range of the random scale
+    zoom: tuple[float, float] = number((1.0, 1.0), above=0)  # range of the random scale
     shift: float = number(0.0, least=0)  # largest random translation, part of the side
     mosaic: float = fraction(0.0)  # probability of four images joined to one
     crop: int = number(0, least=0)  # classifiers: pixels of black border that a random crop may shift the image into
@@ -43,20 +43,20 @@ class TrainingConfig(Part):
     batch: int = number(16, least=1)
     optimizer: str = name("adamw", "sgd")
     lr: float = number(2e-3, above=0)
-    momentum: float = 0.937
-    weight_decay: float = 5e-4
+    momentum: float = fraction(0.937)
+    weight_decay: float = number(5e-4, least=0)
     proximal: float = number(0.0, least=0)  # FedProx's mu: how strongly weights are pulled back to those received
     schedule: str = name("constant", "cosine", "step")  # over one call of fit
-    final_lr: float = 0.05  # cosine ends at this part of lr
+    final_lr: float = fraction(0.05)  # cosine ends at this part of lr
     step_at: tuple[float, ...] = (0.6, 0.85)  # parts of the run at which 'step' divides by ten
     warmup: int = number(0, least=0)  # steps of rising learning rate; once in the life of an optimizer state
     warmup_epochs: float = number(0.0, least=0)  # most steps of the warm-up, in passes over the images; 0 = no limit
-    warmup_momentum: float = 0.0  # momentum at the first of them (SGD), 0 = momentum all along
-    warmup_bias_lr: float = 0.0  # learning rate of biases at the first of them, falling to lr; 0 = as the rest
+    warmup_momentum: float = fraction(0.0)  # momentum at the first of them (SGD), 0 = momentum all along
+    warmup_bias_lr: float = number(0.0, least=0)  # learning rate of biases at the first of them; 0 = as the rest
     accumulate_to: int = number(0, least=0)  # images whose gradients are added up for a step; 0 = one batch
-    clip: float = 5.0  # largest gradient norm, 0 = off
+    clip: float = number(5.0, least=0)  # largest gradient norm, 0 = off
     amp: bool = False  # mixed precision
-    ema: float = 0.0  # decay of the moving average of weights, 0 = off
+    ema: float = fraction(0.0)  # decay of the moving average of weights, 0 = off
     balanced_softmax: bool = False  # classifiers: class scores + log of the client's labelled counts
     distillation_weight: float = number(0.0, least=0)  # classifiers: of the global model's word on unlabelled images
 
@@ -66,11 +66,11 @@ class DataConfig(Part):
     """What is learned from. Sizes in pixels are (height, width) of the letterboxed image."""
 
     dataset: str = "digits"  # a known name, or the path of a folder
-    image_size: tuple[int, int] = (64, 64)
-    scenes: tuple[int, int] = (600, 150)  # DigitScenes: training and test scenes
+    image_size: tuple[int, int] = number((64, 64), least=1)
+    scenes: tuple[int, int] = number((600, 150), least=1)  # DigitScenes: training and test scenes
     digit_classes: int = number(10, least=1)  # DigitScenes: the digits 0 to digit_classes - 1
     limit: tuple[int, int] | None = None  # at most so many training and test images
-    min_object: float = 0.0  # pixels: a box with a shorter side is ignored
+    min_object: float = number(0.0, least=0)  # pixels: a box with a shorter side is ignored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,9 @@ class ModelConfig(Part):
     fpn_channels: int = number(64, least=1)
     depth_multiple: float = number(0.33, above=0)  # YOLO: repeats of its blocks, as part of the largest size's
     width_multiple: float = number(0.5, above=0)  # YOLO: channels, as part of the largest size's
-    loss_weights: tuple[float, float, float] = (0.05, 1.0, 0.5)  # YOLO: of box, objectness and class loss
+    loss_weights: tuple[float, float, float] = number((0.05, 1.0, 0.5), least=0)  # YOLO: box, objectness, class
     anchor_side: float = number(16.0, above=0)  # pixels, the smallest anchor (YOLO: its width)
-    anchor_ratios: tuple[float, ...] = (0.7, 1.4)  # height / width
+    anchor_ratios: tuple[float, ...] = number((0.7, 1.4), above=0)  # height / width
     pretrained: bool = False
     frozen: bool = False  # the backbone is not trained: its features are cached once
     box_loss: str = name("smooth_l1", "efficient_iou", "extended_iou")  # Faster R-CNN's second stage
@@ -147,8 +147,8 @@ class QueryConfig(Part):
     quota: float = fraction(0.15)  # part of the query that 'hua' draws from images with score zero
     pseudo_above: float = fraction(0.5)  # a detection stands in for ground truth from this confidence on
     local_only_epochs: int = number(50, least=1)  # LoGo's local-only model; it stops at 99 % training accuracy
-    seconds_per_image: float = 2.0
-    seconds_per_box: float = 7.0
+    seconds_per_image: float = number(2.0, least=0)
+    seconds_per_box: float = number(7.0, least=0)
     diagnostic: bool = False  # opens hidden labels to 'd0' and 'vae_d0': upper bounds, never methods
 
 
@@ -157,7 +157,7 @@ class VAEConfig(Part):
     """The dual score of a VAE and an SSD, see `sampling.dual_score`; each client has a VAE of its own."""
 
     vae_architecture: str = name("small", "published")  # 'published': 300 x 300
-    vae_size: tuple[int, int] = (64, 64)  # what images are scaled to for it
+    vae_size: tuple[int, int] = number((64, 64), least=1)  # what images are scaled to for it
     latent: int = number(64, least=1)
     kl_weight: float = number(1.0, least=0)  # beside the sum of squared errors over all pixels
     vae_iterations: int = number(200, least=1)

@@ -40,11 +40,14 @@ class Part:
                 raise ValueError(f"{field.name} must be a finite number, got {value}")
             if limits.get("names") and value not in limits["names"]:
                 raise ValueError(f"{field.name} must be one of {limits['names']}, got {value!r}")
-            if limits.get("least") is not None and not value >= limits["least"]:
+            values = value if isinstance(value, tuple) else (value,)
+            if value is not None and "..." not in field.type and len(values) != field.type.count(",") + 1:
+                raise ValueError(f"{field.name} must be {field.type}, got {value}")
+            if limits.get("least") is not None and not all(v >= limits["least"] for v in values):
                 raise ValueError(f"{field.name} must be {limits['least']} or more, got {value}")
-            if limits.get("most") is not None and not value <= limits["most"]:
+            if limits.get("most") is not None and not all(v <= limits["most"] for v in values):
                 raise ValueError(f"{field.name} must be {limits['most']} at most, got {value}")
-            if limits.get("above") is not None and not value > limits["above"]:
+            if limits.get("above") is not None and not all(v > limits["above"] for v in values):
                 raise ValueError(f"{field.name} must be > {limits['above']}, got {value}")
 
     @classmethod

@@ -30,7 +30,7 @@ def another(name: str, value: object, names: tuple) -> object:
     for kind, change in ((int, lambda v: v + 1), (float, lambda v: v / 2 + 0.0625), (str, lambda v: v + "x")):
         if isinstance(value, kind):
             return change(value)
-    return (*value, *value[-1:]) if value else ((1,),)
+    return (*value[:-1], value[-1] * 2) if value else ((1,),)
 
 
 def metadata(path: tuple[str, ...]) -> dict:
@@ -84,6 +84,8 @@ def test_a_config_goes_through_json_and_back_where_tuples_are_lists():
         ({"lr": 0.0}, "lr must be > 0, got 0.0"),
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"zoom": (1.0, float("inf"))}, "zoom must be a finite number"),
+        ({"zoom": (1.0,)}, r"zoom must be tuple\[float, float\], got \(1.0,\)"),
+        ({"image_size": (64, 0)}, r"image_size must be 1 or more, got \(64, 0\)"),
         ({"flip": 1.5}, "flip must be 1 at most, got 1.5"),
         ({"seeds": (-1,)}, "seeds must be a list of different integers >= 0"),
         ({"max_update_ratio": 0.5}, r"max_update_ratio must be 0 \(off\) or > 1, got 0.5"),

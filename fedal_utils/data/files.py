@@ -82,7 +82,10 @@ def write_text(path: str | Path, text: str) -> Path:
     """The file with this text in UTF-8, its folder made if need be; line ends are not changed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="")
+    try:
+        path.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:  # a full disk does not tell the name by itself
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
 

@@ -60,7 +60,8 @@ def coco_records(file: Path, content: dict, find: Callable[[str], Path]) -> tupl
             if key in objects or (objects and type(key) is not type(next(iter(objects)))):
                 raise ValueError(f"the image id {key!r} stands more than once, or mixes numbers and texts")
             objects[key] = []
-    names = _categories(categories, {a.get("category_id") for a in annotations if isinstance(a, dict)}, file)
+    used = [a.get("category_id") for a in annotations if isinstance(a, dict)]
+    names = _categories(categories, {key for key in used if not isinstance(key, (list, dict))}, file)
     for position, entry in enumerate(annotations):
         with reading(f"annotation {file}: object {position}, {entry}", _OBJECT):
             x, y, width, height = (number(v) for v in entry["bbox"])

@@ -22,6 +22,8 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
     test images, boxes, per_class (images, where a class is a whole image's) and the first ids.
     """
+    if name == "digits":
+        raise ValueError("data set 'digits' is drawn, not read from files: there is nothing to inspect")
     if name in classification.NAMES or name.lower().endswith(".zip"):
         return _of_classes(name, root, seed)
     found = find(name, data_root(root), seed, fetch=False)

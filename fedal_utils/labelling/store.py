@@ -113,7 +113,10 @@ class Store(contextlib.AbstractContextManager):
         if not names and not self.path.is_file():
             raise ValueError(f"{self.path} does not exist: classes are needed to make it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self.path}: {error}") from None
         self._db.row_factory = sqlite3.Row
         try:
             self._check()
@@ -122,7 +125,7 @@ class Store(contextlib.AbstractContextManager):
                     db.execute(table)
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
                 self.task, self.classes = self._settle(task, names)
-        except (sqlite3.DatabaseError, ValueError) as error:
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
             self.close()
             raise ValueError(f"{self.path} cannot be used as a labelling store: {error}") from None
 
@@ -157,9 +160,12 @@ class Store(contextlib.AbstractContextManager):
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction that nobody else writes beside; committed, and flushed to disk, at the end."""
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
+        try:
+            with self._lock, self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+        except sqlite3.OperationalError as error:  # such as a full disk
+            raise OSError(f"{self.path}: {error}") from None
 
     def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         with self._lock:

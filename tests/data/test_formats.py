@@ -371,6 +371,7 @@ def test_class_names_are_taken_as_written(tmp_path):
         ("images", 0, {"group": "X"}),
         ("annotations", 0, {"image_id": 77}),
         ("annotations", 0, {"category_id": 5}),
+        ("annotations", 0, {"category_id": [10]}),
         ("annotations", 0, {"bbox": [1, 2, 3]}),
         ("annotations", 0, {"bbox": [True, 2, 3, 4]}),
         ("categories", 1, {"name": "cat"}),
