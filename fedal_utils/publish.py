@@ -48,14 +48,8 @@ def publish(name: str) -> Path:
 def _without_traces(content: Any, home: Path) -> Any:
     """An executed notebook without papermill's notes, time stamps, widget states and local absolute paths."""
     noise = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-view+json")
-    places = {
-        str(home): ".",
-        str(home.resolve()): ".",
-        sys.prefix: "<python>",
-        sys.base_prefix: "<python>",
-        str(Path.home()): "~",
-    }
-    places |= {tempfile.gettempdir(): "<temporary>"}
+    places = {str(home): ".", str(home.resolve()): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
+    places |= {tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
     pattern = re.compile("|".join(map(re.escape, sorted((p for p in places if len(p) > 1), key=len, reverse=True))))
 
     def clean(value: Any) -> Any:
