@@ -75,9 +75,9 @@ class LinearClassifier(nn.Module):
 def out_of_fold(
     features: Tensor, classes: Tensor, count: int, rng: np.random.Generator, regularisation: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """Activations and log-probabilities (L, C) of labelled images by classifiers that were not trained on them.
+    """Activations and log-probabilities (L, C = count) of labelled images by classifiers not trained on them.
 
-    features, classes: of L images; count: C. rng: of the `FOLDS` parts left out in turn. regularisation: as in `fit`.
+    rng: of the `FOLDS` parts left out in turn. regularisation: as in `fit`.
     """
     activations = torch.zeros(len(classes), count, dtype=torch.float64)
     logs = torch.zeros_like(activations)

@@ -35,11 +35,10 @@ class LocalisedRoIHeads(RoIHeads):
         self.plain = config.box_loss == "smooth_l1" and config.auxiliary_head == "none" and config.emphasis == 0
         self.side_head = _beside(lambda: nn.Linear(hidden, 4)) if config.auxiliary_head == "sides" else None
         self.iou_head = _beside(lambda: nn.Linear(hidden, 1)) if config.auxiliary_head == "iou" else None
-        self.evidence_head = (
-            _beside(lambda: nn.Sequential(nn.Linear(hidden, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, 1)))
-            if config.box_loss_head
-            else None
-        )
+        self.evidence_head = None
+        if config.box_loss_head:
+            half = hidden // 2
+            self.evidence_head = _beside(lambda: nn.Sequential(nn.Linear(hidden, half), nn.ReLU(), nn.Linear(half, 1)))
 
     def loss(self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list, targets: list[dict]) -> dict:
         """Losses of sampled proposals: 'classification', 'regression', and those of the heads that there are.

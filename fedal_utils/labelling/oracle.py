@@ -24,9 +24,8 @@ class Unanswered(RuntimeError):
 class StoreOracle:
     """What a `Pool` takes for its Oracle: labels come from the store, and cost what the store says they took.
 
-    images: the training set. classes: its class names.
-    annotator: answers at once; None = a person at the page, and `annotate` raises `Unanswered` until all is answered.
-    strategy: noted with each question, until an experiment says another. who: the annotator's name in the store.
+    images, classes: the training set's. strategy: noted with each question, until an experiment says another.
+    annotator: answers at once as `who`; None = a person at the page, `annotate` raises `Unanswered` until all is done.
     """
 
     def __init__(
@@ -115,10 +114,7 @@ class StoreOracle:
         raise PermissionError("labels that were not asked are not in the store, so there is no upper bound to compute")
 
     def cost(self, index: np.ndarray) -> Cost:
-        """Images, boxes (of classes: one an image) and the seconds that the store says these answers took.
-
-        Time spent on images that nobody could label stands in the store's history and is counted nowhere.
-        """
+        """Images, boxes (of classes: one an image) and the seconds that these answers took; shrugs are not counted."""
         boxes = int((self.labels_of(index).classes > 0).sum())
         seconds = self._standing().groupby("image")["seconds"].sum()
         return Cost(len(index), boxes, float(sum(seconds.get(self.images.ids[int(row)], 0.0) for row in index)))

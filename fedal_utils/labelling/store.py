@@ -184,10 +184,7 @@ class Store(contextlib.AbstractContextManager):
     __exit__ = close
 
     def queue(self, questions: Iterable[Question]) -> int:
-        """Put questions at the end of the queue, the most wanted first; returns how many are new.
-
-        One whose (image, cycle) is in the file already changes nothing.
-        """
+        """Put questions of a new (image, cycle) at the end of the queue, the most wanted first; returns how many."""
         rows = [(q.image, int(q.cycle), json.dumps(asdict(q))) for q in questions]
         last = "(SELECT coalesce(max(place), 0) + 1 FROM questions)"
         into = f"INSERT OR IGNORE INTO questions (image, cycle, question, place) VALUES (?, ?, ?, {last})"
@@ -224,8 +221,7 @@ class Store(contextlib.AbstractContextManager):
         """The person's label of the image they hold; on disk when this returns.
 
         `NotHeld` if it is not theirs (a lease that has run out is good until somebody else has the image); ValueError
-        for a label that is not allowed. Nothing is stored then.
-        size: (height, width) of the image, where the question did not tell; boxes are cut to it.
+        for a label that is not allowed. size: of the image, where the question did not tell; boxes are cut to it.
         told: seconds (what it took; else since the image was handed out), note, suggestion_shown.
         """
         self._act(who, image, "label", label, size, **told)

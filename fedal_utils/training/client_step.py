@@ -27,7 +27,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class SplitNorm(nn.BatchNorm2d):
-    """A BatchNorm2d for `batches` of equal length one behind another: each has its own statistics.
+    """A BatchNorm2d for `batches` of equal length, each with its own statistics.
 
     masked: images of the first batch whose `valid` (B,) is 0 are padding, which moves no statistics.
     """

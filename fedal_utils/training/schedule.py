@@ -130,11 +130,7 @@ def anchored(model: nn.Module, config: TrainingConfig) -> list[tuple[nn.Paramete
 
 @torch.no_grad()
 def pull_back(anchors: Iterable[tuple[Tensor, Tensor]], proximal: float) -> None:
-    """Add mu (w - w_t) to w's gradients: that of FedProx's mu/2 |w - w_t|^2 (Li et al. 2020, 1812.06127 eq. 2).
-
-    On gradients that are clipped already: clipping is for the loss, whose gradient is noisy. A parameter that this
-    step's loss did not reach has no step.
-    """
+    """Add mu (w - w_t) to w's gradients, clipped already: that of FedProx's mu/2 |w - w_t|^2 (1812.06127 eq. 2)."""
     for parameter, sent in anchors:
         if parameter.grad is not None:
             parameter.grad.add_(parameter - sent, alpha=proximal)

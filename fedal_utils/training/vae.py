@@ -85,7 +85,7 @@ def vae_losses(
 ) -> dict[str, Tensor]:
     """Of all images, in order, on the CPU: "reconstruction" (N,), "kl" (N,) unweighted, "latent" (N, D) means.
 
-    generator: with `vae.as_released` latents are drawn from it; else they are their means.
+    generator: latents are drawn from it with `vae.as_released`.
     """
     vae.to(device).eval()
     pieces = chunks(len(images), 64)
