@@ -1,5 +1,6 @@
 """`make gpu` in miniature: the benchmark, a pending run and one archive, which another checkout takes over."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,3 +22,11 @@ def test_the_dry_run_leaves_an_archive_that_can_be_merged(root, tmp_path):
     found = subprocess.run(merge, env=home, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "elsewhere" / "results" / record).is_file()
+
+
+def test_the_readmes_speed_table_is_that_of_the_last_benchmark(root):
+    spec = importlib.util.spec_from_file_location("bench", root / "tests" / "bench" / "bench.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    table = bench.speed_table(root / "results" / "tables" / "bench.csv")
+    assert f"<!-- speed -->\n{table}\n<!-- /speed -->" in (root / "README.md").read_text()

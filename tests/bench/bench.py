@@ -45,6 +45,9 @@ class Bench:
         processor = f"{os.cpu_count()} {platform.machine()} cores"
         self.machine = torch.cuda.get_device_name() if self.gpu else f"{processor}, {torch.get_num_threads()} threads"
         self.commit = record.environment().get("commit", "")[:12]
+        if out.is_file():  # what other machines measured stays
+            with out.open(newline="") as file:
+                self.rows = [tuple(row) for row in csv.reader(file) if row[5] not in ("machine", self.machine)]
 
     def wait(self) -> None:
         if self.gpu:
@@ -88,6 +91,23 @@ class Bench:
             csv.writer(file).writerows([COLUMNS, *self.rows])
 
 
+def speed_table(path: Path) -> str:
+    """The README's table: what was measured against something, from the CSV."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["ratio"]]
+    shown = [f"| {row['what']} | {row['median']} {row['unit']} | {row['against']} | {row['ratio']} |" for row in rows]
+    places = ", ".join(dict.fromkeys(f"{row['machine']} at {row['commit']}" for row in rows))
+    return "\n".join(
+        ["| what | ours | against | times faster |", "|---|---|---|---|", *shown, "", f"Medians; {places}."]
+    )
+
+
+def into_readme(table: str, path: Path = ROOT / "README.md") -> None:
+    before, _, rest = path.read_text().partition("<!-- speed -->\n")
+    _, _, after = rest.partition("\n<!-- /speed -->")
+    path.write_text(f"{before}<!-- speed -->\n{table}\n<!-- /speed -->{after}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     import parts  # noqa: F401  fills PARTS
 
@@ -109,6 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
             failed += 1
             print(f"{name} failed", flush=True)
             traceback.print_exc()
+    if options.out == parser.get_default("out") and not options.small and not options.part:
+        into_readme(speed_table(options.out))
     return failed
 
 
