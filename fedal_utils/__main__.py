@@ -28,7 +28,7 @@ def seeds(text: str) -> tuple[int, ...] | None:
 def setting(text: str) -> tuple[str, Any]:
     """ "cycles=3" as ("cycles", 3), "detector=ssd" as ("detector", "ssd"): a Python literal where it is one."""
     name, mark, value = text.partition("=")
-    if not (mark and name.isidentifier()) or name in ("profile", "data", "seeds", "name", "root", "silence", "show"):
+    if not (mark and name.isidentifier()) or name in "profile data seeds name root silence show stop".split():
         raise argparse.ArgumentTypeError(f"it takes NAME=VALUE, NAME not an option of its own, got {text!r}")
     try:
         return name, ast.literal_eval(value)
@@ -146,7 +146,7 @@ def label(given: argparse.Namespace) -> None:
     from . import labelling
     from .labelling import page
 
-    if not given.data:
+    if not (given.data and Path(given.data).is_dir()):
         raise ValueError("label needs the folder of images: --data DIR")
     page.need_gradio()
     more = {"host": given.host, "allow": given.allow, "token": given.token, "server_port": given.port}
@@ -185,7 +185,10 @@ def merge(given: argparse.Namespace) -> None:
             with tarfile.open(place) as archive:
                 archive.extractall(folder, filter="data")
             place = Path(folder)
-        for part in sorted({path.parent for path in place.rglob("*.csv.gz")}):
+        parts = sorted({path.parent for path in place.rglob("*.csv.gz")})
+        if not parts:
+            raise ValueError(f"{given.path} holds no records")
+        for part in parts:
             print(*record.merge(part), sep="\n")
 
 
@@ -244,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except notebooks.NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last: in use by another, no home
+    except (ValueError, OSError, ImportError, RuntimeError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

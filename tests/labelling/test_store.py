@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedal_utils.labelling import HISTORY, NotHeld, Question, Store, checked_label, store_path
+from fedal_utils.labelling import HISTORY, NotHeld, Question, Store, checked_label, export, store_path
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 BOX = {"class": "cat", "box": [1.0, 2.0, 30.5, 40.0]}
@@ -293,3 +293,17 @@ def test_processes_race_and_one_is_killed_and_nothing_acknowledged_is_lost(tmp_p
         assert len(stored["Ann"]) <= len(killed) + 1
         left = {f"i{i}" for i in range(150)} - set(frame["image"])
         assert left <= {store.next("Ann").image if left else None}  # at most what was leased to the one that died
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(make, tmp_path):
+    store = make(5)
+    (tmp_path / "out.csv").symlink_to("/dev/full")
+    label(store, "Ann")
+    with pytest.raises(OSError, match="No space left on device: .*out.csv"):
+        export(store, "csv", tmp_path / "out.csv")
+    store._db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(OSError, match=r"labels\.sqlite: database or disk is full"):
+        store.queue(Question(f"more {i}", size=(9, 9)) for i in range(2000))
+    assert store.next("Ann").image == "b"
+    with pytest.raises(OSError, match="unable to open database file"):
+        Store(tmp_path, CLASSES)

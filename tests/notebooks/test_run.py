@@ -192,13 +192,39 @@ def test_folders_are_made_good_for_the_root(house, monkeypatch):
     assert command.data_place("~/x") == str(Path.home() / "x")
 
 
-def test_a_wrong_command_is_one_line_and_exit_code_two(house, capsys):
-    assert command.main(["run", "99_nothing"]) == 2
-    assert capsys.readouterr().err.startswith("error: notebook '99_nothing' is unknown")
-    for wrong in ("reproduce --profile huge", "reproduce --seeds x", "run 10 --set name=x", "run 10 --set cycles"):
-        with pytest.raises(SystemExit) as stopped:
-            command.main(wrong.split())
-        assert stopped.value.code == 2
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("run 99_nothing", "notebook '99_nothing' is unknown"),
+        ("run 12 --set limit=10", "12_set: parameter 'limit' must be None or a pair"),
+        ("run 12 --set zoom=(1,)", "12_set: zoom must be tuple[float, float]"),
+        ("run 12 --set lr=inf", "12_set: parameter 'lr' must be float, got 'inf'"),
+        ("run 12 --set lr=1e999", "12_set: lr must be a finite number"),
+        ("run 12 --seeds=-1", "12_set: seeds must be a list of different integers >= 0"),
+        ("run 12 --silence=-1", "silence is 0 (without limit) or more minutes"),
+        ("run 12 --silence=nan", "silence is 0 (without limit) or more minutes"),
+        ("reproduce --profile huge", ""),
+        ("reproduce --seeds x", ""),
+        ("run 12 --set name=x", ""),
+        ("run 12 --set seeds=(-1,)", ""),
+        ("run 12 --set cycles", ""),
+        ("merge pyproject.toml", "file could not be opened"),
+        ("merge notebooks", "notebooks holds no records"),
+        ("inspect digits", "data set 'digits' is drawn"),
+        ("inspect ~/x", "Could not determine home directory"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_two(house, capsys, monkeypatch, words, reason):
+    """Without a home directory, by a user whom the system does not know."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    write_notebook(house / "notebooks" / "12_set.ipynb", parameters="seeds = [0]\noverrides = {}")
+    try:
+        code = command.main(words.split())
+    except SystemExit as stopped:  # by argparse, which tells the usage as well
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and "error: " + reason in error and "Traceback" not in error
 
 
 def test_doctor_tells_versions_data_and_profile(capsys, tmp_path, monkeypatch):
