@@ -42,7 +42,7 @@ test: env  ## run the tests on all cores (ARGS= for pytest)
 	@$(PY) -m pytest -n auto $(ARGS)
 
 fuzz: env  ## read N mutated data sets (N=20000): each is read, or refused by an error that names its file
-	@FEDAL_FUZZ="$(or $(N),20000)" $(PY) -m pytest -q tests/data/test_fuzz.py $(ARGS)
+	@FEDAL_FUZZ="$(or $(N),20000)" $(PY) -m pytest -q tests/data/test_fuzz.py tests/flower/test_fuzz.py $(ARGS)
 
 clients: env  ## the experiment with N real client processes on this machine (N= PROFILE= DATA= ARGS=)
 	@$(PY) -m fedal_utils clients --clients "$(or $(N),0)" --profile "$(PROFILE)" --data "$(DATA)" $(ARGS)
