@@ -42,7 +42,7 @@ def test_weights_come_from_the_generator_and_the_global_one_is_left_alone(option
         ({"backbone": "vgg16", "detector": "faster_rcnn"}, "'faster_rcnn' takes a backbone of .* got 'vgg16'"),
         ({"backbone": "vgg16"}, r"SSD300 needs \(300, 300\), got \(64, 64\)"),
         ({"image_size": (64, 80)}, r"multiples of 32, got \(64, 80\)"),
-        ({"detector": "yolo", "image_size": (0, 64)}, "multiples of 32"),
+        ({"detector": "yolo", "image_size": (48, 64)}, "multiples of 32"),
         ({"frozen": True}, "frozen, layers of 'small' would stay random"),
         ({"backbone": "vgg16", "image_size": (300, 300), "frozen": True}, "layers of 'vgg16' would"),
         ({"box_loss": "efficient_iou"}, "'ssd' has no RoI heads for box_loss"),
