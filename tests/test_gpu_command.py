@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tarfile
 
+import pytest
+
 
 def test_the_dry_run_leaves_an_archive_that_can_be_merged(root, tmp_path):
     archive, place = tmp_path / "gpu.tar.gz", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -24,9 +26,26 @@ def test_the_dry_run_leaves_an_archive_that_can_be_merged(root, tmp_path):
     assert (tmp_path / "elsewhere" / "results" / record).is_file()
 
 
-def test_the_readmes_speed_table_is_that_of_the_last_benchmark(root):
+def bench_script(root):
     spec = importlib.util.spec_from_file_location("bench", root / "tests" / "bench" / "bench.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
+    return bench
+
+
+def test_the_readmes_speed_table_is_that_of_the_last_benchmark(root):
+    bench = bench_script(root)
     table = bench.speed_table(root / "results" / "tables" / "bench.csv")
     assert f"<!-- speed -->\n{table}\n<!-- /speed -->" in (root / "README.md").read_text()
+
+
+def test_a_new_table_leaves_the_rest_of_the_page(root, tmp_path):
+    bench, page = bench_script(root), tmp_path / "README.md"
+    page.write_text("# a\n<!-- speed -->\n<!-- /speed -->\n\n## b\n")  # nothing was measured yet
+    for table in ("| one |", "| two |\n| three |"):
+        bench.into_readme(table, page)
+        assert page.read_text() == f"# a\n<!-- speed -->\n{table}\n<!-- /speed -->\n\n## b\n"
+    page.write_text("# a\n")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        bench.into_readme("| one |", page)
+    assert page.read_text() == "# a\n"

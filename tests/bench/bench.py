@@ -103,9 +103,12 @@ def speed_table(path: Path) -> str:
 
 
 def into_readme(table: str, path: Path = ROOT / "README.md") -> None:
-    before, _, rest = path.read_text().partition("<!-- speed -->\n")
-    _, _, after = rest.partition("\n<!-- /speed -->")
-    path.write_text(f"{before}<!-- speed -->\n{table}\n<!-- /speed -->{after}")
+    """Put the table between the README's two marks; ValueError where they are not there."""
+    before, begun, rest = path.read_text().partition("<!-- speed -->\n")
+    _, ended, after = rest.partition("<!-- /speed -->")
+    if not begun or not ended:
+        raise ValueError(f"{path} lacks the marks of the speed table")
+    path.write_text(f"{before}{begun}{table}\n{ended}{after}")
 
 
 def main(arguments: list[str] | None = None) -> int:
