@@ -78,6 +78,16 @@ class Experiment:
         for cycle, number in self.run.rounds():
             yield self.method.scheme.step(self.config, self.clients, cycle, number)
 
+    def advance(self) -> Iterator[Step]:
+        """The loop above where nobody needs to see it; yields each step once it is logged."""
+        for step in self.steps():
+            for client in step.querying:
+                self.query(step, client)
+            updates = self.train(step)
+            self.aggregate(step, updates)
+            self.log(step, updates)
+            yield step
+
     # --- query
 
     def query(self, step: Step, client: Client) -> None:

@@ -120,13 +120,8 @@ def serve(
     setup, line = server_setup(place, config), Line(grid, facts["clients"], timeout)
     line.meet(wait)
     for run in federation.runs(setup, notebook, root=root, progress=False):
-        experiment = RemoteExperiment(run, setup, line)
-        for step in experiment.steps():
-            for client in step.querying:
-                experiment.query(step, client)
-            updates = experiment.train(step)
-            experiment.aggregate(step, updates)
-            experiment.log(step, updates)
+        for _ in RemoteExperiment(run, setup, line).advance():
+            pass
     return root
 
 

@@ -47,13 +47,7 @@ def run_pending(plans, until: float, **overrides) -> None:
             setup = federation.prepare(papers.load(notebook, profile, data, **overrides))
             print(f"{notebook} {profile}: {setup.train.describe()}, {setup.device}", flush=True)
             for run in federation.runs(setup, notebook):
-                experiment = federation.start(run, setup)
-                for step in experiment.steps():
-                    for client in step.querying:
-                        experiment.query(step, client)
-                    updates = experiment.train(step)
-                    experiment.aggregate(step, updates)
-                    experiment.log(step, updates)
+                for step in federation.start(run, setup).advance():
                     if time.monotonic() > until:
                         print(f"time is over in {run}, cycle {step.cycle}, round {step.round}", flush=True)
                         return

@@ -159,12 +159,7 @@ def test_held_out_images_are_in_nobodys_pool(setup):
 def test_a_chain_runs_as_a_chain_under_the_one_loop(setup, tmp_path):
     """As an override in a notebook of FedAvg it once ran without ever merging, and was recorded as a chain."""
     seen, running = [], experiment(changed(setup, "chain+sum"), tmp_path, "chain+sum")
-    for step in running.steps():
-        for client in step.querying:
-            running.query(step, client)
-        updates = running.train(step)
-        running.aggregate(step, updates)
-        running.log(step, updates)
+    for step in running.advance():
         held = [client.name for client in running.clients if client.local_state]
         seen.append(([c.name for c in step.participants], [c.name for c in step.querying], step.merge_by_class, held))
     assert seen[:3] == [(["00"], ["00"], False, ["00"]), (["01"], ["01"], False, ["00", "01"]), ([], [], True, [])]
