@@ -1,7 +1,5 @@
 """The command line: `python -m fedal_utils reproduce`, `run 11_fedavg --profile smoke`, `publish`, `label`, ..."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import functools

@@ -3,8 +3,6 @@
 A notebook is known by the stem of its file, `11_fedavg`; one cell tagged `parameters` holds literals only.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json

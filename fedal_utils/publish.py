@@ -1,7 +1,5 @@
 """Publish executed copies of notebooks, and keep the notebooks' badges and navigation in order."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

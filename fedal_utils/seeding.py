@@ -3,8 +3,6 @@
 Every draw in the suite comes from a generator made here and handed over; nothing reads or sets a global seed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Clients of a classifier with little to learn from: what the tests of all ways to train them share."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

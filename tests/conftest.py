@@ -1,7 +1,5 @@
 """What all tests share: two cores are enough, no window opens, random cases are the same on every machine."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

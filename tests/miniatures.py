@@ -3,8 +3,6 @@
 A picture's pixels depend on its id alone; its objects are drawn as bright rectangles where the annotation says.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Observations by hand for tests of query strategies, and a selection by name."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -3,8 +3,6 @@
 A test holds our code equal to these; each oracle follows the text of its source, not our implementation.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A small checkout to run notebooks in."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

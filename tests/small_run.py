@@ -1,7 +1,5 @@
 """The loop of all notebooks on a few scenes: seconds, not minutes; test_experiment.py kills it in other processes."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The house keeps its rules: rooms in order, nothing too large, versions agree, `make` explains itself."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

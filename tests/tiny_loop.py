@@ -1,7 +1,5 @@
 """A deterministic experiment without a detector, to break off and resume; tests/record run it in other processes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

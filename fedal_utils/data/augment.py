@@ -4,8 +4,6 @@ Speaks uint8 pixels (B, 3, H, W), padded boxes (B, K, 4) xyxy pixels, classes (B
 `draw_augmentation` makes the random numbers, `apply_augmentation` uses them, so a whole pass can be drawn ahead.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -31,7 +29,7 @@ class AugmentDraws(NamedTuple):
     others: Tensor | None = None  # (B, 3) the three images joined to it
     points: Tensor | None = None  # (B, 2) where the four meet
 
-    def to(self, device: str | torch.device) -> AugmentDraws:
+    def to(self, device: str | torch.device) -> "AugmentDraws":
         return AugmentDraws(*(None if t is None else t.to(device) for t in self))
 
 

@@ -3,8 +3,6 @@
 Boxes are (N, 4) float32 xyxy in pixels. A padded batch is (B, K, 4); class 0 marks a padding row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,20 +32,20 @@ class Detections:
         """(N, T) bool, False where padded."""
         return self.labels > 0
 
-    def above(self, score: float) -> Detections:
+    def above(self, score: float) -> "Detections":
         """The same detections with those at or below `score` turned into padding (shapes stay)."""
         keep = (self.scores > score) & self.valid
         return self._each(lambda t: t * keep.view(*keep.shape, *[1] * (t.dim() - 2)))
 
-    def to(self, device: str | torch.device) -> Detections:
+    def to(self, device: str | torch.device) -> "Detections":
         return self._each(lambda t: t.to(device))
 
-    def take(self, rows: Sequence[int] | Tensor) -> Detections:
+    def take(self, rows: Sequence[int] | Tensor) -> "Detections":
         """Detections of these images, in this order."""
         rows = torch.as_tensor(rows, dtype=torch.int64, device=self.boxes.device)
         return self._each(lambda t: t[rows])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Detections:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Detections":
         plain = (change(t) for t in (self.boxes, self.scores, self.labels, self.probs))
         return Detections(*plain, {name: change(t) for name, t in self.extra.items()})
 

@@ -1,7 +1,5 @@
 """Data sets by name, folders of one's own by path, and the one function that loads either: `load`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace

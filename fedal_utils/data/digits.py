@@ -1,7 +1,5 @@
 """DigitScenes: real handwritten digits (scikit-learn's 1,797) on generated canvases; nothing has to be downloaded."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

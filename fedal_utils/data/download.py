@@ -1,7 +1,5 @@
 """Downloads at a pinned commit, checked against a digest of their contents, put in place by one rename."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Files of strangers, found and read safely: links, hidden files, encodings, names."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import unicodedata

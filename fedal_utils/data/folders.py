@@ -4,8 +4,6 @@ The split is told by `ImageSets/Main`, by data.yaml (or train.txt, val.txt, test
 COCO files; otherwise it is drawn 80 : 20. Test is `test`, or `val` without one; train is the rest.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ Ignored and counted: VOC `difficult`, COCO `iscrowd`, objects smaller than `min_
 partly outside its image is clipped, one without area dropped. All else is a ValueError that names file and entry.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

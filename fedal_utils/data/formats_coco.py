@@ -1,7 +1,5 @@
 """COCO JSON: images, annotations, categories. `iscrowd` objects are crowd, those with `ignore` difficult."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -4,8 +4,6 @@ As in the released code of van Bommel (2021), corners are cut to whole pixels, a
 are dropped (and counted here); an image that keeps none stays as a negative.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path

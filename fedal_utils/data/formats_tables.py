@@ -1,7 +1,5 @@
 """Labels out as a plain CSV table; finished tasks of Label Studio's export "JSON" in."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

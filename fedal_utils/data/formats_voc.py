@@ -3,8 +3,6 @@
 VOC07 and VOC12 count pixels from 1 (`one_based`): 1 is taken off xmin and ymin. No <object>: an image without objects.
 """
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter

@@ -3,8 +3,6 @@
 data.yaml, classes.txt and *.names must agree; without any, classes are "0", "1", ...
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal

@@ -1,7 +1,5 @@
 """What is read from a folder or a named set, told before anything is trained: `python -m fedal_utils inspect PATH`."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

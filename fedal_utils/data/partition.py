@@ -3,8 +3,6 @@
 Each function returns a list of sorted index arrays, one a client. What fits no client is returned beside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

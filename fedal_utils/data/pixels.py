@@ -1,7 +1,5 @@
 """The one place that opens images: whole files, turned upright, bounded in size, letterboxed to uint8 (3, H, W)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import zipfile

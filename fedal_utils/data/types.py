@@ -1,7 +1,5 @@
 """The one in-memory type: a `Dataset` is images and labels side by side, so that scoring can see images only."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,11 +47,11 @@ class Images:
         """(height, width) of the letterboxed images."""
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
-    def to(self, device: str | torch.device) -> Images:
+    def to(self, device: str | torch.device) -> "Images":
         """The same images with their pixels on `device`."""
         return replace(self, pixels=self.pixels.to(device))
 
-    def take(self, index: Index) -> Images:
+    def take(self, index: Index) -> "Images":
         """The images of these rows (row numbers or a mask), in this order."""
         rows = row_numbers(index, len(self))
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
@@ -84,7 +82,7 @@ class Labels:
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Labels:
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Labels":
         return Labels(change(self.boxes), change(self.classes), change(self.ignore), change(self.crowd))
 
     @property
@@ -92,11 +90,11 @@ class Labels:
         """(N, K) bool: objects that count, so neither padding nor ignore."""
         return (self.classes > 0) & ~self.ignore
 
-    def to(self, device: str | torch.device) -> Labels:
+    def to(self, device: str | torch.device) -> "Labels":
         """The same labels on `device`."""
         return self._with(lambda t: t.to(device))
 
-    def take(self, index: Index) -> Labels:
+    def take(self, index: Index) -> "Labels":
         """The labels of these rows (row numbers or a mask), in this order; K stays."""
         rows = torch.from_numpy(row_numbers(index, len(self))).to(self.boxes.device)
         return self._with(lambda t: t[rows])
@@ -105,7 +103,7 @@ class Labels:
         """(N,) int64 objects per image that count (neither padding nor ignore)."""
         return self.valid.sum(dim=1)
 
-    def flip(self, mask: Tensor, width: int) -> Labels:
+    def flip(self, mask: Tensor, width: int) -> "Labels":
         """The labels after images where `mask` (N,) bool is True were mirrored; padding rows stay zero."""
         mirror = mask.to(self.boxes.device)[:, None] & (self.classes > 0)  # (N, K)
         return replace(self, boxes=torch.where(mirror[..., None], flip_boxes(self.boxes, width), self.boxes))
@@ -135,7 +133,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, index: Index) -> Dataset:
+    def take(self, index: Index) -> "Dataset":
         """The rows (row numbers or a mask) of images and labels; `drops` still tells of the whole set."""
         labels = None if self.labels is None else self.labels.take(index)
         labelled = None if self.labelled is None else self.labelled[row_numbers(index, len(self))]

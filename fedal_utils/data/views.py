@@ -3,8 +3,6 @@
 Changes and numbers are *from released code*. Ours: a patch's place follows from the image's id, the canvas is grey.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Backbones: uint8 images (B, 3, H, W) in, feature maps (B, channels[i], H / strides[i], W / strides[i]) out."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

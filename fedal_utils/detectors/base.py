@@ -4,8 +4,6 @@
 (B, K) 1..C with 0 = padding, ignore (B, K) bool.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping
@@ -68,7 +66,7 @@ class RawDetections(NamedTuple):
     extra: Mapping[str, Tensor] = {}  # more about each box, (B, A, ...)
 
 
-def clone(model: Detector) -> Detector:
+def clone(model: "Detector") -> "Detector":
     """A copy to train on; a frozen backbone is shared."""
     shared = {id(model.backbone): model.backbone} if model.frozen else {}
     return copy.deepcopy(model, shared)
@@ -92,7 +90,7 @@ class Detector(nn.Module):
         self.backbone.requires_grad_(not frozen)
         self.backbone.train(self.training and not frozen)
 
-    def train(self, mode: bool = True) -> Detector:
+    def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
         self.backbone.train(mode and not self.frozen)
         return self

@@ -1,7 +1,5 @@
 """A model of the config, with weights drawn from one generator; what cannot be combined is refused with the reason."""
 
-from __future__ import annotations
-
 import torch
 
 from ..config import Config

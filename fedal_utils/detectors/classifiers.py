@@ -1,7 +1,5 @@
 """Image classifiers: ResNet-8 (KAFAL) and a CNN of four convolutions (LoGo)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

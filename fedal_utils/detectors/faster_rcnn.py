@@ -1,7 +1,5 @@
 """Faster R-CNN: Ren et al. 2015 (1506.01497), torchvision's proposals and RoI heads on maps that may be cached."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -1,7 +1,5 @@
 """A linear classifier of frozen features: multinomial logistic regression, trained from scratch in a moment."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

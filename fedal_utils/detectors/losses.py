@@ -3,8 +3,6 @@
 Boxes and targets are (N, 4) xyxy pixels, row by row. No device is waited for; what is not a number stays none.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

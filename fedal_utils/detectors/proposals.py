@@ -3,8 +3,6 @@
 A mask marks what torchvision leaves out. B images, K ground-truth boxes, N anchors or proposals, xyxy pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

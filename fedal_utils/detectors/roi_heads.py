@@ -3,8 +3,6 @@
 The defaults are torchvision's. The rest is *reconstructed*: HUALE's (IEEE BigData 2023) equations are not public.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

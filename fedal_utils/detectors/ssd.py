@@ -1,7 +1,5 @@
 """SSD: Liu et al. 2016 (1512.02325), SSD300 on VGG16 and small ones; targets and loss are batched, of fixed shapes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Images x are (B, 3, h, w) in [0, 1] at the autoencoder's own size, pixels (B, 3, H, W) in 0..255 at any, latents (B, D).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Written from a description: CSP blocks of 1911.11929, pyramid pooling of 1406.4729, path aggregation of 1803.01534.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Raw outputs are (B, A, 5 + C): x, y, w, h, objectness, classes; A runs over leve
 the three anchors of a cell, the anchor fastest. "From released code" marks what no paper states.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

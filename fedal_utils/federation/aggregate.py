@@ -3,8 +3,6 @@
 Sums run in float64 over clients sorted by name: the order in which updates arrive changes no bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """A client: its pool, and what stays with it between rounds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from ..sampling import Pool

@@ -1,7 +1,5 @@
 """The end of a round: metrics on the test set, and bytes on the way."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from .experiment import Experiment
 
 
-def evaluate(experiment: Experiment, step: Step) -> dict[str, float]:
+def evaluate(experiment: "Experiment", step: Step) -> dict[str, float]:
     """Metrics on the test set; while clients are local, the mean over their models."""
     model, own = experiment.model, [client.local_state for client in experiment.clients if client.local_state]
     if step.local and own:
@@ -27,7 +25,7 @@ def evaluate(experiment: Experiment, step: Step) -> dict[str, float]:
     return _metrics(experiment, model)
 
 
-def _metrics(experiment: Experiment, model) -> dict[str, float]:
+def _metrics(experiment: "Experiment", model) -> dict[str, float]:
     setup, clients = experiment.setup, experiment.clients
     test, names = setup.test, setup.class_names
     if experiment.config.model.classifier:
@@ -38,7 +36,7 @@ def _metrics(experiment: Experiment, model) -> dict[str, float]:
     return metrics.evaluate(training.predict(model, test.images, device=setup.device), test.labels, names)
 
 
-def ap_by_class(experiment: Experiment, clients: Sequence[Client]) -> np.ndarray:
+def ap_by_class(experiment: "Experiment", clients: Sequence[Client]) -> np.ndarray:
     """(M, C) AP50 of each class by each client's own model; NaN where it cannot be evaluated.
 
     On the images that the server holds out, else those of the initial model; as_released: on the test set.
@@ -56,7 +54,7 @@ def ap_by_class(experiment: Experiment, clients: Sequence[Client]) -> np.ndarray
     return np.array(table, dtype=float)
 
 
-def traffic(experiment: Experiment, step: Step, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
+def traffic(experiment: "Experiment", step: Step, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
     """Bytes that each client sent and received in this round: packed messages, as they are.
 
     One node sends nothing, nor do local clients before the last cycle. A hop of a chain counts where it arrives.

@@ -10,8 +10,6 @@ for run in federation.runs(setup, NOTEBOOK):        # finished runs are skipped,
         experiment.log(step, updates)               # evaluate, count labels and bytes, save the resume point
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -37,7 +35,7 @@ def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -
     return record.runs(config, notebook, plan=plan, fingerprint=setup.fingerprint, **options)
 
 
-def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> Experiment:
+def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> "Experiment":
     """An experiment, fresh or where a broken run stopped; oracle: who annotates, in the place of the known labels.
 
     Partition, initial labels and initial model depend on the seed only.

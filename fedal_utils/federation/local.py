@@ -1,7 +1,5 @@
 """Training in this process: clients with detectors one after another, with classifiers together; the initial model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +31,7 @@ _LATER = (
 
 
 def train_here(
-    experiment: Experiment, step: Step, clients: Sequence[Client], message: bytes
+    experiment: "Experiment", step: Step, clients: Sequence[Client], message: bytes
 ) -> list[Update | TrainingDiverged]:
     """What each of these clients sends after a round; if centralised, the node's one update."""
     if experiment.method.scheme.central:
@@ -51,7 +49,7 @@ def train_here(
     return sent
 
 
-def train_client(experiment: Experiment, step: Step, client: Client, scratch, message: bytes) -> Update:
+def train_client(experiment: "Experiment", step: Step, client: Client, scratch, message: bytes) -> Update:
     """One client's round with a detector, from the message or its own weights; scratch: any detector of that shape."""
     recipe, task = _recipe_and_task(experiment, step, client, client.name)
     payload = pack(client.local_state) if client.local_state else message
@@ -62,7 +60,7 @@ def train_client(experiment: Experiment, step: Step, client: Client, scratch, me
 
 
 def _recipe_and_task(
-    experiment: Experiment, step: Step, client: Client, name: str, count: int = 1
+    experiment: "Experiment", step: Step, client: Client, name: str, count: int = 1
 ) -> tuple[TrainingConfig, LocalTask]:
     """How a client trains in this step; count: clients whose steps one node takes."""
     (recipe, iterations), state, position = experiment.recipe(step), None, None
@@ -115,7 +113,7 @@ def train_detector(
     return Update(task.client, sent, len(images), boxes, rows[-1]["steps"], rows[-1]["loss"], optimizer)
 
 
-def _train_on_one_node(experiment: Experiment, step: Step) -> Update:
+def _train_on_one_node(experiment: "Experiment", step: Step) -> Update:
     """On everyone's labels, for as many gradient steps as the clients take together."""
     clients, setup = experiment.clients, experiment.setup
     rows = np.sort(np.concatenate([c.pool.index[c.pool.labelled()] for c in clients]))
@@ -126,7 +124,7 @@ def _train_on_one_node(experiment: Experiment, step: Step) -> Update:
 
 
 def _train_classifiers(
-    experiment: Experiment, step: Step, clients: Sequence[Client], message: bytes
+    experiment: "Experiment", step: Step, clients: Sequence[Client], message: bytes
 ) -> list[Update | TrainingDiverged]:
     """All at once, from the global model, which from a cycle's second round on also teaches (KAFAL, 4.2).
 
@@ -158,7 +156,7 @@ def _train_classifiers(
     return [sent[client.name] for client in clients]
 
 
-def _fit_linear(experiment: Experiment, client: Client) -> Update:
+def _fit_linear(experiment: "Experiment", client: Client) -> Update:
     """Logistic regression on frozen features, from scratch on all labels so far."""
     model, (images, labels) = detectors.clone(experiment.model), client.pool.training_set()
     loss = model.fit(images.features[0], labels.classes[:, 0] - 1, experiment.config.flywheel.regularisation)
@@ -166,7 +164,7 @@ def _fit_linear(experiment: Experiment, client: Client) -> Update:
     return Update(client.name, payload, len(images), len(images), 1, loss)
 
 
-def initial_model(run: record.Run, setup: Setup) -> State:
+def initial_model(run: record.Run, setup: "Setup") -> State:
     """Weights that every method of a seed begins from, trained centrally on images of the server's; made once."""
     config, rows, settings = run.config, setup.initial_rows(run.seed), run.config.federation
 
@@ -181,7 +179,7 @@ def initial_model(run: record.Run, setup: Setup) -> State:
     return record.shared(_alike(config), *where, make, root=run.root, fingerprint=run.fingerprint)
 
 
-def _train_initial(run: record.Run, setup: Setup, model, rows: np.ndarray, recipe: TrainingConfig) -> None:
+def _train_initial(run: record.Run, setup: "Setup", model, rows: np.ndarray, recipe: TrainingConfig) -> None:
     server = Client("initial model", Pool("initial model", setup.train.images, Oracle(setup.train.labels), rows))
     server.pool.label(range(len(rows)), 0)
     rng, iterations = run.torch_rng("starting point"), run.config.federation.initial_model_iterations

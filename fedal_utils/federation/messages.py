@@ -1,7 +1,5 @@
 """Messages: a model's state packed to bytes; the receiver works with what it unpacks, rounded as it was sent."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

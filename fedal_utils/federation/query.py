@@ -1,7 +1,5 @@
 """A client's query: which model is asked, what the strategy may observe, what it selects."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +31,7 @@ class Query:
     detected: np.ndarray | None = None  # (C,) boxes of each class that the model predicts, where those are observed
 
 
-def strategy_at(experiment: Experiment, cycle: int) -> Strategy:
+def strategy_at(experiment: "Experiment", cycle: int) -> Strategy:
     """The method's strategy in this cycle: the first labels are random, but for a chain's (and as_released)."""
     config, method = experiment.config, experiment.method
     initial = cycle == 0 and not method.scheme.queries_at_once
@@ -41,7 +39,7 @@ def strategy_at(experiment: Experiment, cycle: int) -> Strategy:
     return find("random", kind_of(config)) if initial and not scored else method.strategy
 
 
-def query_size(experiment: Experiment, client: Client, cycle: int) -> int:
+def query_size(experiment: "Experiment", client: Client, cycle: int) -> int:
     """How many images this client queries in a cycle; a classifier's client what it has left at most."""
     config, query = experiment.config, experiment.config.query
     if experiment.method.scheme.queries_at_once:
@@ -54,7 +52,7 @@ def query_size(experiment: Experiment, client: Client, cycle: int) -> int:
     return min(count, len(client.pool.unlabelled())) if config.model.classifier else count
 
 
-def select(experiment: Experiment, step: Step, client: Client) -> Query:
+def select(experiment: "Experiment", step: "Step", client: Client) -> Query:
     """Observe the client's unlabelled images by its own model, else the global one as it knows it, and select."""
     config, run, cycle = experiment.config, experiment.run, step.cycle
     strategy, count = strategy_at(experiment, cycle), query_size(experiment, client, cycle)
@@ -92,7 +90,7 @@ def with_state(model: Detector | Classifier, state: State) -> Detector | Classif
 class ClientModels:
     """The models of a client beside the one that is asked, made when they are wanted; None where there is none."""
 
-    def __init__(self, experiment: Experiment, client: Client, cycle: int, model: Detector | Classifier):
+    def __init__(self, experiment: "Experiment", client: Client, cycle: int, model: Detector | Classifier):
         self.experiment, self.client, self.cycle, self.model = experiment, client, cycle, model
         self.run, self.setup, self.config = experiment.run, experiment.setup, experiment.config
 
@@ -153,7 +151,7 @@ class ClientModels:
         return self.setup.train.images.take(self.setup.held_out_rows(self.run.seed))
 
 
-def local_only_states(experiment: Experiment, clients: Sequence[Client], cycle: int) -> dict[tuple[int, str], State]:
+def local_only_states(experiment: "Experiment", clients: Sequence[Client], cycle: int) -> dict[tuple[int, str], State]:
     """Weights of a classifier trained on each client's labels alone, from new weights that all share (LoGo, 9.1).
 
     Until 99 % of the training images are right; lr / 10 after three quarters of the passes (as_released: 37 batches).

@@ -12,8 +12,6 @@
 All from van Bommel's released code (Univ. of Twente, 2021), unless marked *reconstructed*.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -88,7 +86,7 @@ class FedAvg:
             lr_factor=_falling(config, number, rounds),
         )
 
-    def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
+    def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
         """The global model becomes the updates' average."""
         experiment.average(updates)
 
@@ -101,7 +99,7 @@ class LocalFirst(FedAvg):
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
         return replace(super().step(config, clients, cycle, number), local=cycle < config.query.cycles - 1)
 
-    def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
+    def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
         if step.local:
             return experiment.keep_local(updates)
         experiment.average(updates)
@@ -165,7 +163,7 @@ class Chain(FedAvg):
         whole = self.later_passes(config) * turns
         return dict(head_only=True, send_backbone=backbone, optimizer_state=state, schedule_rounds=whole)
 
-    def aggregate(self, experiment: Experiment, step: Step, updates: Sequence[Update]) -> None:
+    def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
         if step.merge_by_class:
             experiment.merge_by_class()
         else:

@@ -1,7 +1,5 @@
 """What all runs of one setting share: the data, who holds what, and the initial model of a seed."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import dataclass, field, replace

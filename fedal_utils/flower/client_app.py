@@ -1,7 +1,5 @@
 """A client: what it answers to the server's messages. An error goes to the server as text without paths."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

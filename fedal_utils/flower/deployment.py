@@ -3,8 +3,6 @@
 All three run `server_app.serve`, and return the root of the run folders.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The server's connection to its clients: who is there, a message to each, and what comes back in time."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

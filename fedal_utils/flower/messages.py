@@ -7,8 +7,6 @@
 A task says which run, which step and how; an answer names the step that it is to. Images and labels are in no message.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -80,7 +78,7 @@ class Task:
         return {"cycle": self.step.cycle, "round": self.step.round}
 
     @classmethod
-    def of(cls, sent: Mapping[str, Any]) -> Task:
+    def of(cls, sent: Mapping[str, Any]) -> "Task":
         """ValueError on a task that another version of this package sent."""
         try:
             told = json.loads(sent["task"])

@@ -3,8 +3,6 @@
 With on_failure='skip' no answer, an error, or more than was granted costs the round that client and nothing else.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

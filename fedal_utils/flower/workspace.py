@@ -9,8 +9,6 @@
 Every message can be repeated: a client starts from what it kept before that step, and gives the same answer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

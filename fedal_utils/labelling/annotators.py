@@ -1,7 +1,5 @@
 """The annotator of headless runs: somebody simulated, with a known error rate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

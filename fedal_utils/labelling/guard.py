@@ -1,7 +1,5 @@
 """What stands before the labelling page: who may call it by which name, and from where."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence

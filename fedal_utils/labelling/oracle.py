@@ -1,7 +1,5 @@
 """The Oracle that answers an experiment from a store, with a person or a simulated one behind it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 

@@ -3,8 +3,6 @@
 The browser gets neither a file's name nor the model's suggestion unless told to: both give the class away.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

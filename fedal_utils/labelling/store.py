@@ -5,8 +5,6 @@ name (task "classes"), or a list of {"class": name, "box": [x1, y1, x2, y2]} (ta
 original upright image; an empty list says "nothing to see here".
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Labels out of a store and into one: COCO JSON, YOLO txt, VOC XML, CSV, Label Studio (commands `export`, `import`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 

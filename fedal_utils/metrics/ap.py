@@ -10,8 +10,6 @@ COCO's `iscrowd`, and count as difficult in VOC. Boxes are continuous xyxy pixel
 score keep image order, then the order within the image's row.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -3,8 +3,6 @@
 A frame of effects has the columns EFFECT: what is compared, in which part, points with their interval, p, seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 A table is one of `record.table`: a row per method, seed, cycle, round and client, metrics in the rows of "server".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 van_bommel: notebooks 10 to 14. huale: 20. kafal: 30. ssd_vae: 40. flywheel: 50. real_clients: 60.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

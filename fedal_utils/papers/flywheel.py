@@ -4,8 +4,6 @@ Part A, classes: a linear classifier on the features of a frozen network. Part B
 trains from the first weights (digits: from an initial model).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import tempfile

@@ -4,8 +4,6 @@ One node; every cycle trains from the first weights for the same number of steps
 does, digits too. The small sizes are a Faster R-CNN on frozen features.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 
 from .. import metrics

@@ -4,8 +4,6 @@ Eight of ten clients take part in a round, in the last one too (algorithm 1; the
 `as_released`). Clients are of equal size, as those of its one published partition nearly are.
 """
 
-from __future__ import annotations
-
 from ..config import Config
 from .sizes import Preset, Sizes
 

@@ -3,8 +3,6 @@
 Few rounds, for each of a client's answers is a process of its own. A client that fails costs the round that client.
 """
 
-from __future__ import annotations
-
 from .sizes import DIGITS, Preset, Sizes
 from .van_bommel import FULL, FULL_BY_DATA
 

@@ -3,8 +3,6 @@
 A dictionary holds flat names of the config, one group of them a line: data, model, training, federation, query.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

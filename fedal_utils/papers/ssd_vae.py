@@ -3,8 +3,6 @@
 One node; in every cycle the detector begins again, and takes the same number of steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..config import Config

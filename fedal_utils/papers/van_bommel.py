@@ -4,8 +4,6 @@ The small sizes train a small detector of the paper's shape from scratch. A chai
 `first_pass_rounds` rounds; every scheme takes the same number of gradient steps.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 import torch
 

@@ -3,8 +3,6 @@
 Tables are those of `record.table`; a line is the mean over seeds, a band `metrics.seed_interval`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

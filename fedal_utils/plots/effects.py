@@ -1,7 +1,5 @@
 """Differences with their intervals, and the ends of the same runs under several arms."""
 
-from __future__ import annotations
-
 import textwrap
 
 import matplotlib.patheffects

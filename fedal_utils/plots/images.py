@@ -1,7 +1,5 @@
 """Images with boxes, and how many objects each client holds. Every function returns (figure, caption)."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

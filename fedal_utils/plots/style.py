@@ -3,8 +3,6 @@
 A strategy's colour and marker are of its place in a list or else of its name; line and most of the colour a scheme's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Where a run ran, and its progress on the screen."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Files that are whole or not there: atomic writes, locks, tables of text, states with a checksum."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import errno

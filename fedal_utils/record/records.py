@@ -3,8 +3,6 @@
 `check` is a digest of all rows of a run, in both files: a row that was changed or cut is noticed.
 """
 
-from __future__ import annotations
-
 import functools
 import gzip
 import json

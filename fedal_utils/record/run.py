@@ -4,8 +4,6 @@
 started again leaves `rounds.csv` and `queries.csv` as an unbroken run does, byte for byte.
 """
 
-from __future__ import annotations
-
 import os
 import time
 import warnings
@@ -33,7 +31,7 @@ def every_round(config: Config) -> list[tuple[int, int]]:
     return [(cycle, number) for cycle in range(cycles) for number in range(rounds)] + extra
 
 
-_writers: dict[Path, Run] = {}  # folder -> the run that may write there; within a process the newest
+_writers: "dict[Path, Run]" = {}  # folder -> the run that may write there; within a process the newest
 
 
 class Run:

@@ -1,7 +1,5 @@
 """What is stored of a run, and what all runs of a seed share: read with every check, written once."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

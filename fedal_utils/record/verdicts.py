@@ -3,8 +3,6 @@
 Intervals are Student's t over paired seeds, 95 %.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -198,7 +196,7 @@ def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
     return save(both[[*VERDICT_COLUMNS]], path.name)
 
 
-def save(result: pd.DataFrame | Figure, name: str) -> Path:
+def save(result: "pd.DataFrame | Figure", name: str) -> Path:
     """Write a table to `results/tables/<name>` (CSV) or a figure to `results/figures/<name>` (PNG), atomically.
 
     Equal numbers, equal bytes: there is no date or version in it. Returns the path.

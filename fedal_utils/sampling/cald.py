@@ -1,7 +1,5 @@
 """CALD (Yu et al. 2022, 2103.10374): consistency with changed views of an image; after notes on its released code."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

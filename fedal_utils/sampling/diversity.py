@@ -3,8 +3,6 @@
 Monarch is R. Monarch, Human-in-the-Loop Machine Learning (2021).
 """
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -12,8 +12,6 @@ VAE's *reconstruction*. Its released code has no loop, so L_detection where nobo
 "vae" queries by reconstruction error alone, "d1" by the detection loss alone, "vae_d1" by both.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from .observation import Observation

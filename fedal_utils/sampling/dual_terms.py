@@ -1,7 +1,5 @@
 """The terms of the dual score: detection losses without labels, on images as a VAE gives them back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

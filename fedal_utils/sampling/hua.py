@@ -2,8 +2,6 @@
 Uncertainty Aggregation, ICLR 2023), which shares three words of HUALE's name and none of the method.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

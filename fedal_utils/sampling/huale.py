@@ -4,8 +4,6 @@ Its text, equations and code are not public; its README, its author's page and f
 known: *stated* (in words), *from figures* or *reconstructed* (ours). N images, T boxes, C classes, background first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ A client queries images where its own model and the global one disagree about th
 the classes with labels, n > 0: the limit n -> 0 for the others, where the released code adds ln 0. Divergences in nats.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -2,8 +2,6 @@
 global model says what is uncertain. Formulas are those of its released code.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from .diversity import k_means, turns

@@ -1,7 +1,5 @@
 """What strategies on two sets of detections share: IoU, matching one to one, Jensen-Shannon divergence in nats."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

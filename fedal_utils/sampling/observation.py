@@ -1,7 +1,5 @@
 """What a query strategy may observe of a client's unlabelled images: computed when asked for, once, without labels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,7 +40,7 @@ class Observation:
     def __len__(self) -> int:
         return self.count
 
-    def take(self, positions: np.ndarray) -> Observation:
+    def take(self, positions: np.ndarray) -> "Observation":
         """The same of some of the images, for a mix of strategies; what was not yet observed is observed of all."""
         return Part(self, positions)
 

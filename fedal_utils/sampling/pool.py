@@ -1,7 +1,5 @@
 """Who is labelled since when, and the Oracle: the only door to labels, which counts their cost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ It then runs in every notebook, scheme and detector that can give what it needs:
 "my_margin"]}`. With `selects=True` the function takes (seen, k, rng) and returns positions or a `Selection`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

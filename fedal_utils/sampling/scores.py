@@ -1,7 +1,5 @@
 """Scores: one number an image, bigger = query first; pure functions of what models say, never of labels."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -25,12 +23,12 @@ class Scores:
         return len(self.values)
 
     @classmethod
-    def none(cls, count: int) -> Scores:
+    def none(cls, count: int) -> "Scores":
         """Of images that a strategy selects together, or has nothing to say of: none is scored."""
         return cls(np.zeros(count), np.zeros(count, dtype=bool))
 
     @classmethod
-    def all(cls, values: np.ndarray | Tensor) -> Scores:
+    def all(cls, values: np.ndarray | Tensor) -> "Scores":
         """Of images that are all scored."""
         values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
         return cls(values, np.ones(len(values), dtype=bool))

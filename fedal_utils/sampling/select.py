@@ -1,7 +1,5 @@
 """From scores to a selection: the k largest, a cascade of filters, shares of several strategies."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

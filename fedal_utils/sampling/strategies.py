@@ -1,7 +1,5 @@
 """The classic strategies, registered by name; each published one has a file of its own beside this one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

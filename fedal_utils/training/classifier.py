@@ -1,7 +1,5 @@
 """Train one client's classifier, from draws that are made for the whole call at once: the plain way of `streams`."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

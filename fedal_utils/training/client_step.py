@@ -1,7 +1,5 @@
 """One step of one client's classifier as one CUDA graph; labelled and mixed images are one batch, in bfloat16."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Sequence
@@ -82,7 +80,7 @@ class Shared:
                 module.momentum = 0.0  # all clients ask it: it keeps its statistics
         self.autocast = half_precision(device)
 
-    def grown(self, count: int) -> list[ClientStep]:
+    def grown(self, count: int) -> "list[ClientStep]":
         """So many slots; those that are not there yet are made."""
         while len(self.slots) < count:
             self.slots.append(ClientStep(self))

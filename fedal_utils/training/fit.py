@@ -3,8 +3,6 @@
 On a GPU nothing waits inside a pass: batches are drawn and augmented many at a time, gradients are CUDA graphs.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """CUDA graphs that add the gradients of a batch; they serve all rounds of detectors of the same architecture."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
@@ -13,10 +11,10 @@ from ..detectors import Detector
 from .inference import half_precision, tensor_cores
 
 KEPT = 3  # detectors
-_GRAPHS: dict[tuple, Graphs] = {}
+_GRAPHS: "dict[tuple, Graphs]" = {}
 
 
-def graphs_of(model: Detector, amp: bool, seed: int) -> Graphs:
+def graphs_of(model: Detector, amp: bool, seed: int) -> "Graphs":
     """The graphs for this architecture, with the model's weights; seed: of what its loss samples."""
     key = (_signature(model), amp, next(model.parameters()).device)
     graphs = remembered(_GRAPHS, key, lambda: Graphs(model, amp), KEPT)

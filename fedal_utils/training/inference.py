@@ -3,8 +3,6 @@
 In a folder they lie under the fingerprint of pixels and network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -39,18 +37,18 @@ class CachedImages:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: str | torch.device) -> CachedImages:
+    def to(self, device: str | torch.device) -> "CachedImages":
         """The same maps on `device`; `batch` is then a slice there."""
         return self._each(lambda maps: maps.to(device))
 
-    def take(self, index) -> CachedImages:
+    def take(self, index) -> "CachedImages":
         """The maps of these rows (row numbers or a mask), in this order."""
         rows = torch.from_numpy(row_numbers(index, len(self)))
         groups = None if self.groups is None else tuple(self.groups[i] for i in rows.tolist())
         taken = replace(self, ids=tuple(self.ids[i] for i in rows.tolist()), sizes=self.sizes[rows], groups=groups)
         return taken._each(lambda maps: maps[rows])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> CachedImages:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "CachedImages":
         mirrored = None if self.mirrored is None else tuple(map(change, self.mirrored))
         return replace(self, features=tuple(map(change, self.features)), mirrored=mirrored)
 

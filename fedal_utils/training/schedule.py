@@ -1,7 +1,5 @@
 """What one call of training is given: its task, batches, learning rates, and an optimizer whose state lives on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

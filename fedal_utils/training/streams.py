@@ -3,8 +3,6 @@
 One graph serves all rounds. Equal to `fit_classifier` but for rounding; on a CPU the same steps run without a graph.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Iterator, Sequence
 

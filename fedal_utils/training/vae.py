@@ -1,7 +1,5 @@
 """Train an autoencoder on a client's images, and say how well it knows others."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

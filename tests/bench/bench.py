@@ -6,8 +6,6 @@ Parts that the machine cannot run are left out; one that fails leaves its traceb
 time. Columns: what, against, ratio (against / what, bigger is better), median (of what, in `unit`), machine, commit.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import os
@@ -27,10 +25,10 @@ COLUMNS = ("what", "against", "ratio", "median", "unit", "machine", "commit")
 
 from fedal_utils import record  # noqa: E402
 
-PARTS: dict[str, Callable[[Bench], None]] = {}
+PARTS: "dict[str, Callable[[Bench], None]]" = {}
 
 
-def part(function: Callable[[Bench], None]) -> Callable[[Bench], None]:
+def part(function: "Callable[[Bench], None]") -> "Callable[[Bench], None]":
     PARTS[function.__name__] = function
     return function
 

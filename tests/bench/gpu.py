@@ -8,8 +8,6 @@ command can be given again. The archive holds records and the table of the bench
 ARCHIVE` takes them over. --dry does the same in miniature on any machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

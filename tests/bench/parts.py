@@ -1,7 +1,5 @@
 """The parts of the benchmark, see `bench`."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from bench import Bench, part

@@ -1,7 +1,5 @@
 """Classification sets: each source on a miniature of its real layout, every bad input by name, the real zips."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Classifiers: parameters and features as published."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The loop under every scheme on a handful of scenes: laws, bytes by hand, faults, broken off and resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import multiprocessing

@@ -1,7 +1,5 @@
 """Answers with one thing mutated: each is read within its limits, or refused by a ValueError; nothing else happens."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Clients that lie, break or vanish: each is refused by name, the others go on."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import small_run

@@ -1,7 +1,5 @@
 """The same messages as with real clients, in this process: plain loop and Flower agree bit for bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

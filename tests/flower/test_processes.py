@@ -1,7 +1,5 @@
 """The same experiment in Flower's simulation, and as processes over TLS: the numbers of the plain loop."""
 
-from __future__ import annotations
-
 import psutil
 import pytest
 import small_run

@@ -1,7 +1,5 @@
 """A person in the common loop: no answer is lost or asked for twice, however often the loop is broken off."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

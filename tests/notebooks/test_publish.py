@@ -1,7 +1,5 @@
 """Published copies tell nothing of the machine and their links work; badges and navigation are kept in order."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

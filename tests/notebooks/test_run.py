@@ -1,7 +1,5 @@
 """The runner is strict: it refuses early, names the failing cell, goes on with the others, and limits silence only."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

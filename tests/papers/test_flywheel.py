@@ -1,7 +1,5 @@
 """The flywheel's stopping rules, by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

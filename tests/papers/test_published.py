@@ -1,7 +1,5 @@
 """The published numbers that were typed once: no cell twice, nothing out of range, and the sums come out."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A published table comes out of its record, without a run folder; a record that was changed is refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil

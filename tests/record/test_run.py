@@ -1,7 +1,5 @@
 """A run killed at any instant and started again leaves the same bytes; nothing damaged is ever written or read."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

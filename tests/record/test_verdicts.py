@@ -1,7 +1,5 @@
 """Verdicts by the rule of DESIGN 6.11, on numbers worked by hand; what is published."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

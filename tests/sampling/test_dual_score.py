@@ -1,7 +1,5 @@
 """The dual score by hand and by its laws, losses against pseudo labels against a loop, and one door to labels."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

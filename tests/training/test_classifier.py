@@ -1,7 +1,5 @@
 """One client's classifier: draws made ahead, stopping, FedProx; KAFAL's distillation by an oracle."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

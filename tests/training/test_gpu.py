@@ -4,8 +4,6 @@ Plain functions, so that `make gpu` can call them where there is no pytest; else
 Distances are of the way that weights went: |ours - theirs| / |theirs - start|.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,7 +1,5 @@
 """Clients on streams against one client after another, from the same draws: on a CPU the same steps without a graph."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from client_tasks import CONFIG, MIXING, TOLERANCE, assert_same, model, small_images, states, task, unequal
