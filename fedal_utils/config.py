@@ -77,7 +77,7 @@ class DataConfig(Part):
 class ModelConfig(Part):
     """What is trained: a detector, or a classifier of whole images in its place, see `detectors`."""
 
-    classifier: str = ""  # 'resnet8' | 'conv4' | '' = a detector
+    classifier: str = ""  # 'resnet8' | 'conv4' | 'mlp', 'linear' on frozen features | '' = a detector
     detector: str = name("ssd", "faster_rcnn", "yolo")
     backbone: str = name("small", "lite0", "vgg16", "resnet50")  # the last two: full size of SSD, of Faster R-CNN
     norm: str = name("group", "batch")

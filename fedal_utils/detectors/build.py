@@ -5,7 +5,7 @@ import torch
 from ..config import Config
 from ..seeding import borrowed_global_rng
 from .base import Detector
-from .classifiers import CLASSIFIERS, Classifier, conv4, resnet8
+from .classifiers import CLASSIFIERS, Classifier, conv4, mlp, resnet8
 from .faster_rcnn import FasterRCNN
 from .linear import LinearClassifier
 from .ssd import SSD
@@ -24,7 +24,7 @@ def build(config: Config, classes: int, rng: torch.Generator) -> Detector | Clas
     name, size = config.model.classifier, config.data.image_size
     with borrowed_global_rng(rng):
         if name:
-            return resnet8(classes) if name == "resnet8" else conv4(classes, size)
+            return conv4(classes, size) if name == "conv4" else {"resnet8": resnet8, "mlp": mlp}[name](classes)
         model = DETECTORS[config.model.detector](config.model, size, classes)
     if config.model.frozen:
         model.freeze_backbone()

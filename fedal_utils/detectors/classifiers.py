@@ -1,4 +1,4 @@
-"""Image classifiers: ResNet-8 (KAFAL) and a CNN of four convolutions (LoGo)."""
+"""Image classifiers: ResNet-8 (KAFAL), a CNN of four convolutions (LoGo), and a small one on frozen features."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, Scaled
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # KAFAL's released code
-CLASSIFIERS = ("resnet8", "conv4")
+CLASSIFIERS = ("resnet8", "conv4", "mlp")
+FEATURES = 1280  # of an `Embedder`
 
 
 class Block(nn.Module):
@@ -38,7 +39,7 @@ class Classifier(nn.Module):
         self.classes = classes
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels uint8 (B, 3, H, W) -> class scores (B, C), softmax not yet taken."""
+        """pixels uint8 (B, 3, H, W), or cached features -> class scores (B, C), softmax not yet taken."""
         return self.scores(self.scaled(pixels))
 
     def scores(self, x: Tensor) -> Tensor:
@@ -69,3 +70,15 @@ def conv4(classes: int, image_size: tuple[int, int]) -> Classifier:
     features = 64 * (image_size[0] // 16) * (image_size[1] // 16)
     trunk = nn.Sequential(*layers, nn.Flatten())
     return Classifier(trunk, features, classes, Scaled(IMAGENET_MEAN, IMAGENET_STD))
+
+
+class FirstMap(nn.Module):
+    """A batch of cached features ((B, D),) as (B, D, 1, 1)."""
+
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        return maps[0][:, :, None, None]
+
+
+def mlp(classes: int, width: int = 128) -> Classifier:
+    """One hidden layer on frozen features, which stand in the place of pixels, also where images are mixed."""
+    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(FEATURES, width), nn.ReLU()), width, classes, FirstMap())

@@ -117,7 +117,7 @@ def setup_of(
 ) -> Setup:
     """The setup of these sets: with a frozen backbone, its features of all images, cached once."""
     photos, folder = (train, test), record.project_root() / "results" / "runs" / "_features"
-    if config.model.classifier == "linear":
+    if config.model.classifier in ("linear", "mlp"):
         train, test = training.embedded_sets(*photos, config.flywheel.feature_side, device, folder)
     elif config.model.frozen:
         model = detectors.build(config, len(train.class_names) or 1, torch.Generator().manual_seed(0)).to(device)

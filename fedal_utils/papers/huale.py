@@ -21,8 +21,8 @@ _RCNN: Sizes = {
 _SMALL: dict[str, Sizes] = {
     "digits": {
         **_RCNN,
-        **dict(image_size=(96, 96), digit_classes=3, scenes=(240, 80), anchor_side=24.0, anchor_ratios=(1.0,)),
-        **dict(initial_labels=4, query_size=6, cycles=3, iterations=75, side_seeds=1),
+        **dict(image_size=(96, 96), digit_classes=3, scenes=(140, 50), anchor_side=24.0, anchor_ratios=(1.0,)),
+        **dict(initial_labels=4, query_size=6, cycles=2, iterations=24, seeds=(0,), side_seeds=1),
     },
     "bccd": {
         **_RCNN,

@@ -34,7 +34,8 @@ def fit_together(
 
     model: their architecture; not changed. states: each client's weights to start from. The rest as there.
     """
-    train = fit_graphs if torch.device(device).type == "cuda" else fit_in_turn
+    graphed = torch.device(device).type == "cuda" and isinstance(images, Images)
+    train = fit_graphs if graphed else fit_in_turn
     return train(model, states, tasks, images, config, device=device, **more)
 
 
