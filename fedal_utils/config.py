@@ -215,8 +215,7 @@ class Config(Part):
 
     def digest(self) -> str:
         """Hex digest of all that decides a run's numbers: what differs from the defaults, without methods and seeds."""
-        default = Config().flat()
-        values = {k: v for k, v in self.flat().items() if k not in _LISTS and v != default[k]}
+        values = {k: v for k, (v, _) in self.differences(Config()).items() if k not in _LISTS}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def labels_needed(self) -> int:

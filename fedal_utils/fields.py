@@ -71,6 +71,11 @@ class Part:
         """Plain values by flat name, fit for JSON and back."""
         return {name: functools.reduce(getattr, path, self) for name, path in self.paths().items()}
 
+    def differences(self, other: Any) -> dict[str, tuple[Any, Any]]:
+        """{flat name: (value here, value there)} of all that differs."""
+        there = other.flat()
+        return {name: (value, there[name]) for name, value in self.flat().items() if value != there[name]}
+
     def replace(self, **changes: Any) -> Any:
         """A copy with these values, by flat names; unknown names and wrong types are refused, lists become tuples."""
         known, default = self.paths(), type(self)().flat()

@@ -2,4 +2,4 @@
 
 from .ap import accuracy, evaluate
 from .effects import EFFECT, arm_gains, curves_by_arm, effect, finals, findings, gains_at_equal, gaps
-from .statistics import area_under_curve, cycle_ends, holm, paired_test, seed_interval, summary
+from .statistics import area_under_curve, cycle_ends, holm, paired_test, power, seed_interval, summary

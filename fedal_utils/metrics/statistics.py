@@ -102,3 +102,25 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
         row[f"minus_{baseline}"] = test.get("difference", math.nan)
         row |= {name: test.get(name, math.nan) for name in ("low", "high", "p")}
     return pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows]))
+
+
+def power(
+    size: pd.DataFrame, all_labels: pd.DataFrame, twice: pd.DataFrame, found: pd.DataFrame, y: str = "ap50"
+) -> pd.DataFrame:
+    """Whether a size can tell methods apart: a row of points of `y`.
+
+    size, all_labels, twice: tables of the baseline at this size, with all labels at once, with twice the steps.
+    found: the `summary` of all methods.
+    Columns: start, end, all_labels, twice_the_steps (of the last cycle), labels_add (end - start), steps_add (by the
+    doubling; less than the labels is wanted), smallest (half the widest interval of a method's difference from the
+    baseline: no smaller one could be shown).
+    """
+    first, last = (cycle_ends(size).groupby("seed")[y].nth(place).mean() for place in (0, -1))
+    full, more = (cycle_ends(table).groupby("seed")[y].last().mean() for table in (all_labels, twice))
+    points = {"start": first, "end": last, "all_labels": full, "twice_the_steps": more}
+    points |= {
+        "labels_add": last - first,
+        "steps_add": more - last,
+        "smallest": (found["high"] - found["low"]).max() / 2,
+    }
+    return 100 * pd.DataFrame([points])
