@@ -45,7 +45,6 @@ class TrainingConfig(Part):
     lr: float = number(2e-3, above=0)
     momentum: float = fraction(0.937)
     weight_decay: float = number(5e-4, least=0)
-    proximal: float = number(0.0, least=0)  # FedProx's mu: how strongly weights are pulled back to those received
     schedule: str = name("constant", "cosine", "step")  # over one call of fit
     final_lr: float = fraction(0.05)  # cosine ends at this part of lr
     step_at: tuple[float, ...] = (0.6, 0.85)  # parts of the run at which 'step' divides by ten
@@ -81,7 +80,6 @@ class ModelConfig(Part):
     detector: str = name("ssd", "faster_rcnn", "yolo")
     backbone: str = name("small", "lite0", "vgg16", "resnet50")  # the last two: full size of SSD, of Faster R-CNN
     norm: str = name("group", "batch")
-    fpn_channels: int = number(64, least=1)
     depth_multiple: float = number(0.33, above=0)  # YOLO: repeats of its blocks, as part of the largest size's
     width_multiple: float = number(0.5, above=0)  # YOLO: channels, as part of the largest size's
     loss_weights: tuple[float, float, float] = number((0.05, 1.0, 0.5), least=0)  # YOLO: box, objectness, class

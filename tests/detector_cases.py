@@ -12,7 +12,7 @@ YOLO = {"detector": "yolo", "image_size": (64, 96), "width_multiple": 0.125, "an
 
 def small(detector="ssd", classes=3, seed=0, **options):
     """An untrained detector of few weights; (64, 64) px, or (64, 96) for a YOLO, unless told otherwise."""
-    options = (YOLO if detector == "yolo" else {"detector": detector, "fpn_channels": 16}) | options
+    options = (YOLO if detector == "yolo" else {"detector": detector}) | options
     return build(Config.of(**options), classes, torch_rng_for(seed, "weights"))
 
 

@@ -13,7 +13,7 @@ from fedal_utils.record import files
 SMALL = dict(
     **dict(scenes=(60, 8), digit_classes=3, initial_model_images=6, initial_model_iterations=6, held_out_images=6),
     **dict(clients=2, initial_labels=2, query_size=2, cycles=2, rounds=2, extra_rounds=1, iterations=2, batch=4),
-    **dict(first_pass_rounds=2, visit_fraction=0.5, fpn_channels=16, zoom=(1.0, 1.0), shift=0.0, colour=0.0),
+    **dict(first_pass_rounds=2, visit_fraction=0.5, zoom=(1.0, 1.0), shift=0.0, colour=0.0),
     **dict(score_above=0.05, round_lr_decay=0.2, methods=("sum", "centralised"), seeds=(0,)),
 )
 

@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FPN_CHANNELS = 64
 LITE0_PIXELS = (127 / 255,) * 3, (128 / 255,) * 3  # mean, deviation
 
 
@@ -61,8 +62,9 @@ class SmallConv(nn.Module):
 class TopDown(nn.Module):
     """Small feature pyramid: 1x1 laterals, nearest top-down sum, one 3x3 block a level."""
 
-    def __init__(self, channels: tuple[int, ...], width: int, norm: str):
+    def __init__(self, channels: tuple[int, ...], norm: str):
         super().__init__()
+        width = FPN_CHANNELS
         self.lateral = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, width, 1, bias=False), norm_layer(norm, width)) for c in channels
         )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from ..config import ModelConfig
 from ..data import Detections
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -80,8 +81,9 @@ class Detector(nn.Module):
     nms_iou: float = 0.45  # unless `predict` is told otherwise, and so is `candidates`
     candidates: int = 400
 
-    def __init__(self, image_size: tuple[int, int], classes: int):
+    def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
         super().__init__()
+        self.recipe = config, image_size, classes  # all that a step depends on beside the weights
         self.image_size, self.classes = image_size, classes
 
     def freeze_backbone(self, frozen: bool = True) -> None:

@@ -14,7 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from ..config import ModelConfig
 from ..data import clip_boxes
 from ..seeding import borrowed_global_rng
-from .backbones import Lite0, ResNet50FPN, SmallConv, TopDown
+from .backbones import FPN_CHANNELS, Lite0, ResNet50FPN, SmallConv, TopDown
 from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, take, with_a_column
 from .losses import crowding
 from .proposals import match, pool, propose, sample
@@ -28,14 +28,14 @@ class FasterRCNN(Detector):
     nms_iou = 0.5
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
-        super().__init__(image_size, classes)
+        super().__init__(config, image_size, classes)
         full = config.backbone == "resnet50"
         if full:
             body, neck, width, ratios = ResNet50FPN(config.pretrained), None, 256, (0.5, 1.0, 2.0)
         else:
             body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
-            width, ratios = config.fpn_channels, config.anchor_ratios
-            neck = TopDown(body.channels, width, config.norm)
+            width, ratios = FPN_CHANNELS, config.anchor_ratios
+            neck = TopDown(body.channels, config.norm)
         sizes = octave_sizes(32 if full else config.anchor_side, len(body.strides), per_level=1)
         levels = len(body.strides) - full  # torchvision pools no RoI from the last map
         self.backbone, self.neck = body, neck

@@ -13,7 +13,7 @@ from torchvision.models.detection.ssd import SSDHead
 
 from ..config import ModelConfig
 from ..data import clip_boxes
-from .backbones import VGG16, Lite0, SmallConv, TopDown
+from .backbones import FPN_CHANNELS, VGG16, Lite0, SmallConv, TopDown
 from .base import Detector, Inputs, RawDetections, decode_boxes, encode_boxes, pairwise_iou, take, with_a_column
 from .losses import ranking_loss
 
@@ -121,7 +121,7 @@ class SSD(Detector):
     """
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
-        super().__init__(image_size, classes)
+        super().__init__(config, image_size, classes)
         full = config.backbone == "vgg16"
         if full:
             body, neck = VGG16(config.pretrained), None
@@ -129,7 +129,7 @@ class SSD(Detector):
             generator = DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=body.strides)
         else:
             body = SmallConv(norm=config.norm) if config.backbone == "small" else Lite0(config.pretrained)
-            channels = [config.fpn_channels] * len(body.strides)
+            channels = [FPN_CHANNELS] * len(body.strides)
             sizes = octave_sizes(config.anchor_side, len(body.strides))
             generator = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
         per_cell = generator.num_anchors_per_location()
@@ -140,7 +140,7 @@ class SSD(Detector):
             for layer in head.classification_head.module_list:
                 with torch.no_grad():
                     layer.bias.view(-1, classes + 1)[:, 0] = 3.0
-            neck = TopDown(body.channels, config.fpn_channels, config.norm)
+            neck = TopDown(body.channels, config.norm)
             anchors = anchors + torch.tensor(body.strides)[levels][:, None] / 2  # to the middle of their cells
         self.least_negatives = 0 if full else 8
         self.backbone, self.neck, self.head = body, neck, head

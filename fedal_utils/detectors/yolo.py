@@ -155,7 +155,7 @@ class YOLO(Detector):
     candidates = 1000
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
-        super().__init__(image_size, classes)
+        super().__init__(config, image_size, classes)
         channels = tuple(math.ceil(c * config.width_multiple / 8) * 8 for c in (64, 128, 256, 512, 1024))
         few, many = (max(1, round(n * config.depth_multiple)) for n in (3, 9))
         self.backbone = Backbone(channels, (few, many), config.norm)

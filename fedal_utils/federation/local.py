@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _OWN = ("initial_model_images", "initial_model_iterations", "initial_model_warmup")
 _LATER = (
     *("profile", "methods", "seeds", "side_seeds", "evaluate_every", "as_released"),
-    *("schedule", "warmup", "epochs", "proximal", "balanced_softmax", "distillation_weight"),
+    *("schedule", "warmup", "epochs", "balanced_softmax", "distillation_weight"),
 )
 
 
@@ -120,7 +120,7 @@ def _train_on_one_node(experiment: "Experiment", step: Step) -> Update:
     recipe, task = _recipe_and_task(experiment, step, clients[0], CENTRALISED, len(clients))
     scratch, payload = detectors.clone(experiment.model), broadcast(experiment.model)
     part = setup.train.images.take(rows), clients[0].pool.labels_of(rows)
-    return train_detector(scratch, payload, part, recipe.replace(proximal=0.0), task, device=setup.device)
+    return train_detector(scratch, payload, part, recipe, task, device=setup.device)
 
 
 def _train_classifiers(
@@ -171,7 +171,7 @@ def initial_model(run: record.Run, setup: "Setup") -> State:
     def make() -> State:
         model = detectors.build(config, len(setup.class_names) or 1, run.torch_rng("weights"))
         if len(rows) and settings.initial_model_iterations:
-            recipe = config.training.replace(schedule="cosine", warmup=settings.initial_model_warmup, proximal=0.0)
+            recipe = config.training.replace(schedule="cosine", warmup=settings.initial_model_warmup)
             _train_initial(run, setup, model, rows, recipe)
         return state_of(model, model.exchanged())
 

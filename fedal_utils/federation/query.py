@@ -160,7 +160,7 @@ def local_only_states(experiment: "Experiment", clients: Sequence[Client], cycle
     model = detectors.build(config, len(setup.class_names), run.torch_rng("local-only weights", cycle))
     recipe = config.training.replace(
         **dict(epochs=config.query.local_only_epochs, schedule="step", step_at=(0.75,), warmup=0),
-        **dict(balanced_softmax=False, distillation_weight=0.0, proximal=0.0),
+        **dict(balanced_softmax=False, distillation_weight=0.0),
     )
     tasks = []
     for client in clients:

@@ -202,7 +202,7 @@ class PoolObservation(Observation):
     @cached_property
     def reconstruction_errors(self) -> Tensor:  # (N,) sums of squared errors of the client's VAE
         vae, noise = self.models.vae, self.models.noise
-        return training.vae_losses(vae, self.photos, device=self.scene.device, generator=noise)["reconstruction"]
+        return training.reconstruction_errors(vae, self.photos, self.scene.device, noise)
 
     @cached_property
     def hidden_label_losses(self) -> Scores:  # (N,) against labels that nobody has paid for, needs `diagnostic`

@@ -1,14 +1,11 @@
 """How a model learns, and what it says of images.
 
-schedule    what one call is given: task, batches, learning rates, an optimizer whose state lives on
-inference   predictions, embeddings, class scores, losses; features that are computed once and kept
-fit         a detector; graphs: its gradients as CUDA graphs
-classifier  one client's classifier; client_step, streams: many clients' on a GPU, each step a CUDA graph
-vae         an autoencoder
+schedule: task, batches, learning rates, an optimizer whose state lives on. inference: predictions, embeddings, features
+that are kept. fit: a detector, its gradients as `graphs`, and a VAE. classifier: one client's; streams: many clients'.
 """
 
 from .classifier import ClassifierTask, LocalResult, fit_classifier, fit_in_turn
-from .fit import fit
+from .fit import fit, fit_vae, reconstruction_errors
 from .inference import (
     CachedImages,
     cache_features,
@@ -19,6 +16,5 @@ from .inference import (
     learned_losses,
     predict,
 )
-from .schedule import DETACHED_HEADS, STEPS, LocalTask, TrainingDiverged, draw_batches, learning_rate_factor
+from .schedule import STEPS, LocalTask, TrainingDiverged, draw_batches
 from .streams import fit_graphs, fit_together
-from .vae import fit_vae, vae_losses

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,34 +13,22 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..data import Images, random_crop
 from ..detectors import Classifier, balanced_cross_entropy, compensation_loss, compensation_weights
-from .inference import class_scores
-from .schedule import (
-    LocalTask,
-    TrainingDiverged,
-    anchored,
-    draw_batches,
-    learning_rate_factor,
-    load_optimizer,
-    pull_back,
-    save_optimizer,
-)
+from . import schedule
+from .inference import Device, class_scores
+from .schedule import LocalTask, TrainingDiverged
 
 State = Draws = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTask(LocalTask):
-    """What one client of a classifier trains on in one call; rows count in the training set.
+    """What one client of a classifier trains on in one call; rows count in the training set."""
 
-    rows (n,) of its labelled images, classes (n,) int64 from 0, counts (C,) of them by class; unlabelled: rows that
-    may be mixed for distillation. stop_at: stop after the first pass behind which this part of its images is right.
-    """
-
-    rows: np.ndarray
-    classes: Tensor
-    counts: Tensor
-    unlabelled: np.ndarray
-    stop_at: float | None = None
+    rows: np.ndarray  # (n,) of its labelled images
+    classes: Tensor  # (n,) int64 from 0
+    counts: Tensor  # (C,) of them by class
+    unlabelled: np.ndarray  # rows that may be mixed for distillation
+    stop_at: float | None = None  # stop after the first pass behind which this part of its images is right
 
     def steps(self, config: TrainingConfig) -> int:
         """Gradient steps of this call."""
@@ -51,8 +40,7 @@ class ClassifierTask(LocalTask):
         return teacher is not None and config.distillation_weight > 0 and len(self.unlabelled) > 0
 
 
-@dataclass(frozen=True)
-class LocalResult:
+class LocalResult(NamedTuple):
     """A client's weights after a call (on the CPU), the steps it took, its mean loss, and the parts of that."""
 
     state: State
@@ -71,7 +59,7 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
     """
     rng, batch, crop = task.rng, config.batch, config.augment.crop
     apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
-    stream = draw_batches(len(task.unlabelled), batch, None, task.steps(config), apart) if mixing else None
+    stream = schedule.draw_batches(len(task.unlabelled), batch, None, task.steps(config), apart)
 
     def full(t: Tensor) -> Tensor:  # with its first entry
         return t if len(t) == batch else torch.cat([t, t[:1].expand(batch - len(t), *t.shape[1:])])
@@ -81,11 +69,10 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
         return flip, torch.randint(0, 2 * crop + 1, (count, 2), generator=source)
 
     steps = []
-    epochs = config.epochs if task.iterations is None else None
-    for _, _, index in draw_batches(len(task.rows), batch, epochs, task.iterations, rng):
+    for _, _, index in schedule.draw_batches(len(task.rows), batch, config.epochs, task.iterations, rng):
         flip, shift = changes(len(index), rng)
         step = {"length": torch.tensor(len(index)), "rows": full(index), "flip": full(flip), "shift": full(shift)}
-        if stream is not None:
+        if mixing:
             step["mixed"] = next(stream)[2]
             step["beta"] = torch.rand(batch, 3, generator=apart).median(dim=1).values  # of three uniforms: Beta(2, 2)
             partner = torch.randperm(batch, generator=apart)
@@ -104,10 +91,7 @@ def ready(
 ) -> Classifier | None:
     """A teacher that can be asked and does not learn; None where nothing is distilled. ValueError: a bad task."""
     if config.optimizer != "sgd" or config.ema or config.amp or config.warmup_momentum or config.warmup_bias_lr:
-        raise ValueError(
-            "classifiers train with plain SGD and momentum, as KAFAL and LoGo do: set optimizer='sgd', ema=0, "
-            f"amp=False and no warm-up of momentum or biases (got optimizer={config.optimizer!r})"
-        )
+        raise ValueError("classifiers take plain SGD: optimizer='sgd', ema=0, amp=False, no warm-up but of the lr")
     for task in tasks:
         if len(task.rows) == 0 or task.steps(config) < 1:
             raise ValueError(f"client {task.client} makes no step: {len(task.rows)} labelled images, {config.epochs=}")
@@ -116,14 +100,13 @@ def ready(
     return copy.deepcopy(teacher).to(device).requires_grad_(False).train(as_released)
 
 
-def sound(result: LocalResult, task: ClassifierTask, images: Images) -> LocalResult:
+def result_of(state: State, steps: int, parts: dict[str, float], task: ClassifierTask, images: Images) -> LocalResult:
     """The result; TrainingDiverged where its loss or a weight is not finite."""
-    broken = [k for k, v in result.state.items() if not bool(torch.isfinite(v).all())]
-    if broken or not math.isfinite(result.loss):
-        what = f"loss is {result.loss}" + (f", weight {broken[0]!r} is not finite" if broken else "")
-        some = [images.ids[row] for row in task.rows[:4]]
-        raise TrainingDiverged(f"client {task.client}: {what}, trained on images {some}...; lower lr")
-    return result
+    loss = sum(parts.values())
+    if not math.isfinite(loss):
+        raise schedule.diverged(task.client, {"loss": loss, **parts}, [images.ids[row] for row in task.rows])
+    schedule.check_weights(state, task.client)
+    return LocalResult(state, steps, loss, parts)
 
 
 def fit_classifier(
@@ -132,7 +115,7 @@ def fit_classifier(
     images: Images,
     config: TrainingConfig,
     teacher: Classifier | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     as_released: bool = False,
 ) -> LocalResult:
     """Train `model` in place on one client's labelled images: SGD with momentum and weight decay on all weights.
@@ -146,8 +129,8 @@ def fit_classifier(
     mixing = task.mixes(config, teacher)
     model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    load_optimizer(optimizer, model, task.optimizer_state or {})
-    anchors, counts = anchored(model, config), task.counts.to(device)
+    schedule.load_optimizer(optimizer, model, task.optimizer_state or {})
+    counts = task.counts.to(device)
     gamma, priors = compensation_weights(counts), counts if config.balanced_softmax else None
     draws = draw(task, config, mixing, as_released)
     before, whole = task.schedule_position or (0, task.steps(config))
@@ -158,7 +141,7 @@ def fit_classifier(
 
     for done, length in enumerate(draws["length"].tolist()):
         step = {k: v[done] for k, v in draws.items()}
-        optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(config, before + done, whole)
+        optimizer.param_groups[0]["lr"] = config.lr * schedule.learning_rate_factor(config, before + done, whole)
         scores = model.scores(pixels(*(step[k][:length] for k in ("rows", "flip", "shift"))))
         parts = {"supervised": balanced_cross_entropy(scores, step["target"][:length].to(device), priors)}
         if mixing:
@@ -174,7 +157,6 @@ def fit_classifier(
         sum(parts.values()).backward()
         if config.clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        pull_back(anchors, config.proximal)
         optimizer.step()
         losses.append({k: v.detach() for k, v in parts.items()})
         seen += length
@@ -187,9 +169,9 @@ def fit_classifier(
     model.eval()
     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if v.dim() > 0}
     means = {k: float(sum(step[k] for step in losses)) / len(losses) for k in losses[0]}
-    result = sound(LocalResult(state, len(losses), sum(means.values()), means), task, images)
+    result = result_of(state, len(losses), means, task, images)
     if task.optimizer_state is not None:
-        save_optimizer(optimizer, model, task.optimizer_state, before + len(losses))
+        schedule.save_optimizer(optimizer, model, task.optimizer_state, before + len(losses))
     return result
 
 

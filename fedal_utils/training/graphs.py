@@ -1,7 +1,6 @@
-"""CUDA graphs that add the gradients of a batch; they serve all rounds of detectors of the same architecture."""
+"""CUDA graphs that add the gradients of a batch, kept for all rounds of one architecture; parts of `streams`."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -14,9 +13,28 @@ KEPT = 3  # detectors
 _GRAPHS: "dict[tuple, Graphs]" = {}
 
 
+def add_gradients(
+    net: Detector, batch: tuple, amp: bool, generator: torch.Generator, reached: Sequence[nn.Parameter] = ()
+) -> tuple[tuple[str, ...], Tensor]:
+    """Add the gradients of a batch; ("loss", ...) and the loss and the parts of it (P,).
+
+    reached: the parameters that have a gradient, where they are known: it is added where it lies.
+    """
+    device = batch[-1].device
+    with tensor_cores(amp):
+        with half_precision(device, amp):
+            parts = net.loss(*batch, generator)
+        loss = sum(parts.values())
+        if reached:
+            torch._foreach_add_([p.grad for p in reached], torch.autograd.grad(loss, reached))
+        else:
+            loss.backward()
+    return ("loss", *parts), torch.stack([loss.detach(), *(v.detach() for v in parts.values())])
+
+
 def graphs_of(model: Detector, amp: bool, seed: int) -> "Graphs":
     """The graphs for this architecture, with the model's weights; seed: of what its loss samples."""
-    key = (_signature(model), amp, next(model.parameters()).device)
+    key = (model.recipe, model.frozen, amp, next(model.parameters()).device)
     graphs = remembered(_GRAPHS, key, lambda: Graphs(model, amp), KEPT)
     graphs.generator.manual_seed(seed)
     graphs.net.train().load_state_dict(model.state_dict())
@@ -36,8 +54,8 @@ class Graphs:
         self.generator = torch.Generator(self.device)
         self.batches: dict[tuple, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
-    def gradients(self, batch: tuple) -> Tensor:
-        """Add the gradients of a batch; its loss and the parts of it (P,), called `names`."""
+    def gradients(self, batch: tuple) -> tuple[tuple[str, ...], Tensor]:
+        """`add_gradients` of a batch."""
         inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
         flat = [*inputs, *batch[1:]]
         key = tuple((t.shape, t.dtype) for t in flat)
@@ -46,36 +64,31 @@ class Graphs:
         places, run = self.batches[key]
         for place, tensor in zip(places, flat, strict=True):
             place.copy_(tensor)
-        return run()
+        values = run()
+        return self.names, values
 
     def _prepare(self, batch: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
         """Places for batches of this shape, and what adds the gradients of the batch that lies there."""
         layout = {4: torch.channels_last}
         places = [t.clone(memory_format=layout.get(t.dim(), torch.contiguous_format)) for t in batch]
+        inputs = tuple(places[:-3]) if len(places) > 4 else places[0]
+
+        def add() -> Tensor:
+            whole = (inputs, *places[-3:])
+            self.names, values = add_gradients(self.net, whole, self.amp, self.generator, self.reached)
+            return values
+
         state, before = self.generator.get_state(), [b.clone() for b in self.net.buffers()]
         if not self.reached:
-            self._add(places)
+            add()
             self.reached = [p for p in self.net.parameters() if p.grad is not None]
             for place, value in zip(self.net.buffers(), before, strict=True):
                 place.copy_(value)
             for parameter in self.reached:
                 parameter.grad.zero_()
-        touched = [*self.net.buffers(), *(p.grad for p in self.reached)]
-        with tensor_cores(self.amp):
-            run = captured(lambda: self._add(places), touched, self.device, self.generator)
+        run = captured(add, [*self.net.buffers(), *(p.grad for p in self.reached)], self.device, self.generator)
         self.generator.set_state(state)
         return places, run
-
-    def _add(self, batch: list[Tensor]) -> Tensor:
-        inputs = tuple(batch[:-3]) if len(batch) > 4 else batch[0]
-        with half_precision(self.device, self.amp):
-            parts = self.net.loss(inputs, *batch[-3:], self.generator)
-        loss, self.names = sum(parts.values()), ("loss", *parts)
-        if self.reached:
-            torch._foreach_add_([p.grad for p in self.reached], torch.autograd.grad(loss, self.reached))
-        else:
-            loss.backward()
-        return torch.stack([loss.detach(), *(v.detach() for v in parts.values())])
 
 
 def captured(
@@ -122,14 +135,43 @@ def remembered(cache: dict, key: Hashable, make: Callable[[], object], most: int
     return cache[key]
 
 
-def _signature(model: nn.Module) -> str:
-    """What a graph of the model depends on, weights apart: layers, their plain attributes, constant tensors, hooks."""
-    digest, state = hashlib.sha256(), model.state_dict()
-    for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
-        digest.update(repr((name, type(module), plain | {"training": 0}, len(module._forward_pre_hooks))).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(repr((name, tensor.shape, tensor.requires_grad)).encode())
-        if name not in state:
-            digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+class SplitNorm(nn.BatchNorm2d):
+    """A BatchNorm2d for `batches` of equal length, each with its own statistics.
+
+    masked: images of the first batch whose `valid` (B,) is 0 are padding, which moves no statistics.
+    """
+
+    batches, masked, valid = 1, False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        first, *more = x.chunk(self.batches)
+        first = self._without_padding(first) if self.masked else super().forward(first)
+        return torch.cat([first, *map(super().forward, more)]) if more else first
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        counted = self.valid.view(-1, 1, 1, 1)
+        count = counted.sum() * (x.shape[2] * x.shape[3])
+        mean = (x.float() * counted).sum((0, 2, 3), keepdim=True) / count
+        apart = x.float() - mean
+        variance = (apart.square() * counted).sum((0, 2, 3), keepdim=True) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).flatten(), self.momentum)
+        scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
+        return (apart * scale + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one behind another, those of convolutions in channels_last order."""
+    return torch.cat([(t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1) for t in tensors])
+
+
+def views(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of a `flat` tensor in the shapes of `like`."""
+    out = []
+    for part, t in zip(joined.split([t.numel() for t in like]), like, strict=True):
+        last = [t.shape[i] for i in (0, 2, 3, 1)] if t.dim() == 4 else t.shape
+        out.append(part.view(last).permute(0, 3, 1, 2) if t.dim() == 4 else part.view(last))
+    return out

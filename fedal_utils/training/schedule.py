@@ -1,7 +1,7 @@
 """What one call of training is given: its task, batches, learning rates, and an optimizer whose state lives on."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,12 @@ class LocalTask:
 def draw_batches(count: int, batch: int, epochs: int | None, iterations: int | None, rng: torch.Generator) -> Iterator:
     """(epoch, is last of it, index) of each batch; an epoch is a pass over `count` images.
 
-    epochs: whole passes, the last batch of each short. iterations (epochs None): full batches, cut from an endless row
-    of shuffles, so that a client with three images takes as many steps of the same size as one with three hundred.
+    epochs: whole passes, the last batch of each short. iterations (in their place): full batches, cut from an endless
+    row of shuffles, so that a client with three images takes as many steps of the same size as one with three hundred.
     """
     if count < 1:
         raise ValueError("nothing to train on: the set of labelled images is empty")
-    if epochs is not None:
+    if iterations is None:
         for epoch in range(epochs):
             parts = torch.randperm(count, generator=rng).split(batch)
             for number, part in enumerate(parts):
@@ -68,11 +68,15 @@ def learning_rate_factor(config: TrainingConfig, step: int, steps: int) -> float
     return 0.1 ** sum(progress >= at for at in config.step_at)
 
 
+def _warmed(config: TrainingConfig, step: int) -> float:
+    """The part of the warm-up that is over."""
+    return min(1.0, step / config.warmup) if config.warmup else 1.0
+
+
 def batches_per_step(config: TrainingConfig, step: int) -> int:
     """How many batches' gradients are added up before a step: from 1 to accumulate_to / batch over the warm-up."""
     most = max(1.0, config.accumulate_to / config.batch)
-    part = min(1.0, step / config.warmup) if config.warmup else 1.0
-    return max(1, round(1 + (most - 1) * part))
+    return max(1, round(1 + (most - 1) * _warmed(config, step)))
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -88,12 +92,11 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, steps: int) -> None:
     """Give the optimizer this step's learning rate and momentum; biases may start above the rest."""
-    part = min(1.0, step / config.warmup) if config.warmup else 1.0
-    lr, momentum = config.lr * learning_rate_factor(config, step, steps), config.momentum
+    part, momentum = _warmed(config, step), config.momentum
     if config.warmup_momentum:
         momentum = config.warmup_momentum + (config.momentum - config.warmup_momentum) * part
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = config.lr * learning_rate_factor(config, step, steps)
         if "momentum" in group:
             group["momentum"] = momentum
     if config.warmup_bias_lr and part < 1:
@@ -119,21 +122,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, state: di
             optimizer.state[named[name]][field] = value.to(place, copy=True)
 
 
-def anchored(model: nn.Module, config: TrainingConfig) -> list[tuple[nn.Parameter, Tensor]]:
-    """(parameter, copy of what it is now) of everything that is trained: w and w_t of FedProx; [] where mu is 0."""
-    if not config.proximal > 0:
-        return []
-    return [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-
-
-@torch.no_grad()
-def pull_back(anchors: Iterable[tuple[Tensor, Tensor]], proximal: float) -> None:
-    """Add mu (w - w_t) to w's gradients, clipped already: that of FedProx's mu/2 |w - w_t|^2 (1812.06127 eq. 2)."""
-    for parameter, sent in anchors:
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter - sent, alpha=proximal)
-
-
 def clip(model: nn.Module, most: float) -> None:
     """Clip gradients to this norm (0: not at all), each of the `DETACHED_HEADS` apart: they slow nobody else."""
     parts: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *DETACHED_HEADS)}
@@ -143,20 +131,17 @@ def clip(model: nn.Module, most: float) -> None:
         nn.utils.clip_grad_norm_(together, most)
 
 
-@torch.no_grad()
-def update_average(averaged: dict[str, Tensor], now: dict[str, Tensor], weight: float) -> None:
-    """Move the moving average of a state by `weight` of the way to what it is now; counters are copied."""
-    floats = [k for k, v in averaged.items() if v.is_floating_point()]
-    torch._foreach_lerp_([averaged[k] for k in floats], [now[k] for k in floats], weight)
-    for key in averaged.keys() - set(floats):
-        averaged[key].copy_(now[key])
+def diverged(client: str, losses: Mapping[str, float], ids: Sequence[str]) -> TrainingDiverged:
+    """The error of a loss ("loss", then the parts of it) that is not finite on these images."""
+    split = ", ".join(f"{name} {value:.4g}" for name, value in losses.items() if name != "loss")
+    ids = list(ids)[:4]
+    return TrainingDiverged(f"client {client}: loss is {losses['loss']:.4g} ({split}) on images {ids}...; lower lr")
 
 
-def check_weights(model: nn.Module, client: str) -> None:
+def check_weights(state: dict[str, Tensor], client: str) -> None:
     """TrainingDiverged if a weight is not finite."""
-    state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and v.numel()}
+    state = {k: v for k, v in state.items() if v.is_floating_point() and v.numel()}
     largest = torch.stack([v.float() for v in torch._foreach_norm(list(state.values()), math.inf)])  # NaN if one is
-    broken = (~torch.isfinite(largest)).tolist()
-    for name, wrong in zip(state, broken, strict=True):
-        if wrong:
+    for name, finite in zip(state, torch.isfinite(largest).tolist(), strict=True):
+        if not finite:
             raise TrainingDiverged(f"client {client}: weight {name!r} is not finite after training; lower lr")

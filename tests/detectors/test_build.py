@@ -16,8 +16,8 @@ def made(seed=0, classes=3, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"fpn_channels": 16},
-        {"detector": "faster_rcnn", "fpn_channels": 16},
+        {},
+        {"detector": "faster_rcnn"},
         {"detector": "yolo", "width_multiple": 0.125},
         {"classifier": "resnet8"},
         {"vae_size": (16, 16), "latent": 4},

@@ -34,7 +34,7 @@ def vector(*values):
 
 
 def new_model(norm="group", seed=0, **options):
-    return build(Config.of(norm=norm, fpn_channels=16, **options), 3, torch_rng_for(seed, "weights"))
+    return build(Config.of(norm=norm, **options), 3, torch_rng_for(seed, "weights"))
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,7 @@ def test_counters_stay_at_home_and_statistics_travel():
 
 def test_a_frozen_backbone_is_not_sent():
     pytest.importorskip("timm")
-    model = build(
-        Config.of(backbone="lite0", fpn_channels=16, pretrained=True, frozen=True), 3, torch_rng_for(0, "weights")
-    )
+    model = build(Config.of(backbone="lite0", pretrained=True, frozen=True), 3, torch_rng_for(0, "weights"))
     sent = sent_keys(model)
     assert sent and not any(k.startswith("backbone.") for k in sent)
     assert len(pack(state_of(model, sent))) < 1_000_000 < sum(v.numel() * 4 for v in model.state_dict().values())

@@ -11,6 +11,7 @@ from fedal_utils.config import Config, TrainingConfig
 from fedal_utils.detectors import build
 from fedal_utils.seeding import torch_rng_for
 from fedal_utils.training import LocalTask, TrainingDiverged
+from fedal_utils.training.schedule import DETACHED_HEADS
 
 PLAIN = TrainingConfig.of(batch=4, lr=1e-3, flip=0.0)
 SGD = PLAIN.replace(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
@@ -30,7 +31,7 @@ def one_image(scenes):
 def new_model(detector="ssd", seed=0, **options):
     if detector == "yolo":
         options = {"depth_multiple": 0.1, "width_multiple": 0.125, "anchor_side": 7.0} | options
-    return build(Config.of(detector=detector, fpn_channels=16, **options), 3, torch_rng_for(seed, "weights"))
+    return build(Config.of(detector=detector, **options), 3, torch_rng_for(seed, "weights"))
 
 
 def fit(model, part, config, iterations=None, seed=0, **task):
@@ -150,7 +151,7 @@ def test_heads_that_look_on_are_clipped_each_by_itself_and_slow_nobody(scenes):
     start, end = new_model(**both).state_dict(), trained(scenes, config, 1, **both)[0].state_dict()
     plain = trained(scenes, config, 1)[0].state_dict()
     assert all(torch.equal(v, end[k]) for k, v in plain.items())
-    names = {head: {k for k in end if k.startswith(head)} for head in training.DETACHED_HEADS}
+    names = {head: {k for k in end if k.startswith(head)} for head in DETACHED_HEADS}
     assert set.union(*names.values()) == end.keys() - plain.keys()
     for own in (*names.values(), plain.keys()):
         norm = math.sqrt(sum(float((end[k] - start[k]).square().sum()) for k in own))
@@ -170,9 +171,6 @@ def test_the_moving_average_of_weights_by_hand_for_two_steps(scenes):
         else:
             assert averaged[key].dtype == torch.int64 and int(averaged[key]) == 2  # BatchNorm's counter
     assert not all(torch.allclose(averaged[k].float(), two[k].float(), atol=1e-6) for k in two)
-
-
-# ------------------------------------------------------------------------------------------------------------- FedProx
 
 
 class Line(torch.nn.Module):
@@ -195,24 +193,15 @@ class Line(torch.nn.Module):
 @pytest.mark.parametrize(
     ("steps", "options", "wanted"),
     [
-        # w0 = 1; w1 = 1 - .5 x 2 = 0; w2 = 0 - 1 - .5 x .25 x (0 - 1) = -.875; w3 = -.875 - 1 - .125 x -1.875
-        (1, {}, 0.0),
-        (2, {}, -0.875),
-        (3, {}, -1.640625),
-        (3, {"proximal": 0.0}, -2.0),
-        (400, {}, 1 - 2 / 0.25),  # where 2 + mu (w - w0) = 0
-        (2, {"clip": 0.5}, 0.53125),  # the gradient 2 is clipped to 1/2: w1 = .75; w2 = .75 - .25 - .125 x -.25
-        (2, {"clip": 0.5, "proximal": 0.0}, 0.5),
-        (2, {"clip": 0.5, "proximal": 4.0}, 1.0),  # were the sum of -1 and 1/2 clipped, it would be elsewhere
-        (4, {"accumulate_to": 2}, -2.75),  # two batches a step: w1 = -1; w2 = -1 - 2 - .125 x -2
+        (3, {}, -2.0),  # w0 = 1; w1 = 1 - .5 x 2 = 0
+        (2, {"clip": 0.5}, 0.5),  # the gradient 2 is clipped to 1/2: w1 = .75
+        (4, {"accumulate_to": 2}, -3.0),  # two batches a step: w1 = 1 - .5 x 4
     ],
 )
-def test_fedprox_1812_06127_eq_2_by_hand(one_image, steps, options, wanted):
+def test_steps_of_sgd_by_hand(one_image, steps, options, wanted):
     model = Line()
-    config = SGD.replace(**{"batch": 1, "lr": 0.5, "clip": 0.0, "proximal": 0.25, **options})
-    rows = fit(model, one_image, config, steps)
-    assert model.w.item() == pytest.approx(wanted, abs=1e-5)
-    assert rows[0]["loss"] == 2.0  # without the proximal term
+    rows = fit(model, one_image, SGD.replace(**{"batch": 1, "lr": 0.5, "clip": 0.0, **options}), steps)
+    assert model.w.item() == pytest.approx(wanted, abs=1e-5) and rows[0]["loss"] == 2.0
     assert model.idle.item() == model.backbone.item() == 1.0 and model.counter.item() == 1 + steps
 
 

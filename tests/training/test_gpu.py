@@ -28,7 +28,7 @@ except ImportError:
     pass
 
 HERE = "cuda"
-MODULES = [sys.modules[f"fedal_utils.training.{name}"] for name in ("fit", "graphs", "client_step", "inference")]
+MODULES = [sys.modules[f"fedal_utils.training.{name}"] for name in ("fit", "graphs", "streams", "inference")]
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def client_ways(name="resnet8", half=False, iterations=20, as_released=False):
     """Of five unequal clients: streams against one after another on the GPU, from the same draws."""
     streams._KEPT.clear()
     images, start, teacher = small_images().to(HERE), model(name), model(name, seed=9)
-    config = MIXING.replace(lr=0.01, clip=1.0, proximal=0.1, schedule="cosine", epochs=7)
+    config = MIXING.replace(lr=0.01, clip=1.0, schedule="cosine", epochs=7)
     runs = []
     with changed(**({} if half else {"half_precision": full_precision})):
         for train in (training.fit_in_turn, training.fit_graphs):
@@ -106,7 +106,7 @@ def test_clients_stop_after_the_same_pass_and_later_rounds_take_the_same_graphs(
 
 def a_detector(kind="ssd", **more):
     shape = {"width_multiple": 0.125, "depth_multiple": 0.1} if kind == "yolo" else {"norm": "batch"}
-    config = Config.of(detector=kind, fpn_channels=16, image_size=(64, 64), **shape, **more)
+    config = Config.of(detector=kind, image_size=(64, 64), **shape, **more)
     return build(config, 3, torch_rng_for(0, "weights"))
 
 
@@ -124,7 +124,7 @@ def trained(kind, config, graphed, iterations=20):
 
 
 RECIPES = {
-    "adamw": dict(lr=1e-3, clip=1.0, ema=0.9, proximal=0.1, warmup=2, accumulate_to=16),
+    "adamw": dict(lr=1e-3, clip=1.0, ema=0.9, warmup=2, accumulate_to=16),
     "sgd": dict(lr=5e-3, optimizer="sgd", momentum=0.9, warmup=3, warmup_momentum=0.5, warmup_bias_lr=0.05),
 }
 

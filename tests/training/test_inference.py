@@ -23,7 +23,7 @@ def scenes():
 def new_model(detector="ssd", backbone="small", **options):
     if detector == "yolo":
         options = {"depth_multiple": 0.1, "width_multiple": 0.125, "anchor_side": 7.0} | options
-    config = Config.of(detector=detector, backbone=backbone, fpn_channels=16, pretrained=backbone == "lite0", **options)
+    config = Config.of(detector=detector, backbone=backbone, pretrained=backbone == "lite0", **options)
     return build(config, 3, torch_rng_for(0, "weights"))
 
 

@@ -1,4 +1,4 @@
-"""Batches, learning rates and FedProx's term, worked by hand."""
+"""Batches and learning rates, worked by hand."""
 
 import math
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedal_utils.config import TrainingConfig
 from fedal_utils.seeding import torch_rng_for
-from fedal_utils.training import draw_batches, learning_rate_factor
-from fedal_utils.training.schedule import batches_per_step, build_optimizer, set_rates
+from fedal_utils.training import draw_batches
+from fedal_utils.training.schedule import batches_per_step, build_optimizer, learning_rate_factor, set_rates
 
 
 @given(st.integers(1, 20), st.integers(1, 25), st.integers(1, 3))

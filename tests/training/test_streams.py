@@ -7,7 +7,7 @@ from client_tasks import CONFIG, MIXING, TOLERANCE, assert_same, model, small_im
 from fedal_utils import seeding, training
 from fedal_utils.detectors import CLASSIFIERS
 from fedal_utils.training import streams
-from fedal_utils.training.client_step import SplitNorm
+from fedal_utils.training.graphs import SplitNorm
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def images():
 @pytest.mark.parametrize("as_released", [False, True])
 @pytest.mark.parametrize("iterations", [None, 3])
 def test_streams_equal_one_client_after_another(images, monkeypatch, name, as_released, iterations):
-    """Short batches, a client of one image, absent classes, no unlabelled pool; clipping, FedProx, momentum kept."""
+    """Short batches, a client of one image, absent classes, no unlabelled pool; clipping, momentum kept."""
     monkeypatch.setattr(streams, "SLOTS", 2)
-    config = MIXING.replace(clip=1.0, epochs=2, proximal=0.1, schedule="cosine", distillation_weight=2.0)
+    config = MIXING.replace(clip=1.0, epochs=2, schedule="cosine", distillation_weight=2.0)
     start, teacher = model(name), model(name, seed=9)
     results, kept = [], []
     for train in (training.fit_graphs, training.fit_in_turn):
