@@ -1,4 +1,4 @@
-"""Augmentation of whole batches as tensors, on the device they live on: mosaic, flip, colour, scale and translate crop.
+"""Augmentation of whole batches as tensors, on the device they live on: mosaic, colour, scale and translate crop.
 
 Speaks uint8 pixels (B, 3, H, W), padded boxes (B, K, 4) xyxy pixels, classes (B, K) with 0 = padding, ignore (B, K).
 `draw_augmentation` makes the random numbers, `apply_augmentation` uses them, so a whole pass can be drawn ahead.
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.ops import clip_boxes_to_image
 
 from ..config import AugmentConfig
-from .boxes import clip_boxes, flip_boxes
 
 MIN_VISIBLE = 0.4  # part of its area
 FILL = 114.0  # grey of what a crop uncovers, as in the letterbox
@@ -21,16 +21,13 @@ _GREY = (0.299, 0.587, 0.114)  # luminance of R, G, B (ITU-R BT.601)
 class AugmentDraws(NamedTuple):
     """Uniform numbers in [0, 1) for B images, all the chance in an augmentation; the last three for mosaics."""
 
-    mirror: Tensor  # (B,)
+    unused: Tensor  # (B,) mirrors are drawn by whoever takes the batch; here to keep the numbers of old records
     colour: Tensor  # (3, B) brightness, contrast, saturation
     zoom: Tensor  # (B,)
     move: Tensor  # (B, 2) right, down
     chosen: Tensor | None = None  # (B,) is it a mosaic?
     others: Tensor | None = None  # (B, 3) the three images joined to it
     points: Tensor | None = None  # (B, 2) where the four meet
-
-    def to(self, device: str | torch.device) -> "AugmentDraws":
-        return AugmentDraws(*(None if t is None else t.to(device) for t in self))
 
 
 def draw_augmentation(batch: int, generator: torch.Generator, mosaic: bool = False) -> AugmentDraws:
@@ -42,25 +39,21 @@ def draw_augmentation(batch: int, generator: torch.Generator, mosaic: bool = Fal
 def apply_augmentation(
     pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, draws: AugmentDraws, recipe: AugmentConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One random change an image: joined to a mosaic, mirrored, recoloured, scaled and moved; the four tensors again.
+    """One random change an image: joined to a mosaic, recoloured, scaled and moved; the four tensors again.
 
     draws: of `draw_augmentation`, with those of a mosaic where `recipe.mosaic` > 0.
-    recipe: flip and mosaic, probabilities; colour: three factors uniform in [1 - colour, 1 + colour]; zoom, the range
-        of the enlargement, log-uniform; shift, the largest one as a part of each side. A mosaic's point lies between a
+    recipe: mosaic, a probability; colour: three factors uniform in [1 - colour, 1 + colour]; zoom, the range of the
+        enlargement, log-uniform; shift, the largest one as a part of each side. A mosaic's point lies between a
         quarter and three quarters of each side. After a move padding may lie between objects: go by `classes > 0`.
     """
     batch, (height, width) = len(pixels), pixels.shape[-2:]
+    draws = AugmentDraws(*(None if t is None else t.to(pixels.device) for t in draws))
     if recipe.mosaic > 0:
-        itself = torch.arange(batch, device=draws.others.device)[:, None]
+        itself = torch.arange(batch, device=pixels.device)[:, None]
         sources = torch.cat([itself, (draws.others * batch).long().clamp(max=batch - 1)], dim=1)  # (B, 4)
         centre = ((0.25 + 0.5 * draws.points) * draws.points.new_tensor([width, height])).long()  # (B, 2) x, y
         given = pixels, boxes, classes, ignore
         pixels, boxes, classes, ignore = join_four(*given, draws.chosen < recipe.mosaic, sources, centre)
-    draws = draws.to(pixels.device)
-    if recipe.flip > 0:
-        mirror = draws.mirror < recipe.flip
-        pixels = torch.where(mirror[:, None, None, None], pixels.flip(-1), pixels)
-        boxes = torch.where((mirror[:, None] & (classes > 0))[..., None], flip_boxes(boxes, width), boxes)
     if recipe.colour > 0:
         pixels = change_colour(pixels, *(1 + (2 * draws.colour - 1) * recipe.colour))
     low, high = recipe.zoom
@@ -75,13 +68,12 @@ def change_colour(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturati
     """uint8 pixels with their brightness, contrast about the mean grey, and saturation multiplied by (B,), in order."""
     image = pixels.float()
     weights = image.new_tensor(_GREY)[:, None, None]
-    brightness, contrast, saturation = (f.to(image)[:, None, None, None] for f in (brightness, contrast, saturation))
+    brightness, contrast, saturation = (f[:, None, None, None] for f in (brightness, contrast, saturation))
     image = (image * brightness).clamp(0, 255)
     mean = (image * weights).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)  # (B, 1, 1, 1)
     image = (mean + (image - mean) * contrast).clamp(0, 255)
     grey = (image * weights).sum(dim=1, keepdim=True)  # (B, 1, H, W)
-    image = grey + (image - grey) * saturation
-    return image.clamp(0, 255).round().to(torch.uint8)
+    return (grey + (image - grey) * saturation).clamp(0, 255).round().to(torch.uint8)
 
 
 def scale_translate(
@@ -92,24 +84,20 @@ def scale_translate(
     Boxes are clipped. An object with less than MIN_VISIBLE of its area turns to ignore, one out of sight to padding.
     """
     height, width = pixels.shape[-2:]
-    side = pixels.new_tensor([width, height], dtype=torch.float32)
-    scale, shift = scale.to(pixels.device, torch.float32), shift.to(pixels.device, torch.float32)
+    side = scale.new_tensor([width, height])
     # grid_sample asks where an output pixel comes from; the image spans -1..1 there: in = (out - 2 shift) / scale
-    theta = pixels.new_zeros(len(pixels), 2, 3, dtype=torch.float32)
+    theta = scale.new_zeros(len(pixels), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -2 * shift / side / scale[:, None]
     grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
     moved = functional.grid_sample(pixels.float() - FILL, grid, padding_mode="zeros", align_corners=False) + FILL
-    pixels = moved.clamp(0, 255).round().to(torch.uint8)
-
     centre = (side / 2).repeat(2)  # (4,) x, y, x, y
     whole = (boxes - centre) * scale[:, None, None] + centre + shift.repeat(1, 2)[:, None]  # (B, K, 4)
-    seen = clip_boxes(whole, (height, width))
+    seen = clip_boxes_to_image(whole, (height, width))
     area, left = ((b[..., 2:] - b[..., :2]).clamp(min=0).prod(dim=-1) for b in (whole, seen))
-    gone = (classes > 0) & (left <= 0)
-    present = (classes > 0) & ~gone
-    ignore = (ignore | (present & (left < (MIN_VISIBLE - 1e-5) * area))) & ~gone
-    return pixels, seen * present[..., None], classes * present, ignore
+    present = (classes > 0) & (left > 0)
+    ignore = present & (ignore | (left < (MIN_VISIBLE - 1e-5) * area))
+    return moved.clamp(0, 255).round().to(torch.uint8), seen * present[..., None], classes * present, ignore
 
 
 def join_four(
@@ -124,44 +112,34 @@ def join_four(
     centre: (B, 2) whole pixels x, y. Each image lies unscaled with one corner on the centre, cut to its quadrant.
     """
     (count, longest), (height, width) = classes.shape, pixels.shape[-2:]
-    joined = _joined(pixels, mask, sources, centre)
-    mask, sources, centre = (t.to(boxes.device) for t in (mask, sources, centre))
-    side = boxes.new_tensor([width, height])
-    right_low = boxes.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])  # (4, 2) of a quadrant
+    x = torch.arange(width, device=pixels.device) - centre[:, :1]  # (B, W) from the centre; below 0: left of it
+    y = torch.arange(height, device=pixels.device) - centre[:, 1:]  # (B, H)
+    quadrant = 2 * (y >= 0).long()[:, :, None] + (x >= 0).long()[:, None]  # (B, H, W)
+    source = sources.gather(1, quadrant.flatten(1)).view_as(quadrant)
+    joined = pixels.permute(0, 2, 3, 1)[source, (y % height)[:, :, None], (x % width)[:, None]]  # waits for no GPU
+    joined = torch.where(mask[:, None, None, None], joined.permute(0, 3, 1, 2), pixels)
+
+    right_low, side = boxes.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]]), boxes.new_tensor([width, height])
     point = centre.to(boxes.dtype)[:, None]  # (B, 1, 2)
-    shift = point - (1 - right_low) * side  # (B, 4, 2)
     low, high = point * right_low, point + (side - point) * right_low  # (B, 4, 2) corners of the quadrants
+    shift = point - (1 - right_low) * side  # (B, 4, 2)
     whole = boxes[sources] + shift.repeat(1, 1, 2)[:, :, None]  # (B, 4, K, 4)
-    low_corner, high_corner = whole[..., :2].maximum(low[:, :, None]), whole[..., 2:].minimum(high[:, :, None])
-    seen = torch.cat([low_corner, high_corner], dim=-1)  # (B, 4, K, 4)
-    left, shorter = (high_corner - low_corner).clamp(min=0).prod(-1), (high_corner - low_corner).amin(-1)  # (B, 4, K)
-    cut = (seen != whole).any(dim=-1)
-    dropped = cut & ((left < 0.1 * (whole[..., 2:] - whole[..., :2]).prod(dim=-1)) | (shorter < 2))
-    kinds, ignored = classes[sources], ignore[sources]  # (B, 4, K)
-    present = (kinds > 0) & (left > 0) & ~dropped
+    seen = torch.cat([whole[..., :2].maximum(low[:, :, None]), whole[..., 2:].minimum(high[:, :, None])], dim=-1)
+    extent = seen[..., 2:] - seen[..., :2]
+    left, area = extent.clamp(min=0).prod(dim=-1), (whole[..., 2:] - whole[..., :2]).prod(dim=-1)  # (B, 4, K)
+    dropped = (seen != whole).any(dim=-1) & ((left < 0.1 * area) | (extent.amin(dim=-1) < 2))
+    present = (classes[sources] > 0) & (left > 0) & ~dropped
 
     def chosen(mosaic: Tensor, was: Tensor) -> Tensor:
         """(B, 4K, ...): the mosaic's objects, or those of an image that stays with room for as many behind them."""
         room = torch.cat([was, was.new_zeros(count, 3 * longest, *was.shape[2:])], dim=1)
         return torch.where(mask.view(-1, *[1] * (was.dim() - 1)), mosaic.flatten(1, 2), room)
 
-    classes, ignore = chosen(kinds * present, classes), chosen(ignored & present, ignore)
     boxes = chosen(seen * present[..., None], boxes)
+    classes, ignore = chosen(classes[sources] * present, classes), chosen(ignore[sources] & present, ignore)
     order = (classes == 0).int().argsort(dim=1, stable=True)  # (B, 4K) objects first, otherwise as they were
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     return joined, boxes, classes.gather(1, order), ignore.gather(1, order)
-
-
-def _joined(pixels: Tensor, mask: Tensor, sources: Tensor, centre: Tensor) -> Tensor:  # one gather waits for no GPU
-    mask, sources, centre = (t.to(pixels.device) for t in (mask, sources, centre))
-    height, width = pixels.shape[-2:]
-    x = torch.arange(width, device=pixels.device) - centre[:, :1]  # (B, W) from the centre; below 0: left of it
-    y = torch.arange(height, device=pixels.device) - centre[:, 1:]  # (B, H)
-    quadrant = 2 * (y >= 0).long()[:, :, None] + (x >= 0).long()[:, None]  # (B, H, W)
-    source = sources.gather(1, quadrant.flatten(1)).view_as(quadrant)
-    rows, columns = (y % height)[:, :, None], (x % width)[:, None]  # (B, H, 1), (B, 1, W)
-    joined = pixels.permute(0, 2, 3, 1)[source, rows, columns].permute(0, 3, 1, 2)
-    return torch.where(mask[:, None, None, None], joined, pixels)
 
 
 def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
@@ -169,9 +147,7 @@ def random_crop(pixels: Tensor, shift: Tensor, crop: int) -> Tensor:
     if crop == 0:
         return pixels
     (count, channels, height, width), shift = pixels.shape, shift.to(pixels.device)
-    rows = shift[:, :1] + torch.arange(height, device=pixels.device)  # (B, H)
-    columns = shift[:, 1:] + torch.arange(width, device=pixels.device)  # (B, W)
-    image = torch.arange(count, device=pixels.device)[:, None, None, None]
-    channel = torch.arange(channels, device=pixels.device)[:, None, None]
-    padded = functional.pad(pixels, (crop,) * 4)
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    image, channel = (torch.arange(n, device=pixels.device)[:, None, None] for n in (count, channels))
+    rows = (shift[:, :1] + torch.arange(height, device=pixels.device))[:, None, :, None]  # (B, 1, H, 1)
+    columns = (shift[:, 1:] + torch.arange(width, device=pixels.device))[:, None, None]  # (B, 1, 1, W)
+    return functional.pad(pixels, (crop,) * 4)[image[..., None], channel, rows, columns]

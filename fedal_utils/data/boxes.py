@@ -1,4 +1,4 @@
-"""What torchvision.ops lacks for boxes: padding, flips, letterbox, and the padded batch of detections.
+"""What torchvision.ops lacks for boxes: flips, letterbox, and the padded batch of detections.
 
 Boxes are (N, 4) float32 xyxy in pixels. A padded batch is (B, K, 4); class 0 marks a padding row.
 """
@@ -46,8 +46,8 @@ class Detections:
         return self._each(lambda t: t[rows])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Detections":
-        plain = (change(t) for t in (self.boxes, self.scores, self.labels, self.probs))
-        return Detections(*plain, {name: change(t) for name, t in self.extra.items()})
+        extra = {name: change(t) for name, t in self.extra.items()}
+        return Detections(*map(change, (self.boxes, self.scores, self.labels, self.probs)), extra)
 
 
 def join_detections(parts: Sequence[Detections]) -> Detections:
@@ -68,21 +68,13 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
     return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
 
 
-def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """(..., 4) xyxy boxes cut to an image of (height, width); one wholly outside keeps no area."""
-    height, width = image_size
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1)
-
-
 def letterbox_fit(sizes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where images of `sizes` (N, 2) land in a canvas of (height, width): inner sizes (N, 2), offsets (N, 2) top, left.
 
     One scale for both sides, the largest that fits; the scaled image is rounded to whole pixels (at least one) and
     centred, an odd pixel going below or to the right: 380 x 640 in 192 x 320 -> inner 190 x 320, offset 1, 0.
     """
-    sizes = torch.as_tensor(sizes, dtype=torch.int64)
-    canvas = torch.tensor(image_size, dtype=torch.int64)
+    sizes, canvas = torch.as_tensor(sizes, dtype=torch.int64), torch.tensor(image_size, dtype=torch.int64)
     scale = (canvas / sizes.double()).amin(dim=-1, keepdim=True)  # (N, 1)
     inner = torch.minimum((sizes * scale + 0.5).floor().long().clamp(min=1), canvas)  # (N, 2)
     return inner, (canvas - inner) // 2

@@ -1,22 +1,25 @@
-"""Data sets by name, folders of one's own by path, and the one function that loads either: `load`."""
+"""Data sets by name, folders of one's own by path: `load`, `load_classes`, and `inspect_folder`, which only tells."""
 
+import contextlib
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from ..seeding import rng_for
 from . import download
+from .classification import CLASS_NAMES, find_classes
 from .digits import Digits, digit_scenes
-from .files import images_in
-from .folders import Found, kitti_found, own_folder
-from .formats import Record, assemble
-from .formats_coco import coco_records, read_json
-from .formats_kitti import KITTI_CLASSES, KITTI_TWO
+from .folders import Found, kitti_found, own_folder, place_of
+from .formats import Record, assemble, settled
+from .formats_json import coco_records, read_json
+from .formats_txt import KITTI_CLASSES, KITTI_TWO
 from .formats_voc import VOC_CLASSES, devkit_records, voc_record
 from .pixels import size_pair
 from .types import Dataset, Reading
@@ -32,20 +35,19 @@ class _Source(NamedTuple):
     download: str | None = None  # a name for `fetch`
 
 
-def _voc(train: Sequence[str], test: str, place: Path) -> Found:
-    """Splits such as 'VOC2007/trainval' of a devkit, `place` being one of its years."""
-    read = [devkit_records(place.parent / Path(s).parent, Path(s).name, one_based=True) for s in (*train, test)]
-    return Found(sum(read[:-1], []), read[-1], VOC_CLASSES)
-
-
-def _split(class_names: Sequence[str], one_based: bool, place: Path) -> Found:
-    return Found(*(devkit_records(place, split, one_based) for split in ("trainval", "test")), class_names)
+def _devkit(class_names: Sequence[str], one_based: bool, train: str, test: str, place: Path) -> Found:
+    """Splits of a folder in VOC's layout: names, or paths from it to those of another year, with spaces between."""
+    sides = []
+    for splits in (train, test):
+        paths = [place / split for split in splits.split()]
+        sides.append([record for path in paths for record in devkit_records(path.parent, path.name, one_based)])
+    return Found(*sides, class_names)
 
 
 def _voc07_half(place: Path) -> Found:
     """VOC07's test half, split once more: the folder VOC07 has it scaled down and split, the devkit has it as it is."""
     if place.name == "VOC07":
-        return _split(VOC_CLASSES, True, place)
+        return _devkit(VOC_CLASSES, True, "trainval", "test", place)
     every, held = devkit_records(place, "test", one_based=True), read_json(Path(__file__).with_name("voc07_half.json"))
     return Found(*([r for r in every if (r.id in held) == side] for side in (False, True)), VOC_CLASSES)
 
@@ -67,17 +69,16 @@ def _hit_uav(place: Path) -> Found:
         files = [place / f"instances_{split}.json" for split in ("train", "test")]
         sides = [coco_records(f, read_json(f), lambda name: place / "images" / name)[0] for f in files]
         return Found(*sides, HIT_UAV_CLASSES)
-    days: dict[str, list[Record]] = {}
-    pictures = images_in(place / "normal_xml" / "JPEGImages")
+    days: dict[str, list[Record]] = defaultdict(list)
     for split in ("train", "val", "test"):
         for entry in read_json(place / "normal_json" / "annotations" / f"{split}.json")["images"]:
-            name, day = Path(entry["filename"]).stem, str(entry["date_captured"])
-            record = voc_record(name, pictures[name], place / "normal_xml" / "Annotations" / f"{name}.xml")
-            things = []
+            file = place / "normal_xml" / "JPEGImages" / Path(entry["filename"]).name
+            record = voc_record(file.name, file, file.parents[1] / "Annotations" / f"{file.stem}.xml")
+            things, day = [], str(entry["date_captured"])
             for thing in record.objects:
                 names = HIT_UAV_CLASSES if thing.name == "DontCare" else (thing.name,)
                 things += [replace(thing, name=name, crowd=thing.name == "DontCare") for name in names]
-            days.setdefault(day, []).append(replace(record, id=record.file.name, objects=tuple(things), group=day))
+            days[day].append(replace(record, id=file.name, objects=tuple(things), group=day))
     train, test = [], []
     for records in days.values():
         records.sort(key=lambda record: int(record.file.stem.split("_")[-1]))
@@ -88,20 +89,19 @@ def _hit_uav(place: Path) -> Found:
 
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
 _KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php, or by `python -m fedal_utils data kitti` (12 GB),"
-_KITTI_PLACES = ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
-_07, _12, _TEST = "VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"
+_BCCD = "https://github.com/Shenggan/BCCD_Dataset"
+_07, _12, _RAW = ("VOCdevkit/VOC2007",), ("VOCdevkit/VOC2012",), ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
+_voc = partial(_devkit, VOC_CLASSES, True)
 SOURCES = {
-    "bccd": _Source(
-        partial(_split, BCCD_CLASSES, False), ("BCCD",), "https://github.com/Shenggan/BCCD_Dataset", "BCCD"
-    ),
+    "bccd": _Source(partial(_devkit, BCCD_CLASSES, False, "trainval", "test"), ("BCCD",), _BCCD, "BCCD"),
     "hit-uav": _Source(_hit_uav, ("HIT-UAV",), "https://github.com/suojiashun", "HIT-UAV"),
-    "voc07": _Source(partial(_voc, [_07], _TEST), ("VOCdevkit/VOC2007",), _VOC + "voc2007"),
-    "voc07-half": _Source(_voc07_half, ("VOC07", "VOCdevkit/VOC2007"), _VOC + "voc2007"),
-    "voc12": _Source(partial(_voc, ["VOC2012/train"], "VOC2012/val"), ("VOCdevkit/VOC2012",), _VOC + "voc2012"),
-    "voc0712": _Source(partial(_voc, [_07, _12], _TEST), ("VOCdevkit/VOC2012",), _VOC),
+    "voc07": _Source(partial(_voc, "trainval", "test"), _07, _VOC + "voc2007"),
+    "voc07-half": _Source(_voc07_half, ("VOC07", *_07), _VOC + "voc2007"),
+    "voc12": _Source(partial(_voc, "train", "val"), _12, _VOC + "voc2012"),
+    "voc0712": _Source(partial(_voc, "../VOC2007/trainval trainval", "../VOC2007/test"), _12, _VOC),
     "coco": _Source(_coco, ("coco",), "https://cocodataset.org/#download"),
-    "kitti": _Source(lambda place: kitti_found(place, KITTI_CLASSES), _KITTI_PLACES, _KITTI),
-    "kitti-2": _Source(lambda place: kitti_found(place, KITTI_TWO), _KITTI_PLACES, _KITTI),
+    "kitti": _Source(partial(kitti_found, class_names=KITTI_CLASSES), _RAW, _KITTI),
+    "kitti-2": _Source(partial(kitti_found, class_names=KITTI_TWO), _RAW, _KITTI),
 }
 NAMES = ("digits", *SOURCES)
 
@@ -111,20 +111,11 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("FEDAL_DATA") or "data").expanduser()
 
 
-def within_limit(count: int, most: int | None, seed: int, split: str) -> np.ndarray:
-    """Which of `count` images stay, in their order; nested: the 50 of a limit are among the 100 of another."""
-    return np.sort(rng_for(seed, "limit", split).permutation(count)[:most])
-
-
 def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: bool = False) -> Found:
     """Both sides of a set before any pixel is read: a known name, or a folder here or in `root`."""
     source = SOURCES.get(name)
     if source is None:
-        folders = [folder for folder in (Path(name).expanduser(), root / name) if folder.is_dir()]
-        if not folders:
-            allowed = f"{', '.join(NAMES)} or the path of a folder of images"
-            raise ValueError(f"data set {name!r} is not known, nor a folder here or in {root}; allowed are {allowed}")
-        return own_folder(folders[0], seed, unlabelled)
+        return own_folder(place_of(name, root, NAMES), seed, unlabelled)
     place = next((root / place for place in source.places if (root / place).is_dir()), None)
     if place is None and source.download and fetch:
         place = download.fetch(source.download, root)
@@ -134,12 +125,15 @@ def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: b
     return source.find(place)._replace(reading=Reading(name, "the published list", "as published"))
 
 
+Limit = tuple[int | None, int | None]
+
+
 def load(
     name: str,
     image_size: int | Sequence[int],
     root: str | Path | None = None,
     seed: int = 0,
-    limit: tuple[int | None, int | None] | None = None,
+    limit: Limit | None = None,
     min_object: float = 0,
     digits: Digits | None = None,
     unlabelled: bool = False,
@@ -152,17 +146,78 @@ def load(
     min_object: objects whose shorter side, letterboxed, is below this many pixels become ignore.
     digits: DigitScenes in train and test. unlabelled: keep a folder's images without annotation, as not labelled.
     """
-    limit = limit or (None, None)
     if name == "digits":
-        digits = digits or Digits()
-        scenes = tuple(n if most is None else min(n, most) for n, most in zip(digits.scenes, limit, strict=True))
+        digits, most = digits or Digits(), limit or (None, None)
+        scenes = tuple(n if m is None else min(n, m) for n, m in zip(digits.scenes, most, strict=True))
         return digit_scenes(digits._replace(scenes=scenes), size_pair(image_size), seed, min_object)
     found = find(name, data_root(root), seed, unlabelled=unlabelled)
+    return _assembled(name, found, image_size, seed, limit, min_object)
+
+
+def load_classes(
+    name: str,
+    image_size: int | Sequence[int],
+    root: str | Path | None = None,
+    limit: Limit | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """Train and test of a classification set: one of `CLASS_NAMES`, or a folder or .zip here or in the data root.
+
+    image_size, root, limit: as in `load`. seed: also draws splits that are not published.
+    """
+    return _assembled(name, find_classes(name, data_root(root), seed), image_size, seed, limit)
+
+
+def _assembled(
+    name: str, found: Found, image_size: int | Sequence[int], seed: int, limit: Limit | None, min_object: float = 0
+) -> tuple[Dataset, Dataset]:
     if shared := {r.id for r in found.train} & {r.id for r in found.test}:
         raise ValueError(f"data set {name!r}: image id {min(shared)!r} is in train and in test")
-    sides, label = [], name if name in SOURCES else Path(name).absolute().name
-    for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):
-        kept = [records[i] for i in within_limit(len(records), most, seed, split)]
+    sides, label = [], Path(name).absolute().name.removesuffix(".zip")
+    for split, records, most in zip(("train", "test"), (found.train, found.test), limit or (None, None), strict=True):
+        kept = np.sort(rng_for(seed, "limit", split).permutation(len(records))[:most])  # 50 are among 100 of another
         told = found.class_names, min_object, found.drops if split == "train" else None, found.reading
-        sides.append(assemble(f"{label} {split}", kept, image_size, *told))
+        sides.append(assemble(f"{label} {split}", [records[i] for i in kept], image_size, *told))
     return sides[0], sides[1]
+
+
+def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """What `load` or `load_classes` reads, without pixels: a dict that JSON can hold.
+
+    Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
+    test images, boxes, per_class (images, where a class is a whole image's) and the first ids.
+    """
+    if name == "digits":
+        raise ValueError("data set 'digits' is drawn, not read from files: there is nothing to inspect")
+    root = data_root(root)
+    if name in CLASS_NAMES or name.lower().endswith(".zip"):
+        found = find_classes(name, root, seed)
+    else:
+        found = find(name, root, seed, fetch=False)
+        if found.class_names is None:  # images without labels: their folders may be classes
+            with contextlib.suppress(ValueError):
+                found = find_classes(name, root, seed)
+    left_out, splits = Counter(found.drops), {}
+    for split, records in (("train", found.train), ("test", found.test)):
+        records = [settled(record) if isinstance(record.file, Path) else record for record in records]
+        for record in records:
+            left_out.update(record.drops)
+        things = [t.name for r in records for t in r.objects or () if not (t.difficult or t.crowd)]
+        kinds = Counter(things or (record.label for record in records))
+        per_class = {kind: kinds[kind] for kind in found.class_names or ()}
+        ids = [record.id for record in records[:5]]
+        splits[split] = {"images": len(records), "boxes": len(things), "per_class": per_class, "ids": ids}
+    told, left_out = found.reading, {reason: n for reason, n in left_out.items() if n}
+    report = {"format": told.format, "classes": list(found.class_names or ()), "classes_from": told.classes_from}
+    return report | {"split_from": told.split_from, "left_out": left_out, "splits": splits}
+
+
+def report_lines(report: dict[str, Any]) -> str:
+    """The report of `inspect_folder` for a person."""
+    return yaml.safe_dump(report, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120).rstrip()
+
+
+def contact_sheet(name: str, root: str | Path | None = None, seed: int = 0, count: int = 12) -> Dataset:
+    """Some training images of a set at 320 pixels, to be drawn with their boxes."""
+    read = load_classes if name in CLASS_NAMES else load
+    return read(name, (240, 320), root=root, seed=seed, limit=(count, 1))[0]

@@ -1,7 +1,6 @@
 """Downloads at a pinned commit, checked against a digest of their contents, put in place by one rename."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterable
 from http.client import HTTPException
@@ -60,36 +59,33 @@ def fetch(name: str, root: str | Path) -> Path:
     if name not in (*PINNED, KITTI):
         raise ValueError(f"no download is known for {name!r}; allowed are {', '.join([*PINNED, KITTI])}")
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{name}.lock"):
+    with FileLock(root / f".{name}.lock"), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as half:
         try:
             if name == KITTI:
                 datasets.Kitti(str(root), download=True)  # what is there is not asked for again
             elif not target.is_dir():
-                with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as half:
-                    _put_in_place(PINNED[name], root, Path(half), target)
+                _unpacked(PINNED[name], root, Path(half)).rename(target)
         except (OSError, RuntimeError, HTTPException) as error:
             raise ConnectionError(f"{name} could not be downloaded into {target}: {error}") from error
     return target
 
 
-def _put_in_place(pinned: Pinned, root: Path, half: Path, target: Path) -> None:
+def _unpacked(pinned: Pinned, root: Path, half: Path) -> Path:
+    """The set in the folder `half`, from an archive in `root` or from the network."""
+    url = f"https://github.com/{pinned.repository}/archive/{pinned.commit}.zip"
     repository = pinned.repository.split("/")[-1]
     archive = next(iter(sorted(root.glob(f"{repository}-*.zip"))), half / f"{repository}-{pinned.commit}.zip")
     if archive.parent == half:
-        url = f"https://github.com/{pinned.repository}/archive/{pinned.commit}.zip"
         try:
             datasets.utils.download_url(url, str(half), archive.name)
         except (OSError, RuntimeError, HTTPException) as error:
             raise ConnectionError(f"{url}: {error}; or put it there by other means, as {archive.name}") from error
-    with reading(
-        f"archive {archive} is damaged or cannot be unpacked", "a whole zip, and room; remove it and fetch it again"
-    ):
+    with reading(f"archive {archive} cannot be unpacked", "a whole zip, and room; remove it and fetch it again"):
         datasets.utils.extract_archive(str(archive), str(half / "all"))  # drops drives, leading '/' and '..'
     (top,) = (half / "all").iterdir()
     for part in pinned.parts:
         (half / "set" / part).parent.mkdir(parents=True, exist_ok=True)
         (top / pinned.root / part).rename(half / "set" / part)
-    found = content_digest(half / "set", pinned.parts)
-    if found != pinned.sha256:
-        raise ValueError(f"archive {archive} has the digest {found}; expected is {pinned}. {target} was not made")
-    os.rename(half / "set", target)
+    if (found := content_digest(half / "set", pinned.parts)) != pinned.sha256:
+        raise ValueError(f"archive {archive} has the digest {found}; expected is {pinned}; nothing was put in place")
+    return half / "set"

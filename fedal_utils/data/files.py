@@ -5,14 +5,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from zipfile import BadZipFile
 
-from yaml import YAMLError
-
-from .pixels import SUFFIXES
-
-_WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
-_WRONG += (OSError, YAMLError, BadZipFile)
 NOT_DATA = ("__MACOSX", "@eaDir")  # folders that systems leave behind
 # Folders that only say what kind of file they hold: images/train/a.jpg and labels/train/a.txt belong together.
 LAYOUT = {"images", "jpegimages", "labels", "annotations", "annotation", "xml", "imagesets", "main"}
@@ -31,9 +24,7 @@ def find_files(root: str | Path, *suffixes: str) -> list[Path]:
         if other != folder:
             raise ValueError(f"folders {folder} and {other} are the same one: a link leads to it a second time")
         folders[:] = [name for name in folders if not name.startswith(".") and name not in NOT_DATA]
-        for name in names:
-            if name.startswith(".") or (suffixes and os.path.splitext(name)[1].lower() not in suffixes):
-                continue
+        for name in (n for n in names if n[0] != "." and (not suffixes or n.lower().endswith(suffixes))):
             path = Path(folder, name)
             if not plain(str(path)):
                 raise ValueError(f"file name {ascii(str(path))} is not UTF-8 or holds control characters; rename it")
@@ -52,17 +43,10 @@ def by_key(paths: Iterable[Path], root: Path) -> dict[str, Path]:
     """The paths by `key_of`; ValueError where two share one."""
     found: dict[str, Path] = {}
     for path in paths:
-        other = found.setdefault(key_of(path, root), path)
-        if other != path:
-            raise ValueError(f"{path} and {other} share the id {key_of(path, root)!r}; ids must be unique")
+        key = key_of(path, root)
+        if found.setdefault(key, path) != path:
+            raise ValueError(f"{path} and {found[key]} share the id {key!r}; ids must be unique")
     return found
-
-
-def images_in(folder: Path) -> dict[str, Path]:
-    """Image files directly in `folder` by name without suffix, sorted."""
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist; it should hold the images")
-    return by_key((p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and p.name[0] != "."), folder)
 
 
 def read_text(file: Path) -> str:
@@ -92,7 +76,7 @@ def reading(where: str, needed: str) -> Iterator[None]:
     """Whatever is wrong with a value read inside becomes a ValueError that names the entry and what is needed."""
     try:
         yield
-    except _WRONG as error:
+    except Exception as error:
         told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{where[:400]}: {told[:400]}; needed: {needed}") from None
 

@@ -6,8 +6,8 @@ COCO files; otherwise it is drawn 80 : 20. Test is `test`, or `val` without one;
 
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,19 +16,17 @@ from typing import Any, NamedTuple
 from ..seeding import rng_for
 from .files import find_files, key_of, read_text, same_form
 from .formats import Record
-from .formats_coco import coco_records, read_json
-from .formats_kitti import KITTI_CLASSES, kitti_records, kitti_split
+from .formats_json import coco_records, read_json
+from .formats_txt import KITTI_CLASSES, data_yamls, kitti_records, kitti_split, yolo_names, yolo_records
 from .formats_voc import split_lines, voc_records
-from .formats_yolo import data_yamls, yolo_names, yolo_records
 from .pixels import SUFFIXES
 from .types import Reading
 
 _SPLITS = dict.fromkeys(("train", "training", "trainval"), "train") | {"test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 _NO_WORD = ("", "set", "data", "images", "labels")
-_TOOLS = {"shapes": "LabelMe", "_via_img_metadata": "VIA", "annotations": "COCO, CreateML or Label Studio"}  # by a key
+_TOOLS = {"shapes": "LabelMe", "_via_img_metadata": "VIA", "data": "Label Studio", "annotations": "COCO or CreateML"}
 _BOX_COLUMN = re.compile(rb"(?i)\b(x_?min|x1|bbox|left)\b")
-Told = dict[str, list[Path]]  # train, val, test -> images
 
 
 class Found(NamedTuple):
@@ -50,7 +48,7 @@ def split_of(words: Iterable[str]) -> str | None:
     return None
 
 
-def drawn_split(records: Sequence, seed: int, source: object) -> tuple[list, list, str]:
+def drawn_split(records: Sequence[Record], seed: int, source: object) -> tuple[list[Record], list[Record], str]:
     """80 : 20 by a named generator, at least one in either, and what to say of it; where nothing tells a split."""
     if len(records) < 2:
         raise ValueError(f"{source}: {len(records)} image(s) cannot be split into train and test; 2 are needed")
@@ -60,27 +58,43 @@ def drawn_split(records: Sequence, seed: int, source: object) -> tuple[list, lis
     return *sides, f"drawn 80 : 20 with seed {seed}, as nothing tells one"
 
 
+def place_of(name: str, root: Path, known: Sequence[str]) -> Path:
+    """The user's own folder (or .zip, or a JSON file to be told about), here or in `root`; ValueError if none."""
+    for path in (Path(name).expanduser(), root / name):
+        if path.is_dir() or (path.suffix.lower() in (".zip", ".json") and path.is_file()):
+            return path
+    allowed = f"{', '.join(known)} or the path of a folder of images"
+    raise ValueError(f"data set {name!r} is not known, nor a folder here or in {root}; allowed are {allowed}")
+
+
 def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
     """Both sides of a folder in any of the formats. unlabelled: keep images without an annotation as not labelled."""
     if (root / "training" / "label_2").is_dir():
         return kitti_found(root, KITTI_CLASSES)
-    files = find_files(root)
+    files = [root] if root.is_file() else find_files(root)
     images = [f for f in files if f.suffix.lower() in SUFFIXES]
-    if not images:
-        raise ValueError(f"data set {str(root)!r} is empty: no {', '.join(SUFFIXES)} file in it")
-    keys, said = {key_of(path, root) for path in images}, {}
+    keys = {key_of(path, root) for path in images}
     xmls = [f for f in files if f.suffix.lower() == ".xml"]
     xmls = [f for f in xmls if key_of(f, root) in keys or f.parent.name == "Annotations"]
+    texts = [f for f in files if f.suffix.lower() == ".txt" and key_of(f, root) in keys]
     jsons = {f: read_json(f) for f in files if f.suffix.lower() == ".json"}
-    coco = {
-        f: c for f, c in jsons.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys() and not xmls
-    }
-    names, told = None, []
+    coco = {f: c for f, c in jsons.items() if isinstance(c, dict) and {"images", "annotations"} <= c.keys()}
+    coco = {} if xmls else coco
+    foreign = _foreign([f for f in files if f not in coco and f not in xmls], jsons)
+    if foreign and not (xmls or coco or texts):  # or somebody would take the images for unlabelled
+        tool, file = next(iter(foreign.items()))
+        way = "convert them to COCO, VOC or YOLO"
+        if tool == "Label Studio":
+            way = f"read them with `python -m fedal_utils import labels.sqlite {file} --format label_studio`"
+        raise ValueError(f"{root} has labels of {tool} ({file}), which is no data set by itself; {way}")
+    if not images:
+        raise ValueError(f"data set {str(root)!r} is empty: no {', '.join(SUFFIXES)} file in it")
+    names, told, said = None, [], {}
     if xmls:
         layout, records = "Pascal VOC", voc_records(root, files)
     elif coco:
         layout, (records, names, said), told = "COCO", _coco(root, images, coco), list(coco)
-    elif any(f.suffix.lower() == ".txt" and key_of(f, root) in keys for f in files):
+    elif texts:
         numbers, told = yolo_names(files)
         layout, (records, names) = "YOLO", yolo_records(root, files, numbers)
     else:
@@ -88,13 +102,8 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
         records = [Record(path.relative_to(root).as_posix(), path, source=path) for path in images]
     for record in (record for record in records if record.file is None):
         raise ValueError(f"annotation {record.source} has no image {record.id} with one of {', '.join(SUFFIXES)}")
-    foreign = _foreign([f for f in files if f not in coco and f not in xmls], jsons)
-    labelled = [record for record in records if record.objects is not None]
-    if foreign and not labelled:  # or somebody would take the images for unlabelled
-        tool, file = next(iter(foreign.items()))
-        raise ValueError(f"{root} has labels of {tool} ({file}), which is not read; convert them to COCO, VOC or YOLO")
     drops = Counter({f"labels of {tool} beside it, such as {file.name}, not read": 1 for tool, file in foreign.items()})
-    if labelled:
+    if labelled := [record for record in records if record.objects is not None]:
         records = _with_the_rest(root, layout, labelled, images, unlabelled, drops)
         names = names or tuple(sorted({thing.name for record in labelled for thing in record.objects}))
     train, test, split_from = _sides(root, files, records, said, seed, drops)
@@ -105,9 +114,9 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
 def kitti_found(root: Path, class_names: Sequence[str]) -> Found:
     """KITTI's images with van Bommel's split."""
     records = {r.id: r for r in kitti_records(root, class_names)}
-    train, held = kitti_split(records)
+    train, held = ([records[i] for i in side] for side in kitti_split(records))
     reading = Reading("KITTI", "KITTI's types", "70 : 30 by a fixed seed, as in van Bommel's code")
-    return Found([records[i] for i in train], [records[i] for i in held], class_names, reading)
+    return Found(train, held, class_names, reading)
 
 
 def _coco(
@@ -123,19 +132,20 @@ def _coco(
         if split is None and len(contents) > 1:
             listed = ", ".join(str(f.relative_to(root)) for f in contents)
             raise ValueError(f"{root} has several COCO files ({listed}); each name must say train, val or test: {file}")
-        prefer = (
-            lambda p, file=file: file.parent in p.parents,
-            lambda p, split=split: split_of(p.relative_to(root).parts) == split,
-            lambda p: p.relative_to(root).parts[0].lower() == "images",  # not masks or previews of the same names
-        )
-        find = lambda name, file=file, prefer=prefer: _named(name, by_name, file, prefer) or file.parent / name  # noqa: E731
+
+        def find(name: str, file: Path = file, split: str | None = split) -> Path:
+            def likely(path: Path) -> tuple[bool, ...]:  # rather than masks or previews of the same names
+                parts = path.relative_to(root).parts
+                return file.parent in path.parents, split_of(parts) == split, parts[0].lower() == "images"
+
+            return _named(name, by_name, file, likely) or file.parent / name
+
         records, told = coco_records(file, content, find)
         if names not in (None, told):
             raise ValueError(f"annotation {file} has the categories {list(told)}, another file of {root} {list(names)}")
         names, read = told, read + records
         said |= {record.file: split for record in records} if split else {}
-    twice = [file for file, n in Counter(record.file for record in read).items() if n > 1]
-    if twice:
+    if twice := [file for file, n in Counter(record.file for record in read).items() if n > 1]:
         raise ValueError(f"image {twice[0]} stands more than once in {', '.join(map(str, contents))}")
     if len({record.id for record in read}) < len(read):  # equal file names in two folders: ids carry the folder
         read = [replace(record, id=record.file.relative_to(root).as_posix()) for record in read]
@@ -149,9 +159,10 @@ def _foreign(files: Sequence[Path], contents: Mapping[Path, Any]) -> dict[str, P
         content = contents.get(file, ())
         entry = content[0] if isinstance(content, list) and content else content
         tools, head = [t for k, t in _TOOLS.items() if isinstance(entry, dict) and k in entry], file.read_bytes()[:2000]
+        tools = tools if tools != ["Label Studio"] else []  # whose tasks have 'data' and 'annotations'
         tools += ["CVAT"] if file.suffix.lower() == ".xml" and b"<annotations" in head else []
         tools += ["a CSV table"] if file.suffix.lower() == ".csv" and _BOX_COLUMN.search(head) else []
-        for tool in tools:
+        for tool in tools[:1]:
             found.setdefault(tool, file)
     return found
 
@@ -184,55 +195,50 @@ def _sides(
     root: Path, files: Sequence[Path], records: list[Record], said: Mapping[Path, str], seed: int, drops: Counter
 ) -> tuple[list[Record], list[Record], str]:
     """Train, test, and how that was decided; images that no list names are left out and counted."""
-    told, by = _image_sets(files, records)
-    told, by = (told, by) if told else _lists(root, files, [record.file for record in records])
-    if not told:
-        by = "told by the names of folders and files"
-        for record in records:
-            split = said.get(record.file) or split_of(record.file.relative_to(root).parts[:-1])
-            told.setdefault(split, []).append(record.file)
-        if None in told and len(told) > 2:
-            raise ValueError(f"image {told[None][0]} lies in none of the folders train, val, test, but others do")
-    held = "test" if told.get("test") else "val"
-    test = set(told.get(held, ()))
-    learn = {path for split in ("train", "val") if split != held for path in told.get(split, ())}
-    if not test or not learn - test:
-        return drawn_split(records, seed, root)
-    if both := test & set(told.get("train", ())):
-        raise ValueError(f"{root}: image {min(both)} is in train and in {held} ({by})")
-    train, test = ([r for r in records if r.file in side] for side in (learn - test, test))
-    drops["in_no_split"] += len(records) - len(train) - len(test)
-    return train, test, by
+    for told, by in _told(root, files, records, said):
+        held = "test" if told.get("test") else "val"
+        train, test = set(told.get("train", ())), set(told.get(held, ()))
+        learn = train | set(told.get("val", ())) - test
+        if not test or not learn - test:
+            continue
+        if both := test & train:
+            raise ValueError(f"{root}: image {min(both)} is in train and in {held} ({by})")
+        train, test = ([r for r in records if r.file in side] for side in (learn, test))
+        drops["in_no_split"] += len(records) - len(train) - len(test)
+        return train, test, by
+    return drawn_split(records, seed, root)
 
 
-def _image_sets(files: Sequence[Path], records: Sequence[Record]) -> tuple[Told, str]:
-    """The split as ImageSets/Main tells it, by ids."""
+def _told(
+    root: Path, files: Sequence[Path], records: Sequence[Record], said: Mapping[Path, str]
+) -> Iterator[tuple[dict[str | None, list[Path]], str]]:
+    """What tells a split, the plainest first: the images of train, val and test, and what to say of it."""
     sets = {f.stem: f for f in files if f.suffix == ".txt" and f.parts[-3:-1] == ("ImageSets", "Main")}
-    held = next((split for split in ("test", "val") if split in sets), None)
-    learn = ["trainval"] if "trainval" in sets and held == "test" else [s for s in ("train", "val") if s in sets]
+    held = "test" if "test" in sets else "val"
+    learn = ["trainval"] if {"trainval", "test"} <= sets.keys() else [s for s in ("train", "val") if s in sets]
     learn = [split for split in learn if split != held]
-    if held is None or not learn:
-        return {}, ""
-    by_id = {r.id.split("/")[-1]: r.file for r in records} | {r.id: r.file for r in records}
-    told = {split: [by_id[i] for i in split_lines(sets[split], by_id)] for split in (*learn, held)}
-    if "trainval" in told:
-        told["train"] = told.pop("trainval")
-    return told, f"told by ImageSets/Main ({', '.join(learn)}; {held})"
-
-
-def _lists(root: Path, files: Sequence[Path], images: Sequence[Path]) -> tuple[Told, str]:
-    """The split as data.yaml tells it (folders, or lists of files), or train.txt, val.txt and test.txt."""
+    if held in sets and learn:
+        ids = {r.id.split("/")[-1]: r.file for r in records} | {r.id: r.file for r in records}
+        told = {split: [ids[i] for i in split_lines(sets[split], ids)] for split in (*learn, held)}
+        told = {_SPLITS[split]: paths for split, paths in told.items()}
+        yield told, f"told by ImageSets/Main ({', '.join(learn)}; {held})"
+    images = [record.file for record in records]
     by_name = _by_name(images)
     for file, content in data_yamls(files).items():
         bases, told = (file.parent / str(content.get("path") or ""), file.parent), {}
         for split in {"train", "val", "valid", "test"} & content.keys():
             entries = content[split] if isinstance(content[split], list) else [content[split]]
             told[_SPLITS[split]] = [p for entry in entries for p in _entry(str(entry), bases, root, images, by_name)]
-        if (held := told.get("test") or told.get("val")) and told.get("train") and set(held) != set(told["train"]):
-            return told, f"told by {file.relative_to(root).as_posix()}"
+        yield told, f"told by {file.relative_to(root).as_posix()}"
     lists = [split for split in ("train", "val", "test") if root / f"{split}.txt" in files]
     told = {split: _entry(f"{split}.txt", (root,), root, images, by_name) for split in lists}
-    return (told, f"told by {', '.join(f'{split}.txt' for split in lists)}") if len(told) > 1 else ({}, "")
+    yield told, f"told by {', '.join(f'{split}.txt' for split in lists)}"
+    told = defaultdict(list)
+    for path in images:
+        told[said.get(path) or split_of(path.relative_to(root).parts[:-1])].append(path)
+    if None in told and len(told) > 2:
+        raise ValueError(f"image {told[None][0]} lies in none of the folders train, val, test, but others do")
+    yield told, "told by the names of folders and files"
 
 
 def _entry(entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path], by_name: Mapping) -> list[Path]:
@@ -252,21 +258,23 @@ def _entry(entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path]
 
 
 def _by_name(images: Iterable[Path]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    found = defaultdict(list)
     for path in images:
-        found.setdefault(same_form(path.name), []).append(path)
+        found[same_form(path.name)].append(path)
     return found
 
 
 def _named(
-    name: str, by_name: Mapping[str, list[Path]], file: Path, prefer: Sequence[Callable[[Path], bool]] = ()
+    name: str, by_name: Mapping[str, list[Path]], file: Path, likely: Callable[[Path], tuple] = lambda path: ()
 ) -> Path | None:
-    """The image whose path ends as `name` does, as far as that decides; ValueError if several do."""
-    parts = [p for p in same_form(name).replace("\\", "/").split("/") if p not in ("", ".", "..")]
-    found = by_name.get(parts[-1], []) if parts else []
-    ends = [lambda p, n=n: [same_form(q) for q in p.parts[-n:]] == parts[-n:] for n in range(2, len(parts) + 1)]
-    for rule in (*ends, *prefer):
-        found = [p for p in found if rule(p)] or found if len(found) > 1 else found
+    """The image whose path ends most as `name` does, then the most likely one; ValueError if that leaves several."""
+    parts = [p for p in same_form(name).replace("\\", "/").split("/") if p not in ("", ".", "..")][::-1]
+
+    def rank(path: Path) -> tuple:
+        return len(os.path.commonprefix([same_form(path.as_posix()).split("/")[::-1], parts])), *likely(path)
+
+    found = by_name.get(parts[0], []) if parts else []
+    found = [path for path in found if rank(path) == max(map(rank, found))] if len(found) > 1 else found
     if len(found) > 1:
         raise ValueError(f"{file}: image {name!r} could be {found[0]} or {found[1]}")
     return found[0] if found else None

@@ -5,19 +5,23 @@ partly outside its image is clipped, one without area dropped. All else is a Val
 """
 
 import math
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .boxes import letterbox_boxes
-from .files import relative
+from .files import relative, write_text
 from .pixels import SUFFIXES, in_order, read_all, size_pair, upright_size
 from .types import Dataset, Images, Labels, Reading
+
+COLUMNS = ("image", "class", "x1", "y1", "x2", "y2", "height", "width", "difficult", "crowd")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Record:
     """An image as its annotation tells it: what readers return and writers take."""
 
     id: str  # a relative path with '/'
-    file: Path | None = None
+    file: Path | zipfile.Path | np.ndarray | None = None  # or the pixels, (H, W, 3) or (H, W)
     size: tuple[int, int] | None = None  # height, width
     objects: tuple[Object, ...] | None = None  # (): an image without objects, None: nobody has labelled it
     label: str | None = None  # the class of a whole image
@@ -50,10 +54,8 @@ def settled(record: Record) -> Record:
     file = record.file if record.file is not None and record.file.is_file() else None
     size = upright_size(file) if file else record.size
     if record.size not in (None, size) or (size is None and record.objects):
-        told = (
-            f"the size {record.size} (height, width) there, but its file {record.file} is {size or 'missing'}, upright"
-        )
-        raise ValueError(f"{record.source}: image {record.id!r} has {told}")
+        told = f"the size {record.size} (height, width) there, but its file {record.file} is {size or 'missing'}"
+        raise ValueError(f"{record.source}: image {record.id!r} has {told}, upright")
     drops, kept = Counter(record.drops), []
     for thing in record.objects or ():
         height, width = size
@@ -103,13 +105,24 @@ def beside(folder: Path, records: Sequence[Record], suffix: str) -> list[Path]:
         raise ValueError(f"{folder} is there already; give a folder without it, so that nothing is overwritten")
     ids = (PurePosixPath(record.id) for record in records)
     paths = [folder / f"{i.with_suffix('') if i.suffix.lower() in SUFFIXES else i}{suffix}" for i in ids]
-    shared = [path for path, n in Counter(str(path).lower() for path in paths).items() if n > 1]
-    if shared:
+    if shared := [path for path, n in Counter(str(path).lower() for path in paths).items() if n > 1]:
         raise ValueError(f"two images would share the annotation {shared[0]}; rename one of them")
     return paths
 
 
-def _labels_of(
+def write_csv(path: str | Path, records: Iterable[Record]) -> Path:
+    """A row a box; an image without boxes is a row without class, the class of a whole image one without a box."""
+    rows = []
+    for record in unique(records):
+        size = record.size or ("", "")
+        if not record.objects:
+            rows.append((record.id, record.label or "", "", "", "", "", *size, "", ""))
+        for thing in record.objects or ():
+            rows.append((record.id, thing.name, *map(float, thing.box), *size, int(thing.difficult), int(thing.crowd)))
+    return write_text(path, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, lineterminator="\n"))
+
+
+def _labels(
     records: Sequence[Record],
     class_names: Sequence[str],
     image_size: tuple[int, int],
@@ -120,19 +133,13 @@ def _labels_of(
     for record in records:
         if odd := {thing.name for thing in record.objects or ()} - number.keys():
             raise ValueError(f"{record.source}: {record.id!r} has the classes {odd}; allowed are {list(class_names)}")
-    objects = [record.objects or () for record in records]
-
-    def padded(rows: list, dtype: torch.dtype, *shape: int) -> Tensor:  # (N, K, ...)
-        tensors = [torch.tensor(row, dtype=dtype).reshape(-1, *shape) for row in rows]
-        return pad_sequence([*tensors, torch.zeros(1, *shape, dtype=dtype)], batch_first=True)[:-1]  # K is at least 1
-
-    classes = padded([[number[thing.name] for thing in things] for things in objects], torch.int64)
-    difficult = padded([[thing.difficult for thing in things] for things in objects], torch.bool)
-    crowd = padded([[thing.crowd for thing in things] for things in objects], torch.bool)
-    boxes = padded([[thing.box for thing in things] for things in objects], torch.float64, 4)
+    rows = [[(number[t.name], t.difficult, t.crowd, *t.box) for t in record.objects or ()] for record in records]
+    tensors = [torch.tensor(row, dtype=torch.float64).reshape(-1, 7) for row in [*rows, [[0.0] * 7]]]  # K is at least 1
+    classes, difficult, crowd, boxes = pad_sequence(tensors, batch_first=True)[:-1].split([1, 1, 1, 4], dim=-1)
+    classes, difficult, crowd = classes[..., 0].long(), difficult[..., 0] > 0, crowd[..., 0] > 0  # (N, K)
     sizes = torch.tensor([record.size for record in records])
     boxes = letterbox_boxes(boxes, sizes, image_size) * (classes > 0)[..., None]
-    small = (torch.minimum(*(boxes[..., 2:] - boxes[..., :2]).unbind(-1)) < min_object) & (classes > 0)
+    small = ((boxes[..., 2:] - boxes[..., :2]).amin(dim=-1) < min_object) & (classes > 0)
     small &= ~(difficult | crowd)  # each ignored object is counted once
     for reason, mask in (("difficult", difficult & ~crowd), ("crowd", crowd), ("too_small", small)):
         drops[reason] += int(mask.sum())
@@ -153,22 +160,28 @@ def assemble(
     name: what it is called. image_size: (height, width), or one side, that images are letterboxed to.
     class_names: default: those of the objects, sorted. min_object: a box with a shorter side (letterboxed) is ignore.
     drops: what was left out before, by reason. reading: how the records were read.
+    The label of a whole image is one object as large as the canvas.
     """
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")
-    image_size, counts = size_pair(image_size), Counter(drops)
-    records = in_order(settled, unique(records))
+    height, width = image_size = size_pair(image_size)
+
+    def ready(record: Record) -> Record:
+        if record.label is None:
+            return settled(record)
+        return replace(record, size=image_size, objects=(Object(record.label, (0, 0, width, height)),))
+
+    records, counts = in_order(ready, unique(records)), Counter(drops)
     for record in records:
         if record.file is None:
             raise ValueError(f"{record.source}: image {record.id!r} of {name!r} does not exist")
         counts.update(record.drops)
-    labelled = torch.tensor([record.objects is not None for record in records])
-    labels = None
+    labelled, labels = torch.tensor([record.objects is not None for record in records]), None
     if labelled.any():
         class_names = class_names or sorted({thing.name for record in records for thing in record.objects or ()})
         if not class_names:
             raise ValueError(f"{records[0].source}: no object in any annotation of {name!r}; give class_names")
-        labels = _labels_of(records, class_names, image_size, min_object, counts)
+        labels = _labels(records, class_names, image_size, min_object, counts)
     ids, files, groups = (tuple(getattr(record, what) for record in records) for what in ("id", "file", "group"))
     images = Images(ids, *read_all(files, image_size), None if None in groups else groups)
     kept = {reason: n for reason, n in counts.items() if n}

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .files import by_key, class_name, find_files, images_in, key_of, read_text, reading, same_form, whole, write_text
+from .files import by_key, class_name, find_files, key_of, read_text, reading, same_form, whole, write_text
 from .formats import Object, Record, beside, settled, to_write, unique
 from .pixels import SUFFIXES
 
@@ -22,15 +22,14 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def _xml_root(file: Path) -> ElementTree.Element:
-    raw = file.read_bytes() if file.is_file() else b""
-    declared = _DECLARED.match(raw)
-    text = "" if declared else read_text(file)
+    declared = _DECLARED.match(file.read_bytes()) if file.is_file() else None
+    text = "" if declared else re.sub(r"^\s*<\?xml[^>]*\?>", "", read_text(file))
     with reading(f"annotation {file} is truncated, not XML or wrongly encoded", "plain XML without entities"):
         if declared:
-            text = raw[declared.end() :].decode(declared[1].decode())
+            text = declared.string[declared.end() :].decode(declared[1].decode())
         if "<!ENTITY" in text:
             raise ValueError("it defines entities")
-        return ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
+        return ElementTree.fromstring(text)
 
 
 def _numbers(element: ElementTree.Element, inner: str, tags: Sequence[str]) -> list[float]:
@@ -79,11 +78,10 @@ def split_lines(file: Path, ids: Mapping[str, object]) -> list[str]:
 
 def devkit_records(root: Path, split: str, one_based: bool) -> list[Record]:
     """The images of one split of a folder in the devkit's layout; without trainval.txt it is train and val."""
-    images, sets = images_in(root / "JPEGImages"), root / "ImageSets" / "Main"
-    if split == "trainval" and not (sets / "trainval.txt").is_file() and (sets / "train.txt").is_file():
-        ids = sorted(split_lines(sets / "train.txt", images) + split_lines(sets / "val.txt", images))
-    else:
-        ids = split_lines(sets / f"{split}.txt", images)
+    images, sets = by_key(find_files(root / "JPEGImages", *SUFFIXES), root / "JPEGImages"), root / "ImageSets" / "Main"
+    parts = ["train", "val"] if split == "trainval" and not (sets / "trainval.txt").is_file() else [split]
+    ids = [i for part in parts for i in split_lines(sets / f"{part}.txt", images)]
+    ids = sorted(ids) if len(parts) > 1 else ids
     return [voc_record(i, images[i], root / "Annotations" / f"{i}.xml", one_based) for i in ids]
 
 
@@ -99,20 +97,19 @@ def write_voc(folder: str | Path, records: Iterable[Record], classes: Sequence[s
     """`Annotations/<image>.xml` with float coordinates from 0; images belong into `JPEGImages`. Reads back exactly."""
     folder, add = Path(folder), ElementTree.SubElement
     records = to_write(records, classes, "VOC XML", ("difficult",))
+
+    def fill(element: ElementTree.Element, content: Mapping[str, object]) -> None:
+        for tag, value in content.items():
+            add(element, tag).text = str(value)
+
     for record, name in zip(records, beside(folder / "Annotations", records, ".xml"), strict=True):
-        root = ElementTree.Element("annotation")
-        add(root, "filename").text = record.file.name if record.file else record.id
-        add(root, "sample").text = record.id
-        size = add(root, "size")
-        for tag, value in (("width", record.size[1]), ("height", record.size[0]), ("depth", 3)):
-            add(size, tag).text = str(int(value))
+        root, (height, width) = ElementTree.Element("annotation"), map(int, record.size)
+        fill(root, {"filename": record.file.name if record.file else record.id, "sample": record.id})
+        fill(add(root, "size"), {"width": width, "height": height, "depth": 3})
         for thing in record.objects:
             element = add(root, "object")
-            add(element, "name").text = thing.name
-            add(element, "difficult").text = str(int(thing.difficult))
-            frame = add(element, "bndbox")
-            for tag, value in zip(_SIDES, thing.box, strict=True):
-                add(frame, tag).text = repr(float(value))
+            fill(element, {"name": thing.name, "difficult": int(thing.difficult)})
+            fill(add(element, "bndbox"), dict(zip(_SIDES, map(float, thing.box), strict=True)))
         ElementTree.indent(root)
         write_text(name, ElementTree.tostring(root, encoding="unicode") + "\n")
     return folder

@@ -17,6 +17,11 @@ def _check(images: int, clients: int) -> None:
         raise ValueError(f"{clients} clients cannot share {images} images: each needs at least one")
 
 
+def _gathered(shares: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Each client's images, sorted, from its share of every class: shares[class][client]."""
+    return [np.sort(np.concatenate(parts)) for parts in zip(*shares, strict=True)]
+
+
 def iid(images: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Random equal split; sizes differ by one at most."""
     _check(images, clients)
@@ -34,16 +39,14 @@ def dirichlet(
     """
     _check(len(dominant), clients)
     for _ in range(TRIES):
-        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        shares = []
         for label in np.unique(dominant):
             members = rng.permutation(np.flatnonzero(dominant == label))
-            shares = rng.dirichlet(np.full(clients, alpha))
-            cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
-            for part, chunk in zip(parts, np.split(members, cuts), strict=True):
-                part.append(chunk)
-        joined = [np.sort(np.concatenate(part)) for part in parts]
-        if min(len(part) for part in joined) >= least:
-            return joined
+            cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)
+            shares.append(np.split(members, np.round(cuts).astype(int)))
+        parts = _gathered(shares)
+        if min(len(part) for part in parts) >= least:
+            return parts
     wanted = f"gave each of {clients} clients {least} of {len(dominant)} images"
     raise ValueError(f"no Dirichlet({alpha}) draw in {TRIES} {wanted}; raise alpha or lower clients")
 
@@ -69,8 +72,7 @@ def _whole(wanted: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.ndar
         over, under = np.argmax(dealt.sum(axis=1) - sizes), np.argmin(dealt.sum(axis=1) - sizes)
         gain = (dealt[over] - wanted[over]) - (dealt[under] - wanted[under])
         column = np.argmax(np.where(dealt[over] > 0, gain, -np.inf))  # of which both come nearest to what they want
-        dealt[over, column] -= 1
-        dealt[under, column] += 1
+        dealt[[over, under], column] += [-1, 1]
     return dealt
 
 
@@ -83,26 +85,21 @@ def dirichlet_equal(classes: np.ndarray, clients: int, alpha: float, rng: np.ran
     code splits without the matrix from alpha 10 on; here one rule holds. classes: (N,) of each image, any integers.
     """
     _check(len(classes), clients)
-    present, number, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    present, counts = np.unique(classes, return_counts=True)
     share, kinds = len(classes) / clients, len(present)
     tolerance = min(1, clients / kinds, kinds / clients) / 1000
     for _ in range(TRIES):  # log G(a) = log G(a + 1) + log U / a never underflows
         logs = np.log(rng.standard_gamma(alpha + 1, (clients, kinds)))
         logs = logs + np.log1p(-rng.random((clients, kinds))) / alpha
-        balanced = _balanced(logs, counts / share, tolerance)
-        if balanced is not None:
+        if (balanced := _balanced(logs, counts / share, tolerance)) is not None:
             break
     else:
         raise ValueError(f"none of {TRIES} Dirichlet({alpha}) draws for {clients} clients was balanced; raise alpha")
     sizes = np.full(clients, len(classes) // clients)
     sizes[rng.permutation(clients)[: len(classes) % clients]] += 1
     dealt = _whole(balanced * share, sizes, counts)
-    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
-    for column in range(kinds):
-        members = rng.permutation(np.flatnonzero(number.reshape(-1) == column))
-        for part, chunk in zip(parts, np.split(members, np.cumsum(dealt[:-1, column])), strict=True):
-            part.append(chunk)
-    return [np.sort(np.concatenate(part)) for part in parts]
+    members = [rng.permutation(np.flatnonzero(classes == kind)) for kind in present]
+    return _gathered([np.split(rows, np.cumsum(of)[:-1]) for rows, of in zip(members, dealt.T, strict=True)])
 
 
 def missing_class(
@@ -121,20 +118,19 @@ def missing_class(
             raise ValueError(f"client {client} misses the columns {columns}; columns are 0..{present.shape[1] - 1}")
         banned[client, list(columns)] = True
     patterns, group, sizes = np.unique(present, axis=0, return_inverse=True, return_counts=True)
-    parts: list[list[int]] = [[] for _ in missing]
-    left_over: list[int] = []
+    client_of, had = np.full(len(present), -1), np.zeros(len(missing), dtype=np.int64)
     for number in np.argsort(sizes, kind="stable"):
         allowed = np.flatnonzero(~(banned & patterns[number]).any(axis=1))
-        for image in rng.permutation(np.flatnonzero(group.reshape(-1) == number)):
-            if len(allowed) == 0:
-                left_over.append(int(image))
-                continue
-            counts = np.array([len(parts[client]) for client in allowed])
-            fewest = allowed[counts == counts.min()]
-            parts[fewest[rng.integers(len(fewest))]].append(int(image))
-    if empty := [client for client, part in enumerate(parts) if not part]:
-        raise ValueError(f"clients {empty} get no image: every image holds a class that they must miss")
-    return [np.sort(np.array(part, dtype=np.int64)) for part in parts], np.sort(np.array(left_over, dtype=np.int64))
+        members = rng.permutation(np.flatnonzero(group.reshape(-1) == number))
+        for image in members if len(allowed) else ():
+            fewest = allowed[had[allowed] == had[allowed].min()]
+            client_of[image] = fewest[rng.integers(len(fewest))]
+            had[client_of[image]] += 1
+    if not had.all():
+        raise ValueError(
+            f"clients {np.flatnonzero(had == 0).tolist()} get no image: every image holds a class they miss"
+        )
+    return [np.flatnonzero(client_of == client) for client in range(len(missing))], np.flatnonzero(client_of < 0)
 
 
 def natural(groups: Sequence[str] | None) -> tuple[list[np.ndarray], list[str]]:

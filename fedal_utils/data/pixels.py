@@ -44,9 +44,9 @@ def _opened(path: Path | zipfile.Path) -> Iterator[Image.Image]:
         yield image
 
 
-def upright_size(path: str | Path) -> tuple[int, int]:
+def upright_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright image from the file's header; ValueError that names a missing or broken file."""
-    with _opened(Path(path)) as image:
+    with _opened(path) as image:
         size, orientation = (image.height, image.width), 1
         if image.format == "TIFF":  # whose size Pillow may have turned already
             size = (image.tag_v2[257], image.tag_v2[256])
@@ -56,41 +56,46 @@ def upright_size(path: str | Path) -> tuple[int, int]:
         return size[::-1] if orientation in (5, 6, 7, 8) else size
 
 
-def read_upright(path: str | Path | zipfile.Path) -> Image.Image:
-    """The whole image, upright, as 8-bit RGB; a truncated, too large or 16-bit file is a ValueError that names it."""
+def read_upright(source: str | Path | zipfile.Path | np.ndarray) -> Image.Image:
+    """The whole image, upright, as 8-bit RGB; a truncated, too large or 16-bit file is a ValueError that names it.
+
+    source: a file, or pixels as uint8 (H, W, 3) or (H, W).
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: broken images would pass; set it to False")
-    with _opened(Path(path) if isinstance(path, str) else path) as image:
+    with _opened(Path(source) if isinstance(source, str) else source) as image:
         try:
             image.load()
         except Exception as error:
-            raise ValueError(f"image {path} is truncated or corrupt: {error}") from None
+            raise ValueError(f"image {source} is truncated or corrupt: {error}") from None
         with contextlib.suppress(Exception):  # a broken EXIF block counts as upright
             image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
 
 
-def letterbox_image(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
+def letterbox_image(image: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
     """An RGB image scaled (bilinear, antialiased) into a grey canvas of (height, width): uint8 (3, H, W)."""
     inner, offset = letterbox_fit(torch.tensor([[image.height, image.width]]), image_size)
     (height, width), (top, left) = inner[0].tolist(), offset[0].tolist()
-    if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     canvas = np.full((3, *image_size), FILL, dtype=np.uint8)  # NumPy: torch would start a pool in every reading thread
     canvas[:, top : top + height, left : left + width] = np.asarray(image).transpose(2, 0, 1)
-    return torch.from_numpy(canvas)  # (3, H, W)
+    return canvas
 
 
-def read_all(files: Sequence, image_size: tuple[int, int], read: Callable = read_upright) -> tuple[Tensor, Tensor]:
-    """Images letterboxed, uint8 (N, 3, H, W), and their sizes (N, 2). read: makes an RGB image of one of `files`."""
-    pixels = torch.empty(len(files), 3, *image_size, dtype=torch.uint8)
+def read_all(sources: Sequence, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images of what `read_upright` takes, letterboxed, uint8 (N, 3, H, W), and their sizes (N, 2)."""
+    pixels = np.empty((len(sources), 3, *image_size), dtype=np.uint8)
 
     def fill(row: int) -> tuple[int, int]:
-        image = read(files[row])
-        pixels.numpy()[row] = letterbox_image(image, image_size).numpy()
+        image = read_upright(sources[row])
+        pixels[row] = letterbox_image(image, image_size)
         return image.height, image.width
 
-    return pixels, torch.tensor(in_order(fill, range(len(files)))).reshape(-1, 2).long()
+    sizes = in_order(fill, range(len(sources)))
+    return torch.from_numpy(pixels), torch.tensor(sizes).reshape(-1, 2).long()
 
 
 def in_order(work: Callable, items: Sequence) -> list:

@@ -1,7 +1,6 @@
 """The one in-memory type: a `Dataset` is images and labels side by side, so that scoring can see images only."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,11 +33,6 @@ class Images:
     sizes: Tensor  # (N, 2) int64 original height, width
     groups: tuple[str, ...] | None = None  # day, town, camera of each image
 
-    def __post_init__(self) -> None:
-        if len(set(self.ids)) != len(self.ids):
-            twice = next(i for i, n in Counter(self.ids).items() if n > 1)
-            raise ValueError(f"image id {twice!r} occurs more than once; ids must be unique")
-
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -66,8 +60,7 @@ class Images:
 
     def batches(self, chunks: Sequence[Index], device: str | torch.device = "cpu") -> Iterator[Tensor]:
         """`batch` for each chunk of row numbers in turn."""
-        for chunk in chunks:
-            yield self.batch(chunk, device)
+        return (self.batch(chunk, device) for chunk in chunks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +75,8 @@ class Labels:
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Labels":
-        return Labels(change(self.boxes), change(self.classes), change(self.ignore), change(self.crowd))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Labels":
+        return Labels(*map(change, (self.boxes, self.classes, self.ignore, self.crowd)))
 
     @property
     def valid(self) -> Tensor:
@@ -92,12 +85,12 @@ class Labels:
 
     def to(self, device: str | torch.device) -> "Labels":
         """The same labels on `device`."""
-        return self._with(lambda t: t.to(device))
+        return self._each(lambda t: t.to(device))
 
     def take(self, index: Index) -> "Labels":
         """The labels of these rows (row numbers or a mask), in this order; K stays."""
         rows = torch.from_numpy(row_numbers(index, len(self))).to(self.boxes.device)
-        return self._with(lambda t: t[rows])
+        return self._each(lambda t: t[rows])
 
     def count(self) -> Tensor:
         """(N,) int64 objects per image that count (neither padding nor ignore)."""
@@ -149,16 +142,14 @@ class Dataset:
 
     def dominant_class(self) -> Tensor:
         """(N,) int64 the most frequent class of each image, 1..C; the lower one on a tie, 0 without objects."""
-        counts = self.class_counts().numpy(force=True)
-        first = counts.argmax(axis=1) + 1  # of equal ones the first
-        return torch.from_numpy(np.where(counts.max(axis=1) > 0, first, 0))
+        counts = self.class_counts().numpy(force=True)  # whose argmax is the first of equal ones
+        return torch.from_numpy(np.where(counts.any(axis=1), counts.argmax(axis=1) + 1, 0))
 
     def fingerprint(self) -> str:
         """SHA-256 of ids, sizes, groups, class names, labels and pixels: what runs and cached features belong to."""
         images, labels = self.images, self.labels
-        tensors = [images.sizes, self.labelled, images.pixels]
-        if labels is not None:
-            tensors[2:2] = [labels.boxes, labels.classes, labels.ignore, labels.crowd]
+        known = () if labels is None else (labels.boxes, labels.classes, labels.ignore, labels.crowd)
+        tensors = [images.sizes, self.labelled, *known, images.pixels]
         digest = hashlib.sha256(repr((images.ids, images.groups, images.image_size, self.class_names)).encode())
         for tensor in (t for t in tensors if t is not None):
             digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from ..seeding import rng_for
 from .augment import FILL
-from .boxes import Detections, clip_boxes, flip_boxes
+from .boxes import Detections, flip_boxes
 from .types import Images
 
 VIEWS = ("flip", "cutout", "resize", "rotate")
@@ -55,18 +56,16 @@ def change_view(name: str, pixels: Tensor, patches: Tensor | None = None) -> Ten
         return torch.where(covered, 0, pixels)
     if name == "resize":
         inner, (top, left) = _shrunk((height, width))
-        small = transforms.resize(pixels, list(inner), antialias=True)
-        around = (left, width - inner[1] - left, top, height - inner[0] - top)
-        return torch.nn.functional.pad(small, around, value=round(FILL))
+        around = [left, top, width - inner[1] - left, height - inner[0] - top]
+        return transforms.pad(transforms.resize(pixels, list(inner), antialias=True), around, fill=FILL)
     turned = transforms.rotate(pixels, ANGLE, expand=True)  # nearest pixel, black corners
     return transforms.resize(turned, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
 def _shrunk(image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of the view 'resize', and the top and left where it lies in the canvas."""
-    height, width = image_size
-    inner = max(1, round(height * RESIZE)), max(1, round(width * RESIZE))
-    return inner, ((height - inner[0]) // 2, (width - inner[1]) // 2)
+    inner = tuple(max(1, round(side * RESIZE)) for side in image_size)
+    return inner, tuple((side - part) // 2 for side, part in zip(image_size, inner, strict=True))
 
 
 def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -86,7 +85,7 @@ def move_boxes(name: str, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     high, wide = transforms.rotate(torch.zeros(1, *image_size), ANGLE, expand=True).shape[-2:]  # before it is scaled
     turned_x, turned_y = (x * cos + y * sin) * (width / wide), (y * cos - x * sin) * (height / high)
     corners = torch.stack([turned_x + width / 2, turned_y + height / 2], dim=-1)  # (..., 4, 2)
-    return clip_boxes(torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1), image_size)
+    return clip_boxes_to_image(torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1), image_size)
 
 
 @dataclass(frozen=True)

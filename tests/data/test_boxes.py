@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedal_utils import data
 from fedal_utils.data import boxes as b
 
 
@@ -60,7 +61,7 @@ def test_letterbox_fits_fills_and_is_undone_by_to_original(h, w, canvas_h, canva
 
 def test_clip_cuts_at_the_edges_and_leaves_nothing_of_a_box_outside():
     boxes = torch.tensor([[-5.0, -1.0, 3.0, 99.0], [20.0, 2.0, 30.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
-    clipped = b.clip_boxes(boxes, (10, 16))
+    clipped = data.clip_boxes(boxes, (10, 16))
     assert clipped.tolist() == [[0, 0, 3, 10], [16, 2, 16, 4], [1, 2, 3, 4]]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from fedal_utils import __main__ as command
 from fedal_utils import data
 
 HERE = Path(__file__).resolve()
@@ -126,8 +127,12 @@ def test_a_case_that_cannot_be_read_is_an_error_that_names_file_and_entry(source
         ("base64", r"task 1: .*images inside the export are not read"),
     ],
 )
-def test_a_case_of_label_studio(source, name, wanted, tmp_path):
+def test_a_case_of_label_studio(source, name, wanted, tmp_path, capsys):
     file = case(source, f"14-label-studio/{name}", tmp_path) / "export.json"
+    for place in (file, file.parent):  # inspect tells the command that reads it
+        assert command.main(["inspect", str(place)]) == 2
+        told = capsys.readouterr().err.strip()
+        assert told.endswith(f"`python -m fedal_utils import labels.sqlite {file} --format label_studio`")
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted):
             data.read_label_studio(file)

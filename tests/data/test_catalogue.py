@@ -10,7 +10,7 @@ from miniatures import KITTI, THREE, Picture, coco_content, image, kitti, voc
 
 from fedal_utils import data
 from fedal_utils.data import catalogue, download
-from fedal_utils.data.formats_kitti import KITTI_CLASSES, KITTI_TWO, kitti_split
+from fedal_utils.data.formats_txt import KITTI_CLASSES, KITTI_TWO, kitti_split
 
 REAL = Path(os.environ.get("FEDAL_DATA", "-"))
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

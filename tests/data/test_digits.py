@@ -33,7 +33,7 @@ def test_scenes_do_not_change_when_the_count_grows_or_other_numbers_were_drawn(d
 
 
 def test_train_and_test_share_no_source_digit():
-    train, test = data.digit_sources(seed=3)
+    train, test = room.digit_sources(seed=3)
     assert len(train) + len(test) == 1797 and not set(train) & set(test)
     drawn = {}
     for split, sources in (("train", train), ("test", test)):
@@ -43,7 +43,7 @@ def test_train_and_test_share_no_source_digit():
 
 
 def test_boxes_are_tight_around_the_drawn_digit():
-    sources, _ = data.digit_sources()
+    sources, _ = room.digit_sources()
     for k in range(30):
         pixels, boxes, _ = room.digit_scene(rng_for(0, "tight", k), sources, most=1)
         bare = np.round(room._canvas(rng_for(0, "tight", k), 64, 64) * 255).transpose(2, 0, 1)

@@ -75,9 +75,9 @@ def test_what_cannot_be_reached_names_address_file_and_folder(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        (FILES | {"Set/JPEGImages/a.jpg": b"other"}, "digest .*expected is .*was not made"),
+        (FILES | {"Set/JPEGImages/a.jpg": b"other"}, "digest .*expected is .*nothing was put in place"),
         (FILES | {"../../../../evil.txt": b"x"}, None),  # put there by hand
-        (None, "is damaged"),
+        (None, "cannot be unpacked"),
     ],
 )
 def test_wrong_contents_put_nothing_in_place(tmp_path, files, reason):

@@ -166,7 +166,7 @@ def test_masks_and_previews_beside_a_set_are_left_out_and_named(tmp_path, write)
     ("name", "content", "tool"),
     [
         ("a.json", {"version": "5", "shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
-        ("labels.json", [{"image": "a.jpg", "annotations": []}], "COCO, CreateML or Label Studio"),
+        ("labels.json", [{"image": "a.jpg", "annotations": []}], "COCO or CreateML"),
         ("project.json", {"_via_img_metadata": {}, "_via_settings": {}}, "VIA"),
         ("labels.xml", "<annotations><image/></annotations>", "CVAT"),
         ("labels.csv", "filename,class,xmin,ymin,xmax,ymax\n", "a CSV table"),

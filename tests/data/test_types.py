@@ -38,11 +38,6 @@ def test_take_keeps_images_labels_and_what_is_labelled_together(digits):
             digits.images.take([row])
 
 
-def test_ids_must_be_unique():
-    with pytest.raises(ValueError, match="'x' occurs more than once"):
-        data.Images(("x", "y", "x"), torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.ones(3, 2).long())
-
-
 @settings(max_examples=50)
 @given(st.lists(st.booleans(), min_size=4, max_size=4), st.integers(40, 80), st.data())
 def test_flipped_labels_mirror_objects_and_twice_is_the_identity(mask, width, draw):

@@ -1,22 +1,30 @@
-"""YOLO: a txt file an image, lines `class cx cy w h` in fractions of it, and files that name the classes.
+"""Labels as a txt file an image: YOLO's `class cx cy w h` in fractions of it, and KITTI's 2D objects, to read.
 
-data.yaml, classes.txt and *.names must agree; without any, classes are "0", "1", ...
+YOLO: data.yaml, classes.txt and *.names must agree; without any, classes are "0", "1", ... KITTI: as in the released
+code of van Bommel (2021), corners are cut to whole pixels, and `DontCare` regions and other classes are dropped (and
+counted here); an image that keeps none stays as a negative.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from ..seeding import rng_for
 from .files import by_key, class_name, find_files, key_of, read_text, reading, write_text
 from .formats import Object, Record, beside, settled, to_write
 from .pixels import SUFFIXES
 
 _LABEL_LINE = re.compile(r"^\s*[0-9]+(\s+[-+.0-9eE]+){4,}\s*$", re.MULTILINE)
 MOST_CLASSES = 10_000
+KITTI_CLASSES = ("Car", "Cyclist", "Misc", "Pedestrian", "Person_sitting", "Tram", "Truck", "Van")
+KITTI_TWO = ("Car", "Pedestrian")
+KITTI_SPLIT_SEED = 11111  # van Bommel 2021, released code
 
 
 class _AsWritten(yaml.BaseLoader):
@@ -53,18 +61,19 @@ def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]
     """Class names by number, and the files that told them; None where no file does."""
     yamls = data_yamls(files)
     told: dict[Path, Any] = {file: content["names"] for file, content in yamls.items() if "names" in content}
-    for file in files:
-        if file.suffix == ".names" or file.name == "classes.txt":
-            told[file] = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    for file in (f for f in files if f.suffix == ".names" or f.name == "classes.txt"):
+        told[file] = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if not told and yamls:
         raise ValueError(f"{next(iter(yamls))} has no names, and there is no classes.txt: the classes are unknown")
     first: dict[int, str] | None = None
     for file, content in told.items():
         with reading(str(file), "a list of unique names, or a mapping of whole numbers to them, nc as many"):
-            keys = list(range(len(content))) if isinstance(content, list) else sorted(content, key=int)
-            names, count = {int(key): content[key] for key in keys}, yamls.get(file, {}).get("nc", str(len(keys)))
-            if isinstance(content, dict) and list(map(str, names)) != keys:
-                raise ValueError(f"names has the keys {keys}")
+            if isinstance(content, list):
+                content = {str(i): name for i, name in enumerate(content)}
+            names = {int(key): content[key] for key in sorted(content, key=int)}
+            count = yamls.get(file, {}).get("nc", str(len(names)))
+            if set(map(str, names)) != content.keys():
+                raise ValueError(f"names has the keys {list(content)}")
             if not names or len(set(map(class_name, names.values()))) != len(names) or count != str(len(names)):
                 raise ValueError(f"there are {len(names)} names, nc is {count}; no class name stands twice: {names}")
         first = first or names
@@ -82,7 +91,7 @@ def yolo_objects(file: Path, names: Mapping[int, str] | None) -> tuple[Object, .
             continue
         with reading(f"{file}: line {i} is {line[:200]!r}", f"`class cx cy w h`, the class one of {allowed}"):
             number, *fields = line.split()
-            cx, cy, w, h = (Decimal(text) for text in fields)
+            cx, cy, w, h = map(Decimal, fields)
             box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
             if "_" in line or not re.fullmatch(r"[0-9]{1,9}", number) or not all(abs(v) < 10**6 for v in box):
                 raise ValueError("not a whole number and four fractions")
@@ -106,8 +115,8 @@ def yolo_records(
         objects = yolo_objects(labels[key], names) if key in labels else None
         records.append(Record(key, image, None, objects, source=labels.get(key, image), fractions=True))
     if names is None:
-        found = [int(thing.name) for record in records for thing in record.objects or ()]
-        names = {number: str(number) for number in range(1 + max(found, default=-1))}
+        most = max((int(thing.name) for record in records for thing in record.objects or ()), default=-1)
+        return records, tuple(map(str, range(most + 1)))
     return records, tuple(names.values())
 
 
@@ -117,20 +126,64 @@ def read_yolo(folder: str | Path) -> list[Record]:
     return [settled(record) for record in yolo_records(Path(folder), files, yolo_names(files)[0])[0]]
 
 
-def _decimal(value: Decimal) -> str:
-    return format(value.normalize(), "f") if value else "0"
-
-
 def write_yolo(folder: str | Path, records: Iterable[Record], classes: Sequence[str]) -> Path:
     """`labels/<image>.txt` and `data.yaml`; the images belong into `images`. Beside them the same corners are read."""
     folder, records = Path(folder), to_write(records, classes, "YOLO txt")
     for record, name in zip(records, beside(folder / "labels", records, ".txt"), strict=True):
         (height, width), lines = record.size, []
         for thing in record.objects:
-            x1, y1, x2, y2 = (Decimal(v) for v in thing.box)
+            x1, y1, x2, y2 = map(Decimal, thing.box)
             fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-            lines.append(" ".join([str(list(classes).index(thing.name)), *map(_decimal, fractions)]) + "\n")
+            lines.append(
+                " ".join([str(list(classes).index(thing.name)), *(f"{v.normalize():f}" for v in fractions)]) + "\n"
+            )
         write_text(name, "".join(lines))
     content = {"train": "images", "val": "images", "nc": len(classes), "names": list(classes)}
     write_text(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 30))
     return folder
+
+
+def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
+    """70 % train and 30 % validation ids, each sorted, the same for all class sets (van Bommel 2021).
+
+    Seed and sizes (5,237 and 2,244 of 7,481) are those of the released code, the lists are not: its generator is
+    another one. The paper's validation part is its test set too.
+    """
+    ids = sorted(ids)
+    if len(ids) < 2:
+        raise ValueError(f"{len(ids)} image(s) cannot be split into train and validation; at least 2 are needed")
+    count = max(1, int(0.3 * len(ids)))
+    held = set(rng_for(KITTI_SPLIT_SEED, "kitti", "validation").permutation(len(ids))[:count].tolist())
+    return [i for n, i in enumerate(ids) if n not in held], [i for n, i in enumerate(ids) if n in held]
+
+
+def _kitti_objects(file: Path, class_names: Sequence[str]) -> tuple[tuple[Object, ...], Counter]:
+    objects, left_out = [], Counter()
+    needed = f"one of {', '.join(KITTI_CLASSES)}, DontCare, then 14 finite numbers, or 15 with a score"
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        with reading(f"{file}: line {number} is {line[:200]!r}", needed):
+            name, *fields = line.split()
+            values = [float(text) for text in fields]
+            if name not in (*KITTI_CLASSES, "DontCare") or len(values) not in (14, 15) or not np.isfinite(values).all():
+                raise ValueError(f"type {name!r} and {len(values)} numbers")
+        if name in class_names:
+            objects.append(Object(name, tuple(float(int(v)) for v in values[3:7])))
+        else:
+            left_out["dont_care" if name == "DontCare" else "other_class"] += 1
+    return tuple(objects), left_out
+
+
+def kitti_records(folder: Path, class_names: Sequence[str] = KITTI_CLASSES) -> list[Record]:
+    """The images of a folder that holds `training`, `image_2` and `label_2` in it, sorted by id."""
+    pictures, labels = folder / "training" / "image_2", folder / "training" / "label_2"
+    images, texts = (by_key(find_files(p, *ends), p) for p, ends in ((pictures, SUFFIXES), (labels, (".txt",))))
+    records = []
+    for key in sorted(images.keys() | texts.keys()):
+        file = labels / f"{key}.txt"
+        objects, left_out = _kitti_objects(file, class_names)
+        records.append(
+            Record(key, images.get(key, pictures / f"{key}.png"), None, objects, source=file, drops=left_out)
+        )
+    return records
