@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, notebooks, papers, publish, record
+from . import __version__, federation, labelling, notebooks, papers, plots, publish, record
 from .config import PROFILES
 
 
@@ -62,17 +62,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--format": dict(required=True, help="coco (a JSON file), yolo or voc (a folder), csv (out), label_studio (in)"),
     "--who": dict(default="import", help="the name of whoever labelled"),
     "--clients": dict(type=int, default=0, help="how many; default: the profile's"),
-    "--method": dict(default="", help="scheme and query strategy, such as avg or chain+sum"),
     "--simulation": dict(action="store_true", help="Flower's simulation in the place of processes"),
 }
 
 
 def data_place(data: str) -> str | None:
     """A data set's name as it is; a folder's path made good for a notebook, which works in the checkout's root."""
-    if "/" not in data and not data.startswith((".", "~")):
-        return data or None
     path = Path(data).expanduser()
-    return str(path if Path.cwd() == record.project_root() else path.absolute())
+    named = "/" not in data and not data.startswith((".", "~"))
+    return (data if named else str(path if Path.cwd() == record.project_root() else path.absolute())) or None
 
 
 def data_folder() -> Path:
@@ -128,20 +126,21 @@ def data(given: argparse.Namespace) -> None:
 
 def inspect(given: argparse.Namespace) -> None:
     """Tell what is read from a folder or a named set: format, classes, split, what was left out."""
-    from . import data, plots
+    from . import data
 
     report = data.inspect_folder(given.path, data_folder(), given.seed)
     print(json.dumps(report, indent=1, ensure_ascii=False) if given.json else data.report_lines(report))
     if given.picture:
         sheet = data.contact_sheet(given.path, data_folder(), given.seed)
         figure, _ = plots.image_grid(sheet.images, sheet.labels, sheet.class_names, range(len(sheet)))
-        kind = Path(given.picture).suffix[1:] or "png"
-        record.write_atomic(given.picture, lambda file: figure.savefig(file, format=kind))
+
+        record.write_atomic(
+            given.picture, lambda file: figure.savefig(file, format=Path(given.picture).suffix[1:] or "png")
+        )
 
 
 def label(given: argparse.Namespace) -> None:
     """Label the images of a folder (--data) in the browser, until Ctrl+C; everything is in the store by then."""
-    from . import labelling
     from .labelling import page
 
     if not (given.data and Path(given.data).is_dir()):
@@ -155,16 +154,12 @@ def label(given: argparse.Namespace) -> None:
 
 def export(given: argparse.Namespace) -> None:
     """Labels of a store as a file or folder."""
-    from . import labelling
-
     with labelling.Store(given.store) as store:
         print(f"{labelling.export(store, given.format, given.path):,} images: {given.path}")
 
 
 def import_(given: argparse.Namespace) -> None:
     """Labels of files into a store."""
-    from . import labelling
-
     print(f"{labelling.load(given.store, given.format, given.path, given.who):,} labels are new in {given.store}")
 
 
@@ -178,25 +173,18 @@ def records(given: argparse.Namespace) -> None:
 def merge(given: argparse.Namespace) -> None:
     """Add the runs of another machine to results/records: a tar archive, or a folder, that holds records."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(given.path)
-        if place.is_file():
-            with tarfile.open(place) as archive:
+        if Path(given.path).is_file():
+            with tarfile.open(given.path) as archive:
                 archive.extractall(folder, filter="data")
-            place = Path(folder)
-        parts = sorted({path.parent for path in place.rglob("*.csv.gz")})
-        if not parts:
-            raise ValueError(f"{given.path} holds no records")
-        for part in parts:
-            print(*record.merge(part), sep="\n")
+        print(*record.merge(folder if Path(given.path).is_file() else given.path), sep="\n")
 
 
 def clients(given: argparse.Namespace) -> None:
     """Run the experiment with a server and real clients, processes of this machine (Flower)."""
-    from . import federation, flower
+    from . import flower
 
     name, wishes = "60_real_clients", {**dict(given.set), "seeds": [given.seed], "data": data_place(given.data)}
     wishes |= {"clients": given.clients} if given.clients else {}
-    wishes |= {"methods": (given.method,)} if given.method else {}
     settings = papers.load(name, given.profile or notebooks.default_profile(), **wishes)
     setup = federation.prepare(settings, device="cpu")
     place = record.project_root() / "results" / "runs" / name / f"place-{settings.digest()[:8]}-seed{given.seed}"
@@ -218,7 +206,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int | None], str] = {
     import_: "store path --format --who",
     records: "--nb",
     merge: "path",
-    clients: "--clients --profile --data --method --seed --set --simulation",
+    clients: "--clients --profile --data --seed --set --simulation",
 }
 
 

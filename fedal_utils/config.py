@@ -1,8 +1,6 @@
-"""Every number of an experiment, in parts, as frozen dataclasses; unknown names and impossible values are refused.
+"""Every number of an experiment, in parts, as frozen dataclasses; the sizes of each paper are in `papers`.
 
-`config.training.lr` reads a number; `config.replace(lr=0.1, clients=5)` and `Config.of(lr=0.1)` take flat names, for
-each name stands in one part only. The sizes of each paper are in `papers`; a profile changes numbers and nothing
-else.
+`config.training.lr` reads a number; `config.replace(lr=0.1, clients=5)` and `Config.of(lr=0.1)` take flat names.
 """
 
 from __future__ import annotations
@@ -140,7 +138,7 @@ class QueryConfig(Part):
     test_time_views: bool = False  # score on flipped and scaled views as well (YOLO)
     no_detection_rule: str = name("last", "first", "never")  # where images without a detection are queried
     pool_subset_size: int = number(0, least=0)  # at most so many unlabelled images are scored in a cycle; 0 = all
-    cascade: tuple[float, ...] = (4.0, 3.0, 2.0, 1.5)  # what retrieval and three filters leave, in query sizes
+    cascade: tuple[float, float, float, float] = number((4.0, 3.0, 2.0, 1.5), least=1)  # query sizes that steps leave
     cascade_order: tuple[str, ...] = FILTERS
     quota: float = fraction(0.15)  # part of the query that 'hua' draws from images with score zero
     pseudo_above: float = fraction(0.5)  # a detection stands in for ground truth from this confidence on
@@ -202,10 +200,9 @@ class Config(Part):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {self.seeds}")
         if sorted(self.query.cascade_order) != sorted(FILTERS):
             raise ValueError(f"cascade_order must name each of {FILTERS} once, got {self.query.cascade_order}")
-        falling = (*self.query.cascade, 1.0)
-        if len(falling) != 5 or any(not a >= b for a, b in zip(falling, falling[1:], strict=False)):
-            raise ValueError(f"cascade must be four numbers >= 1 that do not grow, got {self.query.cascade}")
-        if not (self.federation.max_update_ratio == 0 or self.federation.max_update_ratio > 1):
+        if sorted(self.query.cascade, reverse=True) != [*self.query.cascade]:
+            raise ValueError(f"cascade must be four numbers that do not grow, got {self.query.cascade}")
+        if self.federation.max_update_ratio != 0 and self.federation.max_update_ratio <= 1:
             raise ValueError(f"max_update_ratio must be 0 (off) or > 1, got {self.federation.max_update_ratio}")
         kept, state = ("restart", "client") if self.model.classifier else ("restart",), self.federation.optimizer_state
         if self.federation.reset_each_cycle and state not in kept:

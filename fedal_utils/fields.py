@@ -1,8 +1,4 @@
-"""Fields with limits, and frozen dataclasses made of parts whose fields are read and replaced by flat names.
-
-A field's limits stand in its metadata and are checked when a part is made; unknown names and wrong types are refused
-with what is allowed.
-"""
+"""Fields with limits, checked when a part is made, and parts whose fields are read and replaced by flat names."""
 
 from __future__ import annotations
 
@@ -10,7 +6,10 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 from typing import Any
+
+LIMITS = (("least", operator.ge, "{} or more"), ("most", operator.le, "{} at most"), ("above", operator.gt, "> {}"))
 
 
 def number(
@@ -35,20 +34,17 @@ class Part:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            if not _finite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
-            if limits.get("names") and value not in limits["names"]:
-                raise ValueError(f"{field.name} must be one of {limits['names']}, got {value!r}")
+            value, limits = getattr(self, field.name), {"names": (), **field.metadata}
             values = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(v) for v in values if isinstance(v, float)):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+            if limits["names"] and value not in limits["names"]:
+                raise ValueError(f"{field.name} must be one of {limits['names']}, got {value!r}")
             if value is not None and "..." not in field.type and len(values) != field.type.count(",") + 1:
                 raise ValueError(f"{field.name} must be {field.type}, got {value}")
-            if limits.get("least") is not None and not all(v >= limits["least"] for v in values):
-                raise ValueError(f"{field.name} must be {limits['least']} or more, got {value}")
-            if limits.get("most") is not None and not all(v <= limits["most"] for v in values):
-                raise ValueError(f"{field.name} must be {limits['most']} at most, got {value}")
-            if limits.get("above") is not None and not all(v > limits["above"] for v in values):
-                raise ValueError(f"{field.name} must be > {limits['above']}, got {value}")
+            for limit, fits, words in LIMITS:
+                if limits.get(limit) is not None and not all(fits(v, limits[limit]) for v in values):
+                    raise ValueError(f"{field.name} must be {words.format(limits[limit])}, got {value}")
 
     @classmethod
     @functools.cache
@@ -56,10 +52,8 @@ class Part:
         """Every flat name, and where it stands: 'lr' -> ('training', 'lr')."""
         found: dict[str, tuple[str, ...]] = {}
         for field in dataclasses.fields(cls):
-            if isinstance(field.default, Part):
-                found |= {name: (field.name, *path) for name, path in type(field.default).paths().items()}
-            else:
-                found[field.name] = (field.name,)
+            inner = type(field.default).paths() if isinstance(field.default, Part) else {field.name: ()}
+            found |= {name: (field.name, *path) for name, path in inner.items()}
         return found
 
     @classmethod
@@ -79,28 +73,22 @@ class Part:
     def replace(self, **changes: Any) -> Any:
         """A copy with these values, by flat names; unknown names and wrong types are refused, lists become tuples."""
         known, default = self.paths(), type(self)().flat()
-        for name in changes:
+        mine: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"unknown parameter {name!r}{hint} Known: {', '.join(sorted(known))}")
-        return self._replaced({name: _typed(name, _as_tuple(v), default[name]) for name, v in changes.items()})
-
-    def _replaced(self, changes: dict[str, Any]) -> Any:
-        mine = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Part):
-                mine[field.name] = value._replaced(changes)
-            elif field.name in changes:
-                mine[field.name] = changes[field.name]
-        return dataclasses.replace(self, **mine)
+            first, *rest = known[name]
+            place = inner.setdefault(first, {}) if rest else mine
+            place[name] = value if rest else _typed(name, _as_tuple(value), default[name])
+        parts = {first: getattr(self, first).replace(**values) for first, values in inner.items()}
+        return dataclasses.replace(self, **mine, **parts)
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
@@ -113,13 +101,9 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise ValueError(f"parameter {name!r} must be {type(default).__name__}, got {value!r}")
-    if isinstance(default, tuple) and default and len({type(v) for v in default}) == 1:
-        item = type(default[0])
+    if isinstance(default, tuple) and len(kinds := {type(v) for v in default}) == 1:
+        (item,) = kinds
         value = tuple(float(v) if item is float and type(v) is int else v for v in value)
         if any(type(v) is not item for v in value):
             raise ValueError(f"parameter {name!r} must hold values of type {item.__name__}, got {value!r}")
     return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -4,7 +4,6 @@ A notebook is known by the stem of its file, `11_fedavg`; one cell tagged `param
 """
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -13,13 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import papers, record
+from . import federation, papers, record
 from .config import Config
 
 SILENCE = {"smoke": 15.0, "quick": 60.0, "paper": 0.0}  # minutes that a notebook may print nothing; 0 = without limit
@@ -32,20 +31,21 @@ class NotebookFailed(RuntimeError):
 def find(wish: str | None = None) -> list[Path]:
     """The notebooks of the checkout in reading order, or those wished for: "11_fedavg", "11", or "10,11".
 
-    ValueError naming what there is if a notebook is unknown or ambiguous.
+    ValueError naming what there is if one is unknown.
     """
     paths = sorted((record.project_root() / "notebooks").glob("*.ipynb"))
     if not paths:
         raise ValueError(f"no notebooks in {record.project_root()}: run this inside a checkout of the project")
-    chosen = []
-    for part in wish.split(",") if wish else [path.stem for path in paths]:
+    stems, chosen = [path.stem for path in paths], {}
+    for part in wish.split(",") if wish else stems:
         word = Path(part.strip()).name.removesuffix(".ipynb")
-        found = [p for p in paths if word in (p.stem, p.stem.split("_")[0])]
+        found = [path for path in paths if word in (path.stem, path.stem.split("_")[0])]
         if len(found) != 1:
-            problem = "is ambiguous" if found else "is unknown"
-            raise ValueError(f"notebook {word!r} {problem}; there are: {', '.join(p.stem for p in paths)}")
-        chosen += [p for p in found if p not in chosen]
-    return chosen
+            raise ValueError(
+                f"notebook {word!r} is {'ambiguous' if found else 'unknown'}; there are: {', '.join(stems)}"
+            )
+        chosen[found[0]] = word
+    return list(chosen)
 
 
 def executed(path: Path) -> Path:
@@ -54,13 +54,8 @@ def executed(path: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A notebook as it lies in its file."""
+    """A notebook as it lies in its file; `record.write_atomic` writes it."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write(path: Path, content: dict[str, Any]) -> Path:
-    """Write a notebook, keys in order, so that equal notebooks are equal files."""
-    return record.write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def parameters(path: Path) -> dict[str, Any]:
@@ -86,7 +81,8 @@ def checked(path: Path, wishes: dict[str, Any]) -> tuple[dict[str, Any], Config]
     """The values to hand to a notebook, and the config that it makes of them.
 
     A name that is not its parameter but a setting of the config joins its `overrides`. ValueError, before anything
-    runs, listing the known names if one is unknown, and with whatever `papers.load` has against the values.
+    runs, listing the known names if one is unknown, and with whatever `papers.load` and `federation.method_of` have
+    against the values; a strategy that a cell of the notebook defines is known there only.
     """
     known = parameters(path)
     values = {name: value for name, value in wishes.items() if name in known}
@@ -99,10 +95,15 @@ def checked(path: Path, wishes: dict[str, Any]) -> tuple[dict[str, Any], Config]
         values["overrides"] = {**known["overrides"], **values.get("overrides", {}), **others}
     every = {**known, **values}
     given = {name: every[name] for name in ("profile", "data", "seeds") if name in every}
+    own = re.findall(r"""\bstrategy\(\s*\\?["'](\w+)""", path.read_text(encoding="utf-8"))
     try:
-        return values, papers.load(path.stem, **given, **(every.get("overrides") or {}))
+        config = papers.load(path.stem, **given, **(every.get("overrides") or {}))
+        for method in config.methods:
+            if method.rpartition("+")[2] not in own:
+                federation.method_of(method, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path.stem}: {error}") from None
+    return values, config
 
 
 def default_profile() -> str:
@@ -168,15 +169,24 @@ def run(
             kernel_manager_class=_kernel(config.threads, kernels),
             resources={"metadata": {"path": str(path.parents[1])}},  # the kernel works there
         )
-    except (papermill.PapermillExecutionError, DeadKernelError) as error:
-        reason = "".join(reasons) or _reason(error)
-        raise NotebookFailed(f"{path.stem}, {reason}\nWhat it had done: {partial}") from error
+    except papermill.PapermillExecutionError as error:
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines()[-15:]
+        text = "\n".join(f"    {line}" for line in (*lines, "in", *error.source.rstrip().splitlines()[:40]))
+        reasons.append(f"cell [{error.exec_count}]: {error.ename}: {error.evalue}\n{text}")
+    except DeadKernelError:
+        reasons.append("its kernel died, most often for want of memory")
+    except OSError as error:  # papermill's and nbclient's own
+        if error.errno in record.FULL:
+            raise OSError(error.errno, "no space left on the disk, the file was not written", str(partial)) from None
+        raise
     finally:
         ended.set()
+    if reasons:
+        raise NotebookFailed(f"{path.stem}, {reasons[0]}\nWhat it had done: {partial}")
     content, took = read(partial), round((time.time() - start) / 60, 2)
     content["metadata"]["fedal"] = {"parameters": {**parameters(path), **values}, "minutes": took}
     partial.unlink()
-    return write(executed(path), content)
+    return record.write_atomic(executed(path), content)
 
 
 def _kernel(threads: int, kernels: list[Any]) -> type:
@@ -199,15 +209,6 @@ def _kernel(threads: int, kernels: list[Any]) -> type:
     return Kernel
 
 
-def _reason(error: Any) -> str:
-    """What stopped a notebook, the reason first: error and end of its traceback, then the cell's source."""
-    if not hasattr(error, "ename"):
-        return "its kernel died, most often for want of memory"
-    traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines()[-15:]
-    text = "\n".join(f"    {line}" for line in (*traceback, "in", *error.source.rstrip().splitlines()[:40]))
-    return f"cell [{error.exec_count}]: {error.ename}: {error.evalue}\n{text}"
-
-
 def reproduce(
     nb: str | None = None,
     profile: str | None = None,
@@ -222,54 +223,43 @@ def reproduce(
     jobs: notebooks that run side by side; by default two where there are two cores and all train on one thread.
 
     A notebook that fails does not stop the others. Metadata {"fedal": {"after": [...]}} names notebooks whose runs
-    another reads: it starts when they are done. {"needs": {"package": "extra"}}: it is passed over where the package
-    is not installed, unless it was named: then ValueError.
+    another reads: it starts when they are done.
     """
-    profile, given, late, wanted = profile or default_profile(), {}, [], find(nb)
-    narrow = (os.cpu_count() or 1) > 1
+    profile, wanted, given = profile or default_profile(), find(nb), {}
+    stems, waves, narrow = {path.stem for path in wanted}, ([], []), (os.cpu_count() or 1) > 1
     for path in wanted:
-        notes = read(path).get("metadata", {}).get("fedal", {})
-        lacking = [extra for package, extra in notes.get("needs", {}).items() if not importlib.util.find_spec(package)]
-        if lacking:
-            problem = f"{path.stem} needs an extra: pip install -e '.[{lacking[0]}]'"
-            if nb:
-                raise ValueError(problem)
-            print(f"passed over: {problem}", flush=True)
-            continue
         values = {"profile": profile, "seeds": seeds, "data": data}
         wishes = {name: values[name] for name in parameters(path) if values.get(name) is not None}
         given[path], config = checked(path, wishes)  # refused early: the last notebook may be hours away
         narrow = narrow and config.threads == 1
-        late += [path] if {other.stem for other in wanted} & set(notes.get("after", [])) else []
+        waves[bool(stems & {*read(path)["metadata"].get("fedal", {}).get("after", [])})].append(path)
     for name, value in (("seeds", seeds), ("data", data)):
         if value is not None and not any(name in wishes for wishes in given.values()):
             raise ValueError(f"none of {', '.join(p.stem for p in given)} has a parameter {name!r}")
-    width, start, failed = max(len(path.stem) for path in given), time.monotonic(), {}
+    width = max(len(path.stem) for path in given)
     print(f"{len(given)} notebook{'s' * (len(given) > 1)}, profile {profile}", flush=True)
-    pool, stop = ThreadPoolExecutor(jobs or 1 + narrow), threading.Event()
+    start, stop, problems = time.monotonic(), threading.Event(), {}
 
     def attempt(path: Path) -> None:
-        begin, problem = time.monotonic(), ""
+        begin = time.monotonic()
         try:
             run(path.stem, stop=stop, **given[path])
         except Exception as error:  # does not take the others down
             kind = "" if isinstance(error, NotebookFailed) else f"{path.stem}: {type(error).__name__}: "
-            problem = f"{kind}{error}"
-            failed[path.stem] = problem.partition("\n")[0]
-            print(problem, file=sys.stderr, flush=True)
-        minutes = (time.monotonic() - begin) / 60
-        print(f"{path.stem:<{width}}  {minutes:5.1f} min  {'FAILED' if problem else 'done'}", flush=True)
+            problems[path.stem] = f"{kind}{error}"
+            print(problems[path.stem], file=sys.stderr, flush=True)
+        end, minutes = "FAILED" if path.stem in problems else "done", (time.monotonic() - begin) / 60
+        print(f"{path.stem:<{width}}  {minutes:5.1f} min  {end}", flush=True)
 
+    pool = ThreadPoolExecutor(jobs or 1 + narrow)
     try:
-        for wave in ([path for path in given if path not in late], late):
-            for task in as_completed([pool.submit(attempt, path) for path in wave]):
-                task.result()
+        for wave in waves:
+            list(pool.map(attempt, wave))
     finally:
         stop.set()  # of an interruption: no kernel goes on by itself
         pool.shutdown(cancel_futures=True)
-    minutes = (time.monotonic() - start) / 60
-    print(f"{'all':<{width}}  {minutes:5.1f} min  {len(given) - len(failed)} of {len(given)} notebooks")
-    print(
-        *(f"FAILED: {problem}" for problem in failed.values()), "In results/: figures/, tables/, notebooks/", sep="\n"
-    )
-    return sorted(failed)
+    good, minutes = len(given) - len(problems), (time.monotonic() - start) / 60
+    print(f"{'all':<{width}}  {minutes:5.1f} min  {good} of {len(given)} notebooks")
+    failed = [f"FAILED: {text.splitlines()[0]}" for text in problems.values()]
+    print(*failed, "In results/: figures/, tables/, notebooks/", sep="\n")
+    return sorted(problems)

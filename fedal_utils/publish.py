@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import notebooks
+from . import notebooks, record
 
 REPOSITORY = "https://github.com/fedal-project/fedal"  # pyproject.toml and CITATION.cff repeat it; a test compares
 BRANCH = "main"
 MAX_PUBLISHED = 1_000_000  # bytes
+NOISE = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-view+json")
 
 
 def publish(name: str) -> Path:
@@ -21,9 +22,22 @@ def publish(name: str) -> Path:
     Relative links and pictures work from there. ValueError if it has not been run, or if the copy is above 1 MB.
     """
     (path,) = notebooks.find(name)
-    folder, home = path.parents[1] / "results" / "notebooks", path.parents[1]
+    home, folder = path.parents[1], path.parents[1] / "results" / "notebooks"
     if not notebooks.executed(path).exists():
         raise ValueError(f"{path.stem} has not been run: python -m fedal_utils run {path.stem}")
+    places = {str(home): ".", str(home.resolve()): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
+    places |= {tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
+    pattern = "|".join(map(re.escape, sorted((p for p in places if len(p) > 1), key=len, reverse=True)))
+
+    def clean(value: Any) -> Any:
+        """Without papermill's notes, time stamps, widget states and local absolute paths."""
+        if isinstance(value, str):
+            return re.sub(pattern, lambda match: places[match.group()], value)
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if isinstance(value, dict):
+            return {k: v if k in ("image/png", "image/jpeg") else clean(v) for k, v in value.items() if k not in NOISE}
+        return value
 
     def moved(match: re.Match) -> str:
         """A relative link, good beside the notebook, as it is good in the folder: to published copies if there are."""
@@ -32,7 +46,7 @@ def publish(name: str) -> Path:
             return match[0]
         return mark + Path(os.path.relpath(path.parent / target, folder)).as_posix()
 
-    content = _without_traces(notebooks.read(notebooks.executed(path)), home)
+    content = clean(notebooks.read(notebooks.executed(path)))
     for cell in content["cells"]:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"""(\]\(|\b(?:src|href)=["'])([^)"'\s#]+)""", moved, "".join(cell["source"]))
@@ -40,26 +54,7 @@ def publish(name: str) -> Path:
     size = len(json.dumps(content, indent=1, ensure_ascii=False).encode())
     if size > MAX_PUBLISHED:
         raise ValueError(f"{path.stem} has {size / 1e6:.2f} MB with outputs, 1 MB is allowed")
-    return notebooks.write(folder / path.name, content)
-
-
-def _without_traces(content: Any, home: Path) -> Any:
-    """An executed notebook without papermill's notes, time stamps, widget states and local absolute paths."""
-    noise = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-view+json")
-    places = {str(home): ".", str(home.resolve()): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
-    places |= {tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
-    pattern = re.compile("|".join(map(re.escape, sorted((p for p in places if len(p) > 1), key=len, reverse=True))))
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(lambda match: places[match.group()], value)
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        if isinstance(value, dict):
-            return {k: v if k in ("image/png", "image/jpeg") else clean(v) for k, v in value.items() if k not in noise}
-        return value
-
-    return clean(content)
+    return record.write_atomic(folder / path.name, content)
 
 
 def navigation(write: bool = True) -> list[str]:
@@ -82,5 +77,5 @@ def navigation(write: bool = True) -> list[str]:
         if content != notebooks.read(path):
             stale.append(path.stem)
             if write:
-                notebooks.write(path, content)
+                record.write_atomic(path, content)
     return stale

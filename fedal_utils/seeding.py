@@ -1,7 +1,4 @@
-"""Independent random generators by name: the same name and seed give the same numbers, whatever ran before.
-
-Every draw in the suite comes from a generator made here and handed over; nothing reads or sets a global seed.
-"""
+"""Independent random generators by name: all draws come from one made here and handed over, none from a global seed."""
 
 import contextlib
 import hashlib
@@ -13,16 +10,12 @@ import torch
 
 def _entropy(seed: int, names: tuple[str | int, ...]) -> int:
     """128 bits that depend on every name and on its type: ("client", 12) and ("client1", 2) differ."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+    first, *rest = (int(part) if isinstance(part, np.integer) else part for part in (seed, *names))
+    if type(first) is not int or first < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-    text = repr(int(seed))
-    for name in names:
-        if isinstance(name, np.integer):
-            name = int(name)
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f"a generator's name is made of strings and integers, got {name!r} in {names!r}")
-        text += "/" + repr(name)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+    if any(isinstance(part, bool) or not isinstance(part, (str, int)) for part in rest):
+        raise ValueError(f"a generator's name is made of strings and integers, got {names!r}")
+    return int.from_bytes(hashlib.sha256("/".join(map(repr, (first, *rest))).encode()).digest()[:16], "big")
 
 
 def rng_for(seed: int, *names: str | int) -> np.random.Generator:
@@ -39,10 +32,7 @@ def torch_rng_for(seed: int, *names: str | int, device: str | torch.device = "cp
 
 @contextlib.contextmanager
 def borrowed_global_rng(generator: torch.Generator) -> Iterator[None]:
-    """Run library code that can only draw from torch's global generator as if it drew from `generator`.
-
-    The global state is put back afterwards. Needed for layer initialisation and for torchvision's samplers.
-    """
+    """Layer initialisation and torchvision's samplers draw from torch's global generator: here, from `generator`."""
     seed = int(torch.randint(0, 1 << 62, (1,), generator=generator, device=generator.device).item())
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -52,7 +52,7 @@ def loop(root: Path, setup: Setup | None = None, enough: int | None = None, turn
     turned: the clients stand in the other order (not for chains, whose order is the scheme's).
     """
     setup = setup or prepared(**changes)
-    for run in federation.runs(setup, "small", root=root, progress=False):
+    for run in federation.runs(setup, "small", root=root):
         experiment = federation.start(run, setup)
         if turned:
             experiment.clients.reverse()

@@ -26,7 +26,7 @@ def rows_of(run: record.Run, cycle: int, number: int, weights: torch.Tensor, lab
 
 def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
     """State: weights, a float64 moment and the generator's own state; every number depends on all before it."""
-    for run in record.runs(config, "tiny", root=root, progress=False):
+    for run in record.runs(config, "tiny", root=root):
         first = {"w": torch.randn(3, generator=run.torch_rng("start"))}
         start = record.shared(config, "tiny", run.seed, "start", lambda first=first: first, root)
         draws = run.torch_rng("draws", run.method)

@@ -28,7 +28,7 @@ from .setup import Setup, partition_clients
 
 
 def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -> Iterator[record.Run]:
-    """The runs that are not finished; config: a variant of the setup's own; options: methods, seeds, root, progress."""
+    """The runs that are not finished; config: a variant of the setup's own; options: methods, seeds, root."""
     config = config or setup.config
     for method in options.get("methods") or config.methods:
         method_of(method, config)  # refused before the first run starts

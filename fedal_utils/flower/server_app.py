@@ -117,7 +117,7 @@ def serve(
     check(config)
     setup, line = server_setup(place, config), Line(grid, facts["clients"], timeout)
     line.meet(wait)
-    for run in federation.runs(setup, notebook, root=root, progress=False):
+    for run in federation.runs(setup, notebook, root=root):
         for _ in RemoteExperiment(run, setup, line).advance():
             pass
     return root

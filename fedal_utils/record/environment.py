@@ -6,13 +6,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from .. import __version__
 
@@ -27,14 +26,12 @@ def _commit() -> dict[str, Any]:
     note = folder / "COMMIT"
     if named := os.environ.get("FEDAL_COMMIT") or (note.read_text().strip() if note.is_file() else ""):
         return {"commit": named, "dirty": False}
-
-    def git(*arguments: str) -> str:
-        return subprocess.check_output(["git", "-C", str(folder), *arguments], text=True, stderr=-3, timeout=10).strip()
-
+    git = functools.partial(subprocess.check_output, cwd=folder, text=True, stderr=subprocess.DEVNULL, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == folder:
-            changes = git("status", "--porcelain", "-uno", "--", ".", ":!results")
-            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+        top, commit = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).splitlines()
+        if Path(top).resolve() == folder:
+            changes = git(["git", "status", "--porcelain", "-uno", "--", ".", ":!results"])
+            return {"commit": commit, "dirty": bool(changes)}
     return {}
 
 
@@ -54,9 +51,8 @@ def environment() -> dict[str, Any]:
 
 def machine_text(facts: Mapping[str, Any]) -> str:
     """The machine of `environment`, in a few words."""
-    machine = facts.get("machine", {})
-    words = [machine.get("cpu", "unknown"), f"{machine.get('cores', '?')} cores", machine.get("gpu")]
-    return ", ".join(word for word in words if word)
+    machine = {"cpu": "unknown", "cores": "?", "gpu": "", **facts.get("machine", {})}
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu']}".removesuffix(", ")
 
 
 def banner() -> str:
@@ -66,24 +62,7 @@ def banner() -> str:
     return f"{versions}, Python {found['python']} | {machine_text(found)}"
 
 
-class Progress:
-    """One bar per run over rounds, or one line per round where neither a terminal nor a notebook looks on.
-
-    FEDAL_PROGRESS=bar|lines|none decides otherwise.
-    """
-
-    def __init__(self, name: str, rounds: int, committed: int):
-        watched = "ipykernel" in sys.modules or sys.stderr.isatty()
-        self.how = os.environ.get("FEDAL_PROGRESS") or ("bar" if watched else "lines")
-        bar = self.how == "bar"
-        self.bar = tqdm(total=rounds, initial=committed, desc=name, unit="round", dynamic_ncols=True, disable=not bar)
-
-    def step(self, place: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """A round is done: its place in words, its rows, its wall seconds."""
-        server = next((row for row in rows if row.get("client") == "server"), {})
-        shown = [name for name in ("images", "ap50", "accuracy", "loss") if server.get(name) is not None]
-        news = {name: f"{float(server[name]):.4g}" for name in shown}
-        self.bar.set_postfix(news, refresh=False)
-        self.bar.update()
-        if self.how == "lines":
-            print(place, *(f"{k} {v}" for k, v in news.items()), f"{seconds:.1f} s", sep="  ", flush=True)
+def progress() -> str:
+    """How rounds are shown: as $FEDAL_PROGRESS says, else in a 'bar' of each run, or 'lines' where nobody looks on."""
+    watched = "ipykernel" in sys.modules or sys.stderr.isatty()
+    return os.environ.get("FEDAL_PROGRESS") or ("bar" if watched else "lines")

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 LOCK_WAIT = 5.0  # seconds: a killed notebook's kernel notices within one or two that its parent is gone
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or what the user may have of it
 ADVICE = "restore it, or delete its folder to run again"
 
 _TEXT = frozenset({"client", "id", "group", "method", "status"})  # columns that are never numbers
@@ -27,11 +28,9 @@ _FINITE = frozenset({"images", "boxes", "seconds", "bytes_up", "bytes_down", "st
 
 def project_root() -> Path:
     """The folder that holds `results/`: $FEDAL_HOME, or the checkout around the working directory, or the latter."""
-    if os.environ.get("FEDAL_HOME"):
-        return Path(os.environ["FEDAL_HOME"]).expanduser().absolute()
     here = Path.cwd()
     checkouts = (f for f in (here, *here.parents) if (f / "notebooks").is_dir() and (f / "pyproject.toml").is_file())
-    return next(checkouts, here)
+    return Path(os.environ.get("FEDAL_HOME") or next(checkouts, here)).expanduser().absolute()
 
 
 def folder_name(text: str) -> str:
@@ -41,13 +40,15 @@ def folder_name(text: str) -> str:
     return text
 
 
-def write_atomic(path: str | Path, content: bytes | str | Callable[[BinaryIO], None]) -> Path:
+def write_atomic(path: str | Path, content: bytes | str | Mapping[str, Any] | Callable[[BinaryIO], None]) -> Path:
     """Write a file under a temporary name, flush it to disk, rename it: readers see the old file or the new one.
 
-    content: bytes, text (UTF-8), or a function that writes to the open file. A full disk is an OSError that says so.
+    content: bytes, text (UTF-8), an object for JSON (keys in order), or a function that writes to the open file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if isinstance(content, Mapping):
+        content = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -61,7 +62,7 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise OSError(error.errno, "no space left on the disk, the file was not written", str(path)) from None
         raise
     with contextlib.suppress(OSError):  # renames survive a power cut in the order they were made
@@ -69,11 +70,6 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[BinaryIO], N
         os.fsync(descriptor)
         os.close(descriptor)
     return path
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object, atomically."""
-    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,9 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
-    """Exclusive use of the file's folder by this process; it vanishes with the process, or when nothing refers to it.
+    """Exclusive use of the file's folder by this process, which may take it once more; it vanishes with the process.
 
-    wait: seconds, LOCK_WAIT unless given, -1 for ever. A process that has the lock already gets it once more.
+    wait: seconds, LOCK_WAIT unless given, -1 for ever.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path.absolute(), is_singleton=True, thread_local=False)
@@ -122,14 +118,12 @@ def sha256(content: pd.DataFrame | bytes) -> str:
 
 
 def typed(sheet: pd.DataFrame) -> pd.DataFrame:
-    """The same as whole numbers, floats and text, exactly as written; an empty cell is NaN among floats."""
-
-    columns = {}
-    for name in sheet:
-        columns[name] = np.array(sheet[name].tolist(), dtype=object)
-        for kind, empty in ((int, None), (float, "nan")) if name not in _TEXT else ():
-            with contextlib.suppress(ValueError, TypeError):
-                columns[name] = np.array([kind(cell or empty) for cell in sheet[name]], dtype=np.dtype(kind))
+    """The same as whole numbers, floats (exactly as written, NaN where a cell is empty) and text."""
+    columns = {name: sheet[name] for name in sheet}
+    for name in set(columns) - _TEXT:
+        for kind, cells in ((int, sheet[name]), (float, sheet[name].replace("", "nan"))):
+            with contextlib.suppress(ValueError):
+                columns[name] = cells.astype(kind)
                 break
     return pd.DataFrame(columns)
 
@@ -141,7 +135,7 @@ def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Map
     value that no cell can hold.
     """
 
-    def cell(value: Any, column: str) -> str:
+    def cell(row: Mapping[str, Any], column: str, value: Any) -> str:
         if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
             value = value.item()
         if value is None or (column == "score" and value != value):
@@ -156,9 +150,7 @@ def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Map
             raise ValueError(f"{where}, {place}: {column} is {value!r}, which no cell can hold; nothing was written")
         return repr(value)
 
-    texts = []
-    for row in rows:
-        texts.append({name: cell(value, name) for name, value in {**row, **fixed}.items()})
+    texts = [{name: cell(row, name, value) for name, value in {**row, **fixed}.items()} for row in rows]
     return pd.concat([sheet, pd.DataFrame(texts, dtype=object)], ignore_index=True).fillna("") if texts else sheet
 
 

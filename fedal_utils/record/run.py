@@ -4,31 +4,97 @@
 started again leaves `rounds.csv` and `queries.csv` as an unbroken run does, byte for byte.
 """
 
+import contextlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from .. import seeding
 from ..config import Config
 from . import files
-from .environment import Progress, environment
-from .stored import COLUMNS, STATES, digests, read_run, setting_folder
+from .environment import environment, progress
 
-Plan = Callable[[Config, str], Sequence[tuple[int, int]]]  # config, method -> (cycle, round) of every round
+COLUMNS = {  # seconds in rounds: estimated annotation seconds, the third cost; in times: wall seconds
+    "rounds": ("cycle", "round", "client", "images", "boxes", "seconds", "bytes_up", "bytes_down", "loss", "steps"),
+    "queries": ("cycle", "client", "id", "score"),
+    "times": ("cycle", "round", "seconds"),
+}
+STATES = ("state.pt", "state-before.pt")
+Plan = Callable[[Config, str], Sequence[tuple[int, int]]] | None  # config, method -> (cycle, round) of every round
+Rows = Sequence[Mapping[str, Any]]
+Root = str | Path | None  # folder of runs; None: `results/runs`
+
+
+@dataclass
+class Stored:
+    """What counts of a run's folder: all rows of a finished run, those of the last good state of a broken one."""
+
+    fingerprint: str = ""
+    sheets: dict[str, pd.DataFrame] = field(default_factory=dict)  # texts; keys of COLUMNS
+    committed: int = 0
+    done: bool = False
+    state: dict[str, Any] | None = None
+    damaged: list[str] = field(default_factory=list)  # states that could not be read
+
+
+def runs_folder(notebook: str, root: Root) -> Path:
+    """Where the runs of a notebook lie."""
+    return Path(root or files.project_root() / "results" / "runs") / files.folder_name(notebook)
+
+
+def read_run(folder: Path, digest: str, fingerprint: str = "") -> Stored | None:
+    """The committed part of a run, if there is any; None if the folder holds a run of other data.
+
+    ValueError naming the file that was cut or changed, or belongs to another setting (digest: of the config).
+    """
+    facts = files.read_json(folder / "config.json")
+    if facts.get("digest", digest) != digest:
+        raise ValueError(f"{folder / 'config.json'} belongs to another setting: move that folder away")
+    if fingerprint and facts.get("fingerprint", fingerprint) != fingerprint:
+        return None
+    stored = Stored(facts.get("fingerprint", ""))
+    if (folder / "done.json").exists():
+        note, stored.done = files.read_json(folder / "done.json"), True
+        stored.sheets = {name: files.read_sheet(folder / f"{name}.csv") for name in COLUMNS}
+        stored.committed = note.get("rounds", 0)
+        if not stored.committed or note.get("sha256") != _digests(stored.sheets):
+            raise ValueError(f"rounds.csv, queries.csv or done.json of {folder} was changed: {files.ADVICE}")
+        return stored
+    for path in (folder / name for name in STATES if (folder / name).exists()):
+        try:
+            content = files.load_state(path)
+        except ValueError as error:
+            stored.damaged.append(str(error))
+            continue
+        for name, entry in content["sheets"].items():
+            sheet = files.read_sheet(folder / f"{name}.csv")
+            if set(entry["columns"]) <= set(sheet):
+                sheet = sheet[entry["columns"]].head(entry["rows"])
+            if files.sha256(sheet) != entry["sha256"]:
+                raise ValueError(f"{folder / name}.csv was cut or changed: {files.ADVICE}")
+            stored.sheets[name] = sheet
+        stored.committed, stored.state = content["committed"], content["state"]
+        break
+    return stored
+
+
+def _digests(sheets: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    return {f"{name}.csv": files.sha256(sheets[name]) for name in ("rounds", "queries")}
 
 
 def every_round(config: Config) -> list[tuple[int, int]]:
     """(cycle, round) of all rounds: as many in each cycle; after the last cycle's, the extra rounds."""
-    cycles, rounds = config.query.cycles, config.federation.rounds
-    extra = [(cycles - 1, rounds + number) for number in range(config.federation.extra_rounds)]
-    return [(cycle, number) for cycle in range(cycles) for number in range(rounds)] + extra
+    cycles, rounds, extra = config.query.cycles, config.federation.rounds, config.federation.extra_rounds
+    return [(cycle, n) for cycle in range(cycles) for n in range(rounds + extra * (cycle == cycles - 1))]
 
 
 _writers: "dict[Path, Run]" = {}  # folder -> the run that may write there; within a process the newest
@@ -47,18 +113,18 @@ class Run:
         notebook: str,
         method: str,
         seed: int,
-        root: str | Path | None = None,
-        plan: Plan | None = None,
-        fingerprint: str = "",
+        root: Root = None,
+        plan: Plan = None,
+        fingerprint="",
     ):
         self.config, self.notebook, self.method, self.seed = config, notebook, method, int(seed)
         self.root, self.fingerprint = root, fingerprint
-        self.folder = setting_folder(config, notebook, root) / files.folder_name(method) / f"seed{self.seed}"
+        setting = runs_folder(notebook, root) / config.digest()[:8]
+        self.folder = setting / files.folder_name(method) / f"seed{self.seed}"
         self.plan = list(plan(config, method) if plan else every_round(config))
         self.resumed: dict[str, Any] | None = None
         self.committed = 0
         self._sheets = {name: pd.DataFrame(columns=columns, dtype=object) for name, columns in COLUMNS.items()}
-        self._lock = self._progress = None
         self._clock = time.monotonic()
 
     def __str__(self) -> str:
@@ -66,7 +132,8 @@ class Run:
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(cycle, round) of each round still to do; round counts from 0 within its cycle. Each must be committed."""
-        for position in range(self.committed, len(self.plan)):
+        options = {"total": len(self.plan), "desc": f"{self}", "unit": "round", "disable": progress() != "bar"}
+        for position in tqdm(range(self.committed, len(self.plan)), initial=self.committed, **options):
             yield self.plan[position]
             if self.committed != position + 1:
                 raise RuntimeError(f"cycle, round {self.plan[position]} of {self} was not committed: see run.commit")
@@ -84,12 +151,7 @@ class Run:
         return files.typed(self._sheets["queries"]).to_dict("records")
 
     def commit(
-        self,
-        cycle: int,
-        number: int,
-        rows: Sequence[Mapping[str, Any]],
-        queries: Sequence[Mapping[str, Any]] = (),
-        state: Mapping[str, Any] | None = None,
+        self, cycle: int, number: int, rows: Rows, queries: Rows = (), state: Mapping[str, Any] | None = None
     ) -> None:
         """End a round: add rows to rounds.csv and queries.csv, then save `state`, from which the next round can start.
 
@@ -105,15 +167,13 @@ class Run:
         if (cycle, number) != due:
             raise ValueError(f"commit of cycle {cycle}, round {number} in {self}: due is {due}")
         where = f"{self}, cycle {cycle}, round {number}"
-        seconds = time.monotonic() - self._clock
-        now = {"cycle": cycle, "round": number}
-        sheets = {
-            "rounds": files.with_rows(self._sheets["rounds"], rows, now, where),
-            "queries": files.with_rows(self._sheets["queries"], queries, {"cycle": cycle}, where),
-            "times": files.with_rows(self._sheets["times"], [{"seconds": f"{seconds:.3f}"}], now, where)[
-                [*COLUMNS["times"]]
-            ],
+        seconds, now = time.monotonic() - self._clock, {"cycle": cycle, "round": number}
+        added = {
+            "rounds": (rows, now),
+            "queries": (queries, {"cycle": cycle}),
+            "times": ([{**now, "seconds": f"{seconds:.3f}"}], {}),
         }
+        sheets = {name: files.with_rows(self._sheets[name], *new, where) for name, new in added.items()}
         state = files.plain(dict(state or {}), f"{where}: state")
         for name, sheet in sheets.items():
             files.write_atomic(self.folder / f"{name}.csv", files.encode(sheet))
@@ -121,74 +181,62 @@ class Run:
         last, before = (self.folder / name for name in STATES)
         if last.exists():
             os.replace(last, before)
-        files.save_state(
-            last, {"committed": self.committed + 1, "sheets": entries, "state": state}
-        )  # the round exists now
+        content = {"committed": self.committed + 1, "sheets": entries, "state": state}
+        files.save_state(last, content)  # the round exists now
         self._sheets, self.committed = sheets, self.committed + 1
         self._clock = time.monotonic()
         self._finish()
-        if self._progress is not None:
+        if progress() == "lines":
+            server = next((row for row in rows if row.get("client") == "server"), {})
+            shown = [name for name in ("images", "ap50", "accuracy", "loss") if server.get(name) is not None]
             place = f"{self}  cycle {cycle + 1} round {number + 1}, {self.committed} of {len(self.plan)}"
-            self._progress.step(place, rows, seconds)
+            print(place, *(f"{n} {float(server[n]):.4g}" for n in shown), f"{seconds:.1f} s", sep="  ", flush=True)
 
-    def _open(self, progress: bool) -> bool:
+    def _open(self, ending: contextlib.ExitStack) -> bool:
         """Take up what is in the folder, if nobody else works there. Returns False if the run is finished."""
-        if self._done():
+        run = self.folder, self.config.digest(), self.fingerprint
+        if (self.folder / "done.json").exists() and (stored := read_run(*run)) and stored.done:
             return False  # needs no lock, and no disk that can be written
-        self._lock = files.lock(self.folder / ".lock")
+        ending.callback(files.lock(self.folder / ".lock").release)
         _writers[self.folder] = self
+        ending.callback(lambda: _writers.get(self.folder) is self and _writers.pop(self.folder))
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        if self._done():
+        stored = read_run(*run)
+        if stored and stored.done:
             return False
-        if not self._fits():
-            warnings.warn(f"{self}: the data set is not the one of this run, which starts anew", stacklevel=3)
-            self._set_aside("other-data", self.folder.glob("[!.]*"))
+        problems = ["the data set is not the one of this run, which starts anew"]
+        if stored:
+            back = f"going back to round {stored.committed} of {len(self.plan)}"
+            problems = [f"{problem}; {back}" for problem in stored.damaged]
+        for problem in problems:
+            warnings.warn(f"{self}: {problem}", stacklevel=3)
+        if problems and not (stored and stored.committed):
+            aside = self.folder / f"before-{'damaged' if stored else 'other-data'}-{time.strftime('%Y%m%d-%H%M%S')}"
+            aside.mkdir(exist_ok=True)
+            there = [file for file in self.folder.glob("[!.]*") if file.is_file()]
+            for file in sorted(there, key=lambda file: file.name == "config.json"):  # which goes last
+                os.replace(file, aside / file.name)
         if not (self.folder / "config.json").exists():
             facts = {"notebook": self.notebook, "method": self.method, "seed": self.seed}
             facts |= {"digest": self.config.digest(), "fingerprint": self.fingerprint, "config": self.config.flat()}
-            files.write_json(self.folder / "config.json", facts)
-        stored = read_run(self.folder)
-        for problem in stored.damaged if stored else ():
-            back = f"going back to round {stored.committed} of {len(self.plan)}"
-            warnings.warn(f"{self}: {problem}; {back}", stacklevel=3)
-        if stored and stored.sheets:
+            files.write_atomic(self.folder / "config.json", facts)
+        if stored and stored.committed:
             self.resumed, self.committed, self._sheets = stored.state, stored.committed, stored.sheets
             for name, sheet in stored.sheets.items():  # cut what a kill left beyond the commit
                 files.write_atomic(self.folder / f"{name}.csv", files.encode(sheet))
-        elif stored:
-            self._set_aside("damaged", [f for kind in ("*.csv", "*.pt") for f in self.folder.glob(kind)])
         if self._finish():  # killed between the last commit and its closing note
             return False
-        self._progress = Progress(f"{self}", len(self.plan), self.committed) if progress else None
         self._clock = time.monotonic()
         return True
-
-    def _done(self) -> bool:
-        return (self.folder / "done.json").exists() and self._fits() and bool(read_run(self.folder))
-
-    def _fits(self) -> bool:
-        """False if the folder holds a run of other data; ValueError if it holds one of another setting."""
-        path = self.folder / "config.json"
-        found = files.read_json(path)
-        if found and found.get("digest") != self.config.digest():
-            raise ValueError(f"{path} belongs to another setting: move that folder away")
-        return not (found and self.fingerprint) or found.get("fingerprint") == self.fingerprint
-
-    def _set_aside(self, why: str, moved: Iterable[Path]) -> None:
-        """Move files of the folder to one of its own in there, config.json last."""
-        aside = self.folder / f"before-{why}-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir(exist_ok=True)
-        for file in sorted((f for f in moved if f.is_file()), key=lambda f: f.name == "config.json"):
-            os.replace(file, aside / file.name)
 
     def _finish(self) -> bool:
         """Write the closing notes if every round is committed; whether it is."""
         if self.committed < len(self.plan):
             return False
         minutes = self._sheets["times"]["seconds"].astype(float).sum() / 60  # over all starts
-        files.write_json(self.folder / "env.json", {**environment(), "minutes": round(minutes, 3)})
-        files.write_json(self.folder / "done.json", {"rounds": self.committed, "sha256": digests(self._sheets)})
+        files.write_atomic(self.folder / "env.json", {**environment(), "minutes": round(minutes, 3)})
+        files.write_atomic(self.folder / "done.json", {"rounds": self.committed, "sha256": _digests(self._sheets)})
         (self.folder / STATES[1]).unlink(missing_ok=True)
         return True
 
@@ -198,16 +246,13 @@ def runs(
     notebook: str,
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    root: str | Path | None = None,
-    progress: bool = True,
-    plan: Plan | None = None,
+    root: Root = None,
+    plan: Plan = None,
     fingerprint: str = "",
 ) -> Iterator[Run]:
     """Every run that is still to do, seed by seed and method by method: finished ones are skipped, broken ones resumed.
 
     methods, seeds: those of the config unless given.
-    root: `results/runs` of the checkout unless given.
-    progress: show it, see `environment.Progress`.
     plan: the (cycle, round) pairs of a method, where they are not the same for all (see `every_round`).
     fingerprint: stands for the data (ids, labels, files); a run of other data starts anew.
     RuntimeError if another process works in a run's folder; ValueError if its config.json differs or a CSV was changed.
@@ -215,13 +260,37 @@ def runs(
     for seed in config.seeds if seeds is None else seeds:
         for method in config.methods if methods is None else methods:
             run = Run(config, notebook, method, seed, root, plan, fingerprint)
-            try:
-                if run._open(progress):
+            with contextlib.ExitStack() as ending:
+                if run._open(ending):
                     yield run
-            finally:
-                if run._progress is not None:
-                    run._progress.bar.close()
-                if run._lock is not None:
-                    run._lock.release()
-                if _writers.get(run.folder) is run:
-                    del _writers[run.folder]
+
+
+def state(config: Config, notebook: str, method: str, seed: int, root: Root = None) -> dict[str, Any] | None:
+    """The last committed state of a run, finished or not (to look at its model); None if this machine has none."""
+    path = Run(config, notebook, method, seed, root).folder / STATES[0]
+    return files.load_state(path)["state"] if path.exists() else None
+
+
+def shared(
+    config: Config, notebook: str, seed: int, name: str, make: Callable[[], Any], root: Root = None, fingerprint=""
+) -> Any:
+    """What all methods of a seed start from (the initial model): made once, saved, loaded from then on, on the CPU.
+
+    make: returns what `Run.commit` accepts as a state; a second process that asks meanwhile waits.
+    fingerprint: it is made anew where the file belongs to other data, or is damaged.
+    """
+    folder = runs_folder(notebook, root) / config.digest()[:8] / "shared"
+    path = folder / f"{files.folder_name(name)}-seed{seed}.pt"
+    where, content = f"{notebook}: shared {name!r} of seed {seed}", None
+    with files.lock(path.with_name(f".{path.stem}.lock"), wait=-1):
+        for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        if path.exists():
+            try:
+                content = files.load_state(path)
+            except ValueError as error:
+                warnings.warn(f"{where}: {error}; it is made anew", stacklevel=2)
+        if content is None or fingerprint not in ("", content["fingerprint"]):
+            files.save_state(path, {"fingerprint": fingerprint, "content": files.plain(make(), where)})
+            content = files.load_state(path)
+    return content["content"]

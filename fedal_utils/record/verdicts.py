@@ -8,22 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
+from ..config import Config
 from ..metrics import area_under_curve, paired_test
 from .files import project_root, read_sheet, write_atomic
-from .stored import Config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER_COLUMNS = ("item", "setting", "x", "metric", "value", "unit", "source", "tolerance")
 VERDICT_COLUMNS = (
-    *("notebook", "paper", "item", "theirs", "ours", "difference", "low", "high", "smallest_detectable"),
-    *("seeds", "data", "scale", "verdict", "source"),
+    "notebook paper item theirs ours difference low high smallest_detectable seeds data scale verdict source".split()
 )
 Seeds = Mapping[int, float]  # seed -> value
+UNPAIRED = {"difference": math.nan, "low": math.nan, "high": math.nan, "n": 0}
 
 
 def about(config: Config, notebook: str, scale: str) -> dict[str, str]:
@@ -37,26 +36,27 @@ def read_paper(paper: str | Path) -> pd.DataFrame:
     path = Path(paper) if str(paper).endswith(".csv") else project_root() / "results" / "paper" / f"{paper}.csv"
     frame = read_sheet(path)
     try:
-        return frame[[*PAPER_COLUMNS]].assign(
-            **{c: frame[c].replace("", "nan").astype(float) for c in ("x", "value", "tolerance")}
-        )
+        numbers = {c: frame[c].replace("", "nan").astype(float) for c in ("x", "value", "tolerance")}
+        return frame[[*PAPER_COLUMNS]].assign(**numbers)
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path}: columns are {', '.join(PAPER_COLUMNS)}, x, value, tolerance numbers: {error}"
-        ) from None
+        told = f"columns are {', '.join(PAPER_COLUMNS)}, x, value, tolerance numbers"
+        raise ValueError(f"{path}: {told}: {error}") from None
 
 
 def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dict[str, Any]:
-    """What our runs show of the paper's order: verdict, difference, low, high, smallest_detectable, seeds.
+    """What our runs show of the paper's order, a step for each pair of unequal neighbours in it.
 
-    *order shown*: every neighbouring step of the paper's order has its interval on the paper's side; *partly shown*: k
-    of n have, none is shown the other way; *contradicted*: one is; *inconclusive*: none is shown either way.
-
-    theirs: setting -> the paper's value; equal values make no step. ours: setting -> seed -> our value.
-    Numbers: first setting of the order minus the last; smallest_detectable: half the widest interval of a step.
+    theirs: setting -> the paper's value. ours: setting -> seed -> our value; settings that were not run are left out.
+    Returns verdict, seeds, and difference, low, high of the first setting minus the last; smallest_detectable is half
+    the widest interval of a step.
     """
     order = sorted((name for name in theirs if ours.get(name)), key=lambda name: -theirs[name])
-    steps = [_paired(ours[a], ours[b]) for a, b in zip(order, order[1:], strict=False) if theirs[a] > theirs[b]]
+
+    def paired(a: str, b: str) -> dict[str, float]:
+        seeds = sorted(set(ours[a]) & set(ours[b]))
+        return paired_test([ours[a][s] for s in seeds], [ours[b][s] for s in seeds]) if seeds else UNPAIRED
+
+    steps = [paired(a, b) for a, b in zip(order, order[1:], strict=False) if theirs[a] > theirs[b]]
     if not steps:
         return {"verdict": "not run", "seeds": 0}
     shown = sum(step["low"] > 0 for step in steps)
@@ -65,32 +65,19 @@ def order_verdict(theirs: Mapping[str, float], ours: Mapping[str, Seeds]) -> dic
         verdict = "contradicted"
     elif shown == len(steps):
         verdict = "order shown"
-    ends = _paired(ours[order[0]], ours[order[-1]])
     widest = max((step["high"] - step["low"]) / 2 for step in steps) if all(s["n"] > 1 for s in steps) else math.nan
-    found = {"verdict": verdict, "smallest_detectable": widest, "seeds": min(step["n"] for step in steps)}
-    return found | {name: ends[name] for name in ("difference", "low", "high")}
-
-
-def _paired(a: Seeds, b: Seeds) -> dict[str, float]:
-    seeds = sorted(set(a) & set(b))
-    if not seeds:
-        return {"difference": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    return paired_test([a[s] for s in seeds], [b[s] for s in seeds])
+    ends = paired(order[0], order[-1])
+    return {**ends, "verdict": verdict, "smallest_detectable": widest, "seeds": min(step["n"] for step in steps)}
 
 
 def level_verdict(theirs: float, ours: Seeds, tolerance: float) -> dict[str, Any]:
-    """Is our value the paper's, on the same data? As `order_verdict`; numbers are ours minus theirs.
-
-    *level matches*: our mean lies within the tolerance, the interval is narrower than twice of it; *level differs*: the
-    whole interval lies beyond it; else *inconclusive*.
-    """
+    """Is our value the paper's, on the same data? As `order_verdict`; numbers are ours minus theirs."""
     test = paired_test(list(ours.values()), [theirs] * len(ours))
     half = (test["high"] - test["low"]) / 2
     verdict = "level differs" if test["low"] > tolerance or test["high"] < -tolerance else "inconclusive"
     if half < tolerance and abs(test["difference"]) <= tolerance:
         verdict = "level matches"
-    found = {name: test[name] for name in ("difference", "low", "high")}
-    return {"verdict": verdict, "smallest_detectable": tolerance + half, "seeds": len(ours), **found}
+    return {**test, "verdict": verdict, "smallest_detectable": tolerance + half, "seeds": len(ours)}
 
 
 def compare_paper(
@@ -106,9 +93,7 @@ def compare_paper(
 ) -> pd.DataFrame:
     """What our runs say of a paper's items; a row of VERDICT_COLUMNS for each item and metric.
 
-    table: as `record.table` gives it; the server's rows count.
-    paper: see `read_paper`.
-    items: those of the paper's CSV (all unless given).
+    table, about, paper: of `record.table`, `about`, `read_paper`. items: those of the paper's CSV (all unless given).
     settings: the paper's name of a setting -> our method; those not named are called as ours.
     by: 'end' of both curves, or 'area' under them (their mean height: more power).
     x: our column on the horizontal axis.
@@ -119,15 +104,30 @@ def compare_paper(
     if unknown := set(items or ()) - set(published["item"]):
         raise ValueError(f"no item {sorted(unknown)} in {paper}")
     server = table[(table["client"].astype(str) == "server") & (about["profile"] != "smoke")]
+
+    def height(part: pd.DataFrame, x: str, y: str) -> float:
+        """The end of a curve or the area under it; a single point is both."""
+        points = part[[x, y]].fillna({x: 0}).dropna().sort_values(x).to_numpy()
+        area = by == "area" and len(points) > 1
+        return area_under_curve(*points.T) if area else points[-1, 1] if len(points) else math.nan
+
+    def of_seeds(method: str, metric: str, scale: float) -> dict[int, float]:
+        if metric not in server:
+            return {}
+        mine = server[(server["method"] == method) & server[metric].notna()].sort_values(["cycle", "round"])
+        mine = mine.drop_duplicates(["seed", "cycle"], keep="last").drop_duplicates(["seed", x], keep="last")
+        return {int(seed): scale * height(part, x, metric) for seed, part in mine.groupby("seed")}
+
     rows = []
     for (item, metric), group in published.groupby(["item", "metric"], sort=False):
         if items is not None and item not in items:
             continue
         unit, parts = group["unit"].iloc[0], dict(iter(group.groupby("setting", sort=False)))
         scale, ours_scale = 100.0 if unit == "fraction" else 1.0, 100.0 if unit in ("fraction", "percent") else 1.0
-        theirs = {name: scale * _height(part["x"], part["value"], by) for name, part in parts.items()}
-        theirs = {name: value for name, value in theirs.items() if not math.isnan(value)}
-        ours = {name: _ours(server, (settings or {}).get(name, name), metric, x, by, ours_scale) for name in theirs}
+        theirs = {
+            name: scale * height(part, "x", "value") for name, part in parts.items() if part["value"].notna().any()
+        }
+        ours = {name: of_seeds((settings or {}).get(name, name), metric, ours_scale) for name in theirs}
         found = order_verdict(theirs, ours) if theirs else {"verdict": "no published number", "seeds": 0}
         rows.append(_row(about, paper, item, theirs, ours, found, group))
         for name, part in parts.items() if level else ():
@@ -145,44 +145,23 @@ def check_formula(
 
     formula: (the paper's setting, x) -> our number, in the paper's unit. A row of VERDICT_COLUMNS.
     """
-    group = read_paper(paper)
-    group = group[group["item"] == item]
-    names = [name if math.isnan(x) else f"{name} {x:g}" for name, x in zip(group["setting"], group["x"], strict=True)]
-    ours = [float(formula(name, x)) for name, x in zip(group["setting"], group["x"], strict=True)]
-    places = [0 if value == int(value) else 3 for value in group["value"]]
-    gaps = [round(one, n) - value for one, n, value in zip(ours, places, group["value"], strict=True)]
+    group = read_paper(paper).query("item == @item")
+    theirs, ours, gaps = {}, {}, []
+    for setting, x, value in group[["setting", "x", "value"]].itertuples(index=False):
+        name, computed = setting if math.isnan(x) else f"{setting} {x:g}", float(formula(setting, x))
+        theirs[name], ours[name] = value, {0: computed}
+        gaps.append(round(computed, 0 if value == int(value) else 3) - value)
     verdict = "contradicted" if any(abs(gap) > 1e-9 for gap in gaps) else "formula checked"
     found = {"verdict": verdict, "seeds": 0, "difference": max(gaps, key=abs)}
-    theirs = dict(zip(names, group["value"], strict=True))
-    computed = {name: {0: value} for name, value in zip(names, ours, strict=True)}
-    return pd.DataFrame([_row(about, paper, item, theirs, computed, found, group)], columns=VERDICT_COLUMNS)
-
-
-def _height(x: pd.Series, y: pd.Series, by: str) -> float:
-    """The end of a curve or the area under it; a single point is both."""
-    points = sorted((a, b) for a, b in zip(x.fillna(0), y, strict=True) if not math.isnan(b))
-    if not points:
-        return math.nan
-    return area_under_curve(*zip(*points, strict=True)) if by == "area" and len(points) > 1 else points[-1][1]
-
-
-def _ours(server: pd.DataFrame, method: str, metric: str, x: str, by: str, scale: float) -> dict[int, float]:
-    if metric not in server:
-        return {}
-    mine = server[(server["method"] == method) & server[metric].notna()].sort_values(["cycle", "round"])
-    mine = mine.drop_duplicates(["seed", "cycle"], keep="last").drop_duplicates(["seed", x], keep="last")
-    return {int(seed): scale * _height(part[x], part[metric], by) for seed, part in mine.groupby("seed")}
+    return pd.DataFrame([_row(about, paper, item, theirs, ours, found, group)], columns=VERDICT_COLUMNS)
 
 
 def _row(about: Mapping, paper: str | Path, item: str, theirs: Mapping, ours: Mapping, found: Mapping, group: Any):
     order = sorted(theirs, key=lambda name: -theirs[name])
-    means = {name: np.mean(list(ours[name].values())) for name in order if ours.get(name)}
-    text = {
-        "theirs": " > ".join(f"{name} {theirs[name]:.4g}" for name in order),
-        "ours": ", ".join(f"{name} {mean:.4g}" for name, mean in means.items()),
-    }
-    facts = {"paper": Path(paper).stem, "item": item, "source": "; ".join(dict.fromkeys(group["source"]))}
-    return {**about, **facts, **text, **found}
+    row = {"paper": Path(paper).stem, "item": item, "source": "; ".join(dict.fromkeys(group["source"]))}
+    row["theirs"] = " > ".join(f"{name} {theirs[name]:.4g}" for name in order)
+    row["ours"] = ", ".join(f"{n} {sum(ours[n].values()) / len(ours[n]):.4g}" for n in order if ours.get(n))
+    return {**about, **row, **found}
 
 
 def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
@@ -192,8 +171,7 @@ def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
         return path
     keys = ["notebook", "paper", "item", "data", "scale"]
     both = pd.concat([pd.read_csv(path), frame], ignore_index=True) if path.exists() else frame
-    both = both.drop_duplicates(keys, keep="last").sort_values(keys)
-    return save(both[[*VERDICT_COLUMNS]], path.name)
+    return save(both.drop_duplicates(keys, keep="last").sort_values(keys)[VERDICT_COLUMNS], path.name)
 
 
 def save(result: "pd.DataFrame | Figure", name: str) -> Path:

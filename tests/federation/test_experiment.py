@@ -63,7 +63,7 @@ def queries(setup: Setup, root: Path, method: str) -> pd.DataFrame:
 
 
 def experiment(setup: Setup, root: Path, method: str = "sum") -> federation.Experiment:
-    runs = federation.runs(setup, "small", root=root, progress=False, methods=[method])
+    runs = federation.runs(setup, "small", root=root, methods=[method])
     started = federation.start(next(runs), setup)
     started.kept_open = runs  # a run is closed with its iterator
     return started

@@ -50,7 +50,7 @@ def loop(root, setup, annotator=labelling.simulated, task="classes", commits=Non
 
     commits, queried: break off when so many cycles are committed, or have been queried.
     """
-    for run in federation.runs(setup, "wheel", root=root, progress=False):
+    for run in federation.runs(setup, "wheel", root=root):
         oracle = None
         if annotator is not None:
             oracle = labelling.oracle_of(run, setup.train, annotator(run, setup.photos[0], task), task)

@@ -1,5 +1,6 @@
 """The runner is strict: it refuses early, names the failing cell, goes on with the others, and limits silence only."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill.iorw
 import pytest
 from small_house import printed, write_notebook
 
@@ -56,6 +58,25 @@ def test_silence_is_limited_not_time_and_a_dead_kernel_is_told(house):
         notebooks.run("13", silence=0.05)
     with pytest.raises(notebooks.NotebookFailed, match="14_dead, its kernel died"):
         notebooks.run("14")
+
+
+@pytest.mark.parametrize(("number", "instant"), [(errno.EDQUOT, 1), (errno.ENOSPC, 4)])
+def test_a_disk_that_fills_up_while_papermill_writes_is_one_sentence_with_the_files_name(
+    house, capfd, monkeypatch, number, instant
+):
+    original, writes = papermill.iorw.LocalHandler.write, []
+
+    def full(self, content, path):
+        writes.append(path)
+        if len(writes) >= instant:
+            raise OSError(number, os.strerror(number))
+        return original(self, content, path)
+
+    monkeypatch.setattr(papermill.iorw.LocalHandler, "write", full)
+    assert command.main(["run", "10", "--profile", "smoke"]) == 2
+    error = capfd.readouterr().err
+    assert "error: " in error and "no space left" in error and "10_good.partial.ipynb" in error
+    assert "Traceback" not in error and len(error.splitlines()) == 1
 
 
 def test_a_kernel_does_not_outlive_its_runner(house):
@@ -117,14 +138,6 @@ def test_a_notebook_that_reads_the_runs_of_others_starts_when_they_are_done(hous
     assert notebooks.reproduce("05", "smoke", jobs=1) == ["05_late"]
 
 
-def test_a_notebook_whose_packages_are_missing_is_passed_over_unless_it_was_named(house, capsys):
-    write_notebook(house / "notebooks" / "12_more.ipynb", "1", fedal={"needs": {"no_such_package": "more"}})
-    assert notebooks.reproduce(None, "smoke", jobs=1) == ["11_bad"]
-    assert "passed over: 12_more needs an extra: pip install -e '.[more]'" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="12_more needs an extra"):
-        notebooks.reproduce("12", "smoke")
-
-
 def test_reproduce_refuses_before_it_runs_anything(house, capsys):
     write_notebook(house / "notebooks" / "00_start.ipynb", parameters='profile = "smoke"')
     assert command.main(["reproduce", "--nb", "00", "--data", "bccd"]) == 2
@@ -146,6 +159,8 @@ def test_unknown_parameters_are_refused_and_the_known_ones_named(house):
         notebooks.checked(path, {"cylces": 5})
     with pytest.raises(ValueError, match="10_good: cycles must be 1 or more, got 0"):
         notebooks.checked(path, {"cycles": 0})
+    write_notebook(path, '@sampling.strategy("my_own", needs=())', parameters="overrides = {}")
+    assert notebooks.checked(path, {"methods": ("sum", "chain+my_own")})[1].methods == ("sum", "chain+my_own")
 
 
 @pytest.mark.parametrize("text", ["profile = default()", "import os", "a = b = 1", "a, b = 1, 2", "a: int", "a += 1"])
@@ -199,6 +214,8 @@ def test_folders_are_made_good_for_the_root(house, monkeypatch):
         ("run 12 --set lr=inf", "12_set: parameter 'lr' must be float, got 'inf'"),
         ("run 12 --set lr=1e999", "12_set: lr must be a finite number"),
         ("run 12 --seeds=-1", "12_set: seeds must be a list of different integers >= 0"),
+        ("run 12 --set methods=('sum','randm')", "12_set: query strategy 'randm' is unknown"),
+        ("run 12 --set methods=('chian+sum',)", "12_set: method 'chian+sum': scheme 'chian' is unknown"),
         ("run 12 --silence=-1", "silence is 0 (without limit) or more minutes"),
         ("run 12 --silence=nan", "silence is 0 (without limit) or more minutes"),
         ("reproduce --profile huge", ""),

@@ -116,7 +116,7 @@ def test_records_of_another_machine_are_merged_and_other_data_refused(home, tmp_
     (path,) = record.merge(theirs)
     assert len(record.read_record(path)) == 9 * 4 * 3 and path.read_bytes() != ours
     monkeypatch.setenv("FEDAL_HOME", str(tmp_path / "elsewhere"))
-    for run in record.runs(ARM, "tiny", progress=False, fingerprint="other data"):
+    for run in record.runs(ARM, "tiny", fingerprint="other data"):
         for cycle, number in run.rounds():
             run.commit(cycle, number, [{"client": "server", "images": 1}])
     publish()

@@ -49,7 +49,7 @@ def server():
 
 def first_run(root: Path, fingerprint: str = "", **changes):
     settings = CONFIG.replace(methods=("sum",), **changes)
-    runs = record.runs(settings, "tiny", root=root, progress=False, fingerprint=fingerprint)
+    runs = record.runs(settings, "tiny", root=root, fingerprint=fingerprint)
     return next(runs), runs
 
 
@@ -111,7 +111,7 @@ def test_finished_runs_are_skipped_without_a_lock_or_a_write_and_new_ones_join(t
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     assert list(record.runs(CONFIG, "tiny", root=tmp_path)) == []
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}  # so a disk that is read-only will do
-    more = list(record.runs(CONFIG, "tiny", ["sum", "max"], [0, 1], root=tmp_path, progress=False))
+    more = list(record.runs(CONFIG, "tiny", ["sum", "max"], [0, 1], root=tmp_path))
     assert [(r.method, r.seed) for r in more] == [("max", 0), ("sum", 1), ("max", 1)]
 
 
@@ -120,7 +120,7 @@ def test_killed_between_the_last_commit_and_its_note_counts_as_finished(tmp_path
     notes = list(tmp_path.rglob("done.json"))
     for note in notes:
         note.unlink()
-    assert list(record.runs(CONFIG, "tiny", root=tmp_path, progress=False)) == []
+    assert list(record.runs(CONFIG, "tiny", root=tmp_path)) == []
     assert all(note.exists() for note in notes) and len(notes) == 2
 
 
@@ -186,7 +186,7 @@ def test_a_run_of_other_data_starts_anew_and_is_kept_aside(tmp_path, rounds):
 def test_rows_of_different_data_never_stand_in_one_table(tmp_path):
     finish(tmp_path, fingerprint="aaaa")
     settings = CONFIG.replace(cycles=1)
-    for run in record.runs(settings, "tiny", ["max"], root=tmp_path, progress=False, fingerprint="bbbb"):
+    for run in record.runs(settings, "tiny", ["max"], root=tmp_path, fingerprint="bbbb"):
         for cycle, number in run.rounds():
             commit(run, cycle, number)
     with pytest.raises(ValueError, match=r"belong to different data \(\['aaaa', 'bbbb'\]\)"):
