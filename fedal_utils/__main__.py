@@ -133,10 +133,8 @@ def inspect(given: argparse.Namespace) -> None:
     if given.picture:
         sheet = data.contact_sheet(given.path, data_folder(), given.seed)
         figure, _ = plots.image_grid(sheet.images, sheet.labels, sheet.class_names, range(len(sheet)))
-
-        record.write_atomic(
-            given.picture, lambda file: figure.savefig(file, format=Path(given.picture).suffix[1:] or "png")
-        )
+        kind = Path(given.picture).suffix[1:] or "png"
+        record.write_atomic(given.picture, lambda file: figure.savefig(file, format=kind))
 
 
 def label(given: argparse.Namespace) -> None:
