@@ -49,7 +49,7 @@ def query_size(experiment: "Experiment", client: Client, cycle: int) -> int:
         count, part = query.initial_labels, query.initial_fraction
     if part:
         count = math.ceil(round(part * len(client.pool), 9))  # 0.05 * 20 is a little more than one
-    return min(count, len(client.pool.unlabelled())) if config.model.classifier else count
+    return min(count, len(client.pool.unlabelled())) if config.model.classifier or query.initial_fraction else count
 
 
 def select(experiment: "Experiment", step: "Step", client: Client) -> Query:

@@ -103,7 +103,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
 def check(config: Config) -> None:
     """ValueError where a setting is for another kind of model, or a method cannot run."""
     flat = config.flat()
-    names = ("balanced_softmax", "distillation_weight", "initial_fraction", "query_fraction")
+    names = ("balanced_softmax", "distillation_weight")
     if wrong := [name for name in names if flat[name] and not config.model.classifier]:
         raise ValueError(f"{' and '.join(wrong)} are for classifiers: set classifier, or leave them out")
     if config.model.classifier == "linear" and config.federation.clients != 1:
@@ -157,7 +157,7 @@ def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[s
         )
     rows = np.sort(setup._order(seed)[first + held_out :])
     parts, names = _parts(config, train, rows, seeding.rng_for(seed, "partition"))
-    needed = 1 if config.model.classifier else config.labels_needed()
+    needed = 1 if config.model.classifier or query.initial_fraction else config.labels_needed()
     for name, part in zip(names, parts, strict=True):
         if len(part) < needed:
             raise ValueError(

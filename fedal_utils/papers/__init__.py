@@ -10,7 +10,7 @@ from .. import config as _config
 from ..config import Config
 from . import flywheel, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
 
-__all__ = ["flywheel", "huale", "kafal", "load", "real_clients", "sizes", "ssd_vae", "van_bommel"]
+__all__ = ["flywheel", "huale", "kafal", "load", "power_arms", "real_clients", "sizes", "ssd_vae", "van_bommel"]
 
 _PRESETS = {
     k: v for paper in (van_bommel, huale, kafal, ssd_vae, flywheel, real_clients) for k, v in paper.PRESETS.items()
@@ -46,3 +46,11 @@ def load(
     if seeds is not None:
         overrides["seeds"] = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     return config.replace(**overrides)
+
+
+def power_arms(config: Config) -> dict[str, Config]:
+    """What `metrics.power` compares: this size, all labels at once for as many steps, and twice the steps."""
+    settings, cycles = config.federation, config.query.cycles
+    rounds = settings.rounds if settings.reset_each_cycle else cycles * settings.rounds
+    whole = config.replace(initial_fraction=1.0, cycles=1, rounds=rounds)
+    return {"this size": config, "all labels": whole, "twice the steps": config.replace(rounds=2 * settings.rounds)}

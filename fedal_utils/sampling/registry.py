@@ -61,8 +61,8 @@ class Strategy:
         for need in sorted(self.needs):
             if reason := refusal(need, config):
                 return f"strategy {self.name!r} reads {need!r}: {reason}"
-        if self.model != "global" and not config.model.classifier:
-            return f"strategy {self.name!r} asks the client's own model: it is for classifiers of whole images"
+        if self.model == "local_only" and not config.model.classifier:
+            return f"strategy {self.name!r} asks a model of one client's labels alone: that is for classifiers"
         return ""
 
 
