@@ -12,11 +12,9 @@ from typing import Any
 LIMITS = (("least", operator.ge, "{} or more"), ("most", operator.le, "{} at most"), ("above", operator.gt, "> {}"))
 
 
-def number(
-    default: Any, least: float | None = None, most: float | None = None, above: float | None = None, names: tuple = ()
-) -> Any:
-    """A field with its limits: least <= value <= most, value > above, or one of `names`."""
-    return dataclasses.field(default=default, metadata={"least": least, "most": most, "above": above, "names": names})
+def number(default: Any, names: tuple = (), **limits: float) -> Any:
+    """A field with limits: least <= value <= most, value > above; or one of `names`."""
+    return dataclasses.field(default=default, metadata={"names": names, **limits})
 
 
 def fraction(default: float) -> Any:
@@ -43,7 +41,7 @@ class Part:
             if value is not None and "..." not in field.type and len(values) != field.type.count(",") + 1:
                 raise ValueError(f"{field.name} must be {field.type}, got {value}")
             for limit, fits, words in LIMITS:
-                if limits.get(limit) is not None and not all(fits(v, limits[limit]) for v in values):
+                if limit in limits and not all(fits(v, limits[limit]) for v in values):
                     raise ValueError(f"{field.name} must be {words.format(limits[limit])}, got {value}")
 
     @classmethod

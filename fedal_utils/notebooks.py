@@ -41,9 +41,7 @@ def find(wish: str | None = None) -> list[Path]:
         word = Path(part.strip()).name.removesuffix(".ipynb")
         found = [path for path in paths if word in (path.stem, path.stem.split("_")[0])]
         if len(found) != 1:
-            raise ValueError(
-                f"notebook {word!r} is {'ambiguous' if found else 'unknown'}; there are: {', '.join(stems)}"
-            )
+            raise ValueError(f"notebook {word!r} is unknown or ambiguous; there are: {', '.join(stems)}")
         chosen[found[0]] = word
     return list(chosen)
 
@@ -88,9 +86,9 @@ def checked(path: Path, wishes: dict[str, Any]) -> tuple[dict[str, Any], Config]
     values = {name: value for name, value in wishes.items() if name in known}
     others = {name: value for name, value in wishes.items() if name not in known}
     settings = Config.paths() if "overrides" in known else {}
-    if unknown := [name for name in others if name not in settings]:
+    for name in others.keys() - settings.keys():
         more = f"; settings: {', '.join(sorted(settings))}" if settings else ""
-        raise ValueError(f"{path.stem} has no parameter {unknown[0]!r}; known: {', '.join(known) or 'none'}{more}")
+        raise ValueError(f"{path.stem} has no parameter {name!r}; known: {', '.join(known) or 'none'}{more}")
     if others:
         values["overrides"] = {**known["overrides"], **values.get("overrides", {}), **others}
     every = {**known, **values}
@@ -142,14 +140,14 @@ def run(
         raise ValueError(f"silence is 0 (without limit) or more minutes, got {silence}")
     partial = executed(path).with_suffix(".partial.ipynb")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    start, kernels, reasons, ended = time.time(), [], [], threading.Event()
+    start, kernel, reasons, ended = time.time(), _kernel(config.threads), [], threading.Event()
 
     def watch() -> None:
         """Kill the kernel on `stop`, or where `partial`, saved while it prints, has not changed for so long."""
         while not ended.wait(0.3):
             heard = max(start, partial.stat().st_mtime if partial.exists() else 0)
             silent = minutes and time.time() - heard > 60 * minutes
-            pid = kernels[0].provisioner.pid if kernels and kernels[0].has_kernel else None
+            pid = kernel.last.provisioner.pid if kernel.last and kernel.last.has_kernel else None
             if pid and (silent or (stop and stop.is_set())):
                 reasons.append(f"printed nothing for {minutes:g} minutes" if silent else "given up")
                 os.killpg(pid, signal.SIGKILL)  # and what the kernel started
@@ -166,7 +164,7 @@ def run(
             autosave_cell_every=2,  # seconds
             stdout_file=sys.stdout if show else None,
             stderr_file=sys.stderr if show else None,
-            kernel_manager_class=_kernel(config.threads, kernels),
+            kernel_manager_class=kernel,
             resources={"metadata": {"path": str(path.parents[1])}},  # the kernel works there
         )
     except papermill.PapermillExecutionError as error:
@@ -189,8 +187,8 @@ def run(
     return record.write_atomic(executed(path), content)
 
 
-def _kernel(threads: int, kernels: list[Any]) -> type:
-    """A kernel manager that starts this interpreter, whatever kernels the user has installed, and joins `kernels`."""
+def _kernel(threads: int) -> type:
+    """A kernel manager that starts this interpreter, whatever kernels the user has installed; `last`: the one made."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
@@ -201,10 +199,11 @@ def _kernel(threads: int, kernels: list[Any]) -> type:
 
     class Kernel(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=variables)
+        last = None
 
         def __init__(self, **options: Any):
             super().__init__(**options)
-            kernels.append(self)
+            type(self).last = self
 
     return Kernel
 

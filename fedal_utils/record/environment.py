@@ -18,14 +18,10 @@ from .. import __version__
 
 @functools.cache
 def _commit() -> dict[str, Any]:
-    """{'commit', 'dirty'} of the checkout that this package lies in (results/ apart); {} if it lies in none.
-
-    A plain copy of the tree names it in the environment variable FEDAL_COMMIT or in a file COMMIT beside the package.
-    """
+    """{'commit', 'dirty'} of the checkout around this package (results/ apart), or $FEDAL_COMMIT; {} outside one."""
+    if os.environ.get("FEDAL_COMMIT"):
+        return {"commit": os.environ["FEDAL_COMMIT"], "dirty": False}
     folder = Path(__file__).resolve().parents[2]
-    note = folder / "COMMIT"
-    if named := os.environ.get("FEDAL_COMMIT") or (note.read_text().strip() if note.is_file() else ""):
-        return {"commit": named, "dirty": False}
     git = functools.partial(subprocess.check_output, cwd=folder, text=True, stderr=subprocess.DEVNULL, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         top, commit = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).splitlines()

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,13 +30,6 @@ def project_root() -> Path:
     here = Path.cwd()
     checkouts = (f for f in (here, *here.parents) if (f / "notebooks").is_dir() and (f / "pyproject.toml").is_file())
     return Path(os.environ.get("FEDAL_HOME") or next(checkouts, here)).expanduser().absolute()
-
-
-def folder_name(text: str) -> str:
-    """The text, if it can name a folder."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*", text):
-        raise ValueError(f"{text!r} cannot name a folder: use letters, digits and _ . + = -, a letter first")
-    return text
 
 
 def write_atomic(path: str | Path, content: bytes | str | Mapping[str, Any] | Callable[[BinaryIO], None]) -> Path:
@@ -80,15 +72,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no readable JSON object ({error}): {ADVICE}") from None
 
 
-def lock(path: Path, wait: float | None = None) -> filelock.BaseFileLock:
-    """Exclusive use of the file's folder by this process, which may take it once more; it vanishes with the process.
-
-    wait: seconds, LOCK_WAIT unless given, -1 for ever.
-    """
+def lock(path: Path) -> filelock.BaseFileLock:
+    """Exclusive use of the file's folder by this process, which may take it once more; it vanishes with the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path.absolute(), is_singleton=True, thread_local=False)
     try:
-        held.acquire(timeout=LOCK_WAIT if wait is None else wait)
+        held.acquire(timeout=LOCK_WAIT)
     except filelock.Timeout:
         raise RuntimeError(f"{path.parent} is in use by another process") from None
     return held
@@ -131,21 +120,17 @@ def typed(sheet: pd.DataFrame) -> pd.DataFrame:
 def with_rows(sheet: pd.DataFrame, rows: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any], where: str):
     """The sheet with rows added and `fixed` filled in; a new column is left empty in the rows before.
 
-    Floats are written by `repr`, so that reading gives the same float back. ValueError naming client and column for a
-    value that no cell can hold.
+    Floats are written by `repr`, which gives the same back. ValueError naming client and column of an impossible value.
     """
 
     def cell(row: Mapping[str, Any], column: str, value: Any) -> str:
-        if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0:
-            value = value.item()
+        value = value.item() if isinstance(value, (torch.Tensor, np.generic)) and value.ndim == 0 else value
         if value is None or (column == "score" and value != value):
             return ""  # a query without a score: an initial label, or an image without detections
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int):
-            return str(int(value))
-        named = column in _FINITE or column.startswith("loss")
-        if not isinstance(value, float) or math.isinf(value) or (math.isnan(value) and named):
+        if isinstance(value, (str, int)):
+            return value if isinstance(value, str) else str(int(value))
+        counted = column in _FINITE or column.startswith("loss")
+        if not isinstance(value, float) or math.isinf(value) or (math.isnan(value) and counted):
             place = f"client {row.get('client')!r}" + (f", id {row['id']!r}" if "id" in row else "")
             raise ValueError(f"{where}, {place}: {column} is {value!r}, which no cell can hold; nothing was written")
         return repr(value)

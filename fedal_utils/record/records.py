@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..config import Config
 from .environment import machine_text
-from .files import ADVICE, encode, folder_name, project_root, read_json, sha256, typed, write_atomic
+from .files import ADVICE, encode, project_root, read_json, sha256, typed, write_atomic
 from .run import COLUMNS, Root, Stored, read_run, runs_folder
 
 KEY = ["digest", "method", "seed"]
@@ -85,8 +85,7 @@ def _found(config: Config, notebook: str, root: Root, fingerprint: str) -> dict[
 def record_path(config: Config, notebook: str) -> Path:
     """The record that a setting's runs are published in."""
     data = re.sub(r"[^\w.+=-]+", "-", Path(config.data.dataset).name)  # a folder of the user's own has any name
-    name = f"{folder_name(notebook)}-{data}-{config.profile}.csv.gz"
-    return project_root() / "results" / "records" / name
+    return project_root() / "results" / "records" / f"{notebook}-{data}-{config.profile}.csv.gz"
 
 
 def publish(notebook: str, preset: Callable[[str, str], Config], root: Root = None) -> list[Path]:
@@ -153,10 +152,9 @@ def _write(path: Path, runs: Runs) -> Path:
     settings = {key: run.sheets["rounds"]["setting"].iloc[0] for key, run in runs.items()}
     order = sorted(runs, key=lambda key: (settings[key] != "{}", settings[key], *key))  # the main setting first
     for name, place in _files(path).items():
-        parts = [runs[key].sheets[name].assign(check=_check(runs[key].sheets)) for key in order]
-        rows = pd.concat(parts, ignore_index=True)
+        rows = pd.concat([runs[key].sheets[name].assign(check=_check(runs[key].sheets)) for key in order]).fillna("")
         front = FACTS if name == "rounds" else KEY
-        rows = rows[[*front, *(c for c in rows if c not in front)]].fillna("")
+        rows = rows[[*front, *(c for c in rows if c not in front)]]
         write_atomic(place, gzip.compress(encode(rows), mtime=0))
     return path
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -48,7 +49,7 @@ class Stored:
 
 def runs_folder(notebook: str, root: Root) -> Path:
     """Where the runs of a notebook lie."""
-    return Path(root or files.project_root() / "results" / "runs") / files.folder_name(notebook)
+    return Path(root or files.project_root() / "results" / "runs") / notebook
 
 
 def read_run(folder: Path, digest: str, fingerprint: str = "") -> Stored | None:
@@ -119,8 +120,7 @@ class Run:
     ):
         self.config, self.notebook, self.method, self.seed = config, notebook, method, int(seed)
         self.root, self.fingerprint = root, fingerprint
-        setting = runs_folder(notebook, root) / config.digest()[:8]
-        self.folder = setting / files.folder_name(method) / f"seed{self.seed}"
+        self.folder = runs_folder(notebook, root) / config.digest()[:8] / method / f"seed{self.seed}"
         self.plan = list(plan(config, method) if plan else every_round(config))
         self.resumed: dict[str, Any] | None = None
         self.committed = 0
@@ -168,11 +168,8 @@ class Run:
             raise ValueError(f"commit of cycle {cycle}, round {number} in {self}: due is {due}")
         where = f"{self}, cycle {cycle}, round {number}"
         seconds, now = time.monotonic() - self._clock, {"cycle": cycle, "round": number}
-        added = {
-            "rounds": (rows, now),
-            "queries": (queries, {"cycle": cycle}),
-            "times": ([{**now, "seconds": f"{seconds:.3f}"}], {}),
-        }
+        times = [{**now, "seconds": f"{seconds:.3f}"}]
+        added = {"rounds": (rows, now), "queries": (queries, {"cycle": cycle}), "times": (times, {})}
         sheets = {name: files.with_rows(self._sheets[name], *new, where) for name, new in added.items()}
         state = files.plain(dict(state or {}), f"{where}: state")
         for name, sheet in sheets.items():
@@ -252,7 +249,6 @@ def runs(
 ) -> Iterator[Run]:
     """Every run that is still to do, seed by seed and method by method: finished ones are skipped, broken ones resumed.
 
-    methods, seeds: those of the config unless given.
     plan: the (cycle, round) pairs of a method, where they are not the same for all (see `every_round`).
     fingerprint: stands for the data (ids, labels, files); a run of other data starts anew.
     RuntimeError if another process works in a run's folder; ValueError if its config.json differs or a CSV was changed.
@@ -279,11 +275,11 @@ def shared(
     make: returns what `Run.commit` accepts as a state; a second process that asks meanwhile waits.
     fingerprint: it is made anew where the file belongs to other data, or is damaged.
     """
-    folder = runs_folder(notebook, root) / config.digest()[:8] / "shared"
-    path = folder / f"{files.folder_name(name)}-seed{seed}.pt"
+    path = runs_folder(notebook, root) / config.digest()[:8] / "shared" / f"{name}-seed{seed}.pt"
     where, content = f"{notebook}: shared {name!r} of seed {seed}", None
-    with files.lock(path.with_name(f".{path.stem}.lock"), wait=-1):
-        for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.stem}.lock")):
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
             leftover.unlink()
         if path.exists():
             try:

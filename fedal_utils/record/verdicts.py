@@ -1,12 +1,9 @@
-"""A paper's numbers beside ours, with a verdict by rule (in words: `results/README.md`); what is published.
-
-Intervals are Student's t over paired seeds, 95 %.
-"""
+"""A paper's numbers beside ours, with a verdict by rule (in words: `results/README.md`), and what is published."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -14,10 +11,7 @@ from ..config import Config
 from ..metrics import area_under_curve, paired_test
 from .files import project_root, read_sheet, write_atomic
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-PAPER_COLUMNS = ("item", "setting", "x", "metric", "value", "unit", "source", "tolerance")
+PAPER_COLUMNS = "item setting x metric value unit source tolerance".split()
 VERDICT_COLUMNS = (
     "notebook paper item theirs ours difference low high smallest_detectable seeds data scale verdict source".split()
 )
@@ -37,7 +31,7 @@ def read_paper(paper: str | Path) -> pd.DataFrame:
     frame = read_sheet(path)
     try:
         numbers = {c: frame[c].replace("", "nan").astype(float) for c in ("x", "value", "tolerance")}
-        return frame[[*PAPER_COLUMNS]].assign(**numbers)
+        return frame[PAPER_COLUMNS].assign(**numbers)
     except (KeyError, ValueError) as error:
         told = f"columns are {', '.join(PAPER_COLUMNS)}, x, value, tolerance numbers"
         raise ValueError(f"{path}: {told}: {error}") from None
@@ -174,11 +168,8 @@ def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
     return save(both.drop_duplicates(keys, keep="last").sort_values(keys)[VERDICT_COLUMNS], path.name)
 
 
-def save(result: "pd.DataFrame | Figure", name: str) -> Path:
-    """Write a table to `results/tables/<name>` (CSV) or a figure to `results/figures/<name>` (PNG), atomically.
-
-    Equal numbers, equal bytes: there is no date or version in it. Returns the path.
-    """
+def save(result: Any, name: str) -> Path:
+    """Write a table to `results/tables/<name>` (CSV) or a figure to `results/figures/<name>` (PNG), without a date."""
     results = project_root() / "results"
     if isinstance(result, pd.DataFrame):
         return write_atomic(results / "tables" / name, result.to_csv(index=False, lineterminator="\n"))

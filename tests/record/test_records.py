@@ -82,27 +82,22 @@ def test_runs_published_again_are_replaced_others_stay_and_a_broken_run_hides_no
     pd.testing.assert_frame_equal(record.table(CONFIG, "tiny"), whole)
 
 
+DAMAGES = {
+    "edit": lambda content: gzip.compress(gzip.decompress(content).replace(b",1,", b",2,", 1)),
+    "cut": lambda content: gzip.compress(gzip.decompress(content)[:-1].rpartition(b"\n")[0] + b"\n"),
+    "bit": lambda content: content[:500] + bytes([content[500] ^ 4]) + content[501:],
+    "short": lambda content: content[:-20],
+}
+
+
 @pytest.mark.parametrize("which", ["", "-queries"])
-@pytest.mark.parametrize("damage", ["edit", "cut", "bit", "short"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_record_that_was_changed_or_cut_is_refused_by_every_reader(home, damage, which):
     path = publish()
     file = path.with_name(f"tiny-bccd-quick{which}.csv.gz")
     shutil.rmtree(home / "results" / "runs")
-    content = bytearray(file.read_bytes())
-    if damage == "edit":
-        content = gzip.compress(gzip.decompress(content).replace(b",1,", b",2,", 1))
-    elif damage == "cut":
-        content = gzip.compress(b"".join(gzip.decompress(content).splitlines(keepends=True)[:-1]))
-    elif damage == "bit":
-        content[len(content) // 2] ^= 4
-    else:
-        content = content[:-20]
-    file.write_bytes(content)
-    for read, given in (
-        (record.table, (CONFIG, "tiny")),
-        (record.read_record, (path,)),
-        (record.merge, (path.parent,)),
-    ):
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    for read, *given in ((record.table, CONFIG, "tiny"), (record.read_record, path), (record.merge, path.parent)):
         with pytest.raises(ValueError, match="tiny-bccd-quick.csv.gz"):
             read(*given)
 
