@@ -25,7 +25,7 @@ def test_a_profile_changes_numbers_and_data_bring_their_detector():
     assert names("20_huale", "paper") == ("voc07", "faster_rcnn", "resnet50")
     assert [names("30_kafal", p)[:2] for p in config.PROFILES] == [
         ("digit-images", "resnet8"),
-        ("cifar10", "resnet8"),
+        ("cifar10", "mlp"),
         ("cifar10", "resnet8"),
     ]
     days = papers.load("11_fedavg", "quick", "hit-uav")
