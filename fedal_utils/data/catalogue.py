@@ -3,8 +3,8 @@
 import contextlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ from ..seeding import rng_for
 from . import download
 from .classification import CLASS_NAMES, find_classes
 from .digits import Digits, digit_scenes
+from .files import size_pair
 from .folders import Found, kitti_found, own_folder, place_of
 from .formats import Record, assemble, settled
 from .formats_json import coco_records, read_json
 from .formats_txt import KITTI_CLASSES, KITTI_TWO
 from .formats_voc import VOC_CLASSES, devkit_records, voc_record
-from .pixels import size_pair
 from .types import Dataset, Reading
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
@@ -52,12 +52,12 @@ def _voc07_half(place: Path) -> Found:
     return Found(*([r for r in every if (r.id in held) == side] for side in (False, True)), VOC_CLASSES)
 
 
-def _coco(place: Path) -> Found:
-    def side(split: str) -> tuple[list[Record], tuple[str, ...]]:
-        file = place / "annotations" / f"instances_{split}.json"
-        return coco_records(file, read_json(file), lambda name: place / split / name)
-
-    return Found(side("train2017")[0], *side("val2017"))
+def _coco(files: Mapping[str, str], place: Path) -> Found:
+    """Two COCO files, each with the folder of its images."""
+    read = []
+    for file, folder in ((place / file, place / folder) for file, folder in files.items()):
+        read.append(coco_records(file, read_json(file), folder.joinpath))
+    return Found(read[0][0], *read[1])
 
 
 def _hit_uav(place: Path) -> Found:
@@ -66,9 +66,8 @@ def _hit_uav(place: Path) -> Found:
     Test is the last fifth of each day by frame number. DontCare is a region of every class, to be ignored.
     """
     if (place / "instances_train.json").is_file():
-        files = [place / f"instances_{split}.json" for split in ("train", "test")]
-        sides = [coco_records(f, read_json(f), lambda name: place / "images" / name)[0] for f in files]
-        return Found(*sides, HIT_UAV_CLASSES)
+        found = _coco(dict.fromkeys(("instances_train.json", "instances_test.json"), "images"), place)
+        return found._replace(class_names=HIT_UAV_CLASSES)
     days: dict[str, list[Record]] = defaultdict(list)
     for split in ("train", "val", "test"):
         for entry in read_json(place / "normal_json" / "annotations" / f"{split}.json")["images"]:
@@ -91,6 +90,7 @@ _VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
 _KITTI = "https://www.cvlibs.net/datasets/kitti/eval_object.php, or by `python -m fedal_utils data kitti` (12 GB),"
 _BCCD = "https://github.com/Shenggan/BCCD_Dataset"
 _07, _12, _RAW = ("VOCdevkit/VOC2007",), ("VOCdevkit/VOC2012",), ("kitti", "Kitti/raw")  # Kitti/raw is torchvision's
+_COCO = {f"annotations/instances_{split}.json": split for split in ("train2017", "val2017")}
 _voc = partial(_devkit, VOC_CLASSES, True)
 SOURCES = {
     "bccd": _Source(partial(_devkit, BCCD_CLASSES, False, "trainval", "test"), ("BCCD",), _BCCD, "BCCD"),
@@ -99,7 +99,7 @@ SOURCES = {
     "voc07-half": _Source(_voc07_half, ("VOC07", *_07), _VOC + "voc2007"),
     "voc12": _Source(partial(_voc, "train", "val"), _12, _VOC + "voc2012"),
     "voc0712": _Source(partial(_voc, "../VOC2007/trainval trainval", "../VOC2007/test"), _12, _VOC),
-    "coco": _Source(_coco, ("coco",), "https://cocodataset.org/#download"),
+    "coco": _Source(partial(_coco, _COCO), ("coco",), "https://cocodataset.org/#download"),
     "kitti": _Source(partial(kitti_found, class_names=KITTI_CLASSES), _RAW, _KITTI),
     "kitti-2": _Source(partial(kitti_found, class_names=KITTI_TWO), _RAW, _KITTI),
 }
@@ -111,11 +111,13 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("FEDAL_DATA") or "data").expanduser()
 
 
-def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: bool = False) -> Found:
-    """Both sides of a set before any pixel is read: a known name, or a folder here or in `root`."""
-    source = SOURCES.get(name)
-    if source is None:
-        return own_folder(place_of(name, root, NAMES), seed, unlabelled)
+def find(name: str, root: Path, seed: int = 0, kind: str = "boxes", fetch: bool = True) -> Found:
+    """Both sides of a set before any pixel is read: a known name, or a folder here or in `root`; kind: see `load`."""
+    if kind == "classes":
+        return find_classes(name, root, seed)
+    if name not in SOURCES:
+        return own_folder(place_of(name, root, NAMES), seed, kind == "unlabelled")
+    source = SOURCES[name]
     place = next((root / place for place in source.places if (root / place).is_dir()), None)
     if place is None and source.download and fetch:
         place = download.fetch(source.download, root)
@@ -125,60 +127,42 @@ def find(name: str, root: Path, seed: int = 0, fetch: bool = True, unlabelled: b
     return source.find(place)._replace(reading=Reading(name, "the published list", "as published"))
 
 
-Limit = tuple[int | None, int | None]
-
-
 def load(
     name: str,
     image_size: int | Sequence[int],
     root: str | Path | None = None,
     seed: int = 0,
-    limit: Limit | None = None,
+    limit: tuple[int | None, int | None] | None = None,
     min_object: float = 0,
     digits: Digits | None = None,
-    unlabelled: bool = False,
+    kind: str = "boxes",
 ) -> tuple[Dataset, Dataset]:
-    """Train and test of a data set by name (`NAMES`), or of a folder of the user's own.
+    """Train and test of a data set by name, or of a folder of the user's own, here or in the data root.
 
     image_size: (height, width), or one side, that every image is letterboxed to. root: see `data_root`.
     seed: also draws the digits, and the 80 : 20 split of a folder that tells none; KITTI's split is fixed.
     limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
     min_object: objects whose shorter side, letterboxed, is below this many pixels become ignore.
-    digits: DigitScenes in train and test. unlabelled: keep a folder's images without annotation, as not labelled.
+    digits: DigitScenes in train and test. kind: "boxes"; "unlabelled" to keep a folder's images without annotation,
+        as not labelled; "classes" of whole images: one of `CLASS_NAMES`, or class folders, also in a .zip.
     """
+    limit = limit or (None, None)
     if name == "digits":
-        digits, most = digits or Digits(), limit or (None, None)
-        scenes = tuple(n if m is None else min(n, m) for n, m in zip(digits.scenes, most, strict=True))
+        digits = digits or Digits()
+        scenes = tuple(n if most is None else min(n, most) for n, most in zip(digits.scenes, limit, strict=True))
         return digit_scenes(digits._replace(scenes=scenes), size_pair(image_size), seed, min_object)
-    found = find(name, data_root(root), seed, unlabelled=unlabelled)
-    return _assembled(name, found, image_size, seed, limit, min_object)
-
-
-def load_classes(
-    name: str,
-    image_size: int | Sequence[int],
-    root: str | Path | None = None,
-    limit: Limit | None = None,
-    seed: int = 0,
-) -> tuple[Dataset, Dataset]:
-    """Train and test of a classification set: one of `CLASS_NAMES`, or a folder or .zip here or in the data root.
-
-    image_size, root, limit: as in `load`. seed: also draws splits that are not published.
-    """
-    return _assembled(name, find_classes(name, data_root(root), seed), image_size, seed, limit)
-
-
-def _assembled(
-    name: str, found: Found, image_size: int | Sequence[int], seed: int, limit: Limit | None, min_object: float = 0
-) -> tuple[Dataset, Dataset]:
+    found = find(name, data_root(root), seed, kind)
     if shared := {r.id for r in found.train} & {r.id for r in found.test}:
         raise ValueError(f"data set {name!r}: image id {min(shared)!r} is in train and in test")
     sides, label = [], Path(name).absolute().name.removesuffix(".zip")
-    for split, records, most in zip(("train", "test"), (found.train, found.test), limit or (None, None), strict=True):
+    for split, records, most in zip(("train", "test"), (found.train, found.test), limit, strict=True):
         kept = np.sort(rng_for(seed, "limit", split).permutation(len(records))[:most])  # 50 are among 100 of another
         told = found.class_names, min_object, found.drops if split == "train" else None, found.reading
         sides.append(assemble(f"{label} {split}", [records[i] for i in kept], image_size, *told))
     return sides[0], sides[1]
+
+
+load_classes = partial(load, kind="classes")
 
 
 def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
@@ -190,13 +174,11 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> 
     if name == "digits":
         raise ValueError("data set 'digits' is drawn, not read from files: there is nothing to inspect")
     root = data_root(root)
-    if name in CLASS_NAMES or name.lower().endswith(".zip"):
-        found = find_classes(name, root, seed)
-    else:
-        found = find(name, root, seed, fetch=False)
-        if found.class_names is None:  # images without labels: their folders may be classes
-            with contextlib.suppress(ValueError):
-                found = find_classes(name, root, seed)
+    kind = "classes" if name in CLASS_NAMES or name.lower().endswith(".zip") else "boxes"
+    found = find(name, root, seed, kind, fetch=False)
+    if found.class_names is None:  # images without labels: their folders may be classes
+        with contextlib.suppress(ValueError):
+            found = find_classes(name, root, seed)
     left_out, splits = Counter(found.drops), {}
     for split, records in (("train", found.train), ("test", found.test)):
         records = [settled(record) if isinstance(record.file, Path) else record for record in records]
@@ -207,9 +189,9 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> 
         per_class = {kind: kinds[kind] for kind in found.class_names or ()}
         ids = [record.id for record in records[:5]]
         splits[split] = {"images": len(records), "boxes": len(things), "per_class": per_class, "ids": ids}
-    told, left_out = found.reading, {reason: n for reason, n in left_out.items() if n}
-    report = {"format": told.format, "classes": list(found.class_names or ()), "classes_from": told.classes_from}
-    return report | {"split_from": told.split_from, "left_out": left_out, "splits": splits}
+    told = {"classes": list(found.class_names or ()), **asdict(found.reading), "splits": splits}
+    told["left_out"] = {reason: n for reason, n in left_out.items() if n}
+    return {key: told[key] for key in ("format", "classes", "classes_from", "split_from", "left_out", "splits")}
 
 
 def report_lines(report: dict[str, Any]) -> str:
@@ -219,5 +201,5 @@ def report_lines(report: dict[str, Any]) -> str:
 
 def contact_sheet(name: str, root: str | Path | None = None, seed: int = 0, count: int = 12) -> Dataset:
     """Some training images of a set at 320 pixels, to be drawn with their boxes."""
-    read = load_classes if name in CLASS_NAMES else load
-    return read(name, (240, 320), root=root, seed=seed, limit=(count, 1))[0]
+    kind = "classes" if name in CLASS_NAMES else "boxes"
+    return load(name, (240, 320), root, seed, limit=(count, 1), kind=kind)[0]

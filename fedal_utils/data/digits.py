@@ -54,9 +54,9 @@ def _canvas(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
     def smooth(cells: int, most: float) -> np.ndarray:  # (H, W, 1), random at a grid of cells
         grid = torch.from_numpy(rng.uniform(-most, most, (1, 1, cells, cells)))
-        return functional.interpolate(grid, (height, width), mode="bilinear", align_corners=True)[0, 0].numpy()[
-            ..., None
-        ]
+        return functional.interpolate(grid, (height, width), mode="bilinear", align_corners=True)[
+            0, 0, :, :, None
+        ].numpy()
 
     level, slope = rng.uniform(0.1, 0.9), smooth(2, 0.12)
     blotches, grain = smooth(int(rng.integers(3, 8)), 0.1), rng.uniform(-0.03, 0.03, (height, width, 1))
@@ -77,11 +77,8 @@ def _ink_colour(rng: np.random.Generator, ground: float) -> np.ndarray:
 def digit_scene(
     rng: np.random.Generator, sources: np.ndarray, image_size: tuple[int, int] = (64, 64), most: int = 4
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One scene, 1 to `most` digits from the rows `sources`: pixels uint8 (3, H, W), boxes (k, 4), the rows (k,) drawn.
-
-    A box' longer side is 14 to 28 pixels of 64. A digit that finds no place is left out, the first never.
-    """
-    low, high = (round(side * min(image_size) / 64) for side in (14, 28))
+    """One scene of 1 to `most` digits from the rows `sources`: pixels uint8 (3, H, W), boxes (k, 4), the rows drawn."""
+    low, high = (round(side * min(image_size) / 64) for side in (14, 28))  # of a box' longer side
     scene, boxes, drawn = _canvas(rng, *image_size), np.zeros((0, 4), dtype=np.float32), []
     for _ in range(int(rng.integers(1, most + 1))):
         row = int(sources[rng.integers(len(sources))])
@@ -110,10 +107,8 @@ def digit_scenes(
     """Train and test DigitScenes; a box with a side below `min_object` is ignore."""
     if min(image_size) < 18:
         raise ValueError(f"digits need images of 18 and more pixels a side, got {image_size}")
-    target, sides = _digits()[1], []
-    for split, count, sources in zip(
-        ("train", "test"), digits.scenes, digit_sources(seed, digits.classes), strict=True
-    ):
+    target, sides, parts = _digits()[1], [], digit_sources(seed, digits.classes)
+    for split, count, sources in zip(("train", "test"), digits.scenes, parts, strict=True):
         scenes = [digit_scene(rng_for(seed, "digits", split, k), sources, image_size) for k in range(count)]
         pixels, boxes, drawn = zip(*scenes, strict=True)
         boxes = pad_sequence([torch.from_numpy(one) for one in boxes], batch_first=True)

@@ -55,7 +55,7 @@ def fetch(name: str, root: str | Path) -> Path:
 
     ConnectionError, with URL, file and folder, without a network; ValueError if the contents are not the pinned ones.
     """
-    root, target = Path(root), Path(root, name)
+    root, target, hint = Path(root), Path(root, name), ""
     if name not in (*PINNED, KITTI):
         raise ValueError(f"no download is known for {name!r}; allowed are {', '.join([*PINNED, KITTI])}")
     root.mkdir(parents=True, exist_ok=True)
@@ -64,22 +64,20 @@ def fetch(name: str, root: str | Path) -> Path:
             if name == KITTI:
                 datasets.Kitti(str(root), download=True)  # what is there is not asked for again
             elif not target.is_dir():
-                _unpacked(PINNED[name], root, Path(half)).rename(target)
+                pinned, half = PINNED[name], Path(half)
+                repository, url = pinned.repository.split("/")[-1], f"https://github.com/{pinned.repository}/archive"
+                file, url = f"{repository}-{pinned.commit}.zip", f"{url}/{pinned.commit}.zip"
+                hint = f"; {url} may be put there by other means, as {file}"
+                there = sorted(root.glob(f"{repository}-*.zip"))
+                if not there:
+                    datasets.utils.download_url(url, str(half), file)
+                _unpack(pinned, there[0] if there else half / file, half).rename(target)
         except (OSError, RuntimeError, HTTPException) as error:
-            raise ConnectionError(f"{name} could not be downloaded into {target}: {error}") from error
+            raise ConnectionError(f"{name} could not be downloaded into {target}: {error}{hint}") from error
     return target
 
 
-def _unpacked(pinned: Pinned, root: Path, half: Path) -> Path:
-    """The set in the folder `half`, from an archive in `root` or from the network."""
-    url = f"https://github.com/{pinned.repository}/archive/{pinned.commit}.zip"
-    repository = pinned.repository.split("/")[-1]
-    archive = next(iter(sorted(root.glob(f"{repository}-*.zip"))), half / f"{repository}-{pinned.commit}.zip")
-    if archive.parent == half:
-        try:
-            datasets.utils.download_url(url, str(half), archive.name)
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise ConnectionError(f"{url}: {error}; or put it there by other means, as {archive.name}") from error
+def _unpack(pinned: Pinned, archive: Path, half: Path) -> Path:
     with reading(f"archive {archive} cannot be unpacked", "a whole zip, and room; remove it and fetch it again"):
         datasets.utils.extract_archive(str(archive), str(half / "all"))  # drops drives, leading '/' and '..'
     (top,) = (half / "all").iterdir()

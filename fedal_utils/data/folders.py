@@ -14,12 +14,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..seeding import rng_for
-from .files import find_files, key_of, read_text, same_form
+from .files import SUFFIXES, find_files, key_of, read_text, same_form
 from .formats import Record
 from .formats_json import coco_records, read_json
 from .formats_txt import KITTI_CLASSES, data_yamls, kitti_records, kitti_split, yolo_names, yolo_records
 from .formats_voc import split_lines, voc_records
-from .pixels import SUFFIXES
 from .types import Reading
 
 _SPLITS = dict.fromkeys(("train", "training", "trainval"), "train") | {"test": "test", "testing": "test"}

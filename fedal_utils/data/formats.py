@@ -16,9 +16,7 @@ import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .boxes import letterbox_boxes
-from .files import relative, write_text
-from .pixels import SUFFIXES, in_order, read_all, size_pair, upright_size
+from .files import SUFFIXES, in_order, letterbox_boxes, read_all, relative, size_pair, upright_size, write_text
 from .types import Dataset, Images, Labels, Reading
 
 COLUMNS = ("image", "class", "x1", "y1", "x2", "y2", "height", "width", "difficult", "crowd")

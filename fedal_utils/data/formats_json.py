@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .files import class_name, number, read_text, reading, relative, whole, write_text
+from .files import SUFFIXES, class_name, number, read_text, reading, relative, whole, write_text
 from .formats import Object, Record, settled, to_write, unique
-from .pixels import SUFFIXES
 
 SAMPLE = "sample"  # our own field of an image: its id, where the file name is another
 _IMAGE = "an id, a number or always a text, once; a relative file_name; height, width; a group where others have one"

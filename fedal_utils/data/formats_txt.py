@@ -16,9 +16,8 @@ import numpy as np
 import yaml
 
 from ..seeding import rng_for
-from .files import by_key, class_name, find_files, key_of, read_text, reading, write_text
+from .files import SUFFIXES, by_key, class_name, find_files, key_of, read_text, reading, write_text
 from .formats import Object, Record, beside, settled, to_write
-from .pixels import SUFFIXES
 
 _LABEL_LINE = re.compile(r"^\s*[0-9]+(\s+[-+.0-9eE]+){4,}\s*$", re.MULTILINE)
 MOST_CLASSES = 10_000
@@ -27,21 +26,14 @@ KITTI_TWO = ("Car", "Pedestrian")
 KITTI_SPLIT_SEED = 11111  # van Bommel 2021, released code
 
 
-class _AsWritten(yaml.BaseLoader):
-    """YAML without types (`no` is a text, as is 010), aliases or keys that stand twice."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"an alias stands in line {self.peek_event().start_mark.line + 1}; write it out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            if key.value in found or not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"the key {key.value!r} stands twice or is no text")
-            found[key.value] = self.construct_object(value, deep=True)
+def _as_written(node: yaml.Node) -> Any:
+    """YAML without types (`no` is a text, as is 010); ValueError for a key that stands twice."""
+    if isinstance(node, yaml.MappingNode):
+        found = {key.value: _as_written(value) for key, value in node.value}
+        if len(found) < len(node.value):
+            raise ValueError(f"a key stands twice: {[key.value for key, _ in node.value]}")
         return found
+    return [_as_written(one) for one in node.value] if isinstance(node, yaml.SequenceNode) else node.value
 
 
 def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
@@ -51,7 +43,9 @@ def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
         text = read_text(file)
         if file.stem == "data" or "names" in text:
             with reading(f"{file} is not YAML", "plain YAML"):
-                content = yaml.load(text, Loader=_AsWritten)  # noqa: S506 (BaseLoader makes texts only)
+                if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                    raise ValueError("an alias stands in it; write it out")
+                content = _as_written(yaml.compose(text) or yaml.ScalarNode("", ""))
             found |= {file: content} if isinstance(content, dict) else {}
     told = {f: c for f, c in found.items() if f.stem == "data" or ("names" in c and c.keys() & {"train", "val", "nc"})}
     return told or {file: content for file, content in found.items() if "names" in content}
@@ -82,13 +76,15 @@ def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]
     return first, list(told)
 
 
+def _lines(file: Path) -> list[tuple[int, str]]:
+    return [(i, line) for i, line in enumerate(read_text(file).splitlines(), start=1) if line.strip()]
+
+
 def yolo_objects(file: Path, names: Mapping[int, str] | None) -> tuple[Object, ...]:
     """The objects of one file, boxes in exact fractions of the image."""
     objects = []
     allowed = f"0 to {MOST_CLASSES - 1}" if names is None else ", ".join(f"{n} ({name})" for n, name in names.items())
-    for i, line in enumerate(read_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for i, line in _lines(file):
         with reading(f"{file}: line {i} is {line[:200]!r}", f"`class cx cy w h`, the class one of {allowed}"):
             number, *fields = line.split()
             cx, cy, w, h = map(Decimal, fields)
@@ -134,9 +130,8 @@ def write_yolo(folder: str | Path, records: Iterable[Record], classes: Sequence[
         for thing in record.objects:
             x1, y1, x2, y2 = map(Decimal, thing.box)
             fractions = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-            lines.append(
-                " ".join([str(list(classes).index(thing.name)), *(f"{v.normalize():f}" for v in fractions)]) + "\n"
-            )
+            words = [str(list(classes).index(thing.name)), *(f"{v.normalize():f}" for v in fractions)]
+            lines.append(" ".join(words) + "\n")
         write_text(name, "".join(lines))
     content = {"train": "images", "val": "images", "nc": len(classes), "names": list(classes)}
     write_text(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 30))
@@ -157,33 +152,24 @@ def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
     return [i for n, i in enumerate(ids) if n not in held], [i for n, i in enumerate(ids) if n in held]
 
 
-def _kitti_objects(file: Path, class_names: Sequence[str]) -> tuple[tuple[Object, ...], Counter]:
-    objects, left_out = [], Counter()
-    needed = f"one of {', '.join(KITTI_CLASSES)}, DontCare, then 14 finite numbers, or 15 with a score"
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        with reading(f"{file}: line {number} is {line[:200]!r}", needed):
-            name, *fields = line.split()
-            values = [float(text) for text in fields]
-            if name not in (*KITTI_CLASSES, "DontCare") or len(values) not in (14, 15) or not np.isfinite(values).all():
-                raise ValueError(f"type {name!r} and {len(values)} numbers")
-        if name in class_names:
-            objects.append(Object(name, tuple(float(int(v)) for v in values[3:7])))
-        else:
-            left_out["dont_care" if name == "DontCare" else "other_class"] += 1
-    return tuple(objects), left_out
-
-
 def kitti_records(folder: Path, class_names: Sequence[str] = KITTI_CLASSES) -> list[Record]:
     """The images of a folder that holds `training`, `image_2` and `label_2` in it, sorted by id."""
     pictures, labels = folder / "training" / "image_2", folder / "training" / "label_2"
-    images, texts = (by_key(find_files(p, *ends), p) for p, ends in ((pictures, SUFFIXES), (labels, (".txt",))))
-    records = []
+    images, texts = by_key(find_files(pictures, *SUFFIXES), pictures), by_key(find_files(labels, ".txt"), labels)
+    known, records = (*KITTI_CLASSES, "DontCare"), []
+    needed = f"one of {', '.join(known)}, then 14 finite numbers, or 15 with a score"
     for key in sorted(images.keys() | texts.keys()):
-        file = labels / f"{key}.txt"
-        objects, left_out = _kitti_objects(file, class_names)
-        records.append(
-            Record(key, images.get(key, pictures / f"{key}.png"), None, objects, source=file, drops=left_out)
-        )
+        file, objects, left_out = labels / f"{key}.txt", [], Counter()
+        for number, line in _lines(file):
+            with reading(f"{file}: line {number} is {line[:200]!r}", needed):
+                name, *fields = line.split()
+                values = np.array(fields, dtype=float)
+                if name not in known or len(values) not in (14, 15) or not np.isfinite(values).all():
+                    raise ValueError(f"type {name!r} and {len(values)} numbers")
+            if name in class_names:
+                objects.append(Object(name, tuple(float(int(v)) for v in values[3:7])))
+            else:
+                left_out["dont_care" if name == "DontCare" else "other_class"] += 1
+        image = images.get(key, pictures / f"{key}.png")
+        records.append(Record(key, image, None, tuple(objects), source=file, drops=left_out))
     return records

@@ -5,13 +5,12 @@ VOC07 and VOC12 count pixels from 1 (`one_based`): 1 is taken off xmin and ymin.
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from xml.sax.saxutils import escape
 
-from .files import by_key, class_name, find_files, key_of, read_text, reading, same_form, whole, write_text
+from .files import SUFFIXES, by_key, class_name, find_files, key_of, read_text, reading, same_form, whole, write_text
 from .formats import Object, Record, beside, settled, to_write, unique
-from .pixels import SUFFIXES
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -66,14 +65,15 @@ def voc_records(root: Path, files: Sequence[Path]) -> list[Record]:
 
 def split_lines(file: Path, ids: Mapping[str, object]) -> list[str]:
     """The image ids of an ImageSets file: whole lines, ids may have spaces; a last column 1, 0 or -1 is cut off."""
-    lines = [same_form(line.strip()) for line in read_text(file).splitlines() if line.strip()]
-    found = [line if line in ids else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
-    times = Counter(found)
-    odd = [line for line, key in zip(lines, found, strict=True) if key not in ids or times[key] > 1]
-    if odd or not found:
-        told = f"lists the image id {odd[0]!r}, which does not exist or stands there twice" if odd else "is empty"
-        raise ValueError(f"split file {file} {told}; it should list one image id a line")
-    return found
+    found: dict[str, None] = {}
+    for line in (same_form(line.strip()) for line in read_text(file).splitlines() if line.strip()):
+        key = line if line in ids else re.sub(r"\s+(-1|0|1)$", "", line)
+        if key not in ids or key in found:
+            raise ValueError(f"split file {file} lists the image id {line!r}, which is not there, or twice")
+        found[key] = None
+    if not found:
+        raise ValueError(f"split file {file} is empty; it should list one image id a line")
+    return list(found)
 
 
 def devkit_records(root: Path, split: str, one_based: bool) -> list[Record]:
@@ -87,29 +87,21 @@ def devkit_records(root: Path, split: str, one_based: bool) -> list[Record]:
 
 def read_voc(folder: str | Path) -> list[Record]:
     """All VOC XML files below a folder, with their images where they lie."""
-    records = voc_records(Path(folder), find_files(folder, *SUFFIXES, ".xml"))
-    if not records:
-        raise ValueError(f"folder {folder} has no annotation: no .xml file in it")
-    return [settled(record) for record in records]
+    if records := voc_records(Path(folder), find_files(folder, *SUFFIXES, ".xml")):
+        return [settled(record) for record in records]
+    raise ValueError(f"folder {folder} has no annotation: no .xml file in it")
 
 
 def write_voc(folder: str | Path, records: Iterable[Record], classes: Sequence[str]) -> Path:
     """`Annotations/<image>.xml` with float coordinates from 0; images belong into `JPEGImages`. Reads back exactly."""
-    folder, add = Path(folder), ElementTree.SubElement
-    records = to_write(records, classes, "VOC XML", ("difficult",))
-
-    def fill(element: ElementTree.Element, content: Mapping[str, object]) -> None:
-        for tag, value in content.items():
-            add(element, tag).text = str(value)
-
+    folder, records = Path(folder), to_write(records, classes, "VOC XML", ("difficult",))
     for record, name in zip(records, beside(folder / "Annotations", records, ".xml"), strict=True):
-        root, (height, width) = ElementTree.Element("annotation"), map(int, record.size)
-        fill(root, {"filename": record.file.name if record.file else record.id, "sample": record.id})
-        fill(add(root, "size"), {"width": width, "height": height, "depth": 3})
+        (height, width), file = map(int, record.size), record.file.name if record.file else record.id
+        lines = ["<annotation>", f"<filename>{escape(file)}</filename>", f"<sample>{escape(record.id)}</sample>"]
+        lines.append(f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>")
         for thing in record.objects:
-            element = add(root, "object")
-            fill(element, {"name": thing.name, "difficult": int(thing.difficult)})
-            fill(add(element, "bndbox"), dict(zip(_SIDES, map(float, thing.box), strict=True)))
-        ElementTree.indent(root)
-        write_text(name, ElementTree.tostring(root, encoding="unicode") + "\n")
+            box = "".join(f"<{tag}>{float(v)!r}</{tag}>" for tag, v in zip(_SIDES, thing.box, strict=True))
+            what = f"<name>{escape(thing.name)}</name><difficult>{int(thing.difficult)}</difficult>"
+            lines.append(f"<object>{what}<bndbox>{box}</bndbox></object>")
+        write_text(name, "\n".join([*lines, "</annotation>", ""]))
     return folder

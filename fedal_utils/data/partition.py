@@ -126,10 +126,8 @@ def missing_class(
             fewest = allowed[had[allowed] == had[allowed].min()]
             client_of[image] = fewest[rng.integers(len(fewest))]
             had[client_of[image]] += 1
-    if not had.all():
-        raise ValueError(
-            f"clients {np.flatnonzero(had == 0).tolist()} get no image: every image holds a class they miss"
-        )
+    if empty := np.flatnonzero(had == 0).tolist():
+        raise ValueError(f"clients {empty} get no image: every image holds a class that they must miss")
     return [np.flatnonzero(client_of == client) for client in range(len(missing))], np.flatnonzero(client_of < 0)
 
 

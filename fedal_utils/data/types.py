@@ -1,16 +1,17 @@
-"""The one in-memory type: a `Dataset` is images and labels side by side, so that scoring can see images only."""
+"""What data are in memory: images and labels side by side, so that scoring can see images only, detections, boxes.
+
+Boxes are (N, 4) float32 xyxy in pixels. A padded batch is (B, K, 4); class 0 marks a padding row.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import flip_boxes
-
-Index = Sequence[int] | np.ndarray | Tensor
+Index = Sequence[int] | np.ndarray | Tensor  # row numbers, or a mask
 
 
 def row_numbers(index: Index, count: int) -> np.ndarray:
@@ -42,11 +43,10 @@ class Images:
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
     def to(self, device: str | torch.device) -> "Images":
-        """The same images with their pixels on `device`."""
         return replace(self, pixels=self.pixels.to(device))
 
     def take(self, index: Index) -> "Images":
-        """The images of these rows (row numbers or a mask), in this order."""
+        """The images of these rows, in this order."""
         rows = row_numbers(index, len(self))
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
         ids, pixels = tuple(self.ids[row] for row in rows), self.batch(rows, self.pixels.device)
@@ -63,8 +63,30 @@ class Images:
         return (self.batch(chunk, device) for chunk in chunks)
 
 
+class _Rows:
+    """Tensors of N images side by side, `boxes` among them."""
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "_Rows":
+        def changed(value: Tensor | Mapping) -> Tensor | Mapping:
+            return {k: change(t) for k, t in value.items()} if isinstance(value, Mapping) else change(value)
+
+        return type(self)(*map(changed, vars(self).values()))
+
+    def to(self, device: str | torch.device) -> "_Rows":
+        """The same on `device`."""
+        return self._each(lambda t: t.to(device))
+
+    def take(self, index: Index) -> "_Rows":
+        """Those of these images, in this order; shapes stay otherwise."""
+        rows = torch.from_numpy(row_numbers(index, len(self))).to(self.boxes.device)
+        return self._each(lambda t: t[rows])
+
+
 @dataclass(frozen=True, eq=False)
-class Labels:
+class Labels(_Rows):
     """The objects of N images, padded to K rows each; padding is all zero and comes last."""
 
     boxes: Tensor  # (N, K, 4) float32 xyxy pixels of the letterboxed image
@@ -72,34 +94,52 @@ class Labels:
     ignore: Tensor  # (N, K) bool: difficult, crowd or too small
     crowd: Tensor  # (N, K) bool
 
-    def __len__(self) -> int:
-        return self.boxes.shape[0]
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Labels":
-        return Labels(*map(change, (self.boxes, self.classes, self.ignore, self.crowd)))
-
     @property
     def valid(self) -> Tensor:
         """(N, K) bool: objects that count, so neither padding nor ignore."""
         return (self.classes > 0) & ~self.ignore
 
-    def to(self, device: str | torch.device) -> "Labels":
-        """The same labels on `device`."""
-        return self._each(lambda t: t.to(device))
-
-    def take(self, index: Index) -> "Labels":
-        """The labels of these rows (row numbers or a mask), in this order; K stays."""
-        rows = torch.from_numpy(row_numbers(index, len(self))).to(self.boxes.device)
-        return self._each(lambda t: t[rows])
-
-    def count(self) -> Tensor:
-        """(N,) int64 objects per image that count (neither padding nor ignore)."""
-        return self.valid.sum(dim=1)
-
     def flip(self, mask: Tensor, width: int) -> "Labels":
         """The labels after images where `mask` (N,) bool is True were mirrored; padding rows stay zero."""
         mirror = mask.to(self.boxes.device)[:, None] & (self.classes > 0)  # (N, K)
         return replace(self, boxes=torch.where(mirror[..., None], flip_boxes(self.boxes, width), self.boxes))
+
+
+@dataclass(frozen=True)
+class Detections(_Rows):
+    """Padded detections of N images, best first: the one thing that a detector returns.
+
+    extra: what some detectors add: 'level' (N, T) int64, the map that a box came from; 'sides' (N, T, 4), confidence
+    in [0, 1] of left, top, right and bottom; 'predicted_loss' (N, T) >= 0.
+    """
+
+    boxes: Tensor  # (N, T, 4) float32 xyxy pixels of the letterboxed image
+    scores: Tensor  # (N, T) in [0, 1]
+    labels: Tensor  # (N, T) int64, 1..C, 0 = padding
+    probs: Tensor  # (N, T, C + 1) class probabilities, background first, zeros where padded
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> Tensor:
+        """(N, T) bool, False where padded."""
+        return self.labels > 0
+
+    def above(self, score: float) -> "Detections":
+        """The same detections with those at or below `score` turned into padding (shapes stay)."""
+        keep = (self.scores > score) & self.valid
+        return self._each(lambda t: t * keep.view(*keep.shape, *[1] * (t.dim() - 2)))
+
+
+def join_detections(parts: Sequence[Detections]) -> Detections:
+    """Detections of several batches in one; rows are padded to the longest."""
+    longest = max(part.boxes.shape[1] for part in parts)
+
+    def joined(tensors: Iterable[Tensor]) -> Tensor:
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(t, (0, 0) * (t.dim() - 2) + (0, longest - t.shape[1])) for t in tensors])
+
+    plain = (joined(getattr(part, name) for part in parts) for name in ("boxes", "scores", "labels", "probs"))
+    return Detections(*plain, {name: joined(part.extra[name] for part in parts) for name in parts[0].extra})
 
 
 @dataclass(frozen=True)
@@ -127,7 +167,7 @@ class Dataset:
         return len(self.images)
 
     def take(self, index: Index) -> "Dataset":
-        """The rows (row numbers or a mask) of images and labels; `drops` still tells of the whole set."""
+        """These rows of images and labels; `drops` still tells of the whole set."""
         labels = None if self.labels is None else self.labels.take(index)
         labelled = None if self.labelled is None else self.labelled[row_numbers(index, len(self))]
         return replace(self, images=self.images.take(index), labels=labels, labelled=labelled)
@@ -149,16 +189,15 @@ class Dataset:
         """SHA-256 of ids, sizes, groups, class names, labels and pixels: what runs and cached features belong to."""
         images, labels = self.images, self.labels
         known = () if labels is None else (labels.boxes, labels.classes, labels.ignore, labels.crowd)
-        tensors = [images.sizes, self.labelled, *known, images.pixels]
         digest = hashlib.sha256(repr((images.ids, images.groups, images.image_size, self.class_names)).encode())
-        for tensor in (t for t in tensors if t is not None):
-            digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+        for tensor in (images.sizes, self.labelled, *known, images.pixels):
+            if tensor is not None:
+                digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
         """One line: images, their size, boxes per class, what is ignored, dropped, not labelled, how it was split."""
-        height, width = self.images.image_size
-        line = f"{self.name}: {len(self):,} images {height}x{width}"
+        line = "{}: {:,} images {}x{}".format(self.name, len(self), *self.images.image_size)
         if self.labels is None:
             line += ", no labels"
         else:
@@ -172,3 +211,9 @@ class Dataset:
         if self.drops:
             line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())
         return line + f"; split {self.reading.split_from}" * self.reading.split_from.startswith("drawn")
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Mirror (..., 4) xyxy boxes left-right in an image `width` pixels wide; twice is the identity."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)

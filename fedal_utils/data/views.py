@@ -15,8 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..seeding import rng_for
 from .augment import FILL
-from .boxes import Detections, flip_boxes
-from .types import Images
+from .types import Detections, Images, flip_boxes
 
 VIEWS = ("flip", "cutout", "resize", "rotate")
 RESIZE, ANGLE = 0.8, 5.0  # part of the side; degrees, counter-clockwise

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedal_utils import data
-from fedal_utils.data import boxes as b
+from fedal_utils.data import types as b
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ from fedal_utils.data import boxes as b
 )
 def test_letterbox_worked_by_hand(size, canvas, inner, offset, box, expected):
     sizes = torch.tensor([size])
-    fit_inner, fit_offset = b.letterbox_fit(sizes, canvas)
+    fit_inner, fit_offset = data.letterbox_fit(sizes, canvas)
     assert tuple(fit_inner[0].tolist()) == inner
     assert tuple(fit_offset[0].tolist()) == offset
-    assert b.letterbox_boxes(torch.tensor([[box]]).float(), sizes, canvas)[0, 0].tolist() == pytest.approx(expected)
-    assert b.to_original(torch.tensor([expected]).float(), sizes, canvas)[0].tolist() == pytest.approx(box, abs=1e-4)
+    assert data.letterbox_boxes(torch.tensor([[box]]).float(), sizes, canvas)[0, 0].tolist() == pytest.approx(expected)
+    assert data.to_original(torch.tensor([expected]).float(), sizes, canvas)[0].tolist() == pytest.approx(box, abs=1e-4)
 
 
 side = st.integers(1, 2000)
@@ -42,7 +42,7 @@ fraction = st.floats(0, 1)
 @given(side, side, canvas_side, canvas_side, st.lists(fraction, min_size=4, max_size=4))
 def test_letterbox_fits_fills_and_is_undone_by_to_original(h, w, canvas_h, canvas_w, fractions):
     sizes, canvas = torch.tensor([[h, w]]), (canvas_h, canvas_w)
-    inner, offset = b.letterbox_fit(sizes, canvas)
+    inner, offset = data.letterbox_fit(sizes, canvas)
     for axis in (0, 1):
         before = int(offset[0, axis])
         after = canvas[axis] - before - int(inner[0, axis])
@@ -51,12 +51,12 @@ def test_letterbox_fits_fills_and_is_undone_by_to_original(h, w, canvas_h, canva
     x1, x2 = sorted(f * w for f in fractions[:2])
     y1, y2 = sorted(f * h for f in fractions[2:])
     box = torch.tensor([[[x1, y1, x2, y2]]])
-    there = b.letterbox_boxes(box, sizes, canvas)
+    there = data.letterbox_boxes(box, sizes, canvas)
     assert (there >= -1e-3).all() and (there[..., 0::2] <= canvas_w + 1e-3).all()
     assert (there[..., 1::2] <= canvas_h + 1e-3).all()
     # float32 keeps 24 bits of a letterboxed coordinate; on the way back that error grows by the scale
     error = 4 * 2**-24 * max(canvas) * max(h / int(inner[0, 0]), w / int(inner[0, 1])) + 1e-3
-    torch.testing.assert_close(b.to_original(there, sizes, canvas), box, rtol=0, atol=error)
+    torch.testing.assert_close(data.to_original(there, sizes, canvas), box, rtol=0, atol=error)
 
 
 def test_clip_cuts_at_the_edges_and_leaves_nothing_of_a_box_outside():
