@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,58 +303,10 @@ GOOD_XML = "<annotation><size><width>60</width><height>40</height></size>{}</ann
 BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
 
 
-@pytest.mark.parametrize(
-    ("content", "entry"),
-    [
-        (GOOD_XML[:60], "is truncated, not XML"),
-        (GOOD_XML.replace("60", "wide"), ": .*'wide'"),
-        (GOOD_XML.replace("60", "1e300"), r": '1e\+300'"),
-        (GOOD_XML.format(f"<object><name>cat</name>{BOX}{BOX}</object>"), r": object 0 \(cat\)"),
-        (GOOD_XML.format(f"<object><name>cat</name>{BOX.replace('>1<', '>left<')}</object>"), ": object 0 .*'left'"),
-        (GOOD_XML.format(f"<object><name>cat</name><difficult>no</difficult>{BOX}</object>"), ": object 0 .*'no'"),
-        ("<!DOCTYPE a [<!ENTITY b 'c'>]>" + GOOD_XML, ".*defines entities"),
-        ("<a>" * 100_000, "is truncated, not XML"),
-    ],
-)
-def test_broken_xml_is_named(tmp_path, content, entry):
-    (voc(tmp_path) / "Annotations" / "b.xml").write_text(content)
-    with pytest.raises(ValueError, match=rf"b\.xml ?{entry}"):
-        data.load(str(tmp_path), SIZE)
-
-
 def test_a_size_of_zero_in_xml_is_taken_from_the_image(tmp_path):
     file = xml(THREE[0], voc(tmp_path) / "Annotations" / "a.xml")
     file.write_text(file.read_text().replace("<width>60", "<width>0").replace("<height>40", "<height>0"))
     assert_reads(data.assemble("s", data.read_voc(tmp_path), SIZE))
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["0 0.5 0.5 0.1", "cat 0.5 0.5 0.1 0.1", "0 0.5 0.5 0.1 0.1 0.9", "1_0 .5 .5 .1 .1", "0 1e99 0 0 0"],
-)
-def test_a_broken_line_of_yolo_is_named(tmp_path, line):
-    (yolo(tmp_path) / "labels" / "c.txt").write_text(f"0 0.5 0.5 0.2 0.2\n{line}\n")
-    with pytest.raises(ValueError, match=rf"c\.txt: line 2 is '{line}'"):
-        data.read_yolo(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "names: [[cat], dog]",
-        "names: {0: cat, 0: dog}",
-        "names: {01: cat, 2: dog}",
-        "names: [cat, dog]\nnc: 3",
-        "a: &a [x]\nb: [*a, *a]\nnames: [cat, dog]",
-        "names: [cat, dog",
-        "names: " + "[" * 3000,
-        "train: images",
-    ],
-)
-def test_class_names_that_cannot_be_meant_are_refused_by_file(tmp_path, content):
-    (yolo(tmp_path) / "data.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"data\.yaml(: | is not YAML| has no names)"):
-        data.load(str(tmp_path), SIZE)
 
 
 def test_class_names_are_taken_as_written(tmp_path):
@@ -388,40 +341,52 @@ def test_broken_coco_names_file_and_entry(tmp_path, key, number, changes):
         data.read_coco(file, tmp_path / "images")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"images": [], "images": [{}]}',
-        '{"images": [], "annotations": []}',
-        '{"images": [], "annotations": {"0": {}}, "categories": []}',
-        "[" * 100_000,
-        '{"images": [], "annotations": 1' + "0" * 5000 + "}",
-    ],
-)
-def test_json_that_cannot_be_read_is_named(tmp_path, content):
-    file = coco(tmp_path) / "annotations" / "instances.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=r"annotation .*instances\.json"):
-        data.load(str(tmp_path), SIZE)
-
-
 GOOD = kitti_line("Car", (1, 2, 30, 20))
-
-
-@pytest.mark.parametrize(
-    ("line", "entry"),
-    [
-        (" ".join(GOOD.split()[:14]), ": line 3 is 'Car"),
-        (GOOD.replace("Car", "Bus"), ": line 3 is 'Bus"),
-        (GOOD.replace("30.00", "nan"), ": line 3 is"),
-        (kitti_line("Car", (30, 2, 10, 20)), ".*'000003' .*class 'Car', box .* is inverted"),
-        (kitti_line("Car", (130, 2, 140, 20)), ".*'000003' .*class 'Car', box .* lies outside its image"),
+LEFT, CAT = BOX.replace(">1<", ">left<"), "<object><name>cat</name>"
+IMAGE_3 = ".*'000003' .*class 'Car', box .* "
+YOLO_LINES = "0 0.5 0.5 0.1|cat 0.5 0.5 0.1 0.1|0 0.5 0.5 0.1 0.1 0.9|1_0 .5 .5 .1 .1|0 1e99 0 0 0".split("|")
+NAMES = ["[[cat], dog]", "{0: cat, 0: dog}", "{01: cat, 2: dog}", "[cat, dog]\nnc: 3", "[cat, dog", "[" * 3000]
+TRUNCATED = "is truncated, not XML"
+BROKEN = {
+    "Annotations/b.xml": [
+        (GOOD_XML[:60], TRUNCATED),
+        (GOOD_XML.replace("60", "wide"), ": .*'wide'"),
+        (GOOD_XML.replace("60", "1e300"), r": '1e\+300'"),
+        (GOOD_XML.format(f"{CAT}{BOX}{BOX}</object>"), r": object 0 \(cat\)"),
+        (GOOD_XML.format(f"{CAT}{LEFT}</object>"), ": object 0 .*'left'"),
+        (GOOD_XML.format(f"{CAT}<difficult>no</difficult>{BOX}</object>"), ": object 0 .*'no'"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]>" + GOOD_XML, ".*defines entities"),
+        ("<a>" * 100_000, TRUNCATED),
     ],
-)
-def test_a_broken_line_of_kitti_is_named(tmp_path, line, entry):
-    file = kitti(tmp_path) / "training" / "label_2" / "000003.txt"
-    file.write_text(f"{GOOD} 0.9\n\n{line}\n")  # a score at the end does no harm
-    with pytest.raises(ValueError, match=rf"000003\.txt{entry}"):
+    "labels/c.txt": [(f"0 0.5 0.5 0.2 0.2\n{line}\n", f": line 2 is '{line}'") for line in YOLO_LINES],
+    "data.yaml": [
+        *((f"names: {names}", "(: | is not YAML)") for names in NAMES),
+        ("a: &a [x]\nb: [*a, *a]\nnames: [cat, dog]", " is not YAML"),
+        ("train: images", " has no names"),
+    ],
+    "annotations/instances.json": [
+        ('{"images": [], "images": [{}]}', ""),
+        ('{"images": [], "annotations": []}', ""),
+        ('{"images": [], "annotations": {"0": {}}, "categories": []}', ""),
+        ("[" * 100_000, ""),
+        ('{"images": [], "annotations": 1' + "0" * 5000 + "}", ""),
+    ],
+    "training/label_2/000003.txt": [  # a score at the end does no harm
+        (f"{GOOD} 0.9\n\n{' '.join(GOOD.split()[:14])}", ": line 3 is 'Car"),
+        (GOOD.replace("Car", "Bus"), ": line 1 is 'Bus"),
+        (GOOD.replace("30.00", "nan"), ": line 1 is"),
+        (kitti_line("Car", (30, 2, 10, 20)), IMAGE_3 + "is inverted"),
+        (kitti_line("Car", (130, 2, 140, 20)), IMAGE_3 + "lies outside its image"),
+    ],
+}
+KINDS = zip((voc, yolo, yolo, coco, kitti), BROKEN, strict=True)
+ROWS = [(write, file, *row) for write, file in KINDS for row in BROKEN[file]]
+
+
+@pytest.mark.parametrize(("write", "file", "content", "entry"), ROWS, ids=range(len(ROWS)))
+def test_a_broken_file_is_named_with_its_entry(tmp_path, write, file, content, entry):
+    (write(tmp_path) / file).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(Path(file).name) + " ?" + entry):
         data.load(str(tmp_path), LONG)
 
 
