@@ -80,8 +80,7 @@ def data_folder() -> Path:
 
 def reproduce(given: argparse.Namespace) -> int:
     """Run every notebook headless, rebuild every table and figure."""
-    failed = notebooks.reproduce(given.nb, given.profile, given.seeds, data_place(given.data), jobs=given.jobs)
-    return int(bool(failed))
+    return int(bool(notebooks.reproduce(given.nb, given.profile, given.seeds, data_place(given.data), given.jobs)))
 
 
 def run(given: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from .fields import Part, fraction, name, number
 
 PROFILES = ("smoke", "quick", "paper")
+LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 FILTERS = ("semantic", "diversity", "overlap", "localisation")  # of HUALE's cascade, in the published order
-_LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ class Config(Part):
 
     def digest(self) -> str:
         """Hex digest of all that decides a run's numbers: what differs from the defaults, without methods and seeds."""
-        values = {k: v for k, (v, _) in self.differences(Config()).items() if k not in _LISTS}
+        values = {k: v for k, (v, _) in self.differences(Config()).items() if k not in LISTS}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def labels_needed(self) -> int:

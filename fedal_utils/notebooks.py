@@ -1,7 +1,4 @@
-"""Run notebooks headless and strictly: one, or all that lie in `notebooks/`.
-
-A notebook is known by the stem of its file, `11_fedavg`; one cell tagged `parameters` holds literals only.
-"""
+"""Run notebooks headless and strictly: one, known by the stem of its file, or all that lie in `notebooks/`."""
 
 import ast
 import json
@@ -29,10 +26,7 @@ class NotebookFailed(RuntimeError):
 
 
 def find(wish: str | None = None) -> list[Path]:
-    """The notebooks of the checkout in reading order, or those wished for: "11_fedavg", "11", or "10,11".
-
-    ValueError naming what there is if one is unknown.
-    """
+    """The notebooks of the checkout in reading order, or those wished for: "11_fedavg", "11", or "10,11"."""
     paths = sorted((record.project_root() / "notebooks").glob("*.ipynb"))
     if not paths:
         raise ValueError(f"no notebooks in {record.project_root()}: run this inside a checkout of the project")
@@ -76,11 +70,10 @@ def parameters(path: Path) -> dict[str, Any]:
 
 
 def checked(path: Path, wishes: dict[str, Any]) -> tuple[dict[str, Any], Config]:
-    """The values to hand to a notebook, and the config that it makes of them.
+    """The values to hand to a notebook, and the config that it makes of them; other settings join its `overrides`.
 
-    A name that is not its parameter but a setting of the config joins its `overrides`. ValueError, before anything
-    runs, listing the known names if one is unknown, and with whatever `papers.load` and `federation.method_of` have
-    against the values; a strategy that a cell of the notebook defines is known there only.
+    ValueError, before anything runs, for an unknown name, and with whatever `papers.load` and `federation.method_of`
+    have against the values; a strategy that a cell of the notebook defines is known there only.
     """
     known = parameters(path)
     values = {name: value for name, value in wishes.items() if name in known}
@@ -124,8 +117,7 @@ def run(
     silence: minutes that it may print nothing, those of the profile unless given; how long it takes does not matter.
     show: pass on what the cells print.
     stop: once it is set, the notebook is given up.
-    wishes: parameters of the notebook, or settings of its config; unknown ones are refused before anything runs.
-
+    wishes: parameters of the notebook, or settings of its config, see `checked`.
     Returns the `executed` copy. NotebookFailed names the failing cell.
     """
     import papermill
@@ -162,8 +154,7 @@ def run(
             language="python",
             progress_bar=False,
             autosave_cell_every=2,  # seconds
-            stdout_file=sys.stdout if show else None,
-            stderr_file=sys.stderr if show else None,
+            **({"stdout_file": sys.stdout, "stderr_file": sys.stderr} if show else {}),
             kernel_manager_class=kernel,
             resources={"metadata": {"path": str(path.parents[1])}},  # the kernel works there
         )
@@ -220,7 +211,6 @@ def reproduce(
     profile: what fits the machine unless given.
     seeds, data: reach the notebooks that have such a parameter; ValueError if none has.
     jobs: notebooks that run side by side; by default two where there are two cores and all train on one thread.
-
     A notebook that fails does not stop the others. Metadata {"fedal": {"after": [...]}} names notebooks whose runs
     another reads: it starts when they are done.
     """

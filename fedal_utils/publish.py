@@ -17,10 +17,7 @@ NOISE = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-vi
 
 
 def publish(name: str) -> Path:
-    """Copy the last executed copy of a notebook to `results/notebooks/`, without traces of the machine it ran on.
-
-    Relative links and pictures work from there. ValueError if it has not been run, or if the copy is above 1 MB.
-    """
+    """Copy the executed copy of a notebook to `results/notebooks/`, without traces of its machine, links mended."""
     (path,) = notebooks.find(name)
     home, folder = path.parents[1], path.parents[1] / "results" / "notebooks"
     if not notebooks.executed(path).exists():
@@ -58,10 +55,7 @@ def publish(name: str) -> Path:
 
 
 def navigation(write: bool = True) -> list[str]:
-    """Bring Colab badge and links in each notebook's first markdown cell up to date; the names of those that were not.
-
-    A cell without the line gets it under its title.
-    """
+    """Bring Colab badge and links under each notebook's title up to date; the names of those that were not."""
     paths, stale = notebooks.find(), []
     for before, path, after in zip([None, *paths[:-1]], paths, [*paths[1:], None], strict=True):
         target = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/{BRANCH}/notebooks/{path.name}"

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import filelock
 import torch
 
 from fedal_utils import record
@@ -92,10 +93,10 @@ def killed_at(root: Path, instant: int) -> None:
 
 def hold(path: Path) -> None:
     """Take a lock, say so in a file beside it, and keep it for a minute."""
-    held = record.lock(path)
-    path.with_name("held").touch()
-    time.sleep(60)
-    held.release()
+    path.parent.mkdir(parents=True)
+    with filelock.FileLock(path):
+        path.with_name("held").touch()
+        time.sleep(60)
 
 
 def share(root: Path, number: int) -> None:

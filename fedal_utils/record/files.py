@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import numpy as np
 import pandas as pd
 import torch
 
-LOCK_WAIT = 5.0  # seconds: a killed notebook's kernel notices within one or two that its parent is gone
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or what the user may have of it
 ADVICE = "restore it, or delete its folder to run again"
 
@@ -70,17 +68,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no readable JSON object ({error}): {ADVICE}") from None
-
-
-def lock(path: Path) -> filelock.BaseFileLock:
-    """Exclusive use of the file's folder by this process, which may take it once more; it vanishes with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(path.absolute(), is_singleton=True, thread_local=False)
-    try:
-        held.acquire(timeout=LOCK_WAIT)
-    except filelock.Timeout:
-        raise RuntimeError(f"{path.parent} is in use by another process") from None
-    return held
 
 
 def read_sheet(path: Path) -> pd.DataFrame:

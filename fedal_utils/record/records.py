@@ -10,19 +10,22 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 
 from ..config import Config
 from .environment import machine_text
 from .files import ADVICE, encode, project_root, read_json, sha256, typed, write_atomic
-from .run import COLUMNS, Root, Stored, read_run, runs_folder
+from .run import COLUMNS, Root, read_run, runs_folder
 
 KEY = ["digest", "method", "seed"]
 FACTS = ["digest", "setting", "fingerprint", "commit", "machine", "minutes", "check", "method", "seed"]
 WALL = "wall_seconds"  # of a round, in its server row
 
-Runs = dict[tuple[str, str, int], Stored]  # KEY -> a finished run; its sheets have FACTS and KEY among their columns
+Runs = dict[
+    tuple[str, str, int], SimpleNamespace
+]  # KEY -> a finished run; its sheets have FACTS and KEY among their columns
 
 
 def table(
@@ -34,12 +37,10 @@ def table(
     fingerprint: str = "",
     what: str = "rounds",
 ) -> pd.DataFrame:
-    """All rounds of this setting in one frame, `method` and `seed` in front; `client` is text, empty cells are NaN.
+    """All rounds of this setting in one frame, `method` and `seed` in front; `client`, `id` are text, empty cells NaN.
 
     root: folder of runs; without one `results/runs`, and the records for runs that are not finished there.
-    methods, seeds: all there are unless given.
-    fingerprint: runs of other data are left out.
-    what: rounds, or queries (`client` and `id` are text).
+    methods, seeds, fingerprint: all there are unless given; runs of other data are left out. what: rounds or queries.
     ValueError naming the file if one was cut or changed, and if two runs belong to different data.
     """
     found = _found(config, notebook, root, fingerprint)
@@ -71,7 +72,7 @@ def missing(
     return [(method, int(seed)) for method in methods for seed in seeds if (method, int(seed)) not in done]
 
 
-def _found(config: Config, notebook: str, root: Root, fingerprint: str) -> dict[tuple[str, int], Stored]:
+def _found(config: Config, notebook: str, root: Root, fingerprint: str) -> dict[tuple[str, int], SimpleNamespace]:
     """(method, seed) -> all runs of a setting; a run that was broken off here counts where no record has it."""
     published = _runs(record_path(config, notebook)) if root is None else {}
     found = {key[1:]: run for key, run in published.items() if key[0] == config.digest()[:8]}
@@ -98,8 +99,8 @@ def publish(notebook: str, preset: Callable[[str, str], Config], root: Root = No
         saved, env = (read_json(note.with_name(name)) for name in ("config.json", "env.json"))
         config = Config.of(**{k: v for k, v in saved["config"].items() if k in Config.paths()})
         run = read_run(note.parent, config.digest())  # refused where a setting has gone that it was made with
-        main = preset(config.profile, config.data.dataset).flat()
-        setting = {k: v for k, v in config.flat().items() if v != main[k] and k not in ("methods", "seeds")}
+        changes = config.differences(preset(config.profile, config.data.dataset))
+        setting = {k: v for k, (v, _) in changes.items() if k not in ("methods", "seeds")}
         key = config.digest()[:8], note.parents[1].name, int(note.parent.name[4:])
         facts = dict(zip(KEY, map(str, key), strict=True)) | {"setting": json.dumps(setting, sort_keys=True)}
         facts["commit"] = env.get("commit", "unknown") + ("-dirty" if env.get("dirty") else "")
@@ -177,5 +178,6 @@ def _read(path: Path, *times: int) -> Runs:
         sheets = {"rounds": rounds, "queries": parts[1].get(key, both["queries"].iloc[:0])}
         if set(rounds["check"]) != {_check(sheets)}:
             raise ValueError(f"{path}: the rows of {key[1]} seed {key[2]} were changed or cut: {ADVICE}")
-        runs[key[0], key[1], int(key[2])] = Stored(rounds["fingerprint"].iloc[0], sheets, done=True)
+        run = SimpleNamespace(fingerprint=rounds["fingerprint"].iloc[0], sheets=sheets, done=True)
+        runs[key[0], key[1], int(key[2])] = run
     return runs

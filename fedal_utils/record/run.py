@@ -9,8 +9,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import filelock
@@ -29,22 +29,11 @@ COLUMNS = {  # seconds in rounds: estimated annotation seconds, the third cost; 
     "queries": ("cycle", "client", "id", "score"),
     "times": ("cycle", "round", "seconds"),
 }
+LOCK_WAIT = 5.0  # seconds: a killed notebook's kernel notices within one or two that its parent is gone
 STATES = ("state.pt", "state-before.pt")
 Plan = Callable[[Config, str], Sequence[tuple[int, int]]] | None  # config, method -> (cycle, round) of every round
 Rows = Sequence[Mapping[str, Any]]
 Root = str | Path | None  # folder of runs; None: `results/runs`
-
-
-@dataclass
-class Stored:
-    """What counts of a run's folder: all rows of a finished run, those of the last good state of a broken one."""
-
-    fingerprint: str = ""
-    sheets: dict[str, pd.DataFrame] = field(default_factory=dict)  # texts; keys of COLUMNS
-    committed: int = 0
-    done: bool = False
-    state: dict[str, Any] | None = None
-    damaged: list[str] = field(default_factory=list)  # states that could not be read
 
 
 def runs_folder(notebook: str, root: Root) -> Path:
@@ -52,9 +41,10 @@ def runs_folder(notebook: str, root: Root) -> Path:
     return Path(root or files.project_root() / "results" / "runs") / notebook
 
 
-def read_run(folder: Path, digest: str, fingerprint: str = "") -> Stored | None:
-    """The committed part of a run, if there is any; None if the folder holds a run of other data.
+def read_run(folder: Path, digest: str, fingerprint: str = "") -> SimpleNamespace | None:
+    """All of a finished run, the last good state of a broken one, or nothing; None if it is a run of other data.
 
+    sheets: texts, keys of COLUMNS. damaged: states that could not be read.
     ValueError naming the file that was cut or changed, or belongs to another setting (digest: of the config).
     """
     facts = files.read_json(folder / "config.json")
@@ -62,7 +52,8 @@ def read_run(folder: Path, digest: str, fingerprint: str = "") -> Stored | None:
         raise ValueError(f"{folder / 'config.json'} belongs to another setting: move that folder away")
     if fingerprint and facts.get("fingerprint", fingerprint) != fingerprint:
         return None
-    stored = Stored(facts.get("fingerprint", ""))
+    stored = SimpleNamespace(committed=0, done=False, sheets={}, state=None, damaged=[])
+    stored.fingerprint = facts.get("fingerprint", "")
     if (folder / "done.json").exists():
         note, stored.done = files.read_json(folder / "done.json"), True
         stored.sheets = {name: files.read_sheet(folder / f"{name}.csv") for name in COLUMNS}
@@ -194,7 +185,12 @@ class Run:
         run = self.folder, self.config.digest(), self.fingerprint
         if (self.folder / "done.json").exists() and (stored := read_run(*run)) and stored.done:
             return False  # needs no lock, and no disk that can be written
-        ending.callback(files.lock(self.folder / ".lock").release)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.folder.absolute() / ".lock", is_singleton=True, thread_local=False)
+        try:  # vanishes with the process, which itself may take the folder once more
+            ending.enter_context(lock.acquire(timeout=LOCK_WAIT))
+        except filelock.Timeout:
+            raise RuntimeError(f"{self.folder} is in use by another process") from None
         _writers[self.folder] = self
         ending.callback(lambda: _writers.get(self.folder) is self and _writers.pop(self.folder))
         for leftover in self.folder.glob(".*.tmp"):

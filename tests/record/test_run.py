@@ -68,6 +68,13 @@ def finish(root: Path, rounds: int = 2, **named) -> record.Run:
     return run
 
 
+def refused(root: Path, reason: str) -> None:
+    """The run of `finish` cannot be opened, and no table can be made of it."""
+    for read in (record.table, record.queries, lambda *_: first_run(root, cycles=1)):
+        with pytest.raises(ValueError, match=reason):
+            read(CONFIG.replace(methods=("sum",), cycles=1), "tiny", root)
+
+
 def flip_a_bit(path: Path, place: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
@@ -186,7 +193,7 @@ def test_rows_of_different_data_never_stand_in_one_table(tmp_path):
 
 
 def test_two_processes_cannot_share_a_folder_and_a_dead_owner_does_not_block(tmp_path, monkeypatch, server):
-    monkeypatch.setattr(files, "LOCK_WAIT", 0.0)
+    monkeypatch.setattr("fedal_utils.record.run.LOCK_WAIT", 0.0)
     path = record.Run(CONFIG, "tiny", "sum", 0, tmp_path).folder / ".lock"
     owner = server.Process(target=tiny_loop.hold, args=(path,))
     owner.start()
@@ -263,25 +270,18 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
 def test_a_damaged_csv_is_an_error_that_names_it_for_every_reader(tmp_path, damage, done):
     run = finish(tmp_path, 1 + done)
-    path = run.folder / "rounds.csv"
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(ValueError, match="rounds.csv"):
-        first_run(tmp_path, cycles=1)
-    for read in (record.table, record.queries):
-        with pytest.raises(ValueError, match="rounds.csv"):
-            read(run.config, "tiny", tmp_path)
+    content = (run.folder / "rounds.csv").read_bytes()
+    (run.folder / "rounds.csv").unlink()
+    if damage != "missing":
+        (run.folder / "rounds.csv").write_bytes(DAMAGES[damage](content))
+    refused(tmp_path, "rounds.csv")
 
 
 @pytest.mark.parametrize("digests", [{}, None, {"rounds.csv": "0" * 64}, {"rounds.csv": "", "queries.csv": ""}])
 def test_a_closing_note_without_the_right_digests_is_refused(tmp_path, digests):
-    run = finish(tmp_path)
-    (run.folder / "done.json").write_text(json.dumps({"rounds": 2, "sha256": digests}))
-    for read in (lambda: first_run(tmp_path, cycles=1), lambda: record.table(run.config, "tiny", tmp_path)):
-        with pytest.raises(ValueError, match="was changed"):
-            read()
+    note = finish(tmp_path).folder / "done.json"
+    note.write_text(json.dumps({"rounds": 2, "sha256": digests}))
+    refused(tmp_path, "was changed")
 
 
 def test_floats_and_texts_come_back_as_they_went_in(tmp_path):
