@@ -51,7 +51,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--task": dict(help="classes (one for each image; the default of a new store) or boxes"),
     "--store": dict(metavar="FILE", help="where the labels go; default: DATA/labels.sqlite"),
     "--seed": dict(type=int, default=0, help="of all that is random"),
-    "--suggestions": dict(action="store_true", help="show what a model suggests, if the store has it"),
     "--show-names": dict(action="store_true", help="show file names, which often contain the class"),
     "--queried": dict(action="store_true", help="only what the store asks for already (a client's queries)"),
     "--host": dict(default="127.0.0.1", help="default: this machine alone; else it asks for a token"),
@@ -144,9 +143,8 @@ def label(given: argparse.Namespace) -> None:
         raise ValueError("label needs the folder of images: --data DIR")
     page.need_gradio()
     more = {"host": given.host, "allow": given.allow, "token": given.token, "server_port": given.port}
-    more |= {"suggestions": given.suggestions, "names": given.show_names}
     with labelling.Store(given.store or labelling.store_path(given.data), given.classes, given.task) as store:
-        page.serve(store, given.data, None if given.queried else given.seed, **more)
+        page.serve(store, given.data, None if given.queried else given.seed, given.show_names, **more)
 
 
 def export(given: argparse.Namespace) -> None:
@@ -198,7 +196,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int | None], str] = {
     doctor: "",
     data: "names",
     inspect: "path --json --picture --seed",
-    label: "--data --classes --task --store --seed --suggestions --show-names --host --allow --port --token --queried",
+    label: "--data --classes --task --store --seed --show-names --host --allow --port --token --queried",
     export: "store path --format",
     import_: "store path --format --who",
     records: "--nb",

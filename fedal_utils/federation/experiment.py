@@ -101,8 +101,6 @@ class Experiment:
             return client.pool.replay(rows[rows["cycle"] == step.cycle].to_dict("records"))
         chosen = querying.select(self, step, client)
         if len(chosen.positions):
-            if hasattr(self.oracle, "about"):  # an oracle that asks an annotator tells why, and what the model predicts
-                self.oracle.about(self, client, step, chosen)
             client.pool.label(chosen.positions, step.cycle, chosen.why)
 
     # --- train

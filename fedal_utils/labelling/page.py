@@ -1,31 +1,34 @@
 """The labelling page in the browser: plain Gradio, any number of people at once, keys for everything.
 
-The browser gets neither a file's name nor the model's suggestion unless told to: both give the class away.
+The browser does not get a file's name unless told to: it often gives the class away.
 """
 
 import importlib.util
 import json
 import os
 import secrets
+import socket
 import string
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from .. import data
 from ..seeding import rng_for
-from .guard import guards
 from .store import Question, Store
 
 KEYS = "1234567890" + "".join(c for c in string.ascii_lowercase if c not in "cdesu")  # those five do something else
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7a5195", "#8c564b", "#2f4b7c"]
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 NO_CLASS = "?"
+LOOPBACK = ("127.0.0.1", "localhost")
+TRIES, LOCKED = 5, 300.0  # wrong passwords of one address in a row, and the seconds that it then waits
 
 _KEYBOARD = """() => {
   for (const [what, down] of [['pointerdown', true], ['pointerup', false]])
@@ -56,12 +59,34 @@ def need_gradio() -> None:
             raise ImportError(f"the labelling page needs {name}: in the checkout, pip install -e '.[label]'")
 
 
-def find_images(folder: str | Path) -> dict[str, Path]:
-    """Every image file below a folder, by its relative path, sorted; hidden ones left out. ValueError if none."""
-    found = {path.relative_to(folder).as_posix(): path for path in data.find_files(Path(folder), *data.SUFFIXES)}
-    if not found:
-        raise ValueError(f"folder {folder} holds no image: no {', '.join(data.SUFFIXES)} file in it")
-    return found
+def guard(app: Callable, hosts: Sequence[str], clock: Callable[[], float] = time.monotonic) -> Callable:
+    """ASGI middleware: refuses foreign origins, and an address for `LOCKED` seconds after `TRIES` wrong passwords."""
+    wrong: dict[str, tuple[int, float]] = {}  # address -> how many in a row, when the last one was
+
+    async def guarded(scope: Mapping[str, Any], receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        from starlette.responses import PlainTextResponse
+
+        address = (scope.get("client") or ("",))[0]
+        login = scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/login")
+        count, last = wrong.get(address, (0, 0.0))
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
+        if origin and urlsplit(origin).hostname not in hosts:
+            return await PlainTextResponse("the page answers to its own origin only", 403)(scope, receive, send)
+        if login and count >= TRIES and clock() < last + LOCKED:
+            return await PlainTextResponse("too many wrong passwords: wait", 429)(scope, receive, send)
+
+        async def watched(message: Mapping[str, Any]) -> None:
+            if login and message["type"] == "http.response.start":
+                wrong.pop(address, None)
+                if message["status"] >= 400:
+                    wrong[address] = (count % TRIES + 1, clock())
+            await send(message)
+
+        await app(scope, receive, watched)
+
+    return guarded
 
 
 def framed(source: str | Path | np.ndarray, size: Sequence[int] | None = None) -> tuple[Image.Image, tuple[int, int]]:
@@ -69,19 +94,18 @@ def framed(source: str | Path | np.ndarray, size: Sequence[int] | None = None) -
 
     source: a file, or uint8 (H, W, 3). size: of the original, where the source is another size.
     """
-    array = isinstance(source, np.ndarray)
-    image = Image.fromarray(source) if array else data.read_upright(source)
+    image = Image.fromarray(source) if isinstance(source, np.ndarray) else data.read_upright(source)
     factor = max(1.0, min(900 / image.width, 640 / image.height))
     shown = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
     return shown, tuple(size or image.size[::-1])
 
 
-def _annotated(shown: Image.Image, boxes: Sequence[Mapping], classes: Sequence[str], scale: float) -> dict[str, Any]:
+def _annotated(shown: Image.Image, boxes: Sequence[Mapping], colours: Mapping[str, str], scale: float) -> dict:
     """The annotator's value: the picture and its boxes in shown pixels. scale: original pixels per shown one."""
-    drawn = [dict(zip(SIDES, (v / scale for v in one["box"]), strict=True)) for one in boxes]
-    for one, box in zip(boxes, drawn, strict=True):
-        colour = COLOURS[classes.index(one["class"]) % len(COLOURS)]
-        box |= {"label": one["class"], "color": tuple(bytes.fromhex(colour[1:]))}
+    drawn = []
+    for one in boxes:
+        sides = dict(zip(SIDES, (v / scale for v in one["box"]), strict=True))
+        drawn.append({**sides, "label": one["class"], "color": tuple(bytes.fromhex(colours[one["class"]][1:]))})
     return {"image": shown, "boxes": drawn}
 
 
@@ -91,19 +115,17 @@ def _drawn(value: Mapping[str, Any], scale: float) -> list[dict[str, Any]]:
         raise ValueError("Turn the image back first.")
     if any(box.get("label") in ("", None, NO_CLASS) for box in value["boxes"]):
         raise ValueError("A box has no class yet: choose one, or press E.")
-    scales = [scale / box.get("scaleFactor", 1) for box in value["boxes"]]
     return [
-        {"class": box["label"], "box": [box[side] * by for side in SIDES]}
-        for box, by in zip(value["boxes"], scales, strict=True)
+        {"class": box["label"], "box": [box[side] * scale / box.get("scaleFactor", 1) for side in SIDES]}
+        for box in value["boxes"]
     ]
 
 
-def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, names: bool = False) -> Any:
+def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
     """The page as Gradio Blocks.
 
-    images: {id: path of a file, or uint8 (H, W, 3)}. suggestions, names: show the model's label, the image's id.
+    images: {id: path of a file, or uint8 (H, W, 3)}. names: show the image's id.
     """
-    need_gradio()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
     from gradio_image_annotation import image_annotator
@@ -124,9 +146,8 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 labels |= {"use_default_label": True, "show_remove_button": True, "box_min_size": 3, "boxes_alpha": 0.1}
                 picture = image_annotator(elem_id="picture", sources=[], **labels, **dict.fromkeys(off, False))
             else:
-                picture = gr.Image(
-                    elem_id="picture", show_label=False, interactive=False, height="75vh", buttons=[], scale=3
-                )
+                still = {"show_label": False, "interactive": False, "buttons": []}
+                picture = gr.Image(elem_id="picture", height="75vh", scale=3, **still)
             with gr.Column(min_width=240):
                 choices = [(f"{KEYS[i : i + 1]}  {name}", name) for i, name in enumerate(classes)]
                 chosen = gr.Radio(choices, label="Class", elem_id="classes")
@@ -134,7 +155,6 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
                 back = gr.Button("Undo (U)", elem_id="undo")
                 skip = gr.Button("Skip (S)", elem_id="skip")
                 unknown = gr.Button("I don't know (?)", elem_id="unknown")
-                note = gr.Textbox(label="Note", max_lines=3, elem_id="note")
                 gr.Markdown("`C` draw · `D` move · `E` class · `Del` remove", visible=drawing)
 
         def picture_of(question: Question) -> tuple[Image.Image, tuple[int, int]]:
@@ -150,44 +170,35 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
             said = [*said, f"{counts['labelled']:,} of {counts['all']:,} labelled, {counts['unknown']:,} unknown"]
             if question is None:
                 said += [] if counts["waiting"] else ["Nothing is left."]
-                return [name, 0, gr.update(visible=False), None, None, "", "\n".join(said)]
+                return [name, 0, gr.update(visible=False), None, None, "\n".join(said)]
             score = "" if question.score is None else f"score {question.score:.4g}"
-            said += [" ".join([question.strategy, question.model, score, f"cycle {question.cycle}"])]
-            said += [question.image] if names else []
-            if suggestions and question.suggestion is not None:
-                drawn = question.suggestion if drawn is None else drawn
-                said += [] if drawing else [f"suggested: {question.suggestion}"]
+            said += [f"{question.strategy} {score} cycle {question.cycle}", *([question.image] if names else [])]
             try:
                 value, size = picture_of(question)
                 if drawing:
                     width = round(min(900, 640 * value.width / value.height))
-                    value = _annotated(value, drawn or [], classes, size[1] / value.width)
+                    value = _annotated(value, drawn or [], colours, size[1] / value.width)
                     value = image_annotator(value, width=width)
             except ValueError as error:
                 value, said = None, [*said, str(error)]
             only = classes[0] if drawing and len(classes) == 1 else None
-            return [name, question.id, gr.update(visible=True), value, only, "", "\n".join(said)]
+            return [name, question.id, gr.update(visible=True), value, only, "\n".join(said)]
 
         def act(action: str) -> Callable:
-            def done(name: str, number: float, choice: str | None, remark: str, value: Any) -> list[Any]:
-                image = ""
+            def done(name: str, number: float, choice: str | None, value: Any) -> list[Any]:
+                held = store.next(name)
+                if held is None or held.id != int(number):
+                    return screen(name, None, "That image is no longer with you, nothing was stored.")
                 try:
-                    held = store.next(name)
-                    if held is None or held.id != int(number):
-                        return screen(name, None, "That image is no longer with you, nothing was stored.")
-                    image, size, label = held.image, held.size, choice
-                    seen = {"note": remark or "", "suggestion_shown": suggestions and held.suggestion is not None}
-                    if action == "label":
-                        if drawing:
-                            shown, size = picture_of(held)
-                            label = _drawn(value, size[1] / shown.width)
-                        elif not choice:
-                            raise ValueError("Choose a class first.")
-                        store.answer(name, image, label, size, **seen)
-                    else:
-                        getattr(store, action)(name, image, **seen)
+                    size, label = held.size, choice
+                    if drawing and action == "label":
+                        shown, size = picture_of(held)
+                        label = _drawn(value, size[1] / shown.width)
+                    elif action == "label" and not choice:
+                        raise ValueError("Choose a class first.")
+                    store.answer(name, held.image, label, size, action)
                 except ValueError as error:
-                    return [*[gr.skip()] * 6, str(error).replace(repr(image), "")]
+                    return [*[gr.skip()] * 5, str(error).replace(repr(held.image), "")]
                 return screen(name)
 
             return done
@@ -196,10 +207,10 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
             found = store.undo(name)
             return screen(name, *((found[1],) if found else (None, "There is nothing to take back.")))
 
-        shown = [kept, key, work, picture, chosen, note, told]
+        shown = [kept, key, work, picture, chosen, told]
         common = {"preprocess": False, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
         for action, button in (("label", submit), ("skip", skip), ("unknown", unknown)):
-            button.click(act(action), [who, key, chosen, note, picture], shown, trigger_mode="once", **common)
+            button.click(act(action), [who, key, chosen, picture], shown, trigger_mode="once", **common)
         back.click(undo, [who], shown, trigger_mode="once", **common)
         who.submit(screen, [who], shown, **common)
         blocks.load(lambda name: [*screen(name or ""), name or gr.skip()], [kept], [*shown, who], **common)
@@ -211,27 +222,23 @@ def build(store: Store, images: Mapping[str, Any], suggestions: bool = False, na
 
 
 def launch(
-    store: Store,
-    images: Mapping[str, Any],
-    suggestions: bool = False,
-    names: bool = False,
-    host: str = "127.0.0.1",
-    allow: Sequence[str] = (),
-    token: str | None = None,
-    **more: Any,
+    blocks: Any, host: str = "127.0.0.1", allow: Sequence[str] = (), token: str | None = None, **more: Any
 ) -> Any:
-    """Serve the page and return its Blocks (`local_url`, `token`, `close()`); does not wait.
+    """Serve a page that was built and return it (`local_url`, `token`, `close()`); does not wait.
 
-    images, suggestions, names: as of `build`.
     host: this machine alone unless told otherwise; elsewhere it is served without encryption, for a network you trust.
     allow: host names by which it may be called besides this machine's own.
-    token: the password; a new one is made where host is not this machine.
+    token: the password, of 8 characters or more; a new one is made where host is not this machine.
     more: what Gradio's `launch` takes, such as `server_port`, `inline`.
     """
-    blocks = build(store, images, suggestions, names)
-    middleware, local = guards(host, allow)
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     if token is not None and len(token) < 8:
         raise ValueError("a token needs 8 characters or more")
+    local = host in LOOPBACK
+    hosts = [*LOOPBACK, *allow, *([] if local else [host, socket.gethostname()])]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(guard, hosts=hosts)]
     blocks.token = token or (None if local else secrets.token_urlsafe(12))
     if blocks.token is not None:
         secret = blocks.token.encode()
@@ -243,27 +250,26 @@ def launch(
     return blocks
 
 
-def serve(store: Store, folder: str | Path, seed: int | None = 0, **more: Any) -> None:
-    """Serve the page for a folder of images until Ctrl+C; everything is in the store by then.
+def serve(store: Store, folder: str | Path, seed: int | None = 0, names=False, **more: Any) -> None:
+    """Serve the page for the images below a folder until Ctrl+C; everything is in the store by then.
 
     seed: of the random order in which all images are asked for; None: only what the store asks for already, such as a
-    client's queries, whose samples may be named without the suffix of their files. more: see `launch`.
+    client's queries, whose samples may be named without the suffix of their files.
+    names: as of `build`; more: as of `launch`.
     """
-    images = find_images(folder)
+    images = {path.relative_to(folder).as_posix(): path for path in data.find_files(Path(folder), *data.SUFFIXES)}
+    if not images:
+        raise ValueError(f"folder {folder} holds no image: no {', '.join(data.SUFFIXES)} file in it")
     if seed is None:
         images = {**{str(Path(name).with_suffix("")): path for name, path in images.items()}, **images}
     else:
-        ids, order = list(images), rng_for(seed, "labelling order").permutation(len(images))
-        store.queue(Question(ids[i], strategy="random") for i in order)
-    blocks = launch(store, images, **more)
+        order = rng_for(seed, "labelling order").permutation(list(images)).tolist()
+        store.queue(Question(name, strategy="random") for name in order)
+    blocks = launch(build(store, images, names), **more)
     print(f"labelling page: {blocks.local_url}")
     if blocks.token and not more.get("token"):
         print(f"token (any user name, this as the password): {blocks.token}")
     print(f"labels go to {store.path}; Ctrl+C ends", flush=True)
-    try:
-        while True:
-            time.sleep(1)
-    except KeyboardInterrupt:
-        blocks.close(verbose=False)
-        counts = store.progress()
-        print(f"\n{counts['labelled']:,} of {counts['all']:,} images are labelled, in {store.path}")
+    blocks.block_thread()
+    counts = store.progress()
+    print(f"{counts['labelled']:,} of {counts['all']:,} images are labelled, in {store.path}")

@@ -1,6 +1,5 @@
 """Labels out of a store and into one: COCO JSON, YOLO txt, VOC XML, CSV, Label Studio (commands `export`, `import`)."""
 
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from .. import data
@@ -12,25 +11,15 @@ READ = ("coco", "yolo", "voc", "label_studio")
 
 
 def records(store: Store) -> list[Record]:
-    """The last standing label of each image, in the order in which they were answered."""
-    history, found = store.history(), {}
-    for row in history[(history["action"] == "label") & ~history["undone"]].to_dict("records"):
-        size = None if row["size"] is None else tuple(row["size"])
-        boxes = row["label"] if store.task == "boxes" else None
-        objects = None if boxes is None else tuple(Object(one["class"], tuple(one["box"])) for one in boxes)
-        label = row["label"] if boxes is None else None
-        found[row["image"]] = Record(row["image"], size=size, objects=objects, label=label)
-    return list(found.values())
-
-
-def truth_from(found: Iterable[Record]) -> dict[str, str | list[dict]]:
-    """Finished labels as what a `Simulated` knows: labels from elsewhere join the loop as an annotator."""
-    truth = {}
-    for one in found:
-        boxes = [{"class": thing.name, "box": list(thing.box)} for thing in one.objects or ()]
-        if one.label is not None or one.objects is not None:
-            truth[one.id] = boxes if one.label is None else one.label
-    return truth
+    """The last standing label of each image."""
+    found, sizes = [], store.history().set_index("image")["size"].dropna().to_dict()
+    for image, label in store.labels().items():
+        objects = None
+        if store.task == "boxes":
+            objects, label = tuple(Object(one["class"], tuple(one["box"])) for one in label), None
+        size = tuple(sizes[image]) if image in sizes else None
+        found.append(Record(image, size=size, objects=objects, label=label))
+    return found
 
 
 def export(store: Store, form: str, out: str | Path) -> int:
@@ -50,21 +39,21 @@ def load(path: str | Path, form: str, source: str | Path, who: str = "import") -
     """
     if form not in READ:
         raise ValueError(f"format must be one of {', '.join(READ)}, got {form!r}")
-    found = getattr(data, f"read_{form}")(source)
-    truth, sizes = truth_from(found), {one.id: one.size for one in found}
-    task = "classes" if all(isinstance(label, str) for label in truth.values()) else "boxes"
-    named = truth.values() if task == "classes" else (one["class"] for label in truth.values() for one in label)
-    with Store(path, sorted(set(named)) or None, task) as store:
+    found = [one for one in getattr(data, f"read_{form}")(source) if (one.label, one.objects) != (None, None)]
+    task = "classes" if all(one.label for one in found) else "boxes"
+    named = {name for one in found for name in ([one.label] if one.label else [thing.name for thing in one.objects])}
+    with Store(path, sorted(named) or None, task) as store:
         asked, labels, new = store.cycles(), store.labels(), 0
         endless = {str(PurePosixPath(image).with_suffix("")): image for image in asked}
-        for name, label in truth.items():
-            image = name if name in asked else endless.get(name, name)
+        for one in found:
+            image = one.id if one.id in asked else endless.get(one.id, one.id)
+            label = one.label or [{"class": thing.name, "box": list(thing.box)} for thing in one.objects]
             if labels.get(image) == label:
                 continue
             if store.next(who, image) is None:
                 cycle = asked.get(image, -1) + 1
-                store.queue([Question(image, strategy="import", cycle=cycle, size=sizes[name])])
+                store.queue([Question(image, strategy="import", cycle=cycle, size=one.size)])
                 store.next(who, image)
-            store.answer(who, image, label, sizes[name], seconds=0.0)
+            store.answer(who, image, label, one.size, seconds=0.0)
             new += 1
     return new

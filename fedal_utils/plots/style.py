@@ -138,17 +138,11 @@ def marks(look: Look, size: float = 5.5) -> dict[str, object]:
     return {"marker": look.marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
-def handles_of(*axes: Axes) -> dict[str, object]:
-    """Label -> handle of what is drawn in these axes, the first of each label."""
-    found: dict[str, object] = {}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return found
-
-
-def legend_below(figure: Figure, handles: dict[str, object]) -> None:
-    """One legend for all panels, in as many columns as fit; the figure grows to hold it."""
+def legend_below(figure: Figure, *axes: Axes) -> None:
+    """One legend for all panels, the first handle of each label, in as many columns as fit; the figure grows for it."""
+    handles: dict[str, object] = {}
+    for handle, label in (pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)):
+        handles.setdefault(label, handle)
     if handles:
         wide = max(1.5, 0.7 + 0.07 * max(map(len, handles)))  # inches of a column
         rows = math.ceil(len(handles) / max(1, int(figure.get_figwidth() / wide)))

@@ -148,10 +148,7 @@ def test_sessions_at_the_page_are_the_same_run_and_tell_why_they_ask(tmp_path, s
     assert set(rows["who"]) == {"Ann", "Bob"} and not rows["image"].duplicated().any() and len(rows) == 21
     nobody = set(rows[rows["action"] == "unknown"]["image"])
     assert len(nobody) > 2 and nobody <= set(shrugs)
-    later = rows[rows["cycle"] > 0]
-    assert set(later["strategy"]) == {"margin"} and later["score"].notna().all()
-    assert later["suggestion"].isin(NAMES).all()
-    assert set(later["model"]) == {"cycle 0", "cycle 1"} and rows["strategy"][0] == "random"
+    assert set(rows["strategy"]) == {"margin"} and rows["score"][rows["cycle"] > 0].notna().all()
     table = record.table(setup.config, "wheel", root=tmp_path / "sessions")
     (cost,) = table.query("client == 'server'").tail(1).seconds
     assert cost == pytest.approx(rows[rows["action"] == "label"]["seconds"].sum())
@@ -167,7 +164,7 @@ def test_broken_off_and_resumed_gives_the_same_bytes_and_asks_nobody_twice(unbro
     loop(tmp_path, setup)
     assert results(tmp_path) == results(root)
     after, whole = history(tmp_path), history(root)
-    told = ["image", "cycle", "action", "label", "strategy", "score", "model", "suggestion", "seconds"]
+    told = ["image", "cycle", "action", "label", "strategy", "score", "seconds"]
     pd.testing.assert_frame_equal(after[told], whole[told])  # nothing was asked, or answered, twice
     assert after["when"].tolist()[: len(before)] == before["when"].tolist()
 

@@ -1,4 +1,7 @@
-"""The Oracle behind which a store lies: what nobody gave is not there, boxes come back where they were drawn."""
+"""The Oracle behind which a store lies: what nobody gave is not there, boxes come back where they were drawn.
+
+Simulated annotators are repeatable: the same labels in any order.
+"""
 
 import dataclasses
 import math
@@ -9,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes
-from fedal_utils.labelling import Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
+from fedal_utils.labelling import Question, Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
 from fedal_utils.sampling import Cost, Pool
 
 NAMES = ("ant", "bee", "cow", "dog")
@@ -108,7 +111,7 @@ def test_the_truth_is_in_original_pixels_without_what_is_ignored_and_comes_back_
     assert got.boxes[1].numpy() == pytest.approx(want[0, [0, 2]].numpy(), abs=1e-3)
     assert not got.boxes[2].any()  # padding is zero
     assert given.cost(np.arange(4)) == Cost(4, 5, 4 * 2.0 + 5 * 7.0)
-    assert given.labels_of(np.array([2])).boxes.shape == (1, 0, 4)
+    assert not given.labels_of(np.array([2])).classes.any()
     shapes = [(21, 64, 3), (64, 25, 3), (64, 64, 3), (64, 43, 3)]  # as large as in the letterbox
     assert [picture.shape for picture in pictures(train.images).values()] == shapes
     none = torch.zeros(4, 0, dtype=torch.bool)
@@ -125,3 +128,25 @@ def test_a_class_that_the_data_set_lacks_is_named(oracle):
     given.annotate(np.array([0]))
     with pytest.raises(ValueError, match="labels.sqlite has the class 'yak'; the set knows ant, bee"):
         given.labels_of(np.array([0]))
+
+
+BOX = {"class": "ant", "box": [1.0, 2.0, 30.5, 40.0]}
+
+
+def test_the_errors_of_a_simulated_annotator_do_not_depend_on_the_order(tmp_path):
+    truth = {f"i{i}": NAMES[i % 3] for i in range(200)}
+    told = []
+    for order in (1, -1):
+        with Store(tmp_path / f"{order}.sqlite", NAMES[:3]) as store:
+            store.queue(map(Question, list(truth)[::order]))
+            Simulated(truth, error=0.2, seed=3).answer_all(store, "Sim")
+            told.append(store.labels())
+    assert told[0] == told[1]
+    wrong = sum(told[0][image] != truth[image] for image in truth)
+    assert 25 <= wrong <= 55  # 40 of 200 are expected
+    assert Simulated(truth, error=1.0).label("i0", "classes", NAMES) != "ant"
+    assert Simulated(truth, error=1.0).label("i0", "classes", ["ant"]) == "ant"  # nothing to mistake it for
+    boxes = Simulated({"a": [BOX] * 50}, error=0.3, seed=1).label("a", "boxes", NAMES)
+    assert 5 <= sum(thing["class"] != "ant" for thing in boxes) <= 25 and all(t["box"] == BOX["box"] for t in boxes)
+    other = Simulated(truth, error=0.2, seed=4)
+    assert any(other.label(image, "classes", NAMES[:3]) != told[0][image] for image in truth)  # errs elsewhere

@@ -3,6 +3,7 @@
 Skipped where gradio, playwright or chromium is missing, unless CI=true: then that is a failure.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -36,28 +37,26 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/"
+        self.url, self.log = f"http://127.0.0.1:{self.port}/", self.path.with_suffix(".log")
         self.arguments = ["--data", str(folder), "--classes", *CLASSES, "--task", task, "--store", str(self.path)]
         self.arguments += ["--port", str(self.port), *more]
-        self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.log = open(self.path.with_suffix(".log"), "w+")
         words = [sys.executable, "-m", "fedal_utils", "label", *self.arguments]
-        pipes = {"stdout": self.log, "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen(words, env=environment, cwd=self.folder.parent, **pipes)
+        with self.log.open("w") as log:
+            where = {"env": environment, "cwd": self.folder.parent, "stdout": log, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(words, **where)
 
     def wait(self) -> None:
-        while "labels go to" not in self.path.with_suffix(".log").read_text():
-            assert self.process.poll() is None, self.path.with_suffix(".log").read_text()
+        while "labels go to" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
 
     def stop(self, sign: int) -> str:
         self.process.send_signal(sign)
         self.process.wait(60)
-        self.log.close()
-        return self.path.with_suffix(".log").read_text()
+        return self.log.read_text()
 
 
 def missing() -> str:
@@ -79,20 +78,16 @@ def servers(root, tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         tiles = rng.integers(40, 255, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(tiles).resize(SIZE[::-1], Image.Resampling.BICUBIC).save(path)
-    servers = {
-        "classes": Server(root, base / "pictures", "classes"),
-        "boxes": Server(root, base / "pictures", "boxes", "--token", TOKEN),
-    }
+    pair = Server(root, base / "pictures", "classes"), Server(root, base / "pictures", "boxes", "--token", TOKEN)
     try:
-        for server in servers.values():
+        for server in pair:
             server.start()
-        for server in servers.values():
+        for server in pair:
             server.wait()
-        yield servers
+        yield pair
     finally:
-        for server in servers.values():
-            if server.process is not None and server.process.poll() is None:
-                server.stop(signal.SIGKILL)
+        for server in pair:
+            server.stop(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +131,15 @@ class Person:
         return self.page.get_attribute("#picture img", "src")
 
     def press(self, *keys: str) -> None:
-        """Press keys; the last one is stored by the server and changes the image."""
-        before = len(self.store.history())
+        """Press keys; the last one is stored by the server and changes what is shown."""
+        before = self.told(), self.picture()
         for key in keys:
             self.page.keyboard.press(key)
         for _ in range(WAIT // 50):
-            if len(self.store.history()) > before:
+            if (self.told(), self.picture()) != before:
                 break
             self.page.wait_for_timeout(50)
-        self.page.wait_for_timeout(700)  # until it is shown
+        self.page.wait_for_timeout(700)  # until it is in its frame
 
     def image(self) -> str:
         return self.store.next(self.who).image
@@ -163,7 +158,7 @@ class Person:
 
 
 def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, browser):
-    ann = Person(browser, servers["classes"], "Ann <i>")
+    ann = Person(browser, servers[0], "Ann <i>")
     ann.begin()
     said = {}
     for i in range(6):
@@ -171,10 +166,11 @@ def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, brows
         assert ann.page.locator("#classes input:checked").count() == 0
         key, say = [("1", "cat"), ("2", "dog"), ("3", "<b>x</b>")][i % 3]
         if i == 1:  # keys that are typed are text
-            ann.page.click("#note textarea, #note input")
-            ann.page.keyboard.type("us? 1")
-            assert ann.page.locator("#classes input:checked").count() == 0 and ann.image() == image
-            ann.page.locator("#note textarea, #note input").evaluate("e => e.blur()")
+            ann.page.focus("#who input, #who textarea")
+            ann.page.keyboard.type("1")
+            assert ann.page.locator("#classes input:checked").count() == 0
+            ann.page.fill("#who input, #who textarea", ann.who)
+            ann.seen()
         if i == 2:  # a wrong key first, and Enter too early
             ann.page.keyboard.press("Enter")
             ann.hears("Choose a class first")
@@ -189,7 +185,7 @@ def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, brows
             said[image] = "cat"
     assert "6 of 24 labelled" in ann.told() and "random" in ann.told()
     history = ann.store.history()
-    assert (history["who"] == "Ann <i>").all() and history["note"][1] == "us? 1" and history["note"][2] == ""
+    assert (history["who"] == "Ann <i>").all()
     assert ((history["seconds"] > 0) & (history["seconds"] < 120))[history["action"] == "label"].all()
     first = ann.image()
     ann.press("s")
@@ -199,7 +195,7 @@ def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, brows
     assert list(last["image"]) == [first, second] and list(last["action"]) == ["skip", "unknown"]
     assert "rex" not in ann.page.content() and "pictures" not in ann.page.content()
     assert "<b>x</b>" in ann.page.locator("#classes label").nth(2).inner_text()
-    for place in (servers["classes"].path, servers["classes"].folder / first, Path("/etc/passwd")):
+    for place in (servers[0].path, servers[0].folder / first, Path("/etc/passwd")):
         for url in (f"gradio_api/file={place}", f"gradio_api/file=../../../../..{place}", f"file={place}"):
             assert ann.page.request.get(ann.server.url + url).status in (403, 404), url
     for wrong in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
@@ -208,7 +204,7 @@ def test_images_by_keyboard_with_undo_and_nothing_told_beforehand(servers, brows
 
 
 def test_a_reload_keeps_the_place_and_two_people_never_see_the_same_image(servers, browser):
-    ben, cem = people = [Person(browser, servers["classes"], who) for who in ("Ben", "Cem")]
+    ben, cem = people = [Person(browser, servers[0], who) for who in ("Ben", "Cem")]
     for person in people:
         person.begin()
     held = ben.image()
@@ -228,7 +224,7 @@ def test_a_reload_keeps_the_place_and_two_people_never_see_the_same_image(server
 
 
 def test_a_killed_server_has_lost_nothing_that_it_accepted(servers, browser):
-    server = servers["classes"]
+    server = servers[0]
     dora = Person(browser, server, "Dora")
     dora.begin()
     for _ in range(2):
@@ -250,7 +246,7 @@ def test_a_killed_server_has_lost_nothing_that_it_accepted(servers, browser):
 
 
 def test_boxes_are_drawn_moved_named_and_removed_by_mouse(servers, browser):
-    fay = Person(browser, servers["boxes"], "Fay")
+    fay = Person(browser, servers[1], "Fay")
     screen = fay.page
     for url in ("config", "gradio_api/info"):
         told = screen.request.get(fay.server.url + url)
@@ -329,20 +325,66 @@ def test_boxes_are_drawn_moved_named_and_removed_by_mouse(servers, browser):
 # --- without a browser ------------------------------------------------------------------------------------------------
 
 
-def test_strangers_are_asked_for_a_token(tmp_path, monkeypatch):
+@pytest.fixture
+def answered():
+    """A guard before an app that says 400 to POST /login with a wrong password: (path, headers, ...) -> status."""
+    pytest.importorskip("starlette")
+    clock, right = [0.0], [False]
+
+    async def app(scope, receive, send):
+        status = 200 if right[0] or scope["path"] != "/login" else 400
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    shield = page.guard(app, ["127.0.0.1", "box.lan"], lambda: clock[0])
+
+    def ask(path="/", method="GET", origin=None, address="10.0.0.1", password=False):
+        right[0], said = password, []
+
+        async def send(message):
+            said.append(message.get("status"))
+
+        headers = [(b"origin", origin.encode())] if origin else []
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "client": (address, 1)}
+        with contextlib.suppress(StopIteration):  # nothing here waits, so no loop is needed
+            shield(scope, None, send).send(None)
+        return said[0]
+
+    return ask, clock
+
+
+def test_foreign_origins_are_refused(answered):
+    ask, _ = answered
+    for origin in (None, "http://127.0.0.1:7860", "https://box.lan"):
+        assert ask(origin=origin) == 200
+    for origin in ("http://evil.example", "null", "http://box.lan.evil.example", "http://127.0.0.1.evil.example"):
+        assert ask(origin=origin) == 403
+
+
+def test_wrong_passwords_lock_their_address_out_for_a_while(answered):
+    ask, clock = answered
+    login = {"path": "/login", "method": "POST"}
+    assert ask(**login) == 400 and ask(**login, password=True) == 200  # the right one begins a new count
+    assert [ask(**login) for _ in range(page.TRIES)] == [400] * page.TRIES
+    assert ask(**login, password=True) == 429 and ask("/config") == 200
+    assert ask(**login, address="10.0.0.2", password=True) == 200
+    clock[0] += page.LOCKED + 1
+    assert ask(**login, password=True) == 200
+
+
+def test_strangers_are_asked_for_a_token(monkeypatch):
     gradio = pytest.importorskip("gradio")
     given: dict = {}
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **wishes: given.update(auth=None) or given.update(wishes))
-    with Store(tmp_path / "labels.sqlite", CLASSES) as store:
-        assert page.launch(store, {}).token is None and given["auth"] is None and not given["share"]
-        for token in (None, TOKEN):
-            served = page.launch(store, {}, host="0.0.0.0", allow=["box.lan"], token=token)
-            assert len(served.token) >= 16 and (token is None or served.token == token)
-            assert given["auth"]("Ann", served.token) and not given["auth"]("Ann", served.token[:-1])
-            hosts = given["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
-            assert {"127.0.0.1", "box.lan", "0.0.0.0"} <= set(hosts) and "*" not in hosts
-        with pytest.raises(ValueError, match="token"):
-            page.launch(store, {}, token="short")
+    assert page.launch(gradio.Blocks()).token is None and given["auth"] is None and not given["share"]
+    for token in (None, TOKEN):
+        served = page.launch(gradio.Blocks(), host="0.0.0.0", allow=["box.lan"], token=token)
+        assert len(served.token) >= 16 and (token is None or served.token == token)
+        assert given["auth"]("Ann", served.token) and not given["auth"]("Ann", served.token[:-1])
+        hosts = given["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
+        assert {"127.0.0.1", "box.lan", "0.0.0.0"} <= set(hosts) and "*" not in hosts
+    with pytest.raises(ValueError, match="token"):
+        page.launch(gradio.Blocks(), token="short")
 
 
 def test_an_image_is_shown_upright_and_boxes_find_their_way_back(tmp_path):
@@ -352,12 +394,11 @@ def test_an_image_is_shown_upright_and_boxes_find_their_way_back(tmp_path):
     shown, size = page.framed(tmp_path / "turned.jpg")
     assert size == (40, 20) and shown.size == (320, 640)
     boxes, scale = [{"class": "dog", "box": [2, 4, 10, 20]}], 20 / 320
-    value = page._annotated(shown, boxes, CLASSES, scale)
-    assert [value["boxes"][0][side] for side in page.SIDES] == [32, 64, 160, 320]
-    half = dict(zip(page.SIDES, (16, 32, 80, 160), strict=True))
-    sent = {"boxes": [{**value["boxes"][0], **half, "scaleFactor": 0.5}]}
+    (box,) = page._annotated(shown, boxes, {"dog": "#0072b2"}, scale)["boxes"]
+    assert [box[side] for side in page.SIDES] == [32, 64, 160, 320] and box["color"] == (0, 114, 178)
+    sent = {"boxes": [{**box, **dict(zip(page.SIDES, (16, 32, 80, 160), strict=True)), "scaleFactor": 0.5}]}
     assert page._drawn(sent, scale) == boxes
-    for wrong in ({**sent, "orientation": 1}, {"boxes": [{**value["boxes"][0], "label": "?"}]}):
+    for wrong in ({**sent, "orientation": 1}, {"boxes": [{**box, "label": "?"}]}):
         with pytest.raises(ValueError):
             page._drawn(wrong, scale)
     assert page.framed(np.zeros((15, 20, 3), dtype=np.uint8), (30, 40))[1] == (30, 40)  # the size that labels refer to
@@ -373,11 +414,11 @@ def test_a_picture_that_cannot_be_shown_is_told_without_its_name_and_can_be_pass
         label, _, unknown, _, screen = [one.fn for one in calls][:5]
         with pytest.warns(UserWarning, match="rex.png"):
             shown = screen("Ann")
-            again = label("Ann", shown[1], None, "", {"boxes": []})
+            again = label("Ann", shown[1], None, {"boxes": []})
         for told in (shown[-1], again[-1]):
             assert "cannot be shown" in told and "rex" not in told
-        assert unknown("Ann", shown[1], None, "dark", None)[-1].endswith("Nothing is left.")
-        assert store.history()["note"].tolist() == ["dark"] and store.labels() == {}
+        assert unknown("Ann", shown[1], None, None)[-1].endswith("Nothing is left.")
+        assert store.history()["action"].tolist() == ["unknown"]
 
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -388,12 +429,16 @@ def test_without_gradio_one_line_says_what_to_install(tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_walked_and_a_wrong_one_is_refused(tmp_path):
-    for name in ("b.PNG", "sub/a.jpg", ".hidden/c.jpg", "notes.txt", "labels.sqlite"):
+def test_a_folder_is_walked_and_a_wrong_one_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    for name in ("b.PNG", "sub/a.jpg", ".hidden/c.jpg", "notes.txt", "bare/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list(page.find_images(tmp_path)) == ["b.PNG", "sub/a.jpg"]
-    (tmp_path / "bare").mkdir()
-    for wrong in ("none", "bare"):
-        with pytest.raises(ValueError, match=f"{wrong} (cannot be read|holds no image)"):
-            page.find_images(tmp_path / wrong)
+    monkeypatch.setattr(page, "launch", {}.__getitem__)
+    with Store(tmp_path / "labels.sqlite", CLASSES) as store:
+        for wrong in ("none", "bare"):
+            with pytest.raises(ValueError, match=f"{wrong} (cannot be read|holds no image)"):
+                page.serve(store, tmp_path / wrong)
+        with pytest.raises(KeyError):  # it is not served
+            page.serve(store, tmp_path)
+        assert sorted(store.cycles()) == ["b.PNG", "sub/a.jpg"]

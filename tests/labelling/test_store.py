@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedal_utils.labelling import HISTORY, NotHeld, Question, Store, checked_label, export, store_path
+from fedal_utils.labelling import HISTORY, Question, Store, export, store_path
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 BOX = {"class": "cat", "box": [1.0, 2.0, 30.5, 40.0]}
@@ -57,16 +57,16 @@ def label(store: Store, who: str, said: str = "cat", **told) -> str:
 
 def test_an_answer_is_stored_with_everything_that_is_known_about_it(make):
     store = make(0, clock=Clock())
-    asked = Question("x/1.jpg", "margin", 0.25, "ssd-3", "dog", cycle=4, size=(30, 40))
+    asked = Question("x/1.jpg", "margin", 0.25, cycle=4, size=(30, 40))
     assert store.queue([asked]) == 1
     held = store.next("Ann")
-    assert held.id == 1 and list(held.size) == [30, 40] and held.suggestion == "dog" and held.score == 0.25
-    store.answer("Ann", "x/1.jpg", "cat", seconds=3.5, note="blurred", suggestion_shown=True)
+    assert held.id == 1 and list(held.size) == [30, 40] and held.score == 0.25
+    store.answer("Ann", "x/1.jpg", "cat", seconds=3.5)
     frame = store.history()
     assert list(frame.columns) == HISTORY.split() and len(frame) == 1
     known = {"who": "Ann", "image": "x/1.jpg", "cycle": 4, "action": "label", "label": "cat", "size": [30, 40]}
-    known |= {"strategy": "margin", "score": 0.25, "model": "ssd-3", "suggestion": "dog", "suggestion_shown": True}
-    known |= {"seconds": 3.5, "note": "blurred", "undone": False, "when": "2027-01-15T08:00:00.000+00:00"}
+    known |= {"strategy": "margin", "score": 0.25, "seconds": 3.5, "undone": False}
+    known |= {"when": "2027-01-15T08:00:00.000+00:00"}
     assert frame.iloc[0].to_dict() == {"id": 2, **known}  # the first action notes the task and its classes
     assert store.labels() == {"x/1.jpg": "cat"} and store.next("Ann") is None
     assert store.progress() == {"all": 1, "labelled": 1, "unknown": 0, "waiting": 0}
@@ -91,10 +91,10 @@ def test_a_person_gets_the_same_image_until_they_answer_and_others_do_not(make):
     assert store.next("Ann", "b").image == "b" and store.next("Ann", "a").image == "a"  # what was held goes back
     assert store.next("Ben").image == "b" and store.next("Cem") is None and store.next("Cem", "a") is None
     for who, image in (("Ben", "a"), ("Ann", "b"), ("Cem", "a"), ("Ann", "nothing")):
-        with pytest.raises(NotHeld, match="holds"):
+        with pytest.raises(ValueError, match="does not hold"):
             store.answer(who, image, "cat")
     store.answer("Ann", "a", "cat")
-    with pytest.raises(NotHeld):  # a double click
+    with pytest.raises(ValueError, match="does not hold"):  # a double click
         store.answer("Ann", "a", "dog")
     assert store.labels() == {"a": "cat"} and store.next("Ann") is None
 
@@ -107,7 +107,7 @@ def test_a_lease_ends_but_is_good_until_somebody_else_has_the_image(make):
     assert store.next("Ben") is None
     clock.now += 61
     assert store.next("Ben").image == "a" and store.next("Ann") is None
-    with pytest.raises(NotHeld):
+    with pytest.raises(ValueError, match="does not hold"):
         store.answer("Ann", "a", "cat")
     clock.now += 31 * 60
     store.answer("Ben", "a", "dog")  # late, but nobody took it
@@ -154,7 +154,7 @@ def test_what_is_no_label_no_time_and_no_name_is_refused_and_nothing_is_stored(m
     store = make(1)
     store.next("Ann")
     for said in ("bird", "", None, 1, ["cat"], "CAT"):
-        with pytest.raises(ValueError, match="image 'a'.*allowed are cat, dog"):
+        with pytest.raises(ValueError, match="one of cat, dog"):
             store.answer("Ann", "a", said)
     for seconds in (-1, NAN, INF, "3", True):
         with pytest.raises(ValueError, match="seconds"):
@@ -176,14 +176,14 @@ NAN, INF = float("nan"), float("inf")
 def test_a_box_must_be_finite_upright_and_inside_by_a_pixel(make, box):
     store = make(1, task="boxes")
     store.next("Ann")
-    with pytest.raises(ValueError, match="image 'a'"):
+    with pytest.raises(ValueError, match="list of boxes"):
         store.answer("Ann", "a", [BOX, {"class": "cat", "box": box}], size=(50, 100))
     assert len(store.history()) == 0
 
 
 def test_a_box_that_reaches_over_the_edge_is_cut_to_the_image(make):
     store = make(2, task="boxes")
-    store.queue([Question("q", size=(50, 100))])
+    store.queue([Question("q", size=(50, 100)), Question("r")])
     over = [{"class": "dog", "box": [-5, 10.5, np.float32(120), 70]}]
     cut = [{"class": "dog", "box": [0, 10.5, 100, 50]}]
     store.next("Ann"), store.answer("Ann", "a", over, size=(50, 100))
@@ -191,8 +191,8 @@ def test_a_box_that_reaches_over_the_edge_is_cut_to_the_image(make):
     store.next("Ann"), store.answer("Ann", "q", over)  # the question knows the size
     assert store.labels() == {"a": cut, "b": [], "q": cut}
     for wrong in ([{"class": "cat"}], [{**BOX, "class": "bird"}], "cat", [1], None):
-        with pytest.raises(ValueError, match="image 'c'"):
-            checked_label(wrong, "boxes", CLASSES, "image 'c'")
+        with pytest.raises(ValueError, match="list of boxes"):
+            store.answer("Ann", store.next("Ann").image, wrong)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -305,5 +305,5 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(make, tmp_path):
     with pytest.raises(OSError, match=r"labels\.sqlite: database or disk is full"):
         store.queue(Question(f"more {i}", size=(9, 9)) for i in range(2000))
     assert store.next("Ann").image == "b"
-    with pytest.raises(OSError, match="unable to open database file"):
+    with pytest.raises(ValueError, match="unable to open database file"):
         Store(tmp_path, CLASSES)

@@ -1,6 +1,7 @@
-"""Curves on synthetic tables: what is drawn, where, in whose colour; refusals; the same bytes twice."""
+"""Curves and differences of synthetic tables: what is drawn, where, in whose colour; the same bytes twice."""
 
 import io
+import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,12 +11,6 @@ import pytest
 from fedal_utils import plots
 
 START = {"sum": 0.30, "avg": 0.25, "max": 0.28, "random": 0.20, "centralised": 0.35}
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
 
 
 def synthetic(methods=("sum", "random", "centralised"), seeds=3, cycles=3, rounds=2, clients=2):
@@ -55,7 +50,7 @@ def lines(ax):
 
 
 def test_learning_curve_draws_the_mean_of_the_last_rounds():
-    figure, caption = plots.learning_curve(synthetic())
+    figure, caption = plots.learning_curves(synthetic(), ("images",))
     (ax,) = figure.axes
     assert list(lines(ax)) == ["random", "SUM", "centralised"]
     np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [40, 80, 120])
@@ -63,20 +58,19 @@ def test_learning_curve_draws_the_mean_of_the_last_rounds():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("labelled images", "AP at IoU 0.5")
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["random", "SUM", "centralised"]
     assert len(ax.collections) == 3
-    want = "AP at IoU 0.5 on the test images; line: mean over 3 seeds; band: 95 % t interval of the mean."
-    assert caption == want
+    assert caption.endswith("line: mean over 3 seeds; band: 95 % t interval of the mean.")
     few = pd.concat([synthetic(["sum"], seeds=2), synthetic(["max"], seeds=1)])
-    assert "mean over 1 to 2 seeds; band: both values." in plots.learning_curve(few)[1]
+    assert "mean over 1 to 2 seeds; band: both values." in plots.learning_curves(few, ("images",))[1]
 
 
 @pytest.mark.parametrize(("seeds", "low", "high"), [(2, 0.33, 0.35), (3, 0.35 - 0.0496828, 0.35 + 0.0496828)])
 def test_band_is_both_values_of_two_seeds_and_the_t_interval_of_three(seeds, low, high):
     """0.33, 0.35, 0.37: standard error 0.02 / sqrt 3, t(0.975, 2) = 4.302653."""
-    (band,) = plots.learning_curve(synthetic(["sum"], seeds=seeds))[0].axes[0].collections
+    (band,) = plots.learning_curves(synthetic(["sum"], seeds=seeds), ("images",))[0].axes[0].collections
     at = band.get_paths()[0].vertices
     assert at[at[:, 0] == 40, 1].min() == pytest.approx(low, abs=1e-6)
     assert at[at[:, 0] == 40, 1].max() == pytest.approx(high, abs=1e-6)
-    assert not plots.learning_curve(synthetic(["sum"], seeds=1))[0].axes[0].collections
+    assert not plots.learning_curves(synthetic(["sum"], seeds=1), ("images",))[0].axes[0].collections
 
 
 @pytest.mark.parametrize(
@@ -89,7 +83,7 @@ def test_band_is_both_values_of_two_seeds_and_the_t_interval_of_three(seeds, low
     ],
 )
 def test_each_cost_has_its_unit(x, wanted, label):
-    ax = plots.learning_curve(synthetic(), x)[0].axes[0]
+    ax = plots.learning_curves(synthetic(), (x,))[0].axes[0]
     np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), wanted)
     assert ax.get_xlabel() == label
     if x == "bytes":  # central training sends nothing: a line across at its end
@@ -102,10 +96,10 @@ def test_rounds_not_evaluated_cost_bytes_all_the_same_and_rows_may_come_in_any_o
     table = synthetic(["sum"])
     table.loc[(table["client"] == "server") & (table["cycle"] == 0), "ap50"] = np.nan
     mixed = table.sample(frac=1, random_state=0)
-    ax = plots.learning_curve(mixed, "rounds", points="round", title="every round")[0].axes[0]
+    ax = plots.learning_curves({"every round": mixed}, ("rounds",), points="round")[0].axes[0]
     np.testing.assert_allclose(lines(ax)["SUM"].get_xdata(), [3, 4, 5, 6])
     assert ax.get_title() == "every round"
-    np.testing.assert_allclose(lines(plots.learning_curve(table, "bytes")[0].axes[0])["SUM"].get_xdata(), [24, 36])
+    np.testing.assert_allclose(lines(plots.learning_curves(table, ("bytes",))[0].axes[0])["SUM"].get_xdata(), [24, 36])
 
 
 def test_panels_for_costs_metrics_and_tables_share_one_legend():
@@ -164,6 +158,41 @@ def test_differences_are_paired_by_seed_and_only_the_baseline_has_a_band():
     points = sorted(line.get_xdata()[0] for line in right.get_lines() if len(line.get_xdata()) == 1)
     assert points == pytest.approx([5, 5, 10, 10])
     assert "only of random" in caption and "paired by seed over 3 seeds" in caption
+
+
+def test_effects_stand_in_order_with_their_intervals_hollow_where_zero_is_inside():
+    rows = [("vae_d1", "ap50", 1.5, 0.5, 2.5, 3), ("vae_d1", "ap_coco", -1.0, -2.0, 0.5, 3)]
+    rows.append(("mine", "ap50", 2.0, np.nan, np.nan, 1))
+    frame = pd.DataFrame(rows, columns=("effect", "part", "points", "low", "high", "seeds"))
+    figure, caption = plots.effects(frame, xlabel="points above random")
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["VAE + D1", "mine"]
+    drawn = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in drawn] == [1.5, 2.0, -1.0]
+    assert [line.get_markerfacecolor() == "white" for line in drawn] == [False, False, True]
+    intervals = [c.get_segments()[0][:, 0].tolist() for c in ax.collections if c.get_segments()[0].size]
+    assert intervals == [[0.5, 2.5], [-2.0, 0.5]]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["AP at IoU 0.5", "AP, COCO (IoU .50:.95)"]
+    assert ax.get_xlabel() == "points above random" and "over 1 to 3 seeds" in caption
+
+
+def test_an_ablation_shows_seeds_pairs_means_and_intervals():
+    """Two arms, two methods, three seeds: values .1 (arm) + .2 (method) + .01 seed."""
+    cases = itertools.product(enumerate(("as it is", "kept")), enumerate(("random", "centralised")), range(3))
+    rows = [(arm, method, seed, 0.1 * a + 0.2 * m + 0.01 * seed) for (a, arm), (m, method), seed in cases]
+    table = pd.DataFrame(rows, columns=("arm", "method", "seed", "ap50")).assign(client="server", cycle=0, round=0)
+    figure, caption = plots.ablation(table)
+    (ax,) = figure.axes
+    assert sorted(t.get_text() for t in ax.texts) == ["0.010", "0.110", "0.210", "0.310"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["as it is", "kept"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["random", "centralised"]
+    joins = [line for line in ax.get_lines() if line.get_color() == "0.75"]
+    assert len(joins) == 6 and joins[0].get_ydata().tolist() == pytest.approx([0.0, 0.1])
+    half = 4.302653 * 0.01 / np.sqrt(3)
+    bars = [line.get_ydata() for line in ax.get_lines() if line.get_linewidth() == 1.6]
+    assert any(bar == pytest.approx([0.01 - half, 0.01 + half], abs=1e-6) for bar in bars)
+    assert caption.endswith("mean over 3 seeds; bar: 95 % t interval of the mean.")
+    assert plots.ablation(table[table["seed"] == 0])[1].endswith("mean over 1 seed; no bar.")
 
 
 def test_the_same_table_gives_the_same_picture():

@@ -1,6 +1,5 @@
 """Images with boxes: what stands where; the highest scores above; counts in their cells."""
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -10,12 +9,6 @@ from fedal_utils.data import Detections, Images, Labels
 from fedal_utils.plots.style import PALETTE
 
 NAMES = ("cat", "dog", "emu")
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
 
 
 def images(count=4):
