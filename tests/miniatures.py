@@ -66,14 +66,7 @@ def written(file: Path, text: str) -> Path:
     return file
 
 
-def voc(
-    root: Path,
-    pictures: Sequence[Picture] = THREE,
-    splits: dict[str, Sequence[str]] | None = None,
-    suffix: str = ".png",
-    one_based: bool = False,
-    difficult: Sequence[int] = (),
-) -> Path:
+def voc(root: Path, pictures=THREE, splits=None, suffix=".png", one_based=False, difficult=()) -> Path:
     """JPEGImages, Annotations and, with `splits`, ImageSets/Main, as BCCD and VOCdevkit/VOC20xx have it."""
     for picture in pictures:
         image(picture, root / "JPEGImages", suffix)
@@ -83,11 +76,10 @@ def voc(
     return root
 
 
-def voc_flat(root: Path, pictures: Sequence[Picture] = THREE) -> Path:
+def voc_flat(root: Path) -> Path:
     """Each image with an XML of the same name beside it."""
-    for picture in pictures:
-        image(picture, root, ".jpg")
-        xml(picture, root / f"{picture.id}.xml")
+    for picture in THREE:
+        xml(picture, folder(root) / f"{picture.id}.xml")
     return root
 
 
@@ -106,19 +98,14 @@ def coco_content(pictures: Sequence[Picture] = THREE, suffix: str = ".png", **ex
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def coco(
-    root: Path, pictures: Sequence[Picture] = THREE, file: str = "annotations/instances.json", images: str = "images"
-) -> Path:
+def coco(root: Path, pictures=THREE, file="annotations/instances.json", images="images") -> Path:
     """Images in one folder and one JSON file."""
-    for picture in pictures:
-        image(picture, root / images)
+    folder(root / images, pictures, ".png")
     written(root / file, json.dumps(coco_content(pictures)))
     return root
 
 
-def yolo(
-    root: Path, pictures: Sequence[Picture] = THREE, split: str = "", names: Sequence[str] | None = ("cat", "dog")
-) -> Path:
+def yolo(root: Path, pictures=THREE, split: str = "", names: Sequence[str] | None = ("cat", "dog")) -> Path:
     """images/<split>, labels/<split> and, with `names`, data.yaml; a picture without objects gets no txt file."""
     numbers = names or sorted({name for picture in pictures for name, _ in picture.objects})
     for picture in pictures:

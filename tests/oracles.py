@@ -37,15 +37,11 @@ def coco_ap(truths, founds, threshold, max_detections=100):
     for image, found in zip(truths, founds, strict=True):
         taken = set()
         for box, score in sorted(found, key=lambda one: -one[1])[:max_detections]:
-            best, best_at = None, min(threshold, 1 - 1e-10)
-            for wanted in (True, False):
-                if best is not None:
-                    break
-                for g, (gt, ignore, crowd) in enumerate(image):
-                    if (not (ignore or crowd)) is not wanted or (g in taken and not crowd):
-                        continue
-                    if iou(box, gt, crowd) >= best_at:  # of equals the later one
-                        best, best_at = g, iou(box, gt, crowd)
+            free = [g for g, (_, _, crowd) in enumerate(image) if crowd or g not in taken]
+            covers = {g: iou(box, image[g][0], image[g][2]) for g in free}
+            fits = [g for g in free if covers[g] >= min(threshold, 1 - 1e-10)]
+            # objects to find before ignored ones, then the best covered, of equals the later one
+            best = max(fits, key=lambda g: (not any(image[g][1:]), covers[g], g), default=None)
             if best is None:
                 verdicts.append((score, False))
                 continue
@@ -53,15 +49,12 @@ def coco_ap(truths, founds, threshold, max_detections=100):
             if not (image[best][1] or image[best][2]):
                 verdicts.append((score, True))
     verdicts.sort(key=lambda one: -one[0])
-    recalls, precisions, true = [], [], 0
+    curve, true = [], 0  # (recall, precision)
     for seen, (_, hit) in enumerate(verdicts, start=1):
         true += hit
-        recalls.append(true / n_objects)
-        precisions.append(true / seen)
-    total = 0.0
-    for wanted in np.linspace(0, 1, 101):  # the reference's own floating point grid
-        total += max((p for r, p in zip(recalls, precisions, strict=True) if r >= wanted), default=0.0)
-    return total / 101
+        curve.append((true / n_objects, true / seen))
+    grid = np.linspace(0, 1, 101)  # the reference's own floating point grid
+    return sum(max((p for r, p in curve if r >= wanted), default=0.0) for wanted in grid) / 101
 
 
 def voc_ap(truths, founds, threshold=0.5):
@@ -140,9 +133,7 @@ def image_score(strategy, confidences, probs):
 
 def weighted_average(arrays, counts):
     """sum_m counts_m / sum(counts) * arrays_m in exact fractions, rounded once at the end to float32."""
-    whole = Fraction(0)
-    for count in counts:
-        whole += Fraction(count)
+    whole = sum(map(Fraction, counts))
     out = np.zeros(np.shape(arrays[0]), dtype=np.float32)
     for place in np.ndindex(*out.shape):
         exact = sum((Fraction(float(a[place])) * Fraction(n) for a, n in zip(arrays, counts, strict=True)), Fraction(0))

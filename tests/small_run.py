@@ -1,14 +1,11 @@
-"""The loop of all notebooks on a few scenes: seconds, not minutes; test_experiment.py kills it in other processes."""
+"""The loop of all notebooks on a few scenes: seconds, not minutes."""
 
-import os
-import signal
 from pathlib import Path
 
 import torch
 
 from fedal_utils import config, federation, papers
 from fedal_utils.federation import Experiment, Setup
-from fedal_utils.record import files
 
 SMALL = dict(
     **dict(scenes=(60, 8), digit_classes=3, initial_model_images=6, initial_model_iterations=6, held_out_images=6),
@@ -58,19 +55,3 @@ def loop(root: Path, setup: Setup | None = None, enough: int | None = None, turn
             experiment.clients.reverse()
         one(experiment, enough)
     return setup
-
-
-def killed_at(root: Path, writes: int) -> None:
-    """Run the loop and kill this process just before its n-th atomic write, or just after where n is odd."""
-    passed, original = [], files.os.replace
-
-    def doomed(source, target):
-        passed.append(target)
-        if len(passed) == writes and writes % 2 == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(source, target)
-        if len(passed) == writes:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    files.os.replace = doomed
-    loop(root)

@@ -26,21 +26,12 @@ def test_the_dry_run_leaves_an_archive_that_can_be_merged(root, tmp_path):
     assert (tmp_path / "elsewhere" / "results" / record).is_file()
 
 
-def bench_script(root):
+def test_the_readmes_speed_table_is_that_of_the_last_benchmark_and_a_new_one_leaves_the_rest(root, tmp_path):
     spec = importlib.util.spec_from_file_location("bench", root / "tests" / "bench" / "bench.py")
-    bench = importlib.util.module_from_spec(spec)
+    bench, page = importlib.util.module_from_spec(spec), tmp_path / "README.md"
     spec.loader.exec_module(bench)
-    return bench
-
-
-def test_the_readmes_speed_table_is_that_of_the_last_benchmark(root):
-    bench = bench_script(root)
     table = bench.speed_table(root / "results" / "tables" / "bench.csv")
     assert f"<!-- speed -->\n{table}\n<!-- /speed -->" in (root / "README.md").read_text()
-
-
-def test_a_new_table_leaves_the_rest_of_the_page(root, tmp_path):
-    bench, page = bench_script(root), tmp_path / "README.md"
     page.write_text("# a\n<!-- speed -->\n<!-- /speed -->\n\n## b\n")  # nothing was measured yet
     for table in ("| one |", "| two |\n| three |"):
         bench.into_readme(table, page)

@@ -89,17 +89,15 @@ def test_forbidden_names_stay_out(path):
 @each_file
 def test_no_private_names_of_flower_or_torchvision(path):
     for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [*node.module.split("."), *(alias.name for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [part for alias in node.names for part in alias.name.split(".")]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module, names = getattr(node, "module", None) or "", [alias.name for alias in node.names]
+            words = ".".join([module, *names] if module else names).split(".")
         else:
-            names = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else [""]
-        if names[0] in ("flwr", "torchvision"):
-            assert not [n for n in names if n.startswith("_") and not n.endswith("__")], f"{path.name}: {names}"
-        if isinstance(node, ast.ImportFrom) and names[0] == "flwr":
-            public = set(pytest.importorskip(node.module).__all__)
-            assert {alias.name for alias in node.names} <= public, f"{path.name}: {names}"
+            words = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else [""]
+        if words[0] in ("flwr", "torchvision"):
+            assert not [n for n in words if n.startswith("_") and not n.endswith("__")], f"{path.name}: {words}"
+        if isinstance(node, ast.ImportFrom) and words[0] == "flwr":
+            assert set(names) <= set(pytest.importorskip(module).__all__), f"{path.name}: {words}"
 
 
 def lines(path: Path) -> int:
@@ -122,18 +120,17 @@ def test_files_classes_and_signatures_are_short_and_public_names_say_what_they_a
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ClassDef):
             assert sum(isinstance(part, ast.AnnAssign) for part in node.body) <= FIELDS, node.name
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            assert len([a for a in given if a.arg not in ("self", "cls")]) <= PARAMETERS, node.name
+        if isinstance(node, ast.arguments):
+            given = [a.arg for a in (*node.posonlyargs, *node.args, *node.kwonlyargs) if a.arg not in ("self", "cls")]
+            assert len(given) <= PARAMETERS, given
     for node in TREES[path].body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
 
 
 def test_the_formatter_formats_everything():
-    mark = "fmt: " + "skip"
-    places = [p for folder in (PACKAGE, ROOT / "tests") for p in folder.rglob("*.py")] + [*ROOT.glob("notebooks/*")]
-    assert not [path for path in places if path.is_file() and mark in path.read_text()]
+    places = [*FILES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    assert not [path for path in places if "fmt: " + "skip" in path.read_text()]
     for words in (["check", "-q"], ["format", "--check", "-q"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
@@ -184,31 +181,28 @@ def test_parameters_are_literals_that_the_config_knows(name):
 
 def taken(name: str) -> set[tuple[str, str]]:
     """(module, name) of everything of ours that a notebook uses."""
-    modules: dict[str, types.ModuleType] = {}
-    found = set()
+    modules, found = {}, set()
+
+    def follow(module: types.ModuleType, words: list[str]) -> types.ModuleType | None:
+        """The module at the end of these words; what is none is found."""
+        for word in words:
+            if not hasattr(module, word):
+                importlib.import_module(f"{module.__name__}.{word}")
+            if not isinstance(getattr(module, word), types.ModuleType):
+                return found.add((module.__name__, word))
+            module = getattr(module, word)
+        return module
+
     nodes = [node for tree in code(name) for node in ast.walk(tree)]
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "fedal_utils":
-            for alias in node.names:
-                value = member(importlib.import_module(node.module), alias.name)
-                if isinstance(value, types.ModuleType):
-                    modules[alias.asname or alias.name] = value
-                else:
-                    found.add((node.module, alias.name))
+            here = importlib.import_module(node.module)
+            modules |= {alias.asname or alias.name: follow(here, [alias.name]) for alias in node.names}
     for node in nodes:
         first, *rest = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else [""]
-        value = modules.get(first) if all(map(str.isidentifier, rest)) else None
-        for word in rest if value else ():
-            inner = member(value, word)
-            if not isinstance(inner, types.ModuleType):
-                found.add((value.__name__, word))
-                break
-            value = inner
+        if modules.get(first) and all(map(str.isidentifier, rest)):
+            follow(modules[first], rest)
     return found
-
-
-def member(module: types.ModuleType, name: str) -> object:
-    return getattr(module, name) if hasattr(module, name) else importlib.import_module(f"{module.__name__}.{name}")
 
 
 def test_notebooks_need_few_names(capsys):
@@ -248,10 +242,6 @@ def test_version_and_repository_are_the_same_everywhere():
     assert PROJECT["license"] == "Apache-2.0" and "\nlicense: Apache-2.0\n" in citation
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
 def test_every_command_of_the_readme_exists(page):
     """Targets and variables of make, commands and options of the command line; links lead to files."""
@@ -275,20 +265,22 @@ def test_make_env_leaves_a_current_environment_alone_and_passes_its_settings_on(
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nfor word in "$@"; do echo "<$word>" >> "{log}"; done\n')
     python.chmod(0o755)
-    given = (f"PYTHON={sys.executable}", f"VENV={tmp_path / 'my env'}")
-    assert make("env", *given).returncode == 0
-    first = log.read_text()
+
+    def make(*words: str) -> str:
+        given = (f"PYTHON={sys.executable}", f"VENV={tmp_path / 'my env'}")
+        subprocess.run(["make", *words, *given], cwd=ROOT, capture_output=True, check=True)
+        return log.read_text()
+
+    first = make("env")
     assert "<.[backbones,dev,flower]>" in first and "<--no-deps>" not in first
-    assert make("env", *given).returncode == 0
-    assert log.read_text() == first  # nothing to do
+    assert make("env") == first  # nothing to do
     stamp = tmp_path / "my env" / ".fedal-stamp"
     stamp.write_text(stamp.read_text().splitlines()[0] + "\n/another/clone\n")
-    assert make("env", *given).returncode == 0
-    assert "<--no-deps>" in log.read_text() and log.read_text().count("backbones") == 1  # only pointed here
+    again = make("env")
+    assert "<--no-deps>" in again and again.count("backbones") == 1  # only pointed here
     assert stamp.read_text().splitlines()[1] == str(ROOT)
     log.unlink()
-    wanted = ("NB=11", "PROFILE=quick", "SEEDS=0,1", "DATA=../my data", "JOBS=1")
-    assert make("reproduce", *wanted, *given).returncode == 0
+    make("reproduce", "NB=11", "PROFILE=quick", "SEEDS=0,1", "DATA=../my data", "JOBS=1")
     words = re.findall("<(.*)>", log.read_text())
     expected = "-m fedal_utils reproduce --nb 11 --profile quick --seeds 0,1 --data".split()
     assert words == [*expected, "../my data", "--jobs", "1"]

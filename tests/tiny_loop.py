@@ -15,18 +15,11 @@ from fedal_utils.record import files
 CONFIG = Config.of(cycles=2, rounds=2, profile="quick", methods=("sum", "random"), seeds=(0,))
 
 
-def rows_of(run: record.Run, cycle: int, number: int, weights: torch.Tensor, labelled: int) -> list[dict]:
-    """Two clients and the server; a new metric column appears at the end of each cycle, as with rare evaluation."""
-    costs = {"images": labelled, "boxes": 3 * labelled, "steps": 5}
-    clients = [{"client": k, **costs, "loss": float(weights[k].abs()), "bytes_up": 4 * k} for k in range(2)]
-    server = {"client": "server", "images": 2 * labelled, "seconds": 2.5 * labelled}
-    if number == run.config.federation.rounds - 1:
-        server |= {"ap50": float(torch.sigmoid(weights.sum())), "ap50/empty class": float("nan")}
-    return [*clients, server]
-
-
 def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
-    """State: weights, a float64 moment and the generator's own state; every number depends on all before it."""
+    """State: weights, a float64 moment and the generator's own state; every number depends on all before it.
+
+    A new metric column appears at the end of each cycle, as with rare evaluation.
+    """
     for run in record.runs(config, "tiny", root=root):
         first = {"w": torch.randn(3, generator=run.torch_rng("start"))}
         start = record.shared(config, "tiny", run.seed, "start", lambda first=first: first, root)
@@ -46,18 +39,17 @@ def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
             moment = 0.9 * moment + weights.double() / 3
             if stop_after and run.committed == stop_after:
                 raise ZeroDivisionError("broken off")
-            state = {
-                "weights": weights,
-                "moment": moment,
-                "ids": ids,
-                "draws": draws.get_state(),
-                "note": ("a", 1, None),
-            }
-            run.commit(cycle, number, rows_of(run, cycle, number, weights, len(ids)), queries, state)
+            costs = {"images": len(ids), "boxes": 3 * len(ids), "steps": 5}
+            rows = [{"client": k, **costs, "loss": float(weights[k].abs()), "bytes_up": 4 * k} for k in range(2)]
+            rows.append({"client": "server", "images": 2 * len(ids), "seconds": 2.5 * len(ids)})
+            if number == run.config.federation.rounds - 1:
+                rows[-1] |= {"ap50": float(torch.sigmoid(weights.sum())), "ap50/empty class": float("nan")}
+            state = {"weights": weights, "moment": moment, "ids": ids, "draws": draws.get_state(), "note": ("a", 1)}
+            run.commit(cycle, number, rows, queries, state)
 
 
-def killed_at(root: Path, instant: int) -> None:
-    """Run the loop and kill this process at the n-th instant; an atomic write has the five numbered below."""
+def killed_at(root: Path, instant: int, loop=loop) -> None:
+    """Run a loop and kill this process at the n-th instant; an atomic write has the five numbered below."""
     passed = []
 
     def instant_passes() -> None:

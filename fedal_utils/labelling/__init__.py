@@ -4,4 +4,4 @@ from and to files; `page` in the browser imports Gradio when it is built.
 
 from .oracle import Simulated, StoreOracle, Unanswered, oracle_of, pictures, simulated, truth_of
 from .store import HISTORY, Question, Store, store_path
-from .transfer import export, load, records
+from .transfer import export, load

@@ -91,11 +91,6 @@ class StoreOracle:
         last = self._standing(cycles).groupby("image")["action"].last()
         return set(last[last == "unknown"].index)
 
-    def refresh(self) -> None:
-        """Take in answers that were given again (label errors that were found and asked once more)."""
-        given = self.store.labels()
-        self._given = {row: given[self.images.ids[row]] for row in self._given}
-
     def labels_of(self, index: np.ndarray) -> Labels:
         """Labels of answered rows, letterboxed; any other raises."""
         rows = [int(row) for row in index]

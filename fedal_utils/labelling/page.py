@@ -1,7 +1,4 @@
-"""The labelling page in the browser: plain Gradio, any number of people at once, keys for everything.
-
-The browser does not get a file's name unless told to: it often gives the class away.
-"""
+"""The labelling page in the browser: plain Gradio, any number of people at once, keys for everything."""
 
 import importlib.util
 import json
@@ -102,11 +99,9 @@ def framed(source: str | Path | np.ndarray, size: Sequence[int] | None = None) -
 
 def _annotated(shown: Image.Image, boxes: Sequence[Mapping], colours: Mapping[str, str], scale: float) -> dict:
     """The annotator's value: the picture and its boxes in shown pixels. scale: original pixels per shown one."""
-    drawn = []
-    for one in boxes:
-        sides = dict(zip(SIDES, (v / scale for v in one["box"]), strict=True))
-        drawn.append({**sides, "label": one["class"], "color": tuple(bytes.fromhex(colours[one["class"]][1:]))})
-    return {"image": shown, "boxes": drawn}
+    looks = {name: {"label": name, "color": tuple(bytes.fromhex(colour[1:]))} for name, colour in colours.items()}
+    sides = [dict(zip(SIDES, (v / scale for v in one["box"]), strict=True)) for one in boxes]
+    return {"image": shown, "boxes": [box | looks[one["class"]] for box, one in zip(sides, boxes, strict=True)]}
 
 
 def _drawn(value: Mapping[str, Any], scale: float) -> list[dict[str, Any]]:
@@ -122,9 +117,8 @@ def _drawn(value: Mapping[str, Any], scale: float) -> list[dict[str, Any]]:
 
 
 def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
-    """The page as Gradio Blocks.
-
-    images: {id: path of a file, or uint8 (H, W, 3)}. names: show the image's id.
+    """The page as Gradio Blocks. images: {id: path of a file, or uint8 (H, W, 3)}. names: show the image's id, which
+    often gives the class away; else the browser does not get it.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
@@ -171,8 +165,7 @@ def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
             if question is None:
                 said += [] if counts["waiting"] else ["Nothing is left."]
                 return [name, 0, gr.update(visible=False), None, None, "\n".join(said)]
-            score = "" if question.score is None else f"score {question.score:.4g}"
-            said += [f"{question.strategy} {score} cycle {question.cycle}", *([question.image] if names else [])]
+            said += [f"{question.strategy} cycle {question.cycle}", *([question.image] if names else [])]
             try:
                 value, size = picture_of(question)
                 if drawing:
@@ -226,20 +219,18 @@ def launch(
 ) -> Any:
     """Serve a page that was built and return it (`local_url`, `token`, `close()`); does not wait.
 
-    host: this machine alone unless told otherwise; elsewhere it is served without encryption, for a network you trust.
-    allow: host names by which it may be called besides this machine's own.
-    token: the password, of 8 characters or more; a new one is made where host is not this machine.
-    more: what Gradio's `launch` takes, such as `server_port`, `inline`.
+    host: elsewhere than on this machine it is served without encryption, for a network you trust, and with a token.
+    allow: host names by which it may be called besides this machine's own. token: the password; None = a new one where
+    one is needed. more: what Gradio's `launch` takes, such as `server_port`, `inline`.
     """
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     if token is not None and len(token) < 8:
         raise ValueError("a token needs 8 characters or more")
-    local = host in LOOPBACK
-    hosts = [*LOOPBACK, *allow, *([] if local else [host, socket.gethostname()])]
+    hosts = [*LOOPBACK, *allow, host, socket.gethostname()]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(guard, hosts=hosts)]
-    blocks.token = token or (None if local else secrets.token_urlsafe(12))
+    blocks.token = token or (None if host in LOOPBACK else secrets.token_urlsafe(12))
     if blocks.token is not None:
         secret = blocks.token.encode()
         more["auth"] = lambda user, password: secrets.compare_digest(password.encode(), secret)
@@ -254,8 +245,7 @@ def serve(store: Store, folder: str | Path, seed: int | None = 0, names=False, *
     """Serve the page for the images below a folder until Ctrl+C; everything is in the store by then.
 
     seed: of the random order in which all images are asked for; None: only what the store asks for already, such as a
-    client's queries, whose samples may be named without the suffix of their files.
-    names: as of `build`; more: as of `launch`.
+    client's queries, which may lack the suffix of their files. names: as of `build`; more: as of `launch`.
     """
     images = {path.relative_to(folder).as_posix(): path for path in data.find_files(Path(folder), *data.SUFFIXES)}
     if not images:

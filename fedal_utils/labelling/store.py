@@ -72,10 +72,9 @@ class Store(contextlib.AbstractContextManager):
 
     def __init__(self, path: str | Path, classes: Sequence[str] | None = None, task: str | None = None):
         names = [_text(name, "a class name") for name in classes or ()]
-        if classes is not None and (isinstance(classes, str) or not names or len(set(names)) != len(names)):
-            raise ValueError(f"classes must be one or more different names, got {classes!r}")
-        if task not in (None, *TASKS):
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        unclear = classes is not None and (isinstance(classes, str) or not names or len(set(names)) != len(names))
+        if unclear or task not in (None, *TASKS):
+            raise ValueError(f"classes are different names, the task is one of {TASKS}, got {classes!r}, {task!r}")
         self.path, self._lock = Path(path), threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         where = f"{self.path.absolute().as_uri()}?mode={'rwc' if names else 'rw'}"  # made only where classes are told
@@ -174,9 +173,8 @@ class Store(contextlib.AbstractContextManager):
     ) -> None:
         """The person's label of the image that they hold; ValueError if it is not theirs, or no label of this task.
 
-        A lease that has run out is good until somebody else has the image. size: (height, width) of the image, where
-        the question did not tell; boxes are cut to it. action: or "skip" (to the end of the queue), "unknown" (nobody
-        can tell). seconds: what it took; else since the image was handed out.
+        size: (height, width) of the image, where the question did not tell; boxes are cut to it. action: or "skip" (to
+        the end of the queue), "unknown" (nobody can tell). seconds: what it took; else since the image was handed out.
         """
         if seconds is not None and (isinstance(seconds, (bool, str)) or not 0 <= seconds < math.inf):
             raise ValueError(f"image {image!r}: seconds must be a number from 0 up, got {seconds!r}")
@@ -190,9 +188,8 @@ class Store(contextlib.AbstractContextManager):
             seconds = max(0.0, self.clock() - row["since"]) if seconds is None else float(seconds)
             self._append(row["holder"], row["id"], action, {"label": label, "size": size, "seconds": seconds})
             state = {"label": "labelled", "skip": "waiting"}.get(action, action)
-            place = _LAST if action == "skip" else "place"
             db.execute(
-                f"UPDATE questions SET state = ?, holder = NULL, place = {place} WHERE id = ?", (state, row["id"])
+                f"UPDATE questions SET state = ?, holder = NULL, place = {_LAST} WHERE id = ?", (state, row["id"])
             )
 
     skip = functools.partialmethod(answer, label=None, action="skip")
@@ -218,7 +215,7 @@ class Store(contextlib.AbstractContextManager):
     def undo(self, who: str) -> tuple[Question, Any] | None:
         """Take back this person's latest standing action and give them its image again, with what they had said.
 
-        A skip is passed over if somebody else has the image by now. None if there is nothing to take back.
+        A skip is passed over if somebody else has the image by now.
         """
         who = _text(who, "a person's name")
         with self._writing() as db:
@@ -244,9 +241,8 @@ class Store(contextlib.AbstractContextManager):
 
     def progress(self) -> dict[str, int]:
         """How many questions are labelled, unknown and waiting, and how many there are in all."""
-        counts = dict.fromkeys(("labelled", "unknown", "waiting"), 0)
-        counts.update(map(tuple, self._rows("SELECT state, count(*) FROM questions GROUP BY state")))
-        return {**counts, "all": sum(counts.values())}
+        found = dict(map(tuple, self._rows("SELECT state, count(*) FROM questions GROUP BY state")))
+        return {"labelled": 0, "unknown": 0, "waiting": 0, **found, "all": sum(found.values())}
 
     def history(self) -> pd.DataFrame:
         """Every answer, skip and undo in order, with the columns of `HISTORY`; labels as in `labels`."""

@@ -10,24 +10,17 @@ WRITTEN = ("coco", "yolo", "voc", "csv")
 READ = ("coco", "yolo", "voc", "label_studio")
 
 
-def records(store: Store) -> list[Record]:
-    """The last standing label of each image."""
-    found, sizes = [], store.history().set_index("image")["size"].dropna().to_dict()
-    for image, label in store.labels().items():
-        objects = None
-        if store.task == "boxes":
-            objects, label = tuple(Object(one["class"], tuple(one["box"])) for one in label), None
-        size = tuple(sizes[image]) if image in sizes else None
-        found.append(Record(image, size=size, objects=objects, label=label))
-    return found
-
-
 def export(store: Store, form: str, out: str | Path) -> int:
-    """Write the labels to a file (coco, csv) or into a folder (yolo, voc); returns how many images."""
+    """Write the last standing label of each image to a file (coco, csv) or folder (yolo, voc); returns how many."""
     if form not in WRITTEN:
         raise ValueError(f"format must be one of {', '.join(WRITTEN)}, got {form!r}")
-    found, classes = records(store), () if form == "csv" else (store.classes,)
-    getattr(data, f"write_{form}")(out, found, *classes)
+    found, sizes = [], store.history().set_index("image")["size"].dropna().map(tuple).to_dict()
+    for image, label in store.labels().items():
+        told = {"label": label}
+        if store.task == "boxes":
+            told = {"objects": tuple(Object(one["class"], tuple(one["box"])) for one in label)}
+        found.append(Record(image, size=sizes.get(image), **told))
+    getattr(data, f"write_{form}")(out, found, *(() if form == "csv" else (store.classes,)))
     return len(found)
 
 

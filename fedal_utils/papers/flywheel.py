@@ -136,10 +136,8 @@ def label_errors(
             chosen = top_k(suspects(logs, given), again, rng)
             wrong = (given != setup.train.labels.classes[torch.from_numpy(rows), 0].cpu() - 1).numpy()
             for oracle, where in ((checked, chosen), (control, rng.permutation(len(rows))[:again])):
-                checker = Simulated(truth, seed=seed)
-                args = (oracle.store, oracle.images, oracle.store.classes, checker, "label errors", "checker")
-                StoreOracle(*args).annotate(rows[where], 1)
-                oracle.refresh()
+                oracle.annotator, oracle.strategy, oracle.who = Simulated(truth, seed=seed), "label errors", "checker"
+                oracle.annotate(rows[where], 1)
             after = [before, *(_accuracy(setup, *one) for one in ((checked, rows), (control, rows), (more, more_rows)))]
             row = {"seed": seed, "wrong": float(wrong.mean()), "found": float(wrong[chosen].mean())}
             found.append(row | dict(zip(WAYS, after, strict=True)))

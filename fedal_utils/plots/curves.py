@@ -114,7 +114,7 @@ def traffic(
             label = f"{x:,.0f} MB" if x >= 10 else f"{x:.2g} MB"
             ax.annotate(label, (x, height), (4, 5), textcoords="offset points", fontsize=8, color=line.get_color())
     ax.set(xscale="log", title=title)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     legend_below(figure, ax)

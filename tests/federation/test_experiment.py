@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_run
+import tiny_loop
 import torch
 
 from fedal_utils import federation, record, sampling, training
@@ -316,8 +317,8 @@ def test_kept_and_sent_optimizer_states_survive_being_broken_off(policy, setup, 
 def test_killed_at_many_instants_then_resumed_gives_the_same_bytes(tmp_path):
     whole = small_run.loop(tmp_path / "whole")
     context = multiprocessing.get_context("fork")
-    for instant in (2, 5, 8):
-        child = context.Process(target=small_run.killed_at, args=(tmp_path / "killed", instant))
+    for instant in (7, 23, 37):  # before a rename, after one, before one
+        child = context.Process(target=tiny_loop.killed_at, args=(tmp_path / "killed", instant, small_run.loop))
         child.start()
         child.join()
         assert child.exitcode == -9

@@ -98,11 +98,9 @@ def test_the_truth_is_in_original_pixels_without_what_is_ignored_and_comes_back_
     names = [["ant", "cow"], ["dog"], [], ["bee", "ant"]]
     for i, id_ in enumerate("abcd"):
         assert [one["class"] for one in truth[id_]] == names[i]
-        height, width = train.images.sizes[i].tolist()
         for one, want in zip(truth[id_], drawn[i], strict=True):
             assert one["box"] == pytest.approx(want, abs=1e-3)
-            x1, y1, x2, y2 = one["box"]
-            assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+            assert np.clip(one["box"], 0, train.images.sizes[i].flip(0).repeat(2)).tolist() == one["box"]
     given, _ = oracle("boxes")
     assert given.annotate(np.arange(4)).all()
     got, want = given.labels_of(np.array([3, 0, 2])), train.labels.boxes

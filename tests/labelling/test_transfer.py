@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fedal_utils import __main__ as command
-from fedal_utils.labelling import Question, Simulated, Store, export, load, records
+from fedal_utils.labelling import Question, Simulated, Store, export, load
 
 CLASSES = ["cat", "dog"]
 DRAWN = {
@@ -28,11 +28,10 @@ def test_boxes_come_back_through_every_format(form, tmp_path):
     out = tmp_path / ("labels.json" if form == "coco" else "out")
     with filled(tmp_path / "labels.sqlite", DRAWN) as store:
         store.undo("Ann"), store.answer("Ann", "c.jpg", DRAWN["c.jpg"])  # what was taken back is not written twice
-        assert export(store, form, out) == 3 and [one.id for one in records(store)] == list(DRAWN)
-    if form == "yolo":  # whose fractions are of the images beside them
-        for image in DRAWN:
-            (out / "images" / image).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (80, 60)).save(out / "images" / image)
+        assert export(store, form, out) == 3
+    for image in DRAWN if form == "yolo" else ():  # whose fractions are of the images beside them
+        (out / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60)).save(out / "images" / image)
     with Store(tmp_path / "new.sqlite", CLASSES, "boxes") as other:
         other.queue(Question(image, cycle=4) for image in ("c.jpg", "a/1.jpg", "z.jpg"))
     assert command.main(["import", str(tmp_path / "new.sqlite"), "--format", form, str(out), "--who", "Bob"]) == 0
