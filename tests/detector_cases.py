@@ -38,12 +38,9 @@ def random_targets(rng, images, columns=6, classes=3, side=64.0, some_ignored=Fa
 def targets(rows, columns=None):
     """Padded boxes, classes, ignore of lists of (box, class, ignored), one list an image."""
     columns = max(map(len, rows)) if columns is None else columns
-    boxes, classes = torch.zeros(len(rows), columns, 4), torch.zeros(len(rows), columns, dtype=torch.int64)
-    ignore = torch.zeros(len(rows), columns, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        for k, (box, number, ignored) in enumerate(row):
-            boxes[i, k], classes[i, k], ignore[i, k] = torch.tensor(box, dtype=torch.float32), number, ignored
-    return boxes, classes, ignore
+    rows = [[*row, *[((0, 0, 0, 0), 0, False)] * (columns - len(row))] for row in rows]
+    boxes, classes, ignore = (torch.tensor([[one[k] for one in row] for row in rows]) for k in range(3))
+    return boxes.float().reshape(len(rows), columns, 4), classes.long(), ignore.bool()
 
 
 def as_list(boxes, classes):

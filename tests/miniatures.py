@@ -110,14 +110,12 @@ def yolo(root: Path, pictures=THREE, split: str = "", names: Sequence[str] | Non
     numbers = names or sorted({name for picture in pictures for name, _ in picture.objects})
     for picture in pictures:
         image(picture, root / "images" / split)
-        height, width = picture.size
-        lines = [
-            f"{list(numbers).index(name)} {(x1 + x2) / 2 / width} {(y1 + y2) / 2 / height} "
-            f"{(x2 - x1) / width} {(y2 - y1) / height}\n"
-            for name, (x1, y1, x2, y2) in picture.objects
-        ]
-        if lines:
-            written(root / "labels" / split / f"{picture.id}.txt", "".join(lines))
+        (height, width), text = picture.size, ""
+        for name, (x1, y1, x2, y2) in picture.objects:
+            box = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+            text += " ".join(map(str, (list(numbers).index(name), *box))) + "\n"
+        if text:
+            written(root / "labels" / split / f"{picture.id}.txt", text)
     if names:
         listed = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
         (root / "data.yaml").write_text(f"train: images\nnames:\n{listed}")

@@ -13,9 +13,7 @@ from fedal_utils.sampling import Observation, Selection, find, registered
 
 def observed(count: int, detections: Detections | None = None, config: Config | None = None, **what) -> Observation:
     """An observation of `count` images; reading what is not there raises AttributeError."""
-    if detections is not None:
-        what["detections"] = detections
-    return Observation(config or Config(), count, **what)
+    return Observation(config or Config(), count, **what, **({} if detections is None else {"detections": detections}))
 
 
 def chosen(name: str, seen: Observation, k: int, rng: np.random.Generator, rule: str = "last", **settings) -> Selection:
@@ -51,6 +49,5 @@ def detections(*images, columns=3, length=0, **extra):
         tail = np.shape(next(row[0] for row in rows if len(row)))
         more[name] = torch.full((len(images), length, *tail), 99, dtype=torch.int64 if name == "level" else torch.float)
         for i, row in enumerate(rows):
-            for j, value in enumerate(row):
-                more[name][i, j] = torch.tensor(value)
+            more[name][i, : len(row)] = torch.as_tensor(np.array(row, dtype=np.float32).reshape(len(row), *tail))
     return Detections(boxes, scores, labels, probs, more)

@@ -117,15 +117,12 @@ def image_score(strategy, confidences, probs):
     if strategy == "count":
         return float(len(confidences))
     value, how = strategy.split("_") if "_" in strategy else ("confidence", strategy)
-    values = []
-    for confidence, p in zip(confidences, probs, strict=True):
-        if value == "confidence":
-            values.append(1 - confidence)
-        elif value == "entropy":
-            values.append(-sum(x * np.log(x) for x in p if x > 0))
-        else:
-            second, first = sorted(p)[-2:]
-            values.append(second / first if value == "ratio" else 1 - (first - second))
+    of = {
+        "entropy": lambda p: -sum(x * np.log(x) for x in p if x > 0),
+        "ratio": lambda p: sorted(p)[-2] / max(p),
+        "margin": lambda p: 1 - (max(p) - sorted(p)[-2]),
+    }
+    values = [1 - c for c in confidences] if value == "confidence" else list(map(of[value], probs))
     if not values:
         return None
     return {"sum": sum(values), "avg": sum(values) / len(values), "max": max(values)}[how]

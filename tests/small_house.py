@@ -5,21 +5,16 @@ from pathlib import Path
 
 import nbformat
 
+PARAMETERS = 'profile = "smoke"\ndata = None\nseeds = None'
 
-def write_notebook(
-    path: Path,
-    *cells: str,
-    parameters: str = 'profile = "smoke"\ndata = None\nseeds = None',
-    text: str = "# A title\n\nText.",
-    fedal: dict | None = None,
-) -> Path:
+
+def write_notebook(path: Path, *cells: str, parameters=PARAMETERS, text="# A title\n\nText.", fedal=None) -> Path:
     """A notebook of a title, a parameters cell and these code cells; fedal: of its metadata."""
-    book = nbformat.v4.new_notebook()
+    book, new = nbformat.v4.new_notebook(), nbformat.v4.new_code_cell
     book.metadata.kernelspec = {"name": "nowhere", "display_name": "A kernel nobody has", "language": "python"}
     book.metadata |= {"fedal": fedal} if fedal else {}
-    book.cells = [nbformat.v4.new_markdown_cell(text)]
-    book.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
-    book.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    first = [nbformat.v4.new_markdown_cell(text), new(parameters, metadata={"tags": ["parameters"]})]
+    book.cells = [*first, *map(new, cells)]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, path)
     return path

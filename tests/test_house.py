@@ -18,10 +18,7 @@ import fedal_utils
 from fedal_utils import __main__ as command
 from fedal_utils import config, notebooks, papers, publish
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 # A room imports only from the rooms before it. The README's map is in the same order.
 ROOMS = """
@@ -50,8 +47,7 @@ def room(path: Path) -> str:
 
 def imported(path: Path) -> set[tuple[str, ...]]:
     """Dotted names of all modules that a file imports, also inside functions; ours begin with fedal_utils."""
-    found = set()
-    here = ("fedal_utils", *path.relative_to(PACKAGE).parts[:-1])
+    found, here = set(), ("fedal_utils", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             found |= {tuple(alias.name.split(".")) for alias in node.names}

@@ -1,5 +1,6 @@
 """The labelling page in the browser: plain Gradio, any number of people at once, keys for everything."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -51,9 +52,8 @@ _NAME_NEW_BOXES = """(value, chosen) => {
 
 def need_gradio() -> None:
     """ImportError that says what to install, where the page's packages are missing."""
-    for name in ("gradio", "gradio_image_annotation"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"the labelling page needs {name}: in the checkout, pip install -e '.[label]'")
+    if missing := [n for n in ("gradio", "gradio_image_annotation") if importlib.util.find_spec(n) is None]:
+        raise ImportError(f"the labelling page needs {missing[0]}: in the checkout, pip install -e '.[label]'")
 
 
 def guard(app: Callable, hosts: Sequence[str], clock: Callable[[], float] = time.monotonic) -> Callable:
@@ -87,10 +87,7 @@ def guard(app: Callable, hosts: Sequence[str], clock: Callable[[], float] = time
 
 
 def framed(source: str | Path | np.ndarray, size: Sequence[int] | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture as it is shown, upright, at least 900 x 640 or so, and (height, width) of the original.
-
-    source: a file, or uint8 (H, W, 3). size: of the original, where the source is another size.
-    """
+    """The picture as it is shown, upright, 900 or 640 pixels at least, and (height, width) of the original: `size`."""
     image = Image.fromarray(source) if isinstance(source, np.ndarray) else data.read_upright(source)
     factor = max(1.0, min(900 / image.width, 640 / image.height))
     shown = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
@@ -110,10 +107,9 @@ def _drawn(value: Mapping[str, Any], scale: float) -> list[dict[str, Any]]:
         raise ValueError("Turn the image back first.")
     if any(box.get("label") in ("", None, NO_CLASS) for box in value["boxes"]):
         raise ValueError("A box has no class yet: choose one, or press E.")
-    return [
-        {"class": box["label"], "box": [box[side] * scale / box.get("scaleFactor", 1) for side in SIDES]}
-        for box in value["boxes"]
-    ]
+    scales = [scale / box.get("scaleFactor", 1) for box in value["boxes"]]
+    drawn = zip(value["boxes"], scales, strict=True)
+    return [{"class": box["label"], "box": [box[side] * by for side in SIDES]} for box, by in drawn]
 
 
 def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
@@ -126,13 +122,13 @@ def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
 
     drawing, classes = store.task == "boxes", store.classes
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
-    plain = {"show_label": False, "container": False, "interactive": False}
+    plain = {"show_label": False, "interactive": False}
     with gr.Blocks(title="Labelling", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         kept = gr.BrowserState("", storage_key="fedal-who", secret="fedal")
         key = gr.Number(0, visible="hidden")
         with gr.Row():
             who = gr.Textbox(label="Who labels? Your name, then Enter", max_lines=1, elem_id="who")
-            told = gr.Textbox(**plain, lines=3, elem_id="told")
+            told = gr.Textbox(**plain, container=False, lines=3, elem_id="told")
         with gr.Row(visible=False, elem_id="work") as work:
             if drawing:
                 off = ("show_label", "show_clear_button", "show_download_button", "show_share_button")
@@ -140,15 +136,13 @@ def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
                 labels |= {"use_default_label": True, "show_remove_button": True, "box_min_size": 3, "boxes_alpha": 0.1}
                 picture = image_annotator(elem_id="picture", sources=[], **labels, **dict.fromkeys(off, False))
             else:
-                still = {"show_label": False, "interactive": False, "buttons": []}
-                picture = gr.Image(elem_id="picture", height="75vh", scale=3, **still)
+                picture = gr.Image(**plain, elem_id="picture", height="75vh", buttons=[], scale=3)
             with gr.Column(min_width=240):
                 choices = [(f"{KEYS[i : i + 1]}  {name}", name) for i, name in enumerate(classes)]
                 chosen = gr.Radio(choices, label="Class", elem_id="classes")
                 submit = gr.Button("Submit (Enter)", variant="primary", elem_id="submit")
-                back = gr.Button("Undo (U)", elem_id="undo")
-                skip = gr.Button("Skip (S)", elem_id="skip")
-                unknown = gr.Button("I don't know (?)", elem_id="unknown")
+                rest = {"undo": "Undo (U)", "skip": "Skip (S)", "unknown": "I don't know (?)"}
+                back, skip, unknown = (gr.Button(text, elem_id=name) for name, text in rest.items())
                 gr.Markdown("`C` draw · `D` move · `E` class · `Del` remove", visible=drawing)
 
         def picture_of(question: Question) -> tuple[Image.Image, tuple[int, int]]:
@@ -177,24 +171,21 @@ def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
             only = classes[0] if drawing and len(classes) == 1 else None
             return [name, question.id, gr.update(visible=True), value, only, "\n".join(said)]
 
-        def act(action: str) -> Callable:
-            def done(name: str, number: float, choice: str | None, value: Any) -> list[Any]:
-                held = store.next(name)
-                if held is None or held.id != int(number):
-                    return screen(name, None, "That image is no longer with you, nothing was stored.")
-                try:
-                    size, label = held.size, choice
-                    if drawing and action == "label":
-                        shown, size = picture_of(held)
-                        label = _drawn(value, size[1] / shown.width)
-                    elif action == "label" and not choice:
-                        raise ValueError("Choose a class first.")
-                    store.answer(name, held.image, label, size, action)
-                except ValueError as error:
-                    return [*[gr.skip()] * 5, str(error).replace(repr(held.image), "")]
-                return screen(name)
-
-            return done
+        def act(action: str, name: str, number: float, choice: str | None, value: Any) -> list[Any]:
+            held = store.next(name)
+            if held is None or held.id != int(number):
+                return screen(name, None, "That image is no longer with you, nothing was stored.")
+            try:
+                size, label = held.size, choice
+                if drawing and action == "label":
+                    shown, size = picture_of(held)
+                    label = _drawn(value, size[1] / shown.width)
+                elif action == "label" and not choice:
+                    raise ValueError("Choose a class first.")
+                store.answer(name, held.image, label, size, action)
+            except ValueError as error:
+                return [*[gr.skip()] * 5, str(error).replace(repr(held.image), "")]
+            return screen(name)
 
         def undo(name: str) -> list[Any]:
             found = store.undo(name)
@@ -203,7 +194,8 @@ def build(store: Store, images: Mapping[str, Any], names: bool = False) -> Any:
         shown = [kept, key, work, picture, chosen, told]
         common = {"preprocess": False, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
         for action, button in (("label", submit), ("skip", skip), ("unknown", unknown)):
-            button.click(act(action), [who, key, chosen, picture], shown, trigger_mode="once", **common)
+            done = functools.partial(act, action)
+            button.click(done, [who, key, chosen, picture], shown, trigger_mode="once", **common)
         back.click(undo, [who], shown, trigger_mode="once", **common)
         who.submit(screen, [who], shown, **common)
         blocks.load(lambda name: [*screen(name or ""), name or gr.skip()], [kept], [*shown, who], **common)
@@ -232,8 +224,7 @@ def launch(
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(guard, hosts=hosts)]
     blocks.token = token or (None if host in LOOPBACK else secrets.token_urlsafe(12))
     if blocks.token is not None:
-        secret = blocks.token.encode()
-        more["auth"] = lambda user, password: secrets.compare_digest(password.encode(), secret)
+        more["auth"] = lambda user, password: secrets.compare_digest(password.encode(), blocks.token.encode())
         more["auth_message"] = "Any name, and the token as the password."
     more |= {"quiet": True, "prevent_thread_lock": True, "share": False, "ssr_mode": False, "footer_links": []}
     js = _KEYBOARD.replace("KEYS", json.dumps(KEYS))

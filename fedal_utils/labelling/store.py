@@ -140,9 +140,7 @@ class Store(contextlib.AbstractContextManager):
         rows = [(q.image, int(q.cycle), json.dumps(asdict(q))) for q in questions]
         into = f"INSERT OR IGNORE INTO questions (image, cycle, question, place) VALUES (?, ?, ?, {_LAST})"
         with self._writing() as db:
-            before = db.total_changes
-            db.executemany(into, rows)
-            return db.total_changes - before
+            return max(0, db.executemany(into, rows).rowcount)
 
     def next(self, who: str, image: str | None = None) -> Question | None:
         """The first waiting question, leased to this person, or the one they hold already; None if nothing waits.

@@ -1,7 +1,4 @@
-"""Curves over cycles, rounds, bytes and chains, ours beside a paper's, differences, and the ends of several arms.
-
-Tables are those of `record.table`; a line is the mean over seeds, a band `metrics.seed_interval`.
-"""
+"""Curves, differences and ends of `record.table`: a line is the mean over seeds, a band `metrics.seed_interval`."""
 
 import math
 import textwrap

@@ -109,12 +109,7 @@ def score_strip(
 
 @style()
 def client_histograms(
-    counts,
-    class_names: Sequence[str],
-    client_names: Sequence[str] | None = None,
-    ax: Axes | None = None,
-    what: str = "objects",
-    title: str = "",
+    counts, class_names: Sequence[str], client_names=None, ax: Axes | None = None, what="objects", title=""
 ) -> tuple[Figure, str]:
     """How many objects (or `what`) of each class every client holds: counts (M, C) as shades with the numbers."""
     counts = np.asarray(counts)

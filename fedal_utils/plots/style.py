@@ -98,10 +98,8 @@ def style_of(method: str) -> Look:
     look, (colour, line, name) = style_of(rest), SCHEMES[scheme]
     if scheme == "fedavg":
         return look._replace(name=f"{name}, {look.name}")
-    if scheme == "centralised":
-        mixed = _mix(colour, look.colour, 0.5)
-        return look._replace(colour=mixed, line=line, name=f"centralised on the labels of {look.name}")
-    return look._replace(colour=_mix(colour, look.colour, 0.2), line=line, name=f"{name}, {look.name}")
+    part, name = (0.5, "centralised on the labels of") if scheme == "centralised" else (0.2, f"{name},")
+    return look._replace(colour=_mix(colour, look.colour, part), line=line, name=f"{name} {look.name}")
 
 
 def _mix(colour: str, other: str, part: float) -> str:
