@@ -3,6 +3,7 @@
 A strategy's colour and marker are of its place in a list or else of its name; line and most of the colour a scheme's.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -67,7 +68,6 @@ X_LABELS = {
     "rounds": "communication rounds",
 }
 Y_LABELS = {
-    "accuracy": "accuracy",
     "accuracy_mean_client": "accuracy, mean over clients",
     "accuracy_worst_client": "accuracy, worst client",
     "ap50": "AP at IoU 0.5",
@@ -77,11 +77,8 @@ Y_LABELS = {
     "ap_voc": "AP, VOC all-point (IoU 0.5)",
     "loss": "training loss",
 }
-
-
-def style():
-    """Context in which everything drawn has the suite's style: `with plots.style(): ...`."""
-    return plt.style.context(str(Path(__file__).with_name("fedal.mplstyle")))
+# The context in which everything drawn has the suite's style: `with plots.style(): ...`.
+style = functools.partial(plt.style.context, str(Path(__file__).with_name("fedal.mplstyle")))
 
 
 def style_of(method: str) -> Look:

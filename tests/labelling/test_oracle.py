@@ -3,7 +3,6 @@
 Simulated annotators are repeatable: the same labels in any order.
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -112,9 +111,6 @@ def test_the_truth_is_in_original_pixels_without_what_is_ignored_and_comes_back_
     assert not given.labels_of(np.array([2])).classes.any()
     shapes = [(21, 64, 3), (64, 25, 3), (64, 64, 3), (64, 43, 3)]  # as large as in the letterbox
     assert [picture.shape for picture in pictures(train.images).values()] == shapes
-    none = torch.zeros(4, 0, dtype=torch.bool)
-    bare = dataclasses.replace(train, labels=Labels(torch.zeros(4, 0, 4), none.long(), none, none))
-    assert truth_of(bare, "boxes") == {"a": [], "b": [], "c": [], "d": []}
 
 
 def test_a_class_that_the_data_set_lacks_is_named(oracle):

@@ -20,18 +20,14 @@ BOX = {"class": "cat", "box": [1.0, 2.0, 30.5, 40.0]}
 @pytest.fixture
 def make(tmp_path):
     """A store with questions a, b, c, ...; several may share a file."""
-    stores = []
 
     def build(count=5, classes=CLASSES, task="classes", name="labels.sqlite", clock=time.time):
         store = Store(tmp_path / name, classes, task)
         store.clock = clock
         store.queue(Question(image, score=1 - i / 10) for i, image in enumerate("abcdefghij"[:count]))
-        stores.append(store)
         return store
 
-    yield build
-    for store in stores:
-        store.close()
+    return build
 
 
 def label(store: Store, who: str, said: str = "cat", **told) -> str:

@@ -18,17 +18,15 @@ def synthetic(methods=("sum", "random", "centralised"), seeds=3, cycles=3, round
     rows = []
     for method in methods:
         for seed in range(seeds):
-            for cycle in range(cycles):
-                for number in range(rounds):
-                    key = {"method": method, "seed": seed, "cycle": cycle, "round": number}
-                    cost = {"images": 40, "boxes": 100, "seconds": 600}
-                    cost = {k: v * (cycle + 1) + 5 * seed * (k == "boxes") for k, v in cost.items()}
-                    sent = 0 if method == "centralised" else 1_500_000
-                    each = {**key, **cost, "bytes_up": sent, "bytes_down": sent, "loss": 1.0}
-                    rows += [{**each, "client": str(k)} for k in range(clients)]
-                    ap = START.get(method, 0.2) + 0.15 * cycle + 0.03 * number + 0.02 * seed
-                    total = {"bytes_up": clients * sent, "bytes_down": clients * sent}
-                    rows.append({**key, "client": "server", **cost, **total, "ap50": ap, "ap50/red cell": ap / 2})
+            for cycle, number in itertools.product(range(cycles), range(rounds)):
+                key = {"method": method, "seed": seed, "cycle": cycle, "round": number}
+                cost = {"images": 40, "boxes": 100, "seconds": 600}
+                key |= {k: v * (cycle + 1) + 5 * seed * (k == "boxes") for k, v in cost.items()}
+                sent = 0 if method == "centralised" else 1_500_000
+                rows += [{**key, "bytes_up": sent, "bytes_down": sent, "client": str(k)} for k in range(clients)]
+                ap = START.get(method, 0.2) + 0.15 * cycle + 0.03 * number + 0.02 * seed
+                total = {"bytes_up": clients * sent, "bytes_down": clients * sent}
+                rows.append({**key, "client": "server", **total, "ap50": ap, "ap50/red cell": ap / 2})
     return pd.DataFrame(rows)
 
 
@@ -135,10 +133,9 @@ def test_a_chain_stands_at_its_passes_and_the_merge_is_a_step():
 
 
 def test_a_papers_points_stand_in_a_panel_of_their_own_in_the_same_colours():
-    columns = ("item", "setting", "x", "metric", "value", "unit")
-    rows = [("a", "sum", 500, "ap50", 43.0, "percent"), ("a", "sum", 900, "ap50", 58.5, "percent")]
-    rows += [("a", "VAAL", 500, "ap50", 0.4, "fraction"), ("a", "VAAL", np.nan, "ap50", 0.5, "fraction")]
-    paper = pd.DataFrame(rows, columns=columns)
+    rows = [("sum", 500, 43.0, "percent"), ("sum", 900, 58.5, "percent")]
+    rows += [("VAAL", 500, 0.4, "fraction"), ("VAAL", np.nan, 0.5, "fraction")]
+    paper = pd.DataFrame(rows, columns=("setting", "x", "value", "unit"))
     figure, caption = plots.beside_paper(synthetic(), paper, "ap50", ("paper: VOC", "ours"))
     left, right = figure.axes
     assert [ax.get_title() for ax in figure.axes] == ["paper: VOC", "ours"] and left.get_ylim() != right.get_ylim()
