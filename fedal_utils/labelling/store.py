@@ -77,14 +77,16 @@ class Store(contextlib.AbstractContextManager):
             raise ValueError(f"classes are different names, the task is one of {TASKS}, got {classes!r}, {task!r}")
         self.path, self._lock = Path(path), threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.is_file() or not self.path.stat().st_size
         where = f"{self.path.absolute().as_uri()}?mode={'rwc' if names else 'rw'}"  # made only where classes are told
         try:
             self._db = sqlite3.connect(where, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
+            if new:
+                with contextlib.suppress(sqlite3.OperationalError):  # somebody else is just setting it
+                    self._db.execute("PRAGMA journal_mode=WAL")
             with self._writing():
                 self.task, self.classes = self._open(names, task)
-            with contextlib.suppress(sqlite3.OperationalError):  # somebody else is just setting it
-                self._db.execute("PRAGMA journal_mode=WAL")
         except (sqlite3.Error, OSError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be used as a labelling store: {error}") from None
 
