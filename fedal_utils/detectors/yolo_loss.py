@@ -15,6 +15,7 @@ from .losses import complete_iou_loss
 
 STRIDES = (8, 16, 32)
 MATCH_RATIO = 4.0  # a box and an anchor whose sides differ by this factor or more have nothing to do with each other
+LEAST_HALF = 1e-3  # pixels: half a side; less is lost in the corners' rounding, and CIoU would be 0 / 0
 BALANCE = (4.0, 1.0, 0.4)  # of the levels' objectness, finest first; from released code
 
 
@@ -52,7 +53,7 @@ def decode(raw: Tensor, grid: Tensor) -> Tensor:
     """
     twice = 2 * raw[..., :4].sigmoid()
     centre = twice[..., :2] * grid[..., 2:3] + grid[..., :2]
-    half = twice[..., 2:].square() * grid[..., 3:] / 2
+    half = (twice[..., 2:].square() * grid[..., 3:] / 2).clamp(min=LEAST_HALF)
     return torch.cat([centre - half, centre + half], dim=-1)
 
 

@@ -261,3 +261,12 @@ def test_padding_and_ignored_boxes_are_no_targets():
     hidden = loss(boxes, classes, classes > 0)
     assert hidden["box"] == hidden["classification"] == 0
     assert hidden["objectness"] != pytest.approx(loss(boxes * 0, classes * 0, ignore & False)["objectness"], rel=1e-3)
+
+
+def test_an_output_of_no_size_has_a_finite_loss_and_gradient():
+    """A side of 1e-11 pixels would vanish in its corners, and CIoU would compare the shapes 0 / 0 and target."""
+    raw = torch.full((1, len(CELLS.grid), 8), -15.0, requires_grad=True)
+    boxes, classes = torch.tensor([[[24.2, 9.8, 44.8, 39.5]]]), torch.tensor([[1]])
+    parts = yolo_loss(raw, boxes, classes, classes < 0, CELLS)
+    sum(parts.values()).backward()
+    assert all(math.isfinite(part) for part in parts.values()) and bool(raw.grad.isfinite().all())
