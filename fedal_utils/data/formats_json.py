@@ -37,21 +37,6 @@ def read_json(file: Path) -> Any:
         return json.loads(text, object_pairs_hook=once)
 
 
-def _categories(entries: Sequence[dict], used: list, file: Path) -> dict[int, str]:
-    """Names by id, in the order of ids, without a root that is only the parent of others (Roboflow writes one)."""
-    names: dict[int, str] = {}
-    for entry in entries:
-        with reading(f"annotation {file}: category {entry}", "an id, a whole number, and a name, each once"):
-            if whole(entry["id"]) in names or class_name(entry["name"]) in names.values():
-                raise ValueError(f"the id or the name stands more than once, beside {names}")
-            names[int(entry["id"])] = entry["name"]
-    parents = [entry.get("supercategory") for entry in entries]
-    for entry in entries:
-        if entry.get("supercategory") == "none" and entry["name"] in parents and entry["id"] not in used:
-            del names[entry["id"]]
-    return dict(sorted(names.items()))
-
-
 def coco_records(file: Path, content: dict, find: Callable[[str], Path]) -> tuple[list[Record], tuple[str, ...]]:
     """Records and class names, each in the order of ids. find: file name -> path of the image."""
     with reading(f"annotation {file}", "the lists images, annotations, categories"):
@@ -64,7 +49,18 @@ def coco_records(file: Path, content: dict, find: Callable[[str], Path]) -> tupl
             if key in objects or (objects and type(key) is not type(next(iter(objects)))):
                 raise ValueError(f"the image id {key!r} stands more than once, or mixes numbers and texts")
             objects[key] = []
-    names = _categories(categories, [a.get("category_id") for a in annotations if isinstance(a, dict)], file)
+    names: dict[int, str] = {}
+    for entry in categories:
+        with reading(f"annotation {file}: category {entry}", "an id, a whole number, and a name, each once"):
+            if whole(entry["id"]) in names or class_name(entry["name"]) in names.values():
+                raise ValueError(f"the id or the name stands more than once, beside {names}")
+            names[int(entry["id"])] = entry["name"]
+    parents = [entry.get("supercategory") for entry in categories]
+    used = [entry.get("category_id") for entry in annotations if isinstance(entry, dict)]
+    for entry in categories:  # a root that is only the parent of others, as Roboflow writes one, is no class
+        if entry.get("supercategory") == "none" and entry["name"] in parents and entry["id"] not in used:
+            del names[entry["id"]]
+    names = dict(sorted(names.items()))
     for position, entry in enumerate(annotations):
         with reading(f"annotation {file}: object {position}, {entry}", _OBJECT):
             x, y, width, height = (number(v) for v in entry["bbox"])

@@ -1,8 +1,7 @@
 """Labels as a txt file an image: YOLO's `class cx cy w h` in fractions of it, and KITTI's 2D objects, to read.
 
-YOLO: data.yaml, classes.txt and *.names must agree; without any, classes are "0", "1", ... KITTI: as in the released
-code of van Bommel (2021), corners are cut to whole pixels, and `DontCare` regions and other classes are dropped (and
-counted here); an image that keeps none stays as a negative.
+YOLO's data.yaml, classes.txt and *.names must agree; without any, classes are "0", "1", ... KITTI as in the code of
+van Bommel (2021): corners cut to whole pixels, `DontCare` and other classes dropped and counted, empty images kept.
 """
 
 import re
@@ -37,18 +36,18 @@ def _as_written(node: yaml.Node) -> Any:
 
 
 def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
-    """Contents of the set's YAML files: data.yaml, or others that name classes and where the images are."""
-    found = {}
-    for file in (f for f in files if f.suffix.lower() in (".yaml", ".yml")):
+    """Contents of the set's data.yaml, or without one of every YAML file that names classes."""
+    yamls, found = [f for f in files if f.suffix.lower() in (".yaml", ".yml")], {}
+    for file in [f for f in yamls if f.stem == "data"] or yamls:
         text = read_text(file)
         if file.stem == "data" or "names" in text:
             with reading(f"{file} is not YAML", "plain YAML"):
                 if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
                     raise ValueError("an alias stands in it; write it out")
                 content = _as_written(yaml.compose(text) or yaml.ScalarNode("", ""))
-            found |= {file: content} if isinstance(content, dict) else {}
-    told = {f: c for f, c in found.items() if f.stem == "data" or ("names" in c and c.keys() & {"train", "val", "nc"})}
-    return told or {file: content for file, content in found.items() if "names" in content}
+            if isinstance(content, dict) and (file.stem == "data" or "names" in content):
+                found[file] = content
+    return found
 
 
 def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]]:
@@ -141,8 +140,7 @@ def write_yolo(folder: str | Path, records: Iterable[Record], classes: Sequence[
 def kitti_split(ids: Iterable[str]) -> tuple[list[str], list[str]]:
     """70 % train and 30 % validation ids, each sorted, the same for all class sets (van Bommel 2021).
 
-    Seed and sizes (5,237 and 2,244 of 7,481) are those of the released code, the lists are not: its generator is
-    another one. The paper's validation part is its test set too.
+    Seed and sizes (5,237 and 2,244 of 7,481) are the released code's, the generator is not. Validation is test too.
     """
     ids = sorted(ids)
     if len(ids) < 2:

@@ -12,11 +12,6 @@ TRIES = 1000  # draws that `dirichlet` and `dirichlet_equal` make before they gi
 ALTERNATIONS = 2000  # of normalising rows and columns, before `dirichlet_equal` draws again
 
 
-def _check(images: int, clients: int) -> None:
-    if not 1 <= clients <= images:
-        raise ValueError(f"{clients} clients cannot share {images} images: each needs at least one")
-
-
 def _gathered(shares: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
     """Each client's images, sorted, from its share of every class: shares[class][client]."""
     return [np.sort(np.concatenate(parts)) for parts in zip(*shares, strict=True)]
@@ -24,7 +19,8 @@ def _gathered(shares: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 def iid(images: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Random equal split; sizes differ by one at most."""
-    _check(images, clients)
+    if not 1 <= clients <= images:
+        raise ValueError(f"{clients} clients cannot share {images} images: each needs at least one")
     return [np.sort(part) for part in np.array_split(rng.permutation(images), clients)]
 
 
@@ -33,11 +29,9 @@ def dirichlet(
 ) -> list[np.ndarray]:
     """Label skew: each class's images are dealt out by proportions from Dirichlet(alpha) (Hsu et al. 2019, 1909.06335).
 
-    dominant: (N,) class of each image (the most frequent one in it; 0 = no object, a class of its own).
-    clients: how many. alpha: concentration; small = each client sees few classes, large = IID. rng: of the draws.
-    least: images that every client must get; the draw is repeated until it holds, TRIES times at most.
+    dominant: (N,) the most frequent class of each image, 0 = no object. alpha: small = each client sees few classes,
+    large = IID. least: images that every client must get; the draw is repeated until it holds, TRIES times at most.
     """
-    _check(len(dominant), clients)
     for _ in range(TRIES):
         shares = []
         for label in np.unique(dominant):
@@ -80,11 +74,9 @@ def dirichlet_equal(classes: np.ndarray, clients: int, alpha: float, rng: np.ran
     """Label skew with equal sizes, as LoGo's released code splits (Kim et al. 2023): Dirichlet(alpha), then balanced.
 
     A matrix clients x classes with rows from Dirichlet(alpha) is normalised by columns and by rows in turn, until rows
-    sum to 1 and column c to clients * n_c / N, to within min(1, clients / classes, classes / clients) / 1000. Scaled to
-    images it is rounded, so that sizes differ by one at most. A draw that does not balance is drawn again. The released
-    code splits without the matrix from alpha 10 on; here one rule holds. classes: (N,) of each image, any integers.
+    sum to 1 and column c to clients * n_c / N; scaled to images it is rounded, so that sizes differ by one at most. The
+    released code splits without the matrix from alpha 10 on; here one rule holds. classes: (N,) of each image.
     """
-    _check(len(classes), clients)
     present, counts = np.unique(classes, return_counts=True)
     share, kinds = len(classes) / clients, len(present)
     tolerance = min(1, clients / kinds, kinds / clients) / 1000
@@ -107,11 +99,9 @@ def missing_class(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Label skew by absence: client m never holds an image with a class in missing[m] (van Bommel 2021, released code).
 
-    present: (N, C) bool, class c (0-based column) occurs in image n. Images are grouped by the exact set of classes
-    they hold; from the rarest group to the most common, each image goes to the allowed client that has the fewest so
-    far, so that all end nearly equal. Returns the clients' indices and those of the images that fit no client.
+    present: (N, C) bool, class c occurs in image n. Images are grouped by the exact set of their classes; from the
+    rarest group on, each goes to the allowed client with the fewest so far. Returns also the images that fit nobody.
     """
-    _check(len(present), len(missing))
     banned = np.zeros((len(missing), present.shape[1]), dtype=bool)
     for client, columns in enumerate(missing):
         if not set(columns) <= set(range(present.shape[1])):

@@ -38,7 +38,7 @@ def test_settings_that_change_nothing_change_nothing():
     pixels, boxes, classes, ignore = given
     ones = torch.ones(4)
     assert torch.equal(a.change_colour(pixels, ones, ones, ones), pixels)
-    moved = a.scale_translate(*given, ones, torch.zeros(4, 2))
+    moved = a.scale_translate(given, ones, torch.zeros(4, 2))
     assert torch.equal(moved[0], pixels) and torch.equal(moved[2], classes) and torch.equal(moved[3], ignore)
     torch.testing.assert_close(moved[1], boxes)
 
@@ -52,7 +52,7 @@ def rectangle(x1: int, y1: int, x2: int, y2: int):
 def test_scale_and_shift_worked_by_hand():
     # centre (30, 20); x: (24 - 30) * 2 + 30 + 4 = 22, (36 - 30) * 2 + 34 = 46; y: (15 - 20) * 2 + 20 - 3 = 7, 27
     given = rectangle(24, 15, 36, 25)
-    pixels, boxes, classes, ignore = a.scale_translate(*given, torch.tensor([2.0]), torch.tensor([[4.0, -3.0]]))
+    pixels, boxes, classes, ignore = a.scale_translate(given, torch.tensor([2.0]), torch.tensor([[4.0, -3.0]]))
     assert boxes[0, 0].tolist() == pytest.approx([22, 7, 46, 27])
     assert classes.tolist() == [[1]] and ignore.tolist() == [[False]]
 
@@ -73,11 +73,11 @@ def test_objects_that_lose_their_area_turn_to_ignore_and_those_out_of_sight_to_p
     boxes = torch.tensor([[[0, 0, 20, 20], [10, 0, 30, 20], [40, 0, 60, 20], [0, 0, 0, 0]]]).float()
     classes, ignore = torch.tensor([[1, 2, 3, 0]]), torch.zeros(1, 4).bool()
     ignore[0, 2] = True
-    moved = a.scale_translate(pixels, boxes, classes, ignore, torch.ones(1), torch.tensor([[-15.0, 0.0]]))
+    moved = a.scale_translate((pixels, boxes, classes, ignore), torch.ones(1), torch.tensor([[-15.0, 0.0]]))
     # 5 of 20 columns left (0.25 < 0.4): ignore; 15 of 20: kept; ignore stays ignore; padding stays padding
     assert moved[1].tolist() == [[[0, 0, 5, 20], [0, 0, 15, 20], [25, 0, 45, 20], [0, 0, 0, 0]]]
     assert moved[2].tolist() == [[1, 2, 3, 0]] and moved[3].tolist() == [[True, False, True, False]]
-    gone = a.scale_translate(pixels, boxes, classes, ignore, torch.ones(1), torch.tensor([[-35.0, 0.0]]))
+    gone = a.scale_translate((pixels, boxes, classes, ignore), torch.ones(1), torch.tensor([[-35.0, 0.0]]))
     assert gone[2].tolist() == [[0, 0, 3, 0]] and not gone[1][0, :2].any()
     assert gone[3].tolist() == [[False, False, True, False]]
 
@@ -142,7 +142,7 @@ def test_a_mosaic_is_what_scissors_make(seed):
     g = rng(seed)
     sources = torch.randint(0, 5, (5, 4), generator=g)
     centre = torch.stack([torch.randint(0, side + 1, (5,), generator=g) for side in (WIDTH, HEIGHT)], dim=1)
-    pixels, *labels = a.join_four(*given, torch.ones(5).bool(), sources, centre)
+    pixels, *labels = a.join_four(given, torch.ones(5).bool(), sources, centre)
     canvas, objects = slow_mosaic(given, sources, centre)
     assert torch.equal(pixels, canvas)
     got = objects_of(*labels)
@@ -167,7 +167,7 @@ def test_a_mosaic_worked_by_hand():
     pixels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, HEIGHT, WIDTH).clone()
     given = pixels, boxes, torch.tensor([[1], [2], [3], [4]]), torch.tensor([[False], [False], [True], [False]])
     mask = torch.tensor([True, False, False, False])
-    out = a.join_four(*given, mask, torch.tensor([[0, 1, 2, 3]] * 4), torch.tensor([[20, 10]] * 4))
+    out = a.join_four(given, mask, torch.tensor([[0, 1, 2, 3]] * 4), torch.tensor([[20, 10]] * 4))
     assert out[0][0, 0, [9, 9, 10, 10], [19, 20, 19, 20]].tolist() == [0, 1, 2, 3]
     assert torch.equal(out[0][1:], pixels[1:])
     assert out[1][0].tolist() == [[0, 0, 10, 10], [0, 10, 2.5, 30], [50, 15, 60, 30], [0, 0, 0, 0]]

@@ -17,7 +17,7 @@ FILES = {
 }
 LINES = [f"{path.removeprefix('Set/')}  {hashlib.sha256(raw).hexdigest()}\n" for path, raw in FILES.items()]
 DIGEST = hashlib.sha256("".join(sorted(LINES)).encode()).hexdigest()
-PIN = download.Pinned("someone/Set_Repo", "0123abcd", "Set", ("Annotations", "ImageSets/Main", "JPEGImages"), DIGEST)
+PIN = ("someone/Set_Repo", "0123abcd", "Set", ("Annotations", "ImageSets/Main", "JPEGImages"), DIGEST)
 
 
 def archive(path: Path, files: dict[str, bytes] = FILES) -> Path:
@@ -95,5 +95,5 @@ def test_wrong_contents_put_nothing_in_place(tmp_path, files, reason):
 
 @pytest.mark.skipif(not os.environ.get("FEDAL_DATA"), reason="needs BCCD in FEDAL_DATA")
 def test_the_real_bccd_has_the_pinned_contents():
-    pin = download.PINNED["BCCD"]
-    assert download.content_digest(Path(os.environ["FEDAL_DATA"]) / "BCCD", pin.parts) == pin.sha256
+    *_, parts, sha256 = download.PINNED["BCCD"]
+    assert download.content_digest(Path(os.environ["FEDAL_DATA"]) / "BCCD", parts) == sha256
