@@ -143,9 +143,3 @@ def test_the_alternation_gives_the_margins_that_it_promises_and_keeps_the_odds()
     a = (9.5 - np.sqrt(9.5**2 - 72)) / 6
     balanced = partition._balanced(logs, np.array([1.5, 0.5]), 1e-9)
     assert balanced == pytest.approx(np.array([[a, 1 - a], [1.5 - a, a - 0.5]]), abs=1e-6)
-
-
-def test_a_draw_that_does_not_balance_is_drawn_again_and_at_last_an_error(monkeypatch):
-    monkeypatch.setattr(partition, "ALTERNATIONS", 1), monkeypatch.setattr(partition, "TRIES", 5)
-    with pytest.raises(ValueError, match=r"none of 5 Dirichlet\(0.1\) draws for 10 clients was balanced"):
-        partition.dirichlet_equal(np.repeat(np.arange(10), 50), 10, 0.1, rng_for(0, "p"))

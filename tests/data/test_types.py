@@ -1,4 +1,4 @@
-"""Images, labels and sets: rows and mirrored batches, counts, and a fingerprint that notices."""
+"""Images, labels and sets: rows and mirrored batches, counts, a fingerprint that notices; detections; letterbox."""
 
 from dataclasses import replace
 
@@ -91,3 +91,96 @@ def test_a_fingerprint_notices_every_change_and_nothing_else():
         one.take([1, 0, 2, 3]),
     ]
     assert len({one.fingerprint(), *(other.fingerprint() for other in changed)}) == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas", "inner", "offset", "box", "expected"),
+    [
+        # 640 wide into 320: scale 1/2, 380 -> 190, one grey row above and below
+        ((380, 640), (192, 320), (190, 320), (1, 0), (100, 50, 300, 250), (50, 26, 150, 126)),
+        # 480 x 640 into 192 x 256: scale 2/5, no margin
+        ((480, 640), (192, 256), (192, 256), (0, 0), (10, 20, 640, 480), (4, 8, 256, 192)),
+        # portrait: scale 64/100, 50 -> 32, 16 columns on either side; the whole image becomes the whole inner part
+        ((100, 50), (64, 64), (64, 32), (0, 16), (0, 0, 50, 100), (16, 0, 48, 64)),
+        ((33, 100), (50, 100), (33, 100), (8, 0), (1, 2, 3, 4), (1, 10, 3, 12)),  # 17 rows: 8 above, 9 below
+        ((10, 20), (60, 60), (30, 60), (15, 0), (1, 1, 2, 10), (3, 18, 6, 45)),  # enlarged: scale 3
+    ],
+)
+def test_letterbox_worked_by_hand(size, canvas, inner, offset, box, expected):
+    sizes = torch.tensor([size])
+    fit_inner, fit_offset = data.letterbox_fit(sizes, canvas)
+    assert tuple(fit_inner[0].tolist()) == inner
+    assert tuple(fit_offset[0].tolist()) == offset
+    assert data.letterbox_boxes(torch.tensor([[box]]).float(), sizes, canvas)[0, 0].tolist() == pytest.approx(expected)
+    assert data.to_original(torch.tensor([expected]).float(), sizes, canvas)[0].tolist() == pytest.approx(box, abs=1e-4)
+
+
+side = st.integers(1, 2000)
+canvas_side = st.integers(1, 700)
+fraction = st.floats(0, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(side, side, canvas_side, canvas_side, st.lists(fraction, min_size=4, max_size=4))
+def test_letterbox_fits_fills_and_is_undone_by_to_original(h, w, canvas_h, canvas_w, fractions):
+    sizes, canvas = torch.tensor([[h, w]]), (canvas_h, canvas_w)
+    inner, offset = data.letterbox_fit(sizes, canvas)
+    for axis in (0, 1):
+        before = int(offset[0, axis])
+        after = canvas[axis] - before - int(inner[0, axis])
+        assert before >= 0 and after - before in (0, 1)  # inside and centred
+    assert any(int(inner[0, axis]) == canvas[axis] for axis in (0, 1))  # one side is used up
+    x1, x2 = sorted(f * w for f in fractions[:2])
+    y1, y2 = sorted(f * h for f in fractions[2:])
+    box = torch.tensor([[[x1, y1, x2, y2]]])
+    there = data.letterbox_boxes(box, sizes, canvas)
+    assert (there >= -1e-3).all() and (there[..., 0::2] <= canvas_w + 1e-3).all()
+    assert (there[..., 1::2] <= canvas_h + 1e-3).all()
+    # float32 keeps 24 bits of a letterboxed coordinate; on the way back that error grows by the scale
+    error = 4 * 2**-24 * max(canvas) * max(h / int(inner[0, 0]), w / int(inner[0, 1])) + 1e-3
+    torch.testing.assert_close(data.to_original(there, sizes, canvas), box, rtol=0, atol=error)
+
+
+def test_clip_cuts_at_the_edges_and_leaves_nothing_of_a_box_outside():
+    boxes = torch.tensor([[-5.0, -1.0, 3.0, 99.0], [20.0, 2.0, 30.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+    clipped = data.clip_boxes(boxes, (10, 16))
+    assert clipped.tolist() == [[0, 0, 3, 10], [16, 2, 16, 4], [1, 2, 3, 4]]
+
+
+def _detections(count: int, scores: list[float]) -> data.Detections:
+    k = len(scores)
+    return data.Detections(
+        torch.rand(count, k, 4, generator=torch.Generator().manual_seed(k)),
+        torch.tensor([scores] * count),
+        torch.ones(count, k, dtype=torch.int64),
+        torch.full((count, k, 3), 0.5),
+    )
+
+
+def _known(found: data.Detections, first: int) -> data.Detections:
+    """The same with the map of each box, and four numbers."""
+    level = first + torch.arange(found.scores.numel()).view(found.scores.shape)
+    return replace(found, extra={"level": level, "sides": level[..., None] + torch.arange(4) / 10})
+
+
+def test_what_is_known_of_each_box_goes_where_the_box_goes():
+    found = _known(_detections(3, [0.9, 0.5, 0.25]), 1)
+    level = found.extra["level"]  # 1 2 3 | 4 5 6 | 7 8 9
+    cut = found.above(0.25)  # the third is at the score, not above it
+    assert cut.valid.tolist() == [[True, True, False]] * 3 and not cut.boxes[:, 2].any() and not cut.probs[:, 2].any()
+    assert cut.extra["level"].tolist() == [[1, 2, 0], [4, 5, 0], [7, 8, 0]] and cut.extra["level"].dtype == torch.int64
+    assert torch.equal(cut.extra["sides"][:, :2], found.extra["sides"][:, :2]) and not cut.extra["sides"][:, 2].any()
+    for rows in ([2, 0], torch.tensor([2, 0])):
+        taken = found.take(rows)
+        assert len(taken) == 2 and torch.equal(taken.boxes, found.boxes[[2, 0]])
+        assert taken.extra["level"].tolist() == [[7, 8, 9], [1, 2, 3]]
+        assert torch.equal(taken.extra["sides"], found.extra["sides"][[2, 0]])
+    none = found.take([])
+    assert len(none) == 0 and none.extra["sides"].shape == (0, 3, 4)
+    moved = found.to("meta")
+    assert {t.device.type for t in (moved.boxes, moved.probs, *moved.extra.values())} == {"meta"}
+    joined = data.join_detections([_known(_detections(1, [0.8]), 50), found])
+    assert joined.extra["level"].tolist() == [[50, 0, 0], *level.tolist()]
+    assert joined.extra["sides"].shape == (4, 3, 4) and not joined.extra["sides"][0, 1:].any()
+    assert torch.equal(joined.extra["sides"][1:], found.extra["sides"])
+    assert data.join_detections([_detections(1, [0.8])]).extra == {}
