@@ -138,11 +138,10 @@ def read_record(path: str | Path) -> pd.DataFrame:
 
 
 def _check(sheets: dict[str, pd.DataFrame]) -> str:
-    parts = []
+    texts = []
     for rows in (sheets["rounds"], sheets["queries"]):
-        filled = sorted(c for c in rows if c != "check" and (rows[c] != "").any())
-        parts.append(rows[filled].to_csv(index=False))
-    return sha256("\n".join(parts).encode())[:16]
+        texts.append(rows[sorted(c for c in rows if c != "check" and (rows[c] != "").any())].to_csv(index=False))
+    return sha256("\n".join(texts).encode())[:16]
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -152,9 +151,8 @@ def _files(path: Path) -> dict[str, Path]:
 def _write(path: Path, runs: Runs) -> Path:
     settings = {key: run.sheets["rounds"]["setting"].iloc[0] for key, run in runs.items()}
     order = sorted(runs, key=lambda key: (settings[key] != "{}", settings[key], *key))  # the main setting first
-    for name, place in _files(path).items():
+    for (name, place), front in zip(_files(path).items(), (FACTS, KEY), strict=True):
         rows = pd.concat([runs[key].sheets[name].assign(check=_check(runs[key].sheets)) for key in order]).fillna("")
-        front = FACTS if name == "rounds" else KEY
         rows = rows[[*front, *(c for c in rows if c not in front)]]
         write_atomic(place, gzip.compress(encode(rows), mtime=0))
     return path

@@ -200,8 +200,8 @@ class Run:
             return False
         problems = ["the data set is not the one of this run, which starts anew"]
         if stored:
-            back = f"going back to round {stored.committed} of {len(self.plan)}"
-            problems = [f"{problem}; {back}" for problem in stored.damaged]
+            back = f"; going back to round {stored.committed} of {len(self.plan)}"
+            problems = [problem + back for problem in stored.damaged]
         for problem in problems:
             warnings.warn(f"{self}: {problem}", stacklevel=3)
         if problems and not (stored and stored.committed):

@@ -118,9 +118,7 @@ def compare_paper(
             continue
         unit, parts = group["unit"].iloc[0], dict(iter(group.groupby("setting", sort=False)))
         scale, ours_scale = 100.0 if unit == "fraction" else 1.0, 100.0 if unit in ("fraction", "percent") else 1.0
-        theirs = {
-            name: scale * height(part, "x", "value") for name, part in parts.items() if part["value"].notna().any()
-        }
+        theirs = {name: scale * height(p, "x", "value") for name, p in parts.items() if p["value"].notna().any()}
         ours = {name: of_seeds((settings or {}).get(name, name), metric, ours_scale) for name in theirs}
         found = order_verdict(theirs, ours) if theirs else {"verdict": "no published number", "seeds": 0}
         rows.append(_row(about, paper, item, theirs, ours, found, group))

@@ -250,11 +250,9 @@ def test_what_cannot_be_committed_is_an_error(tmp_path):
 
 
 def test_a_folder_of_another_setting_is_an_error(tmp_path):
-    run = first_run(tmp_path)
-    path = run.folder / "config.json"
-    path.write_text(path.read_text().replace(CONFIG.digest(), CONFIG.replace(lr=0.2).digest()))
-    with pytest.raises(ValueError, match="config.json belongs to another setting"):
-        first_run(tmp_path)
+    path = finish(tmp_path).folder / "config.json"
+    path.write_text(path.read_text().replace('"digest": "', '"digest": "0'))
+    refused(tmp_path, "config.json belongs to another setting")
 
 
 DAMAGES = {
@@ -314,10 +312,8 @@ def test_table_gathers_all_methods_and_seeds_in_order(unbroken, tmp_path):
 
 def test_env_tells_versions_and_machine_but_not_whose(unbroken):
     text = next(unbroken.rglob("env.json")).read_text()
-    env = json.loads(text)
-    assert env["torch"].startswith(torch.__version__.split("+")[0]) and env["machine"]["cores"] >= 1
-    assert env["minutes"] >= 0 and str(Path.home()) not in text and os.uname().nodename not in text.split('"')
-    assert "torch" in record.banner() and "cores" in record.banner()
+    assert json.loads(text).keys() >= {"torch", "machine", "minutes"} and "cores" in record.banner()
+    assert str(Path.home()) not in text and os.uname().nodename not in text.split('"')
 
 
 def test_state_is_the_last_one_and_a_view_does_not_drag_its_storage_along(tmp_path):

@@ -87,9 +87,9 @@ def test_a_level_matches_only_if_the_interval_is_narrow(theirs, ours, tolerance,
 HEAD = "item,setting,x,metric,value,unit,source,tolerance\n"
 
 
-def paper_csv(path: Path, *rows: str) -> Path:
-    path.write_text(HEAD + "".join(row + "\n" for row in rows))
-    return path
+def paper_csv(folder: Path, *rows: str) -> Path:
+    (folder / "p.csv").write_text(HEAD + "".join(row + "\n" for row in rows))
+    return folder / "p.csv"
 
 
 ENDS = {"sum": (0.54, 0.55, 0.56), "random": (0.50, 0.50, 0.50)}  # a seed each, of curves that begin at 0.30
@@ -105,7 +105,7 @@ TABLE = pd.DataFrame(
 
 def test_items_of_a_paper_are_compared_at_the_end_or_by_area(tmp_path):
     csv = paper_csv(
-        tmp_path / "p.csv",
+        tmp_path,
         "fig. 1,SUM,100,ap50,0.50,fraction,p. 3,0.02",
         "fig. 1,SUM,200,ap50,0.70,fraction,p. 3,0.02",
         "fig. 1,RND,100,ap50,0.50,fraction,p. 3,0.02",
@@ -116,8 +116,7 @@ def test_items_of_a_paper_are_compared_at_the_end_or_by_area(tmp_path):
         "fig. 4,MAX,,ap50,0.5,fraction,p. 7,",
     )
     names = {"SUM": "sum", "RND": "random"}
-    frame = record.compare_paper(TABLE, csv, ABOUT, settings=names)
-    rows = frame.set_index("item")
+    rows = record.compare_paper(TABLE, csv, ABOUT, settings=names).set_index("item")
     assert rows["verdict"].to_dict() == {
         "fig. 1": "order shown",  # 4, 5, 6 points: 5 +- 2.48
         "fig. 2": "contradicted",  # the paper has random above
@@ -140,7 +139,7 @@ def test_items_of_a_paper_are_compared_at_the_end_or_by_area(tmp_path):
 
 def test_verdicts_are_published_once_for_each_item_and_none_of_smoke_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDAL_HOME", str(tmp_path))
-    csv = paper_csv(tmp_path / "p.csv", "fig. 1,sum,,ap50,.6,,p. 3,", "fig. 1,random,,ap50,.5,,p. 3,")
+    csv = paper_csv(tmp_path, "fig. 1,sum,,ap50,.6,,p. 3,", "fig. 1,random,,ap50,.5,,p. 3,")
     frame = record.compare_paper(TABLE, csv, record.about(Config.of(profile="smoke"), "11_fedavg", "small detector"))
     assert frame["verdict"].tolist() == ["not run"] and frame["ours"].tolist() == [""]
     assert not record.publish_verdicts(frame, "smoke").exists()
@@ -153,7 +152,7 @@ def test_verdicts_are_published_once_for_each_item_and_none_of_smoke_runs(tmp_pa
 
 @pytest.mark.parametrize(("ours", "verdict"), [(14.0174, "formula checked"), (14.02, "contradicted")])
 def test_a_formula_is_checked_to_the_last_printed_digit(tmp_path, ours, verdict):
-    csv = paper_csv(tmp_path / "p.csv", "MB,FULL,,megabytes,14.017,MB,p. 5,", "MB,FULL,20,megabytes,765,MB,p. 5,")
+    csv = paper_csv(tmp_path, "MB,FULL,,megabytes,14.017,MB,p. 5,", "MB,FULL,20,megabytes,765,MB,p. 5,")
     formula = lambda setting, x: 765.4 if x == 20 else ours  # noqa: E731
     (found,) = record.check_formula(csv, ABOUT, "MB", formula).to_dict("records")
     assert found["verdict"] == verdict and "FULL 20 765" in found["theirs"]
