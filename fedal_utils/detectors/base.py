@@ -1,7 +1,6 @@
 """What all detectors share: their interface, the code of boxes relative to anchors, and post-processing.
 
-`inputs` are uint8 pixels (B, 3, H, W) or the cached maps of a frozen backbone. Boxes are (B, K, 4) xyxy pixels, classes
-(B, K) 1..C with 0 = padding, ignore (B, K) bool.
+`inputs`: uint8 pixels (B, 3, H, W) or cached maps; boxes (B, K, 4), classes (B, K) 1..C, 0 = padding, ignore (B, K).
 """
 
 import copy
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import nms
+from torchvision.ops import batched_nms
 
 from ..config import ModelConfig
 from ..data import Detections
@@ -37,7 +36,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def with_a_column(boxes: Tensor, classes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same targets; those of a set without a single object get a column of padding, for K must not be 0."""
+    """The same targets, with a column of padding where K is 0."""
     if boxes.shape[1]:
         return boxes, classes, ignore
     return F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1)), F.pad(ignore, (0, 1))
@@ -73,13 +72,23 @@ def clone(model: "Detector") -> "Detector":
     return copy.deepcopy(model, shared)
 
 
-class Detector(nn.Module):
-    """A backbone that can be frozen, and inputs that may be its cached maps. image_size: (height, width) pixels."""
+class Model(nn.Module):
+    """What clients exchange."""
 
-    backbone: nn.Module
-    frozen: bool = False
-    nms_iou: float = 0.45  # unless `predict` is told otherwise, and so is `candidates`
-    candidates: int = 400
+    frozen = False
+
+    def exchanged(self) -> list[str]:
+        """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""
+        return [k for k in self.state_dict() if not (self.frozen and k.startswith("backbone."))]
+
+
+class Detector(Model):
+    """A backbone that can be frozen, and inputs that may be its cached maps. image_size: (height, width) pixels.
+
+    Each has `loss(inputs, boxes, classes, ignore, generator)`, named parts of it, and `raw_detections(inputs)`.
+    """
+
+    nms_iou, candidates = 0.45, 400  # unless `predict` is told otherwise
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
         super().__init__()
@@ -89,8 +98,7 @@ class Detector(nn.Module):
     def freeze_backbone(self, frozen: bool = True) -> None:
         """Backbone neither trained, nor sent, nor counted from here on, and its maps can be cached; or it is again."""
         self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
-        self.backbone.train(self.training and not frozen)
+        self.backbone.requires_grad_(not frozen).train(self.training and not frozen)
 
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
@@ -99,12 +107,8 @@ class Detector(nn.Module):
 
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Maps of pixels (B, 3, H, W) in 0..255; a frozen backbone keeps no graph unless they require a gradient."""
-        if tuple(pixels.shape[-2:]) != self.image_size:
-            raise ValueError(f"this detector was built for {self.image_size} images, got {tuple(pixels.shape[-2:])}")
-        if self.frozen and not pixels.requires_grad:
-            with torch.no_grad():
-                return self.backbone(pixels)
-        return self.backbone(pixels)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (not self.frozen or pixels.requires_grad)):
+            return self.backbone(pixels)
 
     def maps(self, inputs: Inputs) -> tuple[Tensor, ...]:
         if isinstance(inputs, Tensor):
@@ -118,33 +122,16 @@ class Detector(nn.Module):
         """(B, D): one vector an image, the mean of each of the backbone's maps side by side."""
         return torch.cat([m.float().mean((2, 3)) for m in self.maps(inputs)], dim=1)
 
-    def raw_detections(self, inputs: Inputs) -> RawDetections:
-        """All boxes with their class probabilities, before any threshold."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def predict(
-        self,
-        inputs: Inputs,
-        score_above: float = 0.01,
-        nms_iou: float | None = None,
-        top: int = 100,
-        candidates: int | None = None,
-        class_agnostic: bool = False,
-        **views,
+        self, inputs: Inputs, score_above=0.01, nms_iou=None, top=100, candidates=None, class_agnostic=False, **views
     ) -> Detections:
         """Detections of each image, best first, see `select_detections`; views: see `YOLO.raw_detections`."""
         raw, nms_iou = self.raw_detections(inputs, **views), self.nms_iou if nms_iou is None else nms_iou
         return select_detections(raw, score_above, nms_iou, top, candidates or self.candidates, class_agnostic)
 
-    def exchanged(self) -> list[str]:
-        """Names in `state_dict()` that clients exchange: all but a frozen backbone's."""
-        return [k for k in self.state_dict() if not (self.frozen and k.startswith("backbone."))]
 
-
-def suppress(
-    boxes: Tensor, valid: Tensor, iou: float, groups: Tensor | None = None, rounds: int | None = None
-) -> Tensor:
+def suppress(boxes: Tensor, valid: Tensor, iou: float, groups=None, rounds: int | None = None) -> Tensor:
     """Which of the valid boxes (B, N, 4), best first, survive NMS within each group (B, N) of an image: (B, N) bool.
 
     For a GPU. A box survives if no survivor before it overlaps it: a round settles the next link of every chain.
@@ -185,10 +172,8 @@ def select_detections(
     else:
         image, place = keep.nonzero(as_tuple=True)
         group = image if class_agnostic else image * (columns - 1) + label[image, place]
-        offset = boxes.abs().max().double() + 1
-        # Groups are moved apart so that one NMS serves all; in float64 the shift costs no precision.
-        shifted = chosen[image, place].double() + (group * 2 * offset)[:, None]
-        kept = nms(shifted, scores[image, place].double(), nms_iou)
+        # float64: groups are moved apart, and that must cost no precision
+        kept = batched_nms(chosen[image, place].double(), scores[image, place].double(), group, nms_iou)
         alive = torch.zeros_like(keep)
         alive[image[kept], place[kept]] = True
     # topk gave each row in falling order, so the survivors are in order already: move them to the front.
@@ -196,15 +181,9 @@ def select_detections(
     front = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, length)
     alive = alive.gather(1, front)
 
-    def left(value: Tensor) -> Tensor:
-        """(B, length, ...) of the survivors, zeros where an image has fewer; value (B, T, ...)."""
+    def left(value: Tensor) -> Tensor:  # (B, T, ...) -> (B, length, ...), zeros where an image has fewer
         value = take(value, front)
         return value * alive.view(*alive.shape, *[1] * (value.dim() - 2))
 
-    return Detections(
-        boxes=left(chosen),
-        scores=left(scores),
-        labels=left(label + 1),
-        probs=left(take(probs, row)),
-        extra={name: left(take(value, row)) for name, value in extra.items()},
-    )
+    extra = {name: left(take(value, row)) for name, value in extra.items()}
+    return Detections(left(chosen), left(scores), left(label + 1), left(take(probs, row)), extra)

@@ -17,29 +17,21 @@ BACKBONES = {"ssd": ("small", "lite0", "vgg16"), "faster_rcnn": ("small", "lite0
 
 
 def build(config: Config, classes: int, rng: torch.Generator) -> Detector | Classifier | LinearClassifier:
-    """The config's detector (or classifier) with weights drawn from `rng`; with config.model.frozen ready to cache."""
-    if config.model.classifier == "linear":
-        return LinearClassifier(classes)
-    refuse(config, classes)
-    name, size = config.model.classifier, config.data.image_size
-    with borrowed_global_rng(rng):
-        if name:
-            return conv4(classes, size) if name == "conv4" else {"resnet8": resnet8, "mlp": mlp}[name](classes)
-        model = DETECTORS[config.model.detector](config.model, size, classes)
-    if config.model.frozen:
-        model.freeze_backbone()
-    return model
+    """The config's detector (or classifier) with weights drawn from `rng`; with config.model.frozen ready to cache.
 
-
-def refuse(config: Config, classes: int) -> None:
-    """ValueError, with the reason, where no model has all that the config asks for."""
+    ValueError, with the reason, where no model has all that the config asks for.
+    """
     model, size, kind, backbone = config.model, config.data.image_size, config.model.detector, config.model.backbone
-    if model.classifier:
-        if model.classifier not in CLASSIFIERS:
-            raise ValueError(f"classifier must be one of {CLASSIFIERS}, got {model.classifier!r}")
-        if classes < 2 or (model.classifier == "conv4" and min(size) < 16):
+    name = model.classifier
+    if name == "linear":
+        return LinearClassifier(classes)
+    if name:
+        if name not in CLASSIFIERS:
+            raise ValueError(f"classifier must be one of {CLASSIFIERS}, got {name!r}")
+        if classes < 2 or (name == "conv4" and min(size) < 16):
             raise ValueError(f"a classifier needs 2 classes (got {classes}), 'conv4' also sides >= 16, got {size}")
-        return
+        with borrowed_global_rng(rng):
+            return conv4(classes, size) if name == "conv4" else {"resnet8": resnet8, "mlp": mlp}[name](classes)
     localised = model.box_loss != "smooth_l1" or model.auxiliary_head != "none" or model.emphasis != 0
     by_32, known = kind == "yolo" or backbone in ("small", "lite0"), BACKBONES.get(kind, (backbone,))
     for wrong, reason in (
@@ -54,6 +46,11 @@ def refuse(config: Config, classes: int) -> None:
     ):
         if wrong:
             raise ValueError(reason)
+    with borrowed_global_rng(rng):
+        built = DETECTORS[kind](model, size, classes)
+    if model.frozen:
+        built.freeze_backbone()
+    return built
 
 
 def build_vae(config: Config, rng: torch.Generator) -> VAE:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, Scaled
+from .base import Model
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # KAFAL's released code
 CLASSIFIERS = ("resnet8", "conv4", "mlp")
@@ -28,10 +29,8 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class Classifier(nn.Module):
+class Classifier(Model):
     """`trunk` makes features of scaled pixels, `head` class scores of features."""
-
-    frozen = False
 
     def __init__(self, trunk: nn.Sequential, features: int, classes: int, scaled: Scaled):
         super().__init__()
@@ -47,12 +46,8 @@ class Classifier(nn.Module):
         return self.head(self.trunk(x.contiguous(memory_format=torch.channels_last)))
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """pixels uint8 (B, 3, H, W) -> (B, D): what the last layer reads."""
+        """(B, D): what the last layer reads."""
         return self.trunk(self.scaled(pixels).contiguous(memory_format=torch.channels_last))
-
-    def exchanged(self) -> list[str]:
-        """Names of what is sent: everything."""
-        return list(self.state_dict())
 
 
 def resnet8(classes: int) -> Classifier:

@@ -63,16 +63,14 @@ class FasterRCNN(Detector):
     def pyramid(self, inputs: Inputs) -> tuple[ImageList, OrderedDict[str, Tensor]]:
         """What torchvision's parts want: the images' sizes, and the maps by name."""
         maps = self.maps(inputs)
-        maps = self.neck(maps) if self.neck is not None else list(maps)
-        count = maps[0].shape[0]
+        maps = self.neck(maps) if self.neck is not None else maps
+        count = len(maps[0])
         # torchvision reads the batch's height and width from this tensor and nothing else: no memory behind it.
         canvas = maps[0].new_zeros(1, dtype=torch.float32).expand(count, 3, *self.image_size)
         named = OrderedDict((str(level), m.float()) for level, m in enumerate(maps))
         return ImageList(canvas, [self.image_size] * count), named
 
-    def loss(
-        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def loss(self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator) -> dict[str, Tensor]:
         """{"objectness", "proposal_regression"} and what `LocalisedRoIHeads.losses_of` gives.
 
         generator: of the samples, on the detector's device.
@@ -82,24 +80,20 @@ class FasterRCNN(Detector):
         classes = classes * ~ignore
         # Outside of autocast: torchvision casts boxes to the maps' type, and bfloat16 cannot tell 401 from 400.
         with torch.autocast(boxes.device.type, enabled=False):
-            if boxes.device.type == "cpu":
-                return self.loss_by_image(images, maps, boxes, classes, generator)
-            return self.loss_at_once(maps, boxes, classes, generator)
-
-    def loss_by_image(self, images, maps, boxes, classes, generator) -> dict[str, Tensor]:
-        """`loss` by torchvision's own parts; classes (B, K), 0 = padding."""
-        density = crowding(boxes, classes > 0)
-        targets = [
-            {"boxes": box[name > 0], "labels": name[name > 0], "density": share[name > 0]}
-            for box, name, share in zip(boxes, classes, density, strict=True)
-        ]
-        with borrowed_global_rng(generator):
-            proposals, rpn = self.rpn(images, maps, targets)
-            rest = self.roi.loss(maps, proposals, images.image_sizes, targets)
-        return {"objectness": rpn["loss_objectness"], "proposal_regression": rpn["loss_rpn_box_reg"], **rest}
+            if boxes.device.type != "cpu":
+                return self.loss_at_once(maps, boxes, classes, generator)
+            density = crowding(boxes, classes > 0)
+            targets = [
+                {"boxes": box[name > 0], "labels": name[name > 0], "density": share[name > 0]}
+                for box, name, share in zip(boxes, classes, density, strict=True)
+            ]
+            with borrowed_global_rng(generator):
+                proposals, rpn = self.rpn(images, maps, targets)
+                rest = self.roi.loss(maps, proposals, images.image_sizes, targets)
+            return {"objectness": rpn["loss_objectness"], "proposal_regression": rpn["loss_rpn_box_reg"], **rest}
 
     def loss_at_once(self, maps, boxes, classes, generator) -> dict[str, Tensor]:
-        """The same for the whole batch with fixed shapes: nothing waits for the device; samples differ."""
+        """`loss` for the whole batch with fixed shapes: nothing waits for the device; samples differ."""
         real = classes > 0
         objectness, deltas = self.rpn.head(list(maps.values()))
         objectness = [o.permute(0, 2, 3, 1).flatten(1) for o in objectness]  # (B, n) each
@@ -127,17 +121,15 @@ class FasterRCNN(Detector):
     def _sampled(self, found, valid, boxes, classes, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """RoIs (B, S, 4) of the second stage, their classes, their boxes' index and which count (B, S) each."""
         found, valid = torch.cat([found, boxes], dim=1), torch.cat([valid, classes > 0], dim=1)
-        matched = match(boxes, classes > 0, found, 0.5, 0.5)
-        sampler = self.roi.fg_bg_sampler
+        matched, sampler = match(boxes, classes > 0, found, 0.5, 0.5), self.roi.fg_bg_sampler
         positive, negative = sample((matched >= 0) & valid, (matched == -1) & valid, sampler, generator)
         chosen = positive | negative
         # the sampled ones first, in their order
         index = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : sampler.batch_size_per_image]
         at, counted = matched.gather(1, index), chosen.gather(1, index)
         labels = take(classes, at) * positive.gather(1, index)
-        rois = take(found, index)
-        pixel = torch.cat([torch.zeros_like(rois[..., :2]), torch.ones_like(rois[..., 2:])], dim=-1)
-        return torch.where(counted[..., None], rois, pixel), labels, at, counted  # what is no RoI has an area, too
+        pixel = found.new_tensor([0.0, 0, 1, 1])  # what is no RoI has an area, too
+        return torch.where(counted[..., None], take(found, index), pixel), labels, at, counted
 
     def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
         """Proposals of each image; of all the box head's features (R, hidden), class logits and deltas, extra."""
@@ -162,10 +154,9 @@ class FasterRCNN(Detector):
         proposals, _, (logits, deltas), extra = self._rois(inputs)
         decoded = decode_boxes(deltas.unflatten(1, (-1, 4)), torch.cat(proposals)[:, None])  # (R, C + 1, 4)
         decoded = clip_boxes(decoded, self.image_size)
-        counts = [len(p) for p in proposals]
 
-        def padded(values: Tensor) -> Tensor:
-            return nn.utils.rnn.pad_sequence(list(values.split(counts)), batch_first=True)  # (B, P, ...)
+        def padded(values: Tensor) -> Tensor:  # (B, P, ...)
+            return nn.utils.rnn.pad_sequence(values.split([len(p) for p in proposals]), batch_first=True)
 
         boxes, probs = padded(decoded[:, 1:]), padded(logits.softmax(-1))  # (B, P, C, 4), (B, P, C + 1)
         extra = {name: padded(value) for name, value in extra.items()}

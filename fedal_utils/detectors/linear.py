@@ -1,22 +1,20 @@
 """A linear classifier of frozen features: multinomial logistic regression, trained from scratch in a moment."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .base import Model
 
 LEAST = -50.0  # natural logarithm of a probability: nothing counts as less likely, an unseen class as just that
 FOLDS = 5
 
 
-class LinearClassifier(nn.Module):
+class LinearClassifier(Model):
     """Logistic regression on features (N, D); classes without a labelled image are as unlikely as can be.
 
     weight (C, D), bias (C,), seen (C,) 1 for classes that it was trained on; float64. Before training D is 0.
     """
-
-    frozen = False
 
     def __init__(self, classes: int):
         super().__init__()
@@ -24,11 +22,7 @@ class LinearClassifier(nn.Module):
         for name, shape in {"weight": (classes, 0), "bias": (classes,), "seen": (classes,)}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 
-    def exchanged(self) -> list[str]:
-        """Names of what is sent: everything."""
-        return list(self.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False):
         """Takes weights of any number of columns."""
         for name, value in state.items():
             setattr(self, name, value.double().clone())
@@ -51,22 +45,20 @@ class LinearClassifier(nn.Module):
         return features[0] if isinstance(features, tuple) else features
 
     def fit(self, features: Tensor, classes: Tensor, regularisation: float = 0.1) -> float:
-        """Train on labelled features (L, D) of classes (L,) 0..C-1, from scratch: scikit-learn's, L2-penalised.
+        """Train on features (L, D) of classes (L,) 0..C-1, from scratch: scikit-learn's, L2-penalised; mean log loss.
 
-        regularisation: its `C`, the inverse of the penalty. One class alone is predicted for everything. Returns the
-        mean log loss on these images.
+        regularisation: its `C`, the inverse of the penalty. One class alone is predicted for everything.
         """
         from sklearn.linear_model import LogisticRegression
 
-        weight = torch.zeros(self.classes, features.shape[1], dtype=torch.float64)
-        bias, seen = torch.zeros(self.classes, dtype=torch.float64), torch.zeros(self.classes, dtype=torch.float64)
         found = torch.unique(classes)
+        self.weight = torch.zeros(self.classes, features.shape[1], dtype=torch.float64)
+        self.bias, self.seen = torch.zeros_like(self.bias), torch.zeros_like(self.seen)
         if len(found) > 1:
             model = LogisticRegression(C=regularisation, max_iter=500).fit(features.double().numpy(), classes.numpy())
             rows = found[-len(model.coef_) :]  # of two classes one row: the second's
-            weight[rows], bias[rows] = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
-        seen[found] = 1
-        self.weight, self.bias, self.seen = weight, bias, seen
+            self.weight[rows], self.bias[rows] = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        self.seen[found] = 1
         return float(nn.functional.nll_loss(self(features), classes))
 
 
@@ -77,8 +69,7 @@ def out_of_fold(
 
     rng: of the `FOLDS` parts left out in turn. regularisation: as in `fit`.
     """
-    activations = torch.zeros(len(classes), count, dtype=torch.float64)
-    logs = torch.zeros_like(activations)
+    activations, logs = torch.zeros(2, len(classes), count, dtype=torch.float64)
     order, model = rng.permutation(len(classes)), LinearClassifier(count)
     for part in np.array_split(order, min(FOLDS, len(order))):
         rest = np.setdiff1d(order, part) if len(order) > 1 else order

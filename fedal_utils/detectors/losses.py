@@ -16,18 +16,16 @@ from .base import pairwise_iou
 def complete_iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
     """Complete IoU loss (...,) in [0, 3); Zheng et al. 2019 (1911.08287) eq. 8 to 11; torchvision's to the bit."""
 
-    def corners() -> tuple[Tensor, ...]:  # anew for each term: so gradients are added up in torchvision's order
-        return *boxes.unbind(-1), *targets.unbind(-1)
-
-    x1, y1, x2, y2, x3, y3, x4, y4 = corners()
+    # Corners anew for each term: so gradients are added up in torchvision's order.
+    (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
     left, top, right, bottom = torch.max(x1, x3), torch.max(y1, y3), torch.min(x2, x4), torch.min(y2, y4)
     both = torch.where((bottom > top) & (right > left), (right - left) * (bottom - top), 0.0)
     iou = both / ((x2 - x1) * (y2 - y1) + (x4 - x3) * (y4 - y3) - both + eps)
-    x1, y1, x2, y2, x3, y3, x4, y4 = corners()
+    (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
     width, height = torch.max(x2, x4) - torch.min(x1, x3), torch.max(y2, y4) - torch.min(y1, y3)
     between = ((x2 + x1) / 2 - (x3 + x4) / 2) ** 2 + ((y2 + y1) / 2 - (y3 + y4) / 2) ** 2
     loss = 1 - iou + between / (width**2 + height**2 + eps)
-    x1, y1, x2, y2, x3, y3, x4, y4 = corners()
+    (x1, y1, x2, y2), (x3, y3, x4, y4) = boxes.unbind(-1), targets.unbind(-1)
     shape = 4 / math.pi**2 * (torch.atan((x4 - x3) / (y4 - y3)) - torch.atan((x2 - x1) / (y2 - y1))) ** 2
     with torch.no_grad():
         alpha = shape / (1 - iou + shape + eps)
@@ -87,10 +85,7 @@ def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, siz
 
 
 def crowding(boxes: Tensor, real: Tensor) -> Tensor:
-    """For each of the boxes (B, K, 4) of an image the share (B, K) in [0, 1] of its other real ones that overlap it.
-
-    real: (B, K), False for padding. Overlap means IoU > 0.
-    """
+    """The share (B, K) of an image's other real boxes (B, K, 4) that overlap each, in [0, 1]; real (B, K) bool."""
     others = ~torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device) & real[:, None]
     overlaps = (pairwise_iou(boxes, boxes) > 0) & others  # (B, K, K); 0 / 0 is NaN, and not > 0
     return overlaps.sum(-1).to(boxes.dtype) / (real.sum(1, keepdim=True) - 1).clamp(min=1)
@@ -107,9 +102,7 @@ def emphasis_weights(density: Tensor, strength: float, counted: Tensor | None = 
     return weights / ((weights * counted).sum() / counted.sum().clamp(min=1)).clamp(min=1)
 
 
-def balanced_cross_entropy(
-    logits: Tensor, labels: Tensor, counts: Tensor | None, valid: Tensor | None = None
-) -> Tensor:
+def balanced_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor | None, valid=None) -> Tensor:
     """Balanced softmax loss, for training only; Ren et al. 2020 (2007.10740), KAFAL's balanced classifier.
 
     Cross-entropy of logits (B, C) + ln n over the classes with n > 0. labels (B,) from 0; counts (C,) of the client's
@@ -146,8 +139,7 @@ def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
     mean_b w_b (1 / C) sum_c q_c (ln q_c - ln p_c), p and q softmaxes of the student's and the teacher's logits (B, C);
     the mean over classes is the released code's. weights (B,). No gradient flows to the teacher.
     """
-    log_p = _at_least_float32(student).log_softmax(-1)
-    log_q = _at_least_float32(teacher.detach()).log_softmax(-1)
+    log_p, log_q = (_at_least_float32(logits).log_softmax(-1) for logits in (student, teacher.detach()))
     divergence = (log_q.exp() * (log_q - log_p)).mean(-1)  # (B,)
     return (weights * divergence).mean()
 

@@ -50,14 +50,7 @@ def sample(positive: Tensor, negative: Tensor, sizes: nn.Module, generator: torc
     return chosen, draw(negative, count - chosen.sum(1, keepdim=True))
 
 
-def propose(
-    objectness: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    image_size: tuple[int, int],
-    limits: tuple[int, int],
-    nms_iou: float,
-) -> tuple[Tensor, Tensor]:
+def propose(objectness, deltas, anchors, image_size, limits: tuple[int, int], nms_iou) -> tuple[Tensor, Tensor]:
     """The best boxes of all levels (B, P, 4), best first, and which of them are real (B, P).
 
     objectness, deltas, anchors: of each level (B, n), (B, n, 4), (n, 4).
@@ -66,8 +59,7 @@ def propose(
     boxes, scores = [], []
     for logits, delta, own in zip(objectness, deltas, anchors, strict=True):
         top, index = logits.topk(min(limits[0], logits.shape[1]), dim=1)  # (B, T), best first
-        found = decode_boxes(take(delta, index), own[index], (1.0, 1.0))
-        found = clip_boxes(found, image_size)
+        found = clip_boxes(decode_boxes(take(delta, index), own[index], (1.0, 1.0)), image_size)
         keep = suppress(found, (found[..., 2:] - found[..., :2] >= 1e-3).all(-1), nms_iou, rounds=ROUNDS)
         boxes.append(found)
         scores.append(top.sigmoid().masked_fill(~keep, -1.0))

@@ -53,9 +53,8 @@ class LocalisedRoIHeads(RoIHeads):
         return self.losses_of(features, torch.cat(proposals), torch.cat(labels), matching("boxes"), matching("density"))
 
     def losses_of(self, features, proposals, labels, goals, density, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """The losses of R RoIs.
+        """The losses of R RoIs from the box head's features (R, hidden); proposals, goals (the matched boxes) (R, 4).
 
-        features: (R, hidden) of the box head; proposals, goals: (R, 4) xyxy pixels, and the matched boxes.
         labels: (R,) classes, 0 = background; density: (R,) how crowded it is where the matched box stands.
         valid: (R,) False for padding, and then no shape depends on values; None: all are RoIs.
         """
@@ -79,8 +78,7 @@ class LocalisedRoIHeads(RoIHeads):
             emphasis = emphasis.index_put((row,), weights) if counted is None else weights.where(foreground, 1.0)
         share = emphasis[row] if counted is None else emphasis * counted
 
-        def mean(values: Tensor) -> Tensor:
-            """(F,) over all RoIs, as torchvision does: an RoI weighs the same in any batch."""
+        def mean(values: Tensor) -> Tensor:  # (F,) over all RoIs, as torchvision: an RoI weighs the same in any batch
             return (values * share).sum() / count
 
         if self.plain and valid is None:  # the same sums as torchvision's, to the bit

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,9 @@ NEGATIVES = 3.0  # hard negatives per positive anchor, sec. 2.2
 
 
 def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tensor, threshold: float = 0.5) -> Tensor:
-    """Which box each anchor answers for: index into K (B, A), -1 = background, -2 = not used.
+    """Which box each anchor answers for, as torchvision's SSDMatcher: index (B, A), -1 = background, -2 = unused.
 
-    As torchvision's SSDMatcher: best box if IoU >= threshold, and each box owns its best anchor whatever the IoU (the
-    later box wins a dispute). Anchors that lie on an ignored box, and on no real box as much, are not used.
+    Anchors that lie on an ignored box, and on no real box as much, are not used.
     """
     real, unwanted = (classes > 0) & ~ignore, (classes > 0) & ignore
     iou = pairwise_iou(boxes, anchors)  # (B, K, A)
@@ -43,37 +41,8 @@ def match_anchors(boxes: Tensor, classes: Tensor, ignore: Tensor, anchors: Tenso
     return torch.where(claims >= 0, claims, matched)
 
 
-class AnchorLosses(NamedTuple):
-    """Losses of each anchor (B, A), and masks (B, A) of positive anchors and of those whose class counts."""
-
-    classification: Tensor
-    box: Tensor  # 0 where an anchor is not positive
-    positive: Tensor
-    counted: Tensor  # positives and hard negatives
-
-    def per_image(self, summed: bool = False) -> dict[str, Tensor]:
-        """The MultiBox loss of each image (B,), divided by its own positives unless `summed`."""
-        count = 1 if summed else self.positive.sum(1).clamp(min=1)
-        classification = (self.classification * self.counted).sum(1)
-        return {"classification": classification / count, "regression": self.box.sum(1) / count}
-
-    def of_batch(self) -> dict[str, Tensor]:
-        """The MultiBox loss: sums over the batch, divided by its number of positives, eq. 1."""
-        count = self.positive.sum().clamp(min=1)
-        classification = (self.classification * self.counted).sum()
-        return {"classification": classification / count, "regression": self.box.sum() / count}
-
-
-def anchor_losses(
-    logits: Tensor,
-    deltas: Tensor,
-    boxes: Tensor,
-    classes: Tensor,
-    matched: Tensor,
-    anchors: Tensor,
-    least_negatives: int = 0,
-) -> AnchorLosses:
-    """Cross-entropy and smooth L1 of each anchor, and which are hard negatives (sec. 2.2).
+def anchor_losses(logits, deltas, boxes, classes, matched, anchors, least_negatives=0) -> tuple[Tensor, ...]:
+    """Of each anchor (B, A): cross-entropy of positives and hard negatives (sec. 2.2), smooth L1, is it positive?
 
     logits, deltas, matched: (B, A, C + 1), background first, (B, A, 4), and (B, A) from `match_anchors`.
     least_negatives: 0 in torchvision; more lets an image without objects teach the background.
@@ -92,14 +61,23 @@ def anchor_losses(
         target = encode_boxes(take(boxes, matched), anchors)  # (B, A, 4)
         target = torch.where(positive[..., None], target, deltas)  # an anchor without a box is its own target
     box = F.smooth_l1_loss(deltas, target, reduction="none").sum(-1)
-    return AnchorLosses(classification, box, positive, positive | negative)
+    return classification * (positive | negative), box, positive
+
+
+def multibox(classification: Tensor, box: Tensor, positive: Tensor, dims: tuple[int, ...], summed=False) -> dict:
+    """Eq. 1, {"classification", "regression"}: sums of `anchor_losses` over dims, divided by the number of positives.
+
+    dims: (0, 1) for the batch, (1,) for each image. summed: not divided.
+    """
+    count = 1 if summed else positive.sum(dims).clamp(min=1)
+    return {"classification": classification.sum(dims) / count, "regression": box.sum(dims) / count}
 
 
 class LossHead(nn.Module):
     """Predicts an image's loss (B,), in a unit of its own; Yoo and Kweon 2019 (1905.03677), section 3.2.
 
-    Each map's mean -> linear -> ReLU, side by side -> linear, of width 32 where the paper has 128. The maps are
-    detached: the head never moves the detector; the paper lets its gradient through for 120 of 200 epochs.
+    Of width 32 where the paper has 128. The maps are detached: the paper lets its gradient through for 120 of 200
+    epochs.
     """
 
     def __init__(self, channels: Sequence[int]):
@@ -116,8 +94,7 @@ class LossHead(nn.Module):
 class SSD(Detector):
     """Single-shot detector with softmax classes and hard negatives.
 
-    `box_loss_head` of the config adds a head that predicts each anchor's classification loss (Park et al. 2023) from
-    maps that it does not train, `image_loss_head` a `LossHead`. Both are drawn last.
+    box_loss_head: predicts each anchor's classification loss (Park et al. 2023) from maps that it does not train.
     """
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
@@ -138,8 +115,7 @@ class SSD(Detector):
         if not full:
             # Few positives among many anchors: start from "background", so that no step is spent on finding it.
             for layer in head.classification_head.module_list:
-                with torch.no_grad():
-                    layer.bias.view(-1, classes + 1)[:, 0] = 3.0
+                layer.bias.data.view(-1, classes + 1)[:, 0] = 3.0
             neck = TopDown(body.channels, config.norm)
             anchors = anchors + torch.tensor(body.strides)[levels][:, None] / 2  # to the middle of their cells
         self.least_negatives = 0 if full else 8
@@ -150,62 +126,51 @@ class SSD(Detector):
         self.register_buffer("anchors", anchors, persistent=False)
         self.register_buffer("levels", levels, persistent=False)  # (A,) which map each anchor belongs to
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Class logits (B, A, C + 1) and box deltas (B, A, 4)."""
-        return self._from(self._maps(inputs))
-
-    def _maps(self, inputs: Inputs) -> list[Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The head's maps, class logits (B, A, C + 1) and box deltas (B, A, 4)."""
         maps = self.maps(inputs)
-        return self.neck(maps) if self.neck is not None else list(maps)
-
-    def _from(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        maps = self.neck(maps) if self.neck is not None else list(maps)
         out = self.head(maps)
-        return out["cls_logits"], out["bbox_regression"]
+        return maps, out["cls_logits"].float(), out["bbox_regression"].float()
 
     def _predicted_loss(self, maps: list[Tensor]) -> Tensor:
         """What the box loss head takes each anchor's classification loss to be (B, A), >= 0."""
         each = [head(m.detach()) for head, m in zip(self.evidence_head, maps, strict=True)]  # (B, per cell, h, w)
         return F.softplus(torch.cat([e.permute(0, 2, 3, 1).flatten(1) for e in each], dim=1).float())
 
-    def _anchor_losses(self, maps: list[Tensor], boxes: Tensor, classes: Tensor, ignore: Tensor) -> AnchorLosses:
-        outputs = (out.float() for out in self._from(maps))
-        boxes, classes, ignore = with_a_column(boxes, classes, ignore)
+    def _each(self, outputs: tuple[Tensor, Tensor], *target: Tensor) -> tuple[Tensor, ...]:
+        boxes, classes, ignore = with_a_column(*target)
         matched = match_anchors(boxes, classes, ignore, self.anchors)
         return anchor_losses(*outputs, boxes, classes, matched, self.anchors, self.least_negatives)
 
-    def loss(
-        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def loss(self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator=None) -> dict[str, Tensor]:
         """{"classification", "regression"}, and "box_loss_head", "ranking" of the heads that there are."""
-        maps = self._maps(inputs)
-        each = self._anchor_losses(maps, boxes, classes, ignore)
-        parts = each.of_batch()
+        maps, *outputs = self(inputs)
+        each = self._each(outputs, boxes, classes, ignore)
+        parts, positive = multibox(*each, (0, 1)), each[2]
         if self.evidence_head is not None:
-            error = (self._predicted_loss(maps) - each.classification.detach()) ** 2
-            parts["box_loss_head"] = 5 * (error * each.positive).sum() / each.positive.sum().clamp(min=1)
+            error = (self._predicted_loss(maps) - each[0].detach()) ** 2
+            parts["box_loss_head"] = 5 * (error * positive).sum() / positive.sum().clamp(min=1)
         if self.loss_head is not None:
-            parts["ranking"] = ranking_loss(self.loss_head(maps), sum(each.per_image().values()))
+            parts["ranking"] = ranking_loss(self.loss_head(maps), sum(multibox(*each, (1,)).values()))
         return parts
 
-    def image_losses(
-        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, summed: bool = False
-    ) -> dict[str, Tensor]:
+    def image_losses(self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, summed=False) -> dict:
         """{"classification": (B,), "regression": (B,)}: `loss` of each image alone; summed: without its divisor."""
-        return self._anchor_losses(self._maps(inputs), boxes, classes, ignore).per_image(summed)
+        return multibox(*self._each(self(inputs)[1:], boxes, classes, ignore), (1,), summed)
 
     @torch.no_grad()
     def predicted_loss(self, inputs: Inputs) -> Tensor:
         """What the image loss head takes each image's loss to be (B,); only the order means something."""
-        return self.loss_head(self._maps(inputs))
+        return self.loss_head(self(inputs)[0])
 
     def raw_detections(self, inputs: Inputs) -> RawDetections:
-        maps = self._maps(inputs)
-        logits, deltas = self._from(maps)
-        boxes = clip_boxes(decode_boxes(deltas.float(), self.anchors), self.image_size)
+        maps, logits, deltas = self(inputs)
+        boxes = clip_boxes(decode_boxes(deltas, self.anchors), self.image_size)
         extra = {"level": self.levels.expand(len(logits), -1)}
         if self.evidence_head is not None:
             extra["predicted_loss"] = self._predicted_loss(maps)
-        return RawDetections(boxes, logits.float().softmax(-1), extra=extra)
+        return RawDetections(boxes, logits.softmax(-1), extra=extra)
 
 
 def place_anchors(generator: nn.Module, image_size: tuple[int, int], strides: tuple[int, ...]) -> tuple[Tensor, Tensor]:

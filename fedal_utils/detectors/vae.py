@@ -5,7 +5,7 @@ Images x are (B, 3, h, w) in [0, 1] at the autoencoder's own size, pixels (B, 3,
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torchvision.transforms.v2.functional import resize
 
 from ..config import VAEConfig
 from .backbones import norm_layer
@@ -28,11 +28,7 @@ class VAE(nn.Module):
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Pixels 0..255 (B, 3, H, W), uint8 or float -> x."""
-        return _resized(pixels.to(self.mean.weight.dtype) / 255, self.size)
-
-    def restore(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """x -> float pixels 0..255 (B, 3, H, W) of `size` (H, W)."""
-        return _resized(x, tuple(size)) * 255
+        return resize(pixels.to(self.mean.weight.dtype) / 255, self.size)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x -> its reconstruction, mean and log s (B, D); latents are drawn from `generator`, or their mean."""
@@ -46,13 +42,7 @@ class VAE(nn.Module):
 
     def reconstruct(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels 0..255 (B, 3, H, W) -> what is left of them, float 0..255 at the same size; gradients flow."""
-        return self.restore(self(self.prepare(pixels), generator)[0], pixels.shape[-2:])
-
-
-def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(x.shape[-2:]) == size:
-        return x
-    return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        return resize(self(self.prepare(pixels), generator)[0], pixels.shape[-2:]) * 255
 
 
 def losses_of(vae: VAE, x: Tensor, reconstruction: Tensor, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
-"""YOLO: a one-stage detector with anchors, of the shape published as YOLOv5s 5.0 (van Bommel 2021), and smaller.
+"""YOLO of the shape published as YOLOv5s 5.0 (van Bommel 2021), and smaller, written from a description.
 
-Written from a description: CSP blocks of 1911.11929, pyramid pooling of 1406.4729, path aggregation of 1803.01534.
+CSP blocks of 1911.11929, pyramid pooling of 1406.4729, path aggregation of 1803.01534.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..data import FILL, clip_boxes, flip_boxes
 from .base import Detector, Inputs, RawDetections
-from .yolo_loss import STRIDES, Cells, cells_of, decode, yolo_loss
+from .yolo_loss import STRIDES, cells_of, decode, yolo_loss
 
 ANCHORS = (  # width, height in pixels of a 640 px image, three a level; from released code, fitted to COCO
     ((10, 13), (16, 30), (33, 23)),
@@ -29,10 +28,8 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: int, norm: str, stride: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
-        if norm == "batch":
-            self.norm = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03)
-        else:
-            self.norm = nn.GroupNorm(outputs // (4 if outputs % 8 else 8), outputs)
+        batch = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03)
+        self.norm = batch if norm == "batch" else nn.GroupNorm(outputs // (4 if outputs % 8 else 8), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
@@ -91,8 +88,7 @@ class Stem(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.pixel_unshuffle(pixels, 2)  # (B, 12, H / 2, W / 2)
         # Channels last: a training step on a CPU takes 10 to 25 % less, and all later layers keep the format.
-        x = x.to(self.conv.conv.weight.dtype, memory_format=torch.channels_last)
-        return self.conv(x / 255)
+        return self.conv(x.to(self.conv.conv.weight.dtype, memory_format=torch.channels_last) / 255)
 
 
 class Backbone(nn.Module):
@@ -102,8 +98,7 @@ class Backbone(nn.Module):
 
     def __init__(self, channels: tuple[int, int, int, int, int], repeats: tuple[int, int], norm: str):
         super().__init__()
-        c1, c2, c3, c4, c5 = channels
-        few, many = repeats
+        (c1, c2, c3, c4, c5), (few, many) = channels, repeats
         stages = [Stem(c1, norm), ConvNorm(c1, c2, 3, norm, stride=2), CSP(c2, c2, few, True, norm)]  # stride 4
         stages += [ConvNorm(c2, c3, 3, norm, stride=2), CSP(c3, c3, many, True, norm)]  # 4, stride 8
         stages += [ConvNorm(c3, c4, 3, norm, stride=2), CSP(c4, c4, many, True, norm)]  # 6, stride 16
@@ -112,12 +107,10 @@ class Backbone(nn.Module):
         self.channels = (c3, c4, c5)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        maps, x = [], pixels
-        for number, stage in enumerate(self.stages):
-            x = stage(x)
-            if number in (4, 6, 9):
-                maps.append(x)
-        return tuple(maps)
+        maps = [pixels]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return maps[5], maps[7], maps[10]
 
 
 class PathAggregation(nn.Module):
@@ -126,14 +119,10 @@ class PathAggregation(nn.Module):
     def __init__(self, channels: tuple[int, int, int], repeats: int, norm: str):
         super().__init__()
         c3, c4, c5 = channels
-        self.enter5 = ConvNorm(c5, c4, 1, norm)
-        self.down4 = CSP(2 * c4, c4, repeats, False, norm)
-        self.enter4 = ConvNorm(c4, c3, 1, norm)
-        self.out3 = CSP(2 * c3, c3, repeats, False, norm)
-        self.up3 = ConvNorm(c3, c3, 3, norm, stride=2)
-        self.out4 = CSP(2 * c3, c4, repeats, False, norm)
-        self.up4 = ConvNorm(c4, c4, 3, norm, stride=2)
-        self.out5 = CSP(2 * c4, c5, repeats, False, norm)
+        self.enter5, self.down4 = ConvNorm(c5, c4, 1, norm), CSP(2 * c4, c4, repeats, False, norm)
+        self.enter4, self.out3 = ConvNorm(c4, c3, 1, norm), CSP(2 * c3, c3, repeats, False, norm)
+        self.up3, self.out4 = ConvNorm(c3, c3, 3, norm, stride=2), CSP(2 * c3, c4, repeats, False, norm)
+        self.up4, self.out5 = ConvNorm(c4, c4, 3, norm, stride=2), CSP(2 * c4, c5, repeats, False, norm)
 
     def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         p3, p4, p5 = maps
@@ -145,14 +134,9 @@ class PathAggregation(nn.Module):
 
 
 class YOLO(Detector):
-    """The detector: `backbone` is modules 0..9 of the published list, `neck` and `head` the rest.
+    """The detector; depth_multiple 0.33 and width_multiple 0.5 are the published "s"; anchors x anchor_side / 10."""
 
-    depth_multiple and width_multiple are factors on repeats and channels; 0.33 and 0.50 are the published size "s".
-    anchor_side / 10 is the factor on the anchors.
-    """
-
-    nms_iou = 0.6
-    candidates = 1000
+    nms_iou, candidates = 0.6, 1000
 
     def __init__(self, config: ModelConfig, image_size: tuple[int, int], classes: int):
         super().__init__(config, image_size, classes)
@@ -163,22 +147,15 @@ class YOLO(Detector):
         scale = config.anchor_side / ANCHORS[0][0][0]
         anchors = torch.tensor(ANCHORS, dtype=torch.float32) * scale  # (L, P, 2)
         self.head = nn.ModuleList(nn.Conv2d(c, anchors.shape[1] * (5 + classes), 1) for c in self.backbone.channels)
-        self.loss_weights = config.loss_weights
-        cells = cells_of(image_size, anchors)
+        self.loss_weights, cells = config.loss_weights, cells_of(image_size, anchors)
         for name in ("anchors", "levels", "grid"):
             self.register_buffer(name, getattr(cells, name), persistent=False)
         self.counts = cells.counts
         # From released code, for 640 px: biases start at the logarithm of eight objects in an image of side x side px.
         for stride, layer in zip(STRIDES, self.head, strict=True):
-            with torch.no_grad():
-                bias = layer.bias.view(-1, 5 + classes)
-                bias[:, 4] = math.log(min(1.0, 8 / (640 * scale / stride) ** 2))
-                bias[:, 5:] = math.log(0.6 / (classes - 0.99999))
-
-    @property
-    def cells(self) -> Cells:
-        """The cells of a full image, on the detector's device."""
-        return Cells(self.anchors, self.levels, self.grid, self.counts)
+            bias = layer.bias.data.view(-1, 5 + classes)
+            bias[:, 4] = math.log(min(1.0, 8 / (640 * scale / stride) ** 2))
+            bias[:, 5:] = math.log(0.6 / (classes - 0.99999))
 
     def raw(self, maps: tuple[Tensor, ...]) -> Tensor:
         """Outputs (B, A, 5 + C) float32 of the backbone's maps, of whatever size."""
@@ -188,16 +165,13 @@ class YOLO(Detector):
     def forward(self, inputs: Inputs) -> Tensor:
         return self.raw(self.maps(inputs))
 
-    def loss(
-        self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def loss(self, inputs: Inputs, boxes: Tensor, classes: Tensor, ignore: Tensor, generator=None) -> dict[str, Tensor]:
         """{"box", "objectness", "classification"}; see `yolo_loss`."""
-        return yolo_loss(self(inputs), boxes, classes, ignore, self.cells, self.loss_weights)
+        return yolo_loss(self(inputs), boxes, classes, ignore, self, self.loss_weights)
 
-    def raw_detections(self, inputs: Inputs, views: Sequence[tuple[float, bool]] = ((1.0, False),)) -> RawDetections:
-        """All outputs as boxes; the score is objectness x class probability.
+    def raw_detections(self, inputs: Inputs, views=((1.0, False),)) -> RawDetections:
+        """All outputs as boxes; the score is objectness x class probability, background 1 - objectness.
 
-        probs: background = 1 - objectness, the rest shared by the classes in proportion to their probabilities.
         views: (scale, mirrored) of the images to predict on, see `VIEWS`; all of them go through one NMS.
         """
         parts = [self._view(inputs, scale, mirrored) for scale, mirrored in views]
@@ -215,8 +189,8 @@ class YOLO(Detector):
         """Boxes (B, A, 4) in the frame of the full image, raw outputs (B, A, 5 + C) and levels (B, A) of one view."""
         height, width = self.image_size
         if scale == 1 and not mirrored:
-            raw, cells = self(inputs), self.cells
-            boxes = decode(raw, cells.grid)
+            raw, grid = self(inputs), self.grid
+            boxes = decode(raw, grid)
         else:
             pixels = inputs.flip(-1) if mirrored else inputs
             inner = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -224,9 +198,9 @@ class YOLO(Detector):
             if inner != self.image_size:
                 pixels = F.interpolate(pixels.float(), inner, mode="bilinear", align_corners=False, antialias=True)
             pixels = F.pad(pixels, (0, canvas[1] - inner[1], 0, canvas[0] - inner[0]), value=FILL)
-            raw, cells = self.raw(self.backbone(pixels)), cells_of(canvas, self.anchors)
-            boxes = decode(raw, cells.grid)
+            raw, grid = self.raw(self.backbone(pixels)), cells_of(canvas, self.anchors).grid
+            boxes = decode(raw, grid)
             boxes = boxes * boxes.new_tensor([width / inner[1], height / inner[0]] * 2)
             boxes = flip_boxes(boxes, width) if mirrored else boxes
-        level = (cells.grid[:, 2] / STRIDES[0]).log2().round().long()  # (A,) 0 = finest
+        level = (grid[:, 2] / STRIDES[0]).log2().round().long()  # (A,) 0 = finest
         return clip_boxes(boxes, self.image_size), raw, level.expand(raw.shape[:2])

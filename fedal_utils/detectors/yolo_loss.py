@@ -22,15 +22,13 @@ BALANCE = (4.0, 1.0, 0.4)  # of the levels' objectness, finest first; from relea
 class Cells(NamedTuple):
     """Where the A outputs of L levels with P anchors a cell stand in an image; see `cells_of`.
 
-    anchors (L, P, 2) width, height; levels (L, 4) int64: columns, rows, stride, number of outputs before it; counts:
-    how many outputs each level has. grid (A, 5): origin x, origin y, stride, anchor width, anchor height in pixels; the
-    origin is half a cell left of and above the cell, so that a neighbouring cell can answer for an object.
+    The origin is half a cell left of and above the cell, so that a neighbouring cell can answer for an object.
     """
 
-    anchors: Tensor
-    levels: Tensor
-    grid: Tensor
-    counts: tuple[int, ...]
+    anchors: Tensor  # (L, P, 2) width, height
+    levels: Tensor  # (L, 4) int64: columns, rows, stride, number of outputs before it
+    grid: Tensor  # (A, 5) pixels: origin x, origin y, stride, anchor width, anchor height
+    counts: tuple[int, ...]  # outputs of each level
 
 
 def cells_of(image_size: tuple[int, int], anchors: Tensor) -> Cells:
@@ -65,7 +63,7 @@ def claim_cells(boxes: Tensor, classes: Tensor, ignore: Tensor, cells: Cells) ->
     centre (3.2, 5.9) in cells: claims (3, 5), (2, 5) and (3, 6). A border exactly as far as the other draws no
     neighbour, nor does one exactly a cell from the image's left or upper border, as in the released code.
     """
-    anchors, levels, *_ = cells
+    anchors, levels = cells.anchors, cells.levels
     size, stride, first = levels[:, :2], levels[:, 2:3], levels[:, 3:]
     sides = boxes[..., 2:] - boxes[..., :2]  # (B, K, 2)
     ratio = sides[:, :, None, None] / anchors  # (B, K, L, P, 2)
@@ -89,22 +87,14 @@ def claim_cells(boxes: Tensor, classes: Tensor, ignore: Tensor, cells: Cells) ->
     return index * claimed, claimed
 
 
-def yolo_loss(
-    raw: Tensor,
-    boxes: Tensor,
-    classes: Tensor,
-    ignore: Tensor,
-    cells: Cells,
-    weights: tuple[float, float, float] = (0.05, 1.0, 0.5),
-) -> dict[str, Tensor]:
+def yolo_loss(raw, boxes, classes, ignore, cells: Cells, weights=(0.05, 1.0, 0.5)) -> dict[str, Tensor]:
     """Box (CIoU, 1911.08287), objectness and class loss of raw outputs (B, A, 5 + C) float32.
 
     weights: of box, objectness, classes (the last for 80 classes: times C / 80; one class has no class loss).
 
     In each level the box and class losses are means over the claims of the batch, objectness is one over all outputs,
-    towards the CIoU of the box that the output predicts (0 where none claims it, the largest where several do); levels
-    are added, objectness in the proportions `BALANCE`. Outputs that no box claims and whose cell's centre lies in an
-    ignored box do not count. All is multiplied by B, as in the released code, whose lr is meant for it.
+    towards the CIoU of the predicted box (0 where no box claims it, the largest where several do). Outputs that no box
+    claims, in an ignored box, do not count. All is multiplied by B, as in the released code, whose lr is meant for it.
     """
     count, _, columns = raw.shape
     number = columns - 5
@@ -115,8 +105,7 @@ def yolo_loss(
     claims_in_level = of_level.sum((0, 1, 3)).clamp(min=1)  # (L,)
     per_box = index.shape[1] // boxes.shape[1]
 
-    def level_means(values: Tensor) -> Tensor:
-        """Sum over levels of the means over claims; values (B, R)."""
+    def level_means(values: Tensor) -> Tensor:  # sum over levels of the means over claims; values (B, R)
         return ((values.view_as(of_level) * of_level).sum((0, 1, 3)) / claims_in_level).sum()
 
     own = take(raw, index)  # (B, R, 5 + C)

@@ -80,10 +80,8 @@ class Bench:
         ratio = "" if other is None else f"{other / one:.3g}"
         row = what, against, ratio, f"{shown:.4g}", unit, self.machine, self.commit
         self.rows.append(row)
-        print(
-            f"[{time.strftime('%X')}] {what}: {shown:.4g} {unit}" + (f", {ratio} x {against}" if ratio else ""),
-            flush=True,
-        )
+        beside = f", {ratio} x {against}" if ratio else ""
+        print(f"[{time.strftime('%X')}] {what}: {shown:.4g} {unit}{beside}", flush=True)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with self.out.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
@@ -95,9 +93,8 @@ def speed_table(path: Path) -> str:
         rows = [row for row in csv.DictReader(file) if row["ratio"]]
     shown = [f"| {row['what']} | {row['median']} {row['unit']} | {row['against']} | {row['ratio']} |" for row in rows]
     places = ", ".join(dict.fromkeys(f"{row['machine']} at {row['commit']}" for row in rows))
-    return "\n".join(
-        ["| what | ours | against | times faster |", "|---|---|---|---|", *shown, "", f"Medians; {places}."]
-    )
+    head = ["| what | ours | against | times faster |", "|---|---|---|---|"]
+    return "\n".join([*head, *shown, "", f"Medians; {places}."])
 
 
 def into_readme(table: str, path: Path = ROOT / "README.md") -> None:

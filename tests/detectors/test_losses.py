@@ -3,7 +3,6 @@
 import math
 from fractions import Fraction
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,9 +56,6 @@ def unit_sides(boxes):
     return torch.full_like(boxes, 0.5), torch.full_like(boxes[:, :2], 4)
 
 
-# ---------------------------------------------------------------------------------------------------- worked by hand
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_both_eious_notes_5_1_by_hand(name, dtype):
@@ -80,9 +76,6 @@ def test_side_likelihood_notes_5_2_by_hand():
     deviations = rows((0.1, 1.0, 0.5, 0.2))
     found = losses.side_likelihood_loss(boxes, targets, deviations, sizes)
     assert found.item() == pytest.approx(0.7 * (0.625 + math.log(0.01)), rel=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------------------- oracles
 
 
 def ratio(part, whole):
@@ -135,9 +128,6 @@ def test_both_eious_equal_exact_fractions(some):
             assert found.tolist() == pytest.approx([float(exact(a, b)) for a, b in some], abs=tight)
 
 
-# --------------------------------------------------------------------------------------------------------------- laws
-
-
 @fewer
 @given(pairs)
 def test_equal_boxes_have_loss_zero_to_the_last_bit(some):
@@ -148,9 +138,6 @@ def test_equal_boxes_have_loss_zero_to_the_last_bit(some):
         assert (losses.extended_iou(boxes, boxes.clone()) == 1).all()
         still = boxes.requires_grad_()
         assert not grad(losses.extended_iou_loss(still, boxes.detach().clone()).sum(), still)[0].any()
-
-
-# ---------------------------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -181,8 +168,6 @@ def test_the_gradient_of_the_likelihood_is_that_with_a_constant_weight(name):
     for slope, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(slope, iou(boxes) * plain, rtol=1e-12, atol=1e-12)
 
-
-# --------------------------------------------------------------------------------------------------- degenerate boxes
 
 POINT, LINE, WALL = (1, 2, 1, 2), (0, 2, 4, 2), (2, 0, 2, 4)
 
@@ -215,9 +200,6 @@ def test_boxes_without_area_are_defined_and_never_nan(box, target, extended, eff
     assert losses.side_likelihood_loss(boxes, targets, *unit_sides(boxes)).item() == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ crowding
-
-
 def crowding(*boxes):
     """Of one image, beside one that is all padding."""
     found = losses.crowding(torch.stack([rows(*boxes)] * 2), torch.tensor([[True], [False]]).expand(2, len(boxes)))
@@ -238,14 +220,6 @@ def test_crowding_notes_5_3_by_hand():
 
 
 @fewer
-@given(st.lists(st.one_of(boxes_of(st.integers(1, 40)), boxes_of(st.integers(0, 3))), min_size=1, max_size=15))
-def test_crowding_equals_a_loop(some):
-    for i, found in enumerate(crowding(*some)):
-        hits = sum(oracles.iou(some[i], other) > 0 for j, other in enumerate(some) if j != i)
-        assert found == pytest.approx(hits / max(len(some) - 1, 1), abs=1e-12)
-
-
-@fewer
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30), st.floats(0, 10))
 def test_emphasis_has_mean_one_and_keeps_the_order(values, strength):
     weights = losses.emphasis_weights(torch.tensor(values, dtype=torch.float64), strength)
@@ -257,8 +231,6 @@ def test_emphasis_has_mean_one_and_keeps_the_order(values, strength):
     masked = losses.emphasis_weights(spread, strength, counted)
     torch.testing.assert_close(masked[1::2], weights, rtol=1e-12, atol=0)
 
-
-# ------------------------------------------------------------------------------------------- balanced softmax, by hand
 
 THREE = torch.tensor([[math.log(2), math.log(3), math.log(5)], [0, 0, 0]], dtype=torch.float64)  # exp: 2, 3, 5; 1, 1, 1
 
@@ -311,9 +283,6 @@ def test_what_stands_in_padding_does_not_matter():
     assert loss == 0 and not grad(loss, padded)[0].any()
 
 
-# ------------------------------------------------------------------------------------------------ KAFAL's distillation
-
-
 def test_compensation_weights_by_hand():
     # 1 / 1, 1 / 2, 1 / 4: of 7 / 4 in all; the class without labels gets nothing
     found = losses.compensation_weights(torch.tensor([1, 2, 0, 4], dtype=torch.float64))
@@ -334,9 +303,6 @@ def test_compensation_loss_by_hand():
     # w (p - q) / (C B)
     wanted = torch.tensor([[-0.25, 0, 0.25], [0, 0, 0]], dtype=torch.float64) * 0.6 / 6
     torch.testing.assert_close(student.grad, wanted, rtol=1e-6, atol=1e-15)
-
-
-# ------------------------------------------------------------------------------------------ images ranked by their loss
 
 
 def test_ranking_loss_1905_03677_eq_2_by_hand():

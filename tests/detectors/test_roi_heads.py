@@ -47,9 +47,6 @@ def crowded(target):
     return target | {"density": crowding(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool))[0]}
 
 
-# ------------------------------------------------------------------------------------------------- torchvision's, plain
-
-
 def torchvisions(roi, score=0.05, top=100):
     """torchvision's own heads on the very same modules."""
     parts, sampler = (roi.box_roi_pool, roi.box_head, roi.box_predictor), roi.fg_bg_sampler
@@ -91,8 +88,6 @@ def test_weights_do_not_depend_on_what_stands_beside_them():
     other = rcnn(HUALE, seed=1, box_loss_head=True).state_dict()
     assert not any(torch.equal(other[k], v) for k, v in seen.items() if "iou_head" not in k)
 
-
-# ------------------------------------------------------------------------------------------- each loss, by plain loops
 
 HIDDEN, CLASSES = 6, 3
 TRUTHS = [  # of three images: two of the first's three boxes overlap
@@ -241,9 +236,6 @@ def test_every_part_equals_a_loop_over_rois(box, auxiliary, emphasis, padding):
     assert oracles.iou(decoded(leaves[2][2, 8:12].tolist(), ROIS[2][1]), TRUTHS[0][2]) == 0  # one is far off
 
 
-# ------------------------------------------------------------------------------------------------------------ gradients
-
-
 @pytest.mark.parametrize("arm", [{}, HUALE, {"box_loss": "extended_iou", "auxiliary_head": "iou"}])
 def test_a_box_loss_head_trains_itself_and_nothing_else(arm):
     model = rcnn(arm, box_loss_head=True)
@@ -286,25 +278,6 @@ def test_losses_are_finite_without_objects_and_say_what_is_not_a_number(arm, wha
     sum(parts.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert model.roi.box_predictor.cls_score.weight.grad.any()
-
-
-# ----------------------------------------------------------------------------------------------------------- prediction
-
-
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("auxiliary", AUXILIARY)
-def test_what_is_known_of_each_detection(auxiliary, head):
-    model = rcnn(auxiliary_head=auxiliary, box_loss_head=head).eval()
-    found = model.predict(pixels(3), score_above=0.1, top=20)
-    names = {"level"} | ({"sides"} if auxiliary != "none" else set()) | ({"predicted_loss"} if head else set())
-    assert found.extra.keys() == names and found.valid.sum() > 20
-    for name, value in found.extra.items():
-        assert value.shape == (*found.labels.shape, *((4,) if name == "sides" else ()))
-        assert not value[~found.valid].any()
-    if auxiliary != "none":
-        sides = found.extra["sides"][found.valid]
-        assert (sides > 0).all() and (sides < 1).all() and len(sides.unique()) > 20
-        assert (sides == sides[:, :1]).all() == (auxiliary == "iou")
 
 
 def test_an_unsure_box_ranks_below_a_sure_one_of_less_probability_by_hand():

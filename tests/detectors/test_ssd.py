@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detector_cases import as_list, learn, pixels, random_boxes, random_targets, same_detections, small
+from detector_cases import as_list, pixels, random_boxes, random_targets, same_detections, small
 from oracles import matched_boxes
 from torch import nn
 from torchvision.models.detection import ssd300_vgg16
@@ -10,8 +10,7 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchSSD
 from torchvision.ops import box_iou
 
-from fedal_utils.data import clip_boxes
-from fedal_utils.detectors.ssd import anchor_losses, match_anchors, octave_sizes
+from fedal_utils.detectors.ssd import anchor_losses, match_anchors, multibox, octave_sizes
 from fedal_utils.seeding import torch_rng_for
 
 REFERENCE = TorchSSD(nn.Identity(), DefaultBoxGenerator([[2]]), (64, 64), 4, head=nn.Identity())  # its matcher and loss
@@ -25,9 +24,6 @@ def torch_matched(boxes, classes, anchors):
         else:
             out.append(REFERENCE.proposal_matcher(box_iou(target["boxes"], anchors)))
     return out
-
-
-# ------------------------------------------------------------------------------------------------------------ targets
 
 
 @pytest.mark.parametrize("case", range(30))
@@ -50,29 +46,6 @@ def test_matching_with_ignored_boxes_equals_the_oracle(case):
         assert matched[i].tolist() == want
 
 
-def test_matching_by_hand():
-    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
-
-    def match(boxes, classes, ignore):
-        rows = (torch.tensor([each]) for each in (boxes, classes, ignore))
-        return match_anchors(*rows, anchors)[0].tolist()
-
-    # of two boxes that share their best anchor (IoU 1 and .16) the later one owns it, as in torchvision
-    twins = [[0.0, 0, 10, 10], [0, 0, 4, 4]]
-    assert match(twins, [1, 2], [False] * 2) == match(twins[::-1], [1, 2], [False] * 2) == [1, -1, -1, -1]
-    # anchor 0 lies on a real box; 1 on an ignored one (IoU 1): not used; 2 on an ignored one by 0.4 only: background
-    boxes = [[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 44, 10], [0, 0, 0, 0]]
-    assert match(boxes, [1, 1, 1, 0], [False, True, True, False]) == [0, -2, -1, -1]
-    # the same box both real and ignored: the real one keeps its anchors
-    assert match([[0.0, 0, 10, 10]] * 2, [1, 1], [True, False]) == [1, -1, -1, -1]
-    # an ignored box owns no anchor, however bad its best one is
-    assert match([[80.0, 0, 90, 10]], [1], [True]) == [-1] * 4
-    assert match([[80.0, 0, 90, 10]], [1], [False]) == [0, -1, -1, -1]
-
-
-# --------------------------------------------------------------------------------------------------------------- loss
-
-
 @pytest.mark.parametrize("case", range(5))
 def test_the_loss_equals_torchvisions_in_value_and_gradient_of_the_batch_and_of_each_image(case):
     rng = torch_rng_for(case, "loss")
@@ -88,14 +61,14 @@ def test_the_loss_equals_torchvisions_in_value_and_gradient_of_the_batch_and_of_
         found = REFERENCE.compute_loss(targets, outputs, [anchors] * len(targets), own)
         return {"classification": found["classification"], "regression": found["bbox_regression"]}
 
-    ours, wanted = each.of_batch(), theirs(slice(None))
+    ours, wanted = multibox(*each, (0, 1)), theirs(slice(None))
     slopes = [torch.autograd.grad(sum(p.values()), (logits, deltas), retain_graph=True) for p in (ours, wanted)]
     for a, b in zip(*slopes, strict=True):
         assert b.abs().max() > 0 and torch.allclose(a, b, atol=1e-6)
     for name, value in wanted.items():
         assert ours[name].item() == pytest.approx(value.item(), rel=1e-5)
         alone = [theirs(slice(i, i + 1))[name].item() for i in range(3)]
-        assert each.per_image()[name].tolist() == pytest.approx(alone, rel=1e-5)
+        assert multibox(*each, (1,))[name].tolist() == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_loss_1512_02325_eq_1_by_hand():
@@ -108,7 +81,7 @@ def test_the_loss_1512_02325_eq_1_by_hand():
     deltas[0, 0] = torch.tensor([0.5, 2.0, 0, 0])  # the target is 0: smooth L1 0.125 + 1.5
 
     def loss(*matched):
-        return anchor_losses(logits, deltas, boxes, classes, torch.tensor([matched]), anchors).of_batch()
+        return multibox(*anchor_losses(logits, deltas, boxes, classes, torch.tensor([matched]), anchors), (0, 1))
 
     assert loss(0, -1, -1, -1, -1)["regression"].item() == pytest.approx(1.625)
     # 1 positive + 3 hard negatives, ln 2 each
@@ -116,9 +89,6 @@ def test_the_loss_1512_02325_eq_1_by_hand():
     # an anchor that is not used teaches nothing: two hard ones are left, and the sure one takes the third place
     sure = torch.log1p(torch.exp(torch.tensor(-5.0))).item()
     assert loss(0, -2, -1, -1, -1)["classification"].item() == pytest.approx(3 * 0.693147 + sure, rel=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------- whole model
 
 
 def test_ssd300_vgg16_equals_torchvisions_with_the_same_weights():
@@ -143,7 +113,7 @@ def test_ssd300_vgg16_equals_torchvisions_with_the_same_weights():
         maps = list(theirs.backbone(images.tensors).values())
         anchors = theirs.anchor_generator(images, maps)[0]
         # 400 candidates of all classes here, of each class there: a threshold that 60 pairs pass makes them the same
-        best = ours.eval()(x)[0].softmax(-1)[..., 1:].flatten().sort(descending=True).values
+        best = ours.eval()(x)[1].softmax(-1)[..., 1:].flatten().sort(descending=True).values
         theirs.score_thresh = float(best[59:61].mean())
         found, wanted = ours.predict(x, score_above=theirs.score_thresh), theirs.eval()(list(x / 255))
     assert torch.equal(ours.anchors, anchors) and len(anchors) == 8732
@@ -157,24 +127,14 @@ def test_anchors_sit_in_the_middle_of_their_cells_and_follow_the_head():
     model = small(image_size=(64, 96), anchor_side=8.0, anchor_ratios=(1.0,)).eval()
     anchors, first = model.anchors, 8 * 12 * 2
     assert anchors.shape == (8 * 12 * 2 + 4 * 6 * 2 + 2 * 3 * 2, 4)
+    assert model.levels.tolist() == [0] * 8 * 12 * 2 + [1] * 4 * 6 * 2 + [2] * 2 * 3 * 2
     centres, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     assert centres[:4].tolist() == [[4, 4], [4, 4], [12, 4], [12, 4]]  # cell after cell, two anchors each
     assert centres[first].tolist() == [8, 8] and centres[-1].tolist() == [80, 48]
     assert sides[:2].tolist() == [[8, 8], [12, 12]] and sides[first].tolist() == [16, 16]  # 8 sqrt 2, to whole pixels
     assert octave_sizes(16, 2) == ((16, pytest.approx(22.627417)), (32, pytest.approx(45.254834)))
-    logits, deltas = model(pixels(1, 64, 96))
+    _, logits, deltas = model(pixels(1, 64, 96))
     assert logits.shape[1] == deltas.shape[1] == len(anchors)
-
-
-def test_a_small_ssd_learns_eight_images_by_heart():
-    x, (boxes, classes, _), losses, model = learn(small(), 60)
-    found = model.predict(x, score_above=0.5)
-    overlap = torch.stack([box_iou(b[:1], f[:1])[0, 0] for b, f in zip(boxes, found.boxes, strict=True)])
-    assert torch.equal(found.labels[:, 0], classes[:, 0]) and overlap.min() > 0.5
-    assert losses[-1]["classification"] < 0.3 * losses[0]["classification"]
-
-
-# ------------------------------------------------------------------------------------------------------- its two heads
 
 
 def few_targets():
@@ -213,45 +173,13 @@ def test_a_head_changes_nothing_else_of_an_ssd_and_trains_itself_alone(option, h
     assert model.loss(x[:2], *empty)[part] >= 0
 
 
-class Numbered(nn.Module):
-    """In the place of a box loss head of one map: the number of each anchor, counted as the class head counts."""
-
-    def __init__(self, first, cell):
-        super().__init__()
-        self.first, self.cell = first, cell
-
-    def forward(self, m):
-        height, width = m.shape[-2:]
-        number = self.first + torch.arange(height * width * self.cell).view(height, width, self.cell)
-        return number.permute(2, 0, 1).expand(len(m), -1, -1, -1).float()
-
-
-@pytest.mark.parametrize("ratios", [(1.0,), (0.7, 1.4)])
-def test_an_ssd_knows_the_map_and_the_predicted_loss_of_each_anchor(ratios):
-    model = small(image_size=(64, 96), anchor_side=8.0, anchor_ratios=ratios, box_loss_head=True).eval()
-    cell = 2 * len(ratios)
-    counts = [cell * (64 // stride) * (96 // stride) for stride in (8, 16, 32)]
-    firsts = [100, 100 + counts[0], 100 + counts[0] + counts[1]]  # softplus(x) = x to the last bit from 100 on
-    model.evidence_head = nn.ModuleList(Numbered(first, cell) for first in firsts)
-    for layer in model.head.regression_head.module_list:  # boxes are anchors
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    model.candidates = 10_000
-    found = model.predict(pixels(2, 64, 96), score_above=0.0, nms_iou=0.99, top=10_000)
-    number = found.extra["predicted_loss"][found.valid].long() - 100
-    assert len(number.unique()) > 0.8 * sum(counts)
-    assert torch.allclose(found.boxes[found.valid], clip_boxes(model.anchors[number], (64, 96)), atol=1e-4)
-    wanted = torch.bucketize(number, torch.tensor(counts).cumsum(0), right=True)
-    assert torch.equal(found.extra["level"][found.valid], wanted) and set(wanted.tolist()) == {0, 1, 2}
-
-
 def test_the_box_loss_head_learns_five_times_the_mean_squared_error_of_positive_anchors_by_a_loop():
     model, x = small(box_loss_head=True), pixels(3)
     boxes, classes, ignore = random_targets(torch_rng_for(2, "targets"), 3, some_ignored=True)
     boxes[0, :3], classes[0, :3], ignore[0, :3] = model.anchors[[40, 270, -2]], torch.tensor([1, 2, 3]), False
     with torch.no_grad():
         part = model.loss(x, boxes, classes, ignore)["box_loss_head"].item()
-        logits, predicted = model(x)[0], model.eval().raw_detections(x).extra["predicted_loss"]
+        logits, predicted = model(x)[1], model.eval().raw_detections(x).extra["predicted_loss"]
     errors = []
     for i, row in enumerate(match_anchors(boxes, classes, ignore, model.anchors).tolist()):
         for a, at in enumerate(row):

@@ -22,9 +22,6 @@ def losses(model, x):
     return losses_of(model, x, *model(x))
 
 
-# --------------------------------------------------------------------------------------------------------- divergence
-
-
 def penalty(mean, log_std, released=False):
     x = torch.zeros(len(mean), 3, 2, 2)
     return losses_of(built(as_released=released), x, x, mean, log_std)["kl"]
@@ -101,9 +98,6 @@ def test_latents_are_the_mean_or_drawn_around_it():
     drawn_z, again, spread = model(x, torch_rng_for(3, "noise"))
     torch.testing.assert_close(drawn_z, mean + log_std.exp() * noise)
     assert torch.equal(again, mean) and torch.equal(spread, log_std)
-
-
-# -------------------------------------------------------------------------------------------------------------- losses
 
 
 def test_reconstruction_by_hand():

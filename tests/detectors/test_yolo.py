@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from detector_cases import learn, pixels, small
+from detector_cases import pixels, small
 from torch import nn
-from torchvision.ops import box_iou
 
 from fedal_utils.config import Config
 from fedal_utils.detectors import VIEWS, build
@@ -36,9 +35,6 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-# ------------------------------------------------------------------------------------------------------- architecture
-
-
 @pytest.mark.parametrize(
     "classes, trained, folded", [(2, 7_066_239, 7_056_607), (8, 7_082_421, 7_072_789), (80, 7_276_605, 7_266_973)]
 )
@@ -65,19 +61,6 @@ def test_biases_start_at_eight_objects_in_an_image_of_640_px_or_of_as_much_as_th
         bias = layer.bias.view(3, -1)
         assert torch.allclose(bias[:, 4].exp(), torch.full((3,), 8 / number), rtol=1e-4)
         assert torch.allclose(bias[:, 5:].exp(), torch.full((3, classes), odds), rtol=1e-3)
-
-
-def test_a_few_images_are_learned_by_heart():
-    model = tiny(size=(64, 64), norm="group", anchor_side=5.0, loss_weights=(0.05, 1.0, 20.0))  # few classes, few steps
-    x, (boxes, classes, _), losses, model = learn(model, 60, 5e-3, images=4)
-    assert losses[-1]["box"] < 0.7 * losses[0]["box"]
-    assert losses[-1]["classification"] < 0.3 * losses[0]["classification"]
-    best = model.predict(x, score_above=0.05, class_agnostic=True)
-    overlap = torch.stack([box_iou(b[:1], f[:1])[0, 0] for b, f in zip(boxes, best.boxes, strict=True)])
-    assert torch.equal(best.labels[:, 0], classes[:, 0]) and overlap.min() > 0.5
-
-
-# --------------------------------------------------------------------------------------------------------- prediction
 
 
 def same_detections(a, b, atol=1e-3):
@@ -107,9 +90,6 @@ def test_confidence_is_objectness_times_class_and_probs_sum_to_one(classes):
         assert found.probs[0, t].tolist() == pytest.approx(shares, abs=1e-6)
         assert found.boxes[0, t].tolist() == pytest.approx(boxes[row].tolist(), abs=1e-3)
     assert torch.allclose(found.probs.sum(-1), torch.ones(1, len(want)), atol=1e-6)
-
-
-# -------------------------------------------------------------------------------------------------------------- views
 
 
 @pytest.mark.parametrize(

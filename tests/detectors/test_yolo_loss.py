@@ -38,9 +38,6 @@ def test_decoding_one_cell_by_hand():
     assert reach == pytest.approx([4.5 * 16, 6.5 * 16])  # half a cell beyond either side
 
 
-# ------------------------------------------------------------------------------------------------------------ targets
-
-
 def oracle_claims(boxes, classes, ignore, anchors, size):
     """All (image, box, level, anchor, row, column) that are claimed; looks at every cell."""
     claims = []
@@ -130,9 +127,6 @@ def test_claims_by_hand():
     assert {a for *_, a, _, _ in wide} | {0} == {a for *_, a, _, _ in less}
     assert 0 not in {a for _, _, level, a, _, _ in wide if level == 0}
     assert 0 in {a for _, _, level, a, _, _ in less if level == 0}
-
-
-# --------------------------------------------------------------------------------------------------------------- loss
 
 
 def sigmoid(x):

@@ -49,9 +49,6 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---------------------------------------------------------------------------------------------------------- optimizer
-
-
 @pytest.mark.parametrize(("limit", "length"), [(0.0, 5), (1.0, 2), (1.5, 3), (9.0, 5), (0.2, 0)])
 def test_a_warm_up_takes_no_more_steps_than_so_many_passes(scenes, monkeypatch, limit, length):
     seen, step = [], torch.optim.SGD.step
@@ -122,29 +119,6 @@ def test_a_state_is_as_it_was_if_training_raises(one_image):
     assert state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in before)
 
 
-def test_gradients_of_accumulated_images_add_up_to_those_of_the_bigger_batch(one_image):
-    """YOLO's loss is B times a mean, so two batches of one image are a batch of two."""
-    plain = SGD.replace(clip=0.0, lr=1e-3)
-    start, bigger, added, single = (new_model("yolo") for _ in range(4))
-    calls(one_image, plain.replace(batch=2), [2], bigger)
-    calls(one_image, plain.replace(batch=1, accumulate_to=2), [4], added)
-    calls(one_image, plain.replace(batch=1), [2], single)
-    for w, a, b, c in zip(*(m.parameters() for m in (start, bigger, added, single)), strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
-        if w.dim() > 1 and float((a - w).detach().norm()) > 1e-4:
-            assert float((a - w).detach().norm()) > 1.3 * float((c - w).detach().norm())
-
-
-def test_a_gradient_is_clipped_to_the_norm_that_was_given(scenes):
-    def moved(config):
-        pairs = zip(new_model().parameters(), trained(scenes, config, 1)[0].parameters(), strict=True)
-        return math.sqrt(sum(float((a - b).detach().square().sum()) for a, b in pairs))
-
-    assert moved(SGD.replace(clip=0.5)) == pytest.approx(0.1 * 0.5, rel=1e-3)  # lr x norm
-    free = moved(SGD.replace(clip=0.0))
-    assert free > 0.06 and moved(SGD.replace(clip=1e6)) == pytest.approx(free, rel=1e-4)
-
-
 def test_heads_that_look_on_are_clipped_each_by_itself_and_slow_nobody(scenes):
     config = SGD.replace(clip=0.05)
     both = {"box_loss_head": True, "image_loss_head": True}
@@ -205,9 +179,6 @@ def test_steps_of_sgd_by_hand(one_image, steps, options, wanted):
     assert model.idle.item() == model.backbone.item() == 1.0 and model.counter.item() == 1 + steps
 
 
-# ------------------------------------------------------------------------------------------------------ rows and bytes
-
-
 def test_rows_count_steps_and_hold_the_mean_of_each_part(scenes):
     rows = trained(scenes, PLAIN.replace(epochs=3))[1]
     assert [row["epoch"] for row in rows] == [0, 1, 2] and [row["steps"] for row in rows] == [2, 4, 6]
@@ -232,9 +203,6 @@ def test_the_same_seed_gives_the_same_bytes_whatever_ran_before(scenes, detector
     b, rows_b = trained(scenes, config, 3, detector)
     assert rows_a == rows_b and same(a, b)
     assert not same(a, trained(scenes, config, 3, detector, seed=1)[0])
-
-
-# --------------------------------------------------------------------------------------------------------- divergence
 
 
 def test_a_nan_loss_names_the_client_and_the_image_and_spoils_no_weight(scenes):
