@@ -1,15 +1,14 @@
 """What sees: detectors, classifiers, and the VAE that says how novel an image is.
 
-base, backbones, losses: what they share. ssd; faster_rcnn with roi_heads and proposals; yolo with yolo_loss.
-classifiers, linear, vae. build: a model of a config, or the reason why there is none.
+base, backbones, losses: what they share. ssd; faster_rcnn with roi_heads; yolo with yolo_loss; classifiers; vae.
+build: a model of a config, or the reason why there is none.
 """
 
 from .backbones import Embedder
 from .base import Detector, Inputs, clone, decode_boxes, encode_boxes
 from .build import build, build_vae
-from .classifiers import CLASSIFIERS, Classifier
+from .classifiers import CLASSIFIERS, Classifier, LinearClassifier, out_of_fold
 from .faster_rcnn import FasterRCNN
-from .linear import LinearClassifier, out_of_fold
 from .losses import (
     balanced_cross_entropy,
     compensation_loss,

@@ -5,9 +5,8 @@ import torch
 from ..config import Config
 from ..seeding import borrowed_global_rng
 from .base import Detector
-from .classifiers import CLASSIFIERS, Classifier, conv4, mlp, resnet8
+from .classifiers import CLASSIFIERS, Classifier, LinearClassifier, conv4, mlp, resnet8
 from .faster_rcnn import FasterRCNN
-from .linear import LinearClassifier
 from .ssd import SSD
 from .vae import VAE
 from .yolo import YOLO

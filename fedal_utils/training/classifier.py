@@ -14,7 +14,7 @@ from ..config import TrainingConfig
 from ..data import Images, random_crop
 from ..detectors import Classifier, balanced_cross_entropy, compensation_loss, compensation_weights
 from . import schedule
-from .inference import Device, class_scores
+from .inference import class_scores
 from .schedule import LocalTask, TrainingDiverged
 
 State = Draws = dict[str, Tensor]
@@ -54,8 +54,8 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
 
     length (S,): images of a step, the last of a pass may be short; what stands behind repeats the first. rows, target
     (S, B): of the training set, and their classes; flip (S, B) bool; shift (S, B, 2) in 0..2 * crop. If mixing also
-    mixed, mixed_flip, mixed_shift likewise, and beta, partner (S, B): image b becomes beta_b * itself + (1 - beta_b) *
-    its partner; they come from a generator of their own, so that mixing moves nothing of the rest.
+    mixed, mixed_flip, mixed_shift, and beta, partner (S, B): image b becomes beta_b * itself + (1 - beta_b) * partner.
+    They come from a generator of their own, so that mixing moves nothing of the rest.
     """
     rng, batch, crop = task.rng, config.batch, config.augment.crop
     apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
@@ -86,9 +86,7 @@ def draw(task: ClassifierTask, config: TrainingConfig, mixing: bool, one_partner
     return draws
 
 
-def ready(
-    tasks: Sequence[ClassifierTask], config: TrainingConfig, teacher: Classifier | None, device, as_released: bool
-) -> Classifier | None:
+def ready(tasks, config: TrainingConfig, teacher: Classifier | None, device, as_released: bool) -> Classifier | None:
     """A teacher that can be asked and does not learn; None where nothing is distilled. ValueError: a bad task."""
     if config.optimizer != "sgd" or config.ema or config.amp or config.warmup_momentum or config.warmup_bias_lr:
         raise ValueError("classifiers take plain SGD: optimizer='sgd', ema=0, amp=False, no warm-up but of the lr")
@@ -110,13 +108,7 @@ def result_of(state: State, steps: int, parts: dict[str, float], task: Classifie
 
 
 def fit_classifier(
-    model: Classifier,
-    task: ClassifierTask,
-    images: Images,
-    config: TrainingConfig,
-    teacher: Classifier | None = None,
-    device: Device = "cpu",
-    as_released: bool = False,
+    model: Classifier, task: ClassifierTask, images, config, teacher=None, device="cpu", as_released: bool = False
 ) -> LocalResult:
     """Train `model` in place on one client's labelled images: SGD with momentum and weight decay on all weights.
 

@@ -129,20 +129,12 @@ def _batches(images, labels: Labels, config: TrainingConfig, task: LocalTask, de
 
 
 def fit_vae(
-    vae: VAE,
-    images: Images,
-    rows: np.ndarray,
-    config: VAEConfig,
-    rng: torch.Generator,
-    device: Device = "cpu",
-    client: str = "vae",
+    vae: VAE, images: Images, rows: np.ndarray, config: VAEConfig, rng: torch.Generator, device="cpu", client="vae"
 ) -> Iterator[dict]:
     """Train `vae` in place on these rows of `images` with Adam; yields as `fit` does, of each part its mean an image.
 
     The loss is the batch's mean of reconstruction + kl_weight * kl. With `vae.as_released` the gradient is never reset
-    in a call: each step adds to what clipping left of the sum so far.
-
-    rng: of order and of the latents' noise. client: named if the loss stops being finite.
+    in a call: each step adds to what clipping left of the sum so far. rng: of order and of the latents' noise.
     """
     device = torch.device(device)
     vae.to(device).train()

@@ -16,10 +16,7 @@ _GRAPHS: "dict[tuple, Graphs]" = {}
 def add_gradients(
     net: Detector, batch: tuple, amp: bool, generator: torch.Generator, reached: Sequence[nn.Parameter] = ()
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Add the gradients of a batch; ("loss", ...) and the loss and the parts of it (P,).
-
-    reached: the parameters that have a gradient, where they are known: it is added where it lies.
-    """
+    """Add the gradients of a batch, in place to those of `reached` if known; names and values of losses (P,)."""
     device = batch[-1].device
     with tensor_cores(amp):
         with half_precision(device, amp):
@@ -91,17 +88,11 @@ class Graphs:
         return places, run
 
 
-def captured(
-    function: Callable,
-    touched: Sequence[Tensor],
-    device: torch.device,
-    generator: torch.Generator | None = None,
-    stream: torch.cuda.Stream | None = None,
-) -> Callable:
+def captured(function: Callable, touched: Sequence[Tensor], device, generator=None, stream=None) -> Callable:
     """The function as a CUDA graph; on a CPU itself.
 
-    touched: tensors that it writes to, left as they were. device: whose. generator: what it draws from.
-    stream: where it is captured; graphs that run side by side need one each.
+    touched: tensors that it writes to, left as they were. generator: what it draws from. stream: where it is captured;
+    graphs that run side by side need one each.
     """
     if device.type != "cuda":
         return function
@@ -136,10 +127,7 @@ def remembered(cache: dict, key: Hashable, make: Callable[[], object], most: int
 
 
 class SplitNorm(nn.BatchNorm2d):
-    """A BatchNorm2d for `batches` of equal length, each with its own statistics.
-
-    masked: images of the first batch whose `valid` (B,) is 0 are padding, which moves no statistics.
-    """
+    """A BatchNorm2d for `batches` of equal length, each with its own statistics; masked: of the first only `valid`."""
 
     batches, masked, valid = 1, False, None
 

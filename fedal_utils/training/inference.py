@@ -22,14 +22,11 @@ Folder = str | Path | None
 
 @dataclass(frozen=True)
 class CachedImages:
-    """A frozen backbone's maps of a set of images, in the place of its pixels: same interface as `data.Images`.
-
-    features, mirrored: tuples of (N, C, h, w), of the images and of their mirror images (None = not cached).
-    """
+    """A frozen backbone's maps of a set of images, in the place of its pixels: same interface as `data.Images`."""
 
     ids: tuple[str, ...]
-    features: tuple[Tensor, ...]
-    mirrored: tuple[Tensor, ...] | None
+    features: tuple[Tensor, ...]  # (N, C, h, w) each
+    mirrored: tuple[Tensor, ...] | None  # of the mirror images
     sizes: Tensor
     image_size: tuple[int, int]
     groups: tuple[str, ...] | None = None
@@ -109,16 +106,13 @@ def embedded_sets(
 
     side: of the images that it sees. folder: kept there on disk.
     """
-    net, parts = Embedder(side).to(device).eval(), (train, test)
-    state = list(net.state_dict().values())
-    features = [
-        _kept(part.images, state, ("embedder", side), device, folder, lambda x: [net(x).float().cpu()], 16)[0]
-        for part in parts
-    ]
-    mean, spread = features[0].mean(0), features[0].std(0).clamp(min=1e-6)
-    found = []
-    for part, values in zip(parts, features, strict=True):
+    net, found = Embedder(side).to(device).eval(), []
+    state, about = list(net.state_dict().values()), ("embedder", side)
+    for part in (train, test):
         old = part.images
+        values = _kept(old, state, about, device, folder, lambda x: [net(x).float().cpu()], 16)[0]
+        if part is train:
+            mean, spread = values.mean(0), values.std(0).clamp(min=1e-6)
         standard = ((values - mean) / spread,)
         images = CachedImages(old.ids, standard, None, old.sizes, old.image_size, old.groups)
         found.append(replace(part, images=images))
@@ -196,7 +190,7 @@ def class_scores(model: Classifier, images: Source, batch: int = 256, device: De
 
 
 def learned_losses(model: SSD, images: Source, batch: int = 64, device: Device = "cpu") -> Tensor:
-    """Predicted loss of each image (N,), in order, on the CPU: see `SSD.predicted_loss`. No image gives (0,)."""
+    """Predicted loss of each image (N,), in order, on the CPU: see `SSD.predicted_loss`."""
     return torch.cat(_answers(model, images, batch, device, model.predicted_loss) or [torch.zeros(0)]).float()
 
 

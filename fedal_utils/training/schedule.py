@@ -19,25 +19,20 @@ class TrainingDiverged(ValueError):
 
 @dataclass(frozen=True)
 class LocalTask:
-    """What one client trains in one call.
+    """What one client trains in one call."""
 
-    rng: of order and augmentation. client: named if the loss stops being finite. iterations: steps in the place of
-    `config.epochs`. optimizer_state: of an earlier call (empty: none), updated in place at the end; None = reset.
-    schedule_position: (steps before this call, steps in all) of the schedule; None = this call is all there is.
-    """
-
-    rng: torch.Generator
-    client: str = "central"
-    iterations: int | None = None
-    optimizer_state: dict[str, Tensor] | None = None
-    schedule_position: tuple[int, int] | None = None
+    rng: torch.Generator  # of order and augmentation
+    client: str = "central"  # named if the loss stops being finite
+    iterations: int | None = None  # steps in the place of `config.epochs`
+    optimizer_state: dict[str, Tensor] | None = None  # of an earlier call, updated in place at the end; None = reset
+    schedule_position: tuple[int, int] | None = None  # steps before this call, and in all; None = this call alone
 
 
 def draw_batches(count: int, batch: int, epochs: int | None, iterations: int | None, rng: torch.Generator) -> Iterator:
     """(epoch, is last of it, index) of each batch; an epoch is a pass over `count` images.
 
-    epochs: whole passes, the last batch of each short. iterations (in their place): full batches, cut from an endless
-    row of shuffles, so that a client with three images takes as many steps of the same size as one with three hundred.
+    epochs: whole passes, the last batch of each short. iterations: in their place so many full batches, cut from an
+    endless row of shuffles.
     """
     if count < 1:
         raise ValueError("nothing to train on: the set of labelled images is empty")
@@ -81,10 +76,11 @@ def batches_per_step(config: TrainingConfig, step: int) -> int:
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov's momentum, or AdamW; only weights of two or more dimensions decay. Biases come last."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    flat = [(name.endswith("bias"), p) for name, p in trained if p.dim() <= 1]
-    groups = [{"params": [p for _, p in trained if p.dim() > 1], "weight_decay": config.weight_decay}]
-    groups += [{"params": [p for bias, p in flat if bias == last], "weight_decay": 0.0} for last in (False, True)]
+    groups = [{"params": [], "weight_decay": decay} for decay in (config.weight_decay, 0.0, 0.0)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            place = 0 if parameter.dim() > 1 else 1 + name.endswith("bias")
+            groups[place]["params"].append(parameter)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups, lr=config.lr)

@@ -16,7 +16,7 @@ from ..data import Images, random_crop
 from ..detectors import Classifier, balanced_cross_entropy, compensation_loss, compensation_weights
 from .classifier import ClassifierTask, Draws, LocalResult, State, draw, fit_in_turn, ready, result_of
 from .graphs import SplitNorm, captured, flat, remembered, views
-from .inference import Device, half_precision
+from .inference import half_precision
 from .schedule import STEPS, TrainingDiverged, learning_rate_factor
 
 SLOTS = 8  # clients that train at the same time, each on a stream of its own
@@ -38,14 +38,7 @@ def fit_together(
 
 
 def fit_graphs(
-    model: Classifier,
-    states: Sequence[State],
-    tasks: Sequence[ClassifierTask],
-    images: Images,
-    config: TrainingConfig,
-    teacher: Classifier | None = None,
-    device: Device = "cuda",
-    as_released: bool = False,
+    model, states, tasks, images: Images, config: TrainingConfig, teacher=None, device="cuda", as_released=False
 ) -> list[LocalResult | TrainingDiverged]:
     """`fit_together` by steps that can be graphs."""
     device = torch.device(device)
@@ -118,10 +111,9 @@ class Shared:
 
     @torch.no_grad()
     def ahead(self, draws: Draws, gamma: Tensor) -> dict[str, Tensor]:
-        """What S steps need beside the client's weights.
+        """What S steps need beside the client's weights: target (S, B), valid (S, B), inputs (S, B or 2 B, H, W, 3).
 
-        inputs (S, B or 2 B, H, W, 3): scaled labelled images, then mixed ones; target (S, B), valid (S, B); of the
-        mixed ones the teacher's class scores taught (S, B, C), and weight (S, B), what their distillation counts.
+        Of mixed images, the second half, the teacher's scores taught (S, B, C) and weight (S, B), what they count.
         """
         steps, batch = draws["rows"].shape
         x = self._crops(draws["rows"], draws["flip"], draws["shift"])

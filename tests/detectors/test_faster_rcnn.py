@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
 from torchvision.ops import MultiScaleRoIAlign
 
-from fedal_utils.detectors import proposals
+from fedal_utils.detectors import faster_rcnn as proposals
 from fedal_utils.seeding import borrowed_global_rng, torch_rng_for
 
 HUALE = dict(box_loss="efficient_iou", box_weight=5.0, auxiliary_head="sides", auxiliary_weight=0.2, emphasis=1)
