@@ -1,8 +1,6 @@
-"""Merging: federated averaging (McMahan et al. 2017, 1602.05629), merging class by class, screening of updates.
+"""Merging: federated averaging (McMahan et al. 2017, 1602.05629), merging class by class, screening of updates."""
 
-Sums run in float64 over clients sorted by name: the order in which updates arrive changes no bit.
-"""
-
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +9,17 @@ import torch
 from torch import Tensor
 
 from ..training import STEPS
-from .messages import State, Update, unpack
+from .client import State, Update, unpack
 
 
 def shares(updates: Sequence[Update], weights: str) -> np.ndarray:
-    """Each update's part in the average, float64, summing to one: by 'images', by 'boxes', or 'equal'."""
+    """Each update's part in the average, float64, summing to one: by 'images', by 'boxes', or 'equal'.
+
+    'percent': equal but in whole percent, what is left over to the first by name (released code: 12, 11, ... of nine).
+    """
+    if weights == "percent":
+        place = np.argsort(np.argsort([update.client for update in updates]))
+        return (100 // len(updates) + (place < 100 % len(updates))) / 100
     counts = [1.0 if weights == "equal" else float(getattr(u, weights)) for u in updates]
     whole = math.fsum(counts)
     if whole <= 0:
@@ -23,10 +27,9 @@ def shares(updates: Sequence[Update], weights: str) -> np.ndarray:
     return np.array(counts, dtype=np.float64) / whole
 
 
-def average(updates: Sequence[Update], weights: str = "images", parts: Sequence[float] | None = None) -> State:
-    """FedAvg: w = sum_m p_m w_m (1602.05629 alg. 1). parts: in the place of the shares by `weights`."""
-    parts = shares(updates, weights) if parts is None else parts
-    return weighted_states([(u.client, unpack(u.payload)) for u in updates], parts)
+def average(updates: Sequence[Update], weights: str = "images") -> State:
+    """FedAvg: w = sum_m p_m w_m (1602.05629 alg. 1), weighed as in `shares`."""
+    return weighted_states([(u.client, unpack(u.payload)) for u in updates], shares(updates, weights))
 
 
 def average_optimizer_states(updates: Sequence[Update], weights: str = "images") -> State:
@@ -35,50 +38,44 @@ def average_optimizer_states(updates: Sequence[Update], weights: str = "images")
         return {}
     states = {u.client: unpack(u.optimizer_state) for u in updates}
     counts = [int(state.pop(STEPS)) for state in states.values()]
-    merged = weighted_states(list(states.items()), shares(updates, weights))
-    return {**merged, STEPS: torch.tensor(max(counts))}
+    return {**weighted_states(list(states.items()), shares(updates, weights)), STEPS: torch.tensor(max(counts))}
 
 
 def weighted_states(sent: Sequence[tuple[str, State]], parts: Sequence[float]) -> State:
-    """The sum of the clients' states, each times its part; ValueError with a client's name on what does not fit."""
+    """The sum of the clients' states, each times its part; ValueError with a client's name on what does not fit.
+
+    It runs in float64 over clients sorted by name: the order in which updates arrive changes no bit.
+    """
     names = [client for client, _ in sent]
     if len(set(names)) != len(names):
         raise ValueError(f"a client sent two updates: {sorted(names)}")
-    sums: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
-    for place in np.argsort(names):
-        (client, state), part = sent[place], float(parts[place])
-        if sums and state.keys() != sums.keys():
-            odd = sorted(state.keys() ^ sums.keys())[:3]
-            raise ValueError(f"client {client} sent other entries than the rest: {odd}")
+    order = np.argsort(names)
+    first = sent[order[0]][1]
+    for client, state in sent:
+        if odd := sorted(state.keys() ^ first.keys()):
+            raise ValueError(f"client {client} sent other entries than client {names[order[0]]}: {odd[:3]}")
         for key, value in state.items():
             if not value.is_floating_point():
                 raise ValueError(f"client {client} sent integer entry {key!r}: counters are never averaged")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"client {client} sent a non-finite {key!r}: it is not averaged")
-            if key in sums and value.shape != sums[key].shape:
-                shape = tuple(sums[key].shape)
-                raise ValueError(f"client {client} sent {key!r} of shape {tuple(value.shape)}, the rest {shape}")
-            kinds[key], term = value.dtype, value.double() * part
-            sums[key] = sums[key] + term if key in sums else term
-    return {key: value.to(kinds[key]) for key, value in sums.items()}
+            if value.shape != first[key].shape:
+                raise ValueError(f"client {client} sent {key!r} of another shape: {tuple(value.shape)}")
+
+    def merged(key: str) -> Tensor:
+        return functools.reduce(torch.add, (sent[place][1][key].double() * float(parts[place]) for place in order))
+
+    return {key: merged(key).to(value.dtype) for key, value in first.items()}
 
 
 def too_large(updates: Sequence[Update], before: Mapping[str, Tensor], ratio: float) -> set[str]:
     """Clients whose update moved further from `before` than `ratio` times the median (L2); of fewer than three none."""
     moved = {}
     for update in updates:
-        sent = unpack(update.payload).items()
-        squares = [float((value.double() - before[key].double()).square().sum()) for key, value in sent]
+        squares = [(v.double() - before[k].double()).square().sum() for k, v in unpack(update.payload).items()]
         moved[update.client] = math.sqrt(math.fsum(squares))
     most = ratio * float(np.median(list(moved.values()))) if len(moved) >= 3 else math.inf
     return {client for client, distance in moved.items() if distance > most}
-
-
-def percent_shares(count: int) -> np.ndarray:
-    """Equal parts as whole percentages, what is left over to the first (released code: 12 % and 11 % of nine)."""
-    each = 100 // count
-    return np.array([each + (place < 100 - each * count) for place in range(count)]) / 100
 
 
 def class_wise_shares(metric: np.ndarray) -> np.ndarray:
@@ -99,6 +96,5 @@ def class_wise_shares(metric: np.ndarray) -> np.ndarray:
 
 def sample_clients(clients: Sequence[str], fraction: float, rng: np.random.Generator) -> list[str]:
     """Client sampling: max(1, round(fraction * M)) names, drawn without order and returned sorted."""
-    ordered = sorted(clients)
-    count = max(1, round(fraction * len(ordered)))
-    return [ordered[i] for i in sorted(rng.choice(len(ordered), size=count, replace=False))]
+    count = max(1, round(fraction * len(clients)))
+    return sorted(rng.choice(sorted(clients), size=count, replace=False).tolist())

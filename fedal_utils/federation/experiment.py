@@ -19,10 +19,8 @@ from ..config import Config, TrainingConfig
 from ..sampling import Oracle, Pool, total
 from . import aggregate as merging
 from . import query as querying
-from .client import KEPT, Client, ClientLost
-from .evaluate import ap_by_class, evaluate, traffic
-from .local import initial_model, train_here
-from .messages import State, Update, broadcast, pack, sent_keys, state_of, unpack
+from .client import KEPT, Client, ClientLost, State, Update, broadcast, pack, state_of, unpack
+from .local import ap_by_class, evaluate, initial_model, train_here, train_on_one_node
 from .schemes import Step, method_of, plan
 from .setup import Setup, partition_clients
 
@@ -36,10 +34,7 @@ def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -
 
 
 def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> "Experiment":
-    """An experiment, fresh or where a broken run stopped; oracle: who annotates, in the place of the known labels.
-
-    Partition, initial labels and initial model depend on the seed only.
-    """
+    """An experiment, fresh or where a broken run stopped; oracle: who annotates, in the place of the known labels."""
     if setup.train.labels is None:
         raise ValueError(f"data set {setup.train.name!r} has no labels: it can be scored, but nobody can annotate it")
     query = run.config.query
@@ -60,16 +55,14 @@ class Experiment:
     def __init__(self, run: record.Run, setup: Setup, clients: Sequence[Client], oracle: Oracle | None = None):
         self.run, self.setup, self.config, self.clients, self.oracle = run, setup, run.config, list(clients), oracle
         self.method = method_of(run.method, run.config)
-        model = detectors.build(self.config, len(setup.class_names) or 1, run.torch_rng("weights"))
-        if run.resumed is None:
-            model.load_state_dict(initial_model(run, setup), strict=False)
-        else:
-            model.load_state_dict(run.resumed["model"], strict=False)
-            for client in self.clients:
-                for what in KEPT:
-                    getattr(client, what).update(run.resumed.get(what, {}).get(client.name, {}))
-        self.model = model.to(setup.device)
         self.local_only: dict[tuple[int, str], State] = {}  # by cycle and client, see `ClientModels.local_only`
+        model = detectors.build(self.config, len(setup.class_names) or 1, run.torch_rng("weights"))
+        known = {"model": initial_model(run, setup)} if run.resumed is None else run.resumed
+        model.load_state_dict(known["model"], strict=False)
+        self.model = model.to(setup.device)
+        for client in self.clients:
+            for what in KEPT:
+                getattr(client, what).update(known.get(what, {}).get(client.name, {}))
 
     def steps(self) -> Iterator[Step]:
         """The rounds that are not on disk yet, in order."""
@@ -86,24 +79,17 @@ class Experiment:
             self.log(step, updates)
             yield step
 
-    # --- query
-
     def query(self, step: Step, client: Client) -> None:
-        """Observe the client's unlabelled images, select, and have the Oracle annotate them.
-
-        The centralised reference queries what its method queried, in the same cycles.
-        """
-        if method := self.method.labels_of:
+        """Observe the client's unlabelled images, select, and have the Oracle annotate them."""
+        if method := self.method.labels_of:  # the reference queries what that method queried, in the same cycles
             run = self.run
             if record.missing(run.config, run.notebook, [method], [run.seed], run.root, run.fingerprint):
                 raise ValueError(f"{run} gets the labels of method {method!r}: run that first, put it before this one")
             rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
             return client.pool.replay(rows[rows["cycle"] == step.cycle].to_dict("records"))
-        chosen = querying.select(self, step, client)
-        if len(chosen.positions):
-            client.pool.label(chosen.positions, step.cycle, chosen.why)
-
-    # --- train
+        positions, scores = querying.select(self, step, client)
+        if len(positions):
+            client.pool.label(positions, step.cycle, scores)
 
     def train(self, step: Step) -> list[Update]:
         """Each participant trains from the global model (or its own), on its own labels.
@@ -115,55 +101,58 @@ class Experiment:
             self.model.load_state_dict(initial_model(self.run, self.setup), strict=False)
             for client in self.clients:
                 client.optimizer_state, client.local_state = {}, {}
-        for client in self.clients:
-            client.status, client.bytes_down = "", 0
+        if self.method.scheme.central:
+            return [train_on_one_node(self, step)]
         if not step.participants:
             return []
-        message = self.message(step)
-        if self.method.scheme.central:
-            return train_here(self, step, self.clients, message)
-        here, sent = self._participants(step, message)
-        if here:
-            sent |= self.train_clients(step, here, message)
-        return self._accepted(step, sent, message)
+        message = self._message(step)
+        here, lost = self._participants(step, message)
+        return self._accepted(step, lost | self.train_clients(step, here, message), message)
 
-    def message(self, step: Step) -> bytes:
+    def train_clients(self, step: Step, clients: Sequence[Client], message: bytes) -> dict[str, Update | Exception]:
+        """What each of these clients sends, by name, or why it sends nothing."""
+        return train_here(self, step, clients, message)
+
+    def recipe(self, step: Step) -> tuple[TrainingConfig, int | None]:
+        """How a participant trains in this step, and for how many gradient steps (None: in epochs)."""
+        recipe, settings = self.config.training, self.config.federation
+        recipe = recipe.replace(lr=recipe.lr * step.lr_factor, epochs=max(1, round(recipe.epochs * step.length)))
+        if step.first_pass and recipe.schedule == "constant" and settings.round_lr_decay < 1:
+            recipe = recipe.replace(
+                schedule="cosine", final_lr=settings.round_lr_decay
+            )  # it falls within one long call
+        return recipe, max(1, round(settings.iterations * step.length)) if settings.iterations else None
+
+    def _message(self, step: Step) -> bytes:
         """What is sent to the participants: the model, or its head. Freezes the backbone where the step does."""
-        dtype = self.config.federation.message_dtype
-        if step.head_only and step.send_backbone and not self.config.model.frozen:
-            self.model.freeze_backbone(False)
-        message = broadcast(self.model, dtype)
+        if step.head_only:
+            self.model.freeze_backbone(self.config.model.frozen or not step.send_backbone)
+        message = broadcast(self.model, self.config.federation.message_dtype)
         if step.head_only:
             self.model.freeze_backbone()
-        return message if step.send_backbone else broadcast(self.model, dtype)
+        return message
 
     def _participants(self, step: Step, message: bytes) -> tuple[list[Client], dict[str, Update | Exception]]:
         """Who trains in this round, and who would have but its update is lost."""
         settings, rng = self.config.federation, self.run.rng("take part", step.cycle, step.round)
         names = merging.sample_clients([c.name for c in step.participants], settings.client_fraction, rng)
-        if self.config.model.classifier and self.config.as_released and step.last:
-            names = [client.name for client in step.participants]  # everyone in a cycle's last round
+        everyone = self.config.model.classifier and self.config.as_released and step.last  # in a cycle's last round
         here, lost = [], {}
         for client in step.participants:
-            if client.name not in names:
+            if client.name not in names and not everyone:
                 continue
             if len(client.pool.labelled()) == 0:
                 client.status = "no labels"
                 continue
-            along = step.optimizer_state == "travels" and client.optimizer_state
-            extra = len(pack(client.optimizer_state)) if along else 0
-            client.bytes_down = 0 if client.local_state else len(message) + extra
-            drop = settings.dropout_rate and not step.local
-            if drop and self.run.rng("lost", client.name, step.cycle, step.round).random() < settings.dropout_rate:
+            if not client.local_state:
+                along = step.optimizer_state == "travels" and client.optimizer_state
+                client.bytes_down += len(message) + (len(pack(client.optimizer_state)) if along else 0)
+            rng, dropout = self.run.rng("lost", client.name, step.cycle, step.round), settings.dropout_rate
+            if not step.local and rng.random() < dropout:
                 lost[client.name] = ClientLost(f"client {client.name}: its update did not arrive in {step}")
             else:
                 here.append(client)
         return here, lost
-
-    def train_clients(self, step: Step, clients: Sequence[Client], message: bytes) -> dict[str, Update | Exception]:
-        """What each of these clients sends, by name, or why it sends nothing."""
-        updates = train_here(self, step, clients, message)
-        return {client.name: update for client, update in zip(clients, updates, strict=True)}
 
     def _accepted(self, step: Step, sent: dict[str, Update | Exception], message: bytes) -> list[Update]:
         """The updates that may be averaged; notes at each client why it has none, or its local model."""
@@ -177,43 +166,28 @@ class Experiment:
             if isinstance(result, Exception):
                 if self.config.federation.on_failure == "stop":
                     raise type(result)(f"{result}; on_failure='skip' goes on without it") from result
-                client.status = result.status if isinstance(result, ClientLost) else "diverged"
+                client.status = getattr(result, "status", "diverged")
             elif result is not None:
                 updates.append(result)
-                if step.first_pass:
+                if step.first_pass or step.local:
                     client.local_state = unpack(result.payload)
                 if self.method.strategy.compares_local():
                     client.last_local_state = unpack(result.payload)
         return updates
-
-    def recipe(self, step: Step) -> tuple[TrainingConfig, int | None]:
-        """How a participant trains in this step, and for how many gradient steps (None: in epochs)."""
-        recipe, settings = self.config.training, self.config.federation
-        recipe = recipe.replace(lr=recipe.lr * step.lr_factor, epochs=max(1, round(recipe.epochs * step.length)))
-        if step.first_pass and recipe.schedule == "constant" and settings.round_lr_decay < 1:
-            # one long call in the place of many rounds: the learning rate falls within it
-            recipe = recipe.replace(schedule="cosine", final_lr=settings.round_lr_decay)
-        return recipe, max(1, round(settings.iterations * step.length)) if settings.iterations else None
-
-    # --- aggregate
 
     def aggregate(self, step: Step, updates: Sequence[Update]) -> None:
         """The updates become the next model, as the scheme says; without any it stays as it was."""
         self.method.scheme.aggregate(self, step, updates)
 
     def average(self, updates: Sequence[Update]) -> None:
-        """The global model becomes the updates' average, as do optimizer states that came along.
-
-        as_released: equal parts in whole percent, whatever the clients hold.
-        """
+        """The global model becomes the updates' average, as do optimizer states that came along."""
         if not updates:
             return
-        weights, parts = self.config.federation.aggregation_weights, None
-        if self.config.as_released and len(updates) > 1 and not self.config.model.classifier:
-            updates, parts = sorted(updates, key=lambda one: one.client), merging.percent_shares(len(updates))
+        weights = self.config.federation.aggregation_weights
+        percent = self.config.as_released and not self.config.model.classifier  # whatever the clients hold
         merged = {update.client for update in updates}
         self._remember_global([client for client in self.clients if client.name not in merged])
-        self.model.load_state_dict(merging.average(updates, weights, parts), strict=False)
+        self.model.load_state_dict(merging.average(updates, "percent" if percent else weights), strict=False)
         sent_along = merging.average_optimizer_states(updates, weights)
         for client in self.clients:
             if client.name in merged:
@@ -221,50 +195,43 @@ class Experiment:
             if sent_along:
                 client.optimizer_state = dict(sent_along)
 
-    def _remember_global(self, clients: Sequence[Client]) -> None:
-        """These clients miss what comes next: the global model that they know is this one, or an older one."""
-        if self.config.model.classifier or self.method.strategy.compares_local():
-            for client in clients:
-                client.stale_global_state = client.stale_global_state or state_of(self.model, sent_keys(self.model))
-
-    def keep_local(self, updates: Sequence[Update]) -> None:
-        """Nobody is averaged: each client that trained goes on from its own weights."""
-        sent = {update.client: update for update in updates}
-        for client in self.clients:
-            if client.name in sent:
-                client.local_state = unpack(sent[client.name].payload)
-
-    def merge_by_class(self) -> dict[str, float]:
-        """The chain's merge: each class votes for the client whose model detects it best (7.2); each client's part."""
+    def merge_by_class(self) -> None:
+        """The chain's merge: each class votes for the client whose model detects it best (van Bommel, 7.2)."""
         sent = [client for client in self.clients if client.local_state]
         if not sent:
             raise ValueError(f"{self.run}: no client came through the chain's first pass: there is nothing to merge")
         parts = merging.class_wise_shares(ap_by_class(self, sent))
         merged = merging.weighted_states([(client.name, client.local_state) for client in sent], parts)
         self.model.load_state_dict(merged, strict=False)
-        for client in self.clients:
-            client.local_state, client.status, client.bytes_down = {}, "", 0
-        return dict(zip((client.name for client in sent), parts.tolist(), strict=True))
+        for client in sent:
+            client.local_state = {}
 
-    # --- log
+    def _remember_global(self, clients: Sequence[Client]) -> None:
+        """These clients miss what comes next: the global model that they know is this one, or an older one."""
+        if self.config.model.classifier or self.method.strategy.compares_local():
+            for client in clients:
+                client.stale_global_state = client.stale_global_state or state_of(self.model)
 
     def log(self, step: Step, updates: Sequence[Update], more: dict | None = None) -> dict:
         """Evaluate where the step says so, write rows, save the resume point (and `more`); the server's row."""
-        by_name, bytes_of = {update.client: update for update in updates}, traffic(self, step, updates)
-        trained, silent = [], []
+        by_name, trained, others, bytes_up, bytes_down = {update.client: update for update in updates}, [], [], 0, 0
+        alone = self.method.scheme.central or len(self.clients) == 1  # one node sends nothing
+        silent = alone or step.local or step.handed_on  # a hop of a chain counts where it arrives
         for client in self.clients:
-            update, (up, down) = by_name.get(client.name), bytes_of[client.name]
-            row = {**self._labels(step, client.name, [client]), "bytes_up": up, "bytes_down": down}
+            update = by_name.get(client.name)
+            up = 0 if update is None or silent else update.bytes
+            row = {"client": client.name, **vars(client.pool.cost())}
+            row |= {"bytes_up": up, "bytes_down": 0 if alone else client.bytes_down}
             if update is not None:
                 trained.append({**row, "loss": update.loss, "steps": update.steps})
             elif client.status:
-                silent.append({**row, "bytes_up": 0, "steps": 0, "status": client.status})
-        up, down = (sum(way) for way in zip(*bytes_of.values(), strict=True))
+                others.append({**row, "steps": 0, "status": client.status})
+            bytes_up, bytes_down = bytes_up + up, bytes_down + row["bytes_down"]
+            client.status, client.bytes_down = "", 0
         server = {
-            **self._labels(step, "server", self.clients),
-            **{"bytes_up": up, "bytes_down": down},
-            "loss": float(np.mean([u.loss for u in updates])) if updates else None,
-            "steps": sum(u.steps for u in updates),
+            **{"client": "server", **vars(total(client.pool.cost() for client in self.clients))},
+            **{"bytes_up": bytes_up, "bytes_down": bytes_down, "steps": sum(update.steps for update in updates)},
+            "loss": float(np.mean([update.loss for update in updates])) if updates else None,
             **(evaluate(self, step) if step.evaluate else {}),
         }
         queries = [row for client in step.querying for row in client.pool.queries(step.cycle)]
@@ -274,9 +241,5 @@ class Experiment:
             **{what: {c.name: getattr(c, what) for c in self.clients if getattr(c, what)} for what in KEPT},
             **(more or {}),
         }
-        self.run.commit(step.cycle, step.round, [*trained, *silent, server], queries, state)
+        self.run.commit(step.cycle, step.round, [*trained, *others, server], queries, state)
         return server
-
-    def _labels(self, step: Step, who: str, clients: Sequence[Client]) -> dict:
-        cost = total(client.pool.cost() for client in clients)
-        return {"cycle": step.cycle, "round": step.round, "client": who, **vars(cost)}

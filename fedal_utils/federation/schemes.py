@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from .. import record, sampling
 from ..config import Config
 from ..sampling import Strategy
-from .client import Client
-from .messages import Update
+from .client import Client, Update
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -60,34 +59,26 @@ class FedAvg:
     central = False  # trained on one node
     queries_at_once = False  # all labels in one query
 
-    def refusal(self, config: Config, strategy: Strategy) -> str:
-        """Why it cannot run with this config and strategy; '' = it can."""
-        if self.name != "fedavg" and config.model.classifier:
-            return f"classifiers run under fedavg: write {strategy.name!r}"
-        if self.name != "fedavg" and strategy.compares_local():
-            return f"strategy {strategy.name!r} compares clients with the global model, which {self.name} has none of"
-        return ""
-
     def plan(self, config: Config) -> list[tuple[int, int]]:
         return record.every_round(config)
 
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
         """Who acts in this round, and how."""
-        everyone, every = tuple(clients), config.evaluate_every
-        rounds = sum(one == cycle for one, _ in self.plan(config))  # of this cycle
+        plan, every = self.plan(config), config.evaluate_every
+        rounds = sum(one == cycle for one, _ in plan)  # of this cycle
         last = number + 1 == rounds
         return Step(
-            *(cycle, number, everyone),
-            querying=everyone if number == 0 else (),
+            *(cycle, number, tuple(clients)),
+            querying=tuple(clients) if number == 0 else (),
             last=last,
             evaluate=last or every > 0 and (number + 1) % every == 0,
-            schedule_rounds=len(self.plan(config)),
+            schedule_rounds=len(plan),
             optimizer_state=config.federation.optimizer_state,
             lr_factor=_falling(config, number, rounds),
         )
 
     def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
-        """The global model becomes the updates' average."""
+        """The updates become the next global model."""
         experiment.average(updates)
 
 
@@ -100,12 +91,11 @@ class LocalFirst(FedAvg):
         return replace(super().step(config, clients, cycle, number), local=cycle < config.query.cycles - 1)
 
     def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
-        if step.local:
-            return experiment.keep_local(updates)
-        experiment.average(updates)
-        merged = {update.client for update in updates}
-        for client in experiment.clients:  # who sent nothing goes on alone until it does
-            client.local_state = {} if client.name in merged else client.local_state
+        if not step.local:
+            experiment.average(updates)
+            merged = {update.client for update in updates}
+            for client in experiment.clients:  # who sent nothing goes on alone until it does
+                client.local_state = {} if client.name in merged else client.local_state
 
 
 class Centralised(FedAvg):
@@ -119,6 +109,7 @@ class Chain(FedAvg):
 
     name, queries_at_once = "chain", True
     together = False  # after the merge: all clients in a round, else a visit each
+    head_only = True  # after the merge; else short visits that train all, and the optimizer state is sent along
 
     def plan(self, config: Config) -> list[tuple[int, int]]:
         """One cycle: `clients` visits of the first pass, the merge, then the later passes."""
@@ -135,33 +126,34 @@ class Chain(FedAvg):
                 f"first_pass_rounds={settings.first_pass_rounds} leaves none of the {rounds} rounds (cycles x rounds + "
                 "extra_rounds) for the chain's later passes: lower first_pass_rounds, or give chain_passes"
             )
-        return passes
+        if self.head_only:
+            return passes
+        whole, part = settings.iterations, settings.visit_fraction
+        part = max(1, round(whole * part)) / whole if whole else part
+        return max(1, round(passes / part))  # more and shorter ones: nearest to the same number of gradient steps
 
     def step(self, config: Config, clients: Sequence[Client], cycle: int, number: int) -> Step:
-        count, last = len(clients), number + 1 == len(self.plan(config))
+        count, last, settings = len(clients), number + 1 == len(self.plan(config)), config.federation
         if number < count:
-            visitor, length = (clients[number],), config.federation.first_pass_rounds
-            return Step(cycle, number, visitor, visitor, last=last, evaluate=True, first_pass=True, length=length)
+            visitor, length = (clients[number],), settings.first_pass_rounds
+            return Step(cycle, number, visitor, visitor, evaluate=True, first_pass=True, length=length)
         if number == count:
-            return Step(cycle, number, last=last, evaluate=True, merge_by_class=True)
-        done = number - count - 1
-        here = tuple(clients) if self.together else (clients[done % count],)
+            return Step(cycle, number, evaluate=True, merge_by_class=True)
+        done, passes = number - count - 1, self.later_passes(config)
+        here, turns = (tuple(clients), 1) if self.together else ((clients[done % count],), count)
+        state = settings.optimizer_state if self.head_only else "travels"
         return Step(
             *(cycle, number, here),
             last=last,
             evaluate=last or here[-1] is clients[-1],
             handed_on=not (last or self.together),  # the last of all hands the result in
-            lr_factor=_falling(config, done if self.together else done // count, self.later_passes(config)),
-            **self.later(config, count, done),
+            length=1.0 if self.head_only else settings.visit_fraction,
+            schedule_rounds=passes * (turns if state == "travels" else 1),
+            head_only=self.head_only,
+            send_backbone=not self.head_only or done < turns,  # each client receives the merged one once
+            optimizer_state=state,
+            lr_factor=_falling(config, done // turns, passes),
         )
-
-    def later(self, config: Config, count: int, done: int) -> dict:
-        """How clients train after the merge; done: rounds since then."""
-        state = config.federation.optimizer_state
-        turns = count if state == "travels" and not self.together else 1
-        backbone = done < (1 if self.together else count)  # each client receives the merged one once
-        whole = self.later_passes(config) * turns
-        return dict(head_only=True, send_backbone=backbone, optimizer_state=state, schedule_rounds=whole)
 
     def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
         if step.merge_by_class:
@@ -179,30 +171,17 @@ class ChainThenFedAvg(Chain):
 class AccumulatingChain(Chain):
     """After the merge: short visits in which the whole model is trained, with the optimizer state sent along."""
 
-    name = "accumulate"
-
-    def later_passes(self, config: Config) -> int:
-        """More and shorter ones, for the same number of gradient steps."""
-        iterations, part = config.federation.iterations, config.federation.visit_fraction
-        part = max(1, round(iterations * part)) / iterations if iterations else part
-        return max(1, round(super().later_passes(config) / part))  # the nearest whole number of passes
-
-    def later(self, config: Config, count: int, done: int) -> dict:
-        whole, length = self.later_passes(config) * count, config.federation.visit_fraction
-        return dict(length=length, optimizer_state="travels", schedule_rounds=whole)
+    name, head_only = "accumulate", False
 
 
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (FedAvg(), LocalFirst(), Chain(), ChainThenFedAvg(), AccumulatingChain(), Centralised())
-}
+_CLASSES = (FedAvg, LocalFirst, Chain, ChainThenFedAvg, AccumulatingChain, Centralised)
+SCHEMES = {scheme.name: scheme() for scheme in _CLASSES}
 
 
 @dataclass(frozen=True)
 class Method:
     """A scheme and a query strategy. labels_of: the centralised reference gets the labels that this method queried."""
 
-    name: str
     scheme: FedAvg
     strategy: Strategy
     labels_of: str = ""
@@ -221,10 +200,14 @@ def method_of(name: str, config: Config) -> Method:
     if labels_of:
         method_of(labels_of, config)
     strategy = sampling.find("random" if labels_of else rest, sampling.kind_of(config))
-    reason = strategy.refusal(config) or SCHEMES[scheme].refusal(config, strategy)
+    reason = strategy.refusal(config)
+    if scheme != "fedavg" and config.model.classifier:
+        reason = f"classifiers run under fedavg: write {strategy.name!r}"
+    elif scheme != "fedavg" and strategy.compares_local():
+        reason = f"strategy {strategy.name!r} compares clients with the global model, which {scheme} has none of"
     if reason:
         raise ValueError(f"method {name!r} cannot run here: {reason}")
-    return Method(name, SCHEMES[scheme], strategy, labels_of)
+    return Method(SCHEMES[scheme], strategy, labels_of)
 
 
 def plan(config: Config, method: str) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ class Setup:
     photos: tuple[Dataset, Dataset]  # train and test with their pixels, for pictures
     device: torch.device
     views: dict[str, CachedImages] = field(default_factory=dict, compare=False, repr=False)  # features, changed images
-    server_rows: tuple[int, int] | None = None  # of a server that holds its own images alone: initial model, held out
+    dealt: bool = False  # what is in `train` is a server's own: first the initial model's images, then those held out
 
     @property
     def name(self) -> str:
@@ -43,8 +43,7 @@ class Setup:
     @property
     def fingerprint(self) -> str:
         """Of ids, labels and files of both sets: runs belong to it."""
-        both = self.photos[0].fingerprint() + self.photos[1].fingerprint()
-        return hashlib.sha256(both.encode()).hexdigest()
+        return hashlib.sha256("".join(part.fingerprint() for part in self.photos).encode()).hexdigest()
 
     @property
     def scene(self) -> Scene:
@@ -59,21 +58,12 @@ class Setup:
         """The first `count` training images with their pixels."""
         return self.view(range(min(count, len(self.train))))
 
-    def initial_rows(self, seed: int) -> np.ndarray:
-        """Rows of the labelled images that the initial model is trained on."""
-        count = self.config.federation.initial_model_images
-        return np.sort(self._order(seed)[:count]) if self.server_rows is None else np.arange(self.server_rows[0])
-
-    def held_out_rows(self, seed: int) -> np.ndarray:
-        """Rows of the labelled images that the server keeps to evaluate on: in no client's pool, never trained on."""
-        if self.server_rows is not None:
-            return np.arange(self.server_rows[0], sum(self.server_rows))
+    def rows(self, seed: int) -> list[np.ndarray]:
+        """Rows of the initial model's labelled images, of those that the server holds out, and of the clients'."""
         first, held_out = self.config.federation.initial_model_images, self.config.federation.held_out_images
-        return np.sort(self._order(seed)[first : first + held_out])
-
-    def _order(self, seed: int) -> np.ndarray:
-        """The shuffle that decides which images are the server's, and which are the clients'."""
-        return seeding.rng_for(seed, "start images").permutation(len(self.train))
+        rng, count = seeding.rng_for(seed, "start images"), len(self.train)
+        order = np.arange(count) if self.dealt else rng.permutation(count)
+        return [np.sort(part) for part in np.split(order, [first, first + held_out])]
 
 
 def prepare(config: Config, device: str | torch.device | None = None, root: str | None = None) -> Setup:
@@ -84,7 +74,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     """
     place = Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cores, settings = torch.get_num_threads(), config.data
+    settings = config.data
     load, more = data.load_classes, {}
     if not config.model.classifier:
         digits = data.Digits(settings.scenes, settings.digit_classes)
@@ -96,15 +86,14 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         config = config.replace(clients=len(set(train.images.groups)))
     check(config)
     setup = setup_of(config, train, test, device)
-    torch.set_num_threads(config.threads or cores)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     return setup
 
 
 def check(config: Config) -> None:
     """ValueError where a setting is for another kind of model, or a method cannot run."""
-    flat = config.flat()
     names = ("balanced_softmax", "distillation_weight")
-    if wrong := [name for name in names if flat[name] and not config.model.classifier]:
+    if wrong := [name for name in names if config.flat()[name] and not config.model.classifier]:
         raise ValueError(f"{' and '.join(wrong)} are for classifiers: set classifier, or leave them out")
     if config.model.classifier == "linear" and config.federation.clients != 1:
         raise ValueError("classifier='linear' is trained on the labels of one client: set clients=1")
@@ -112,9 +101,7 @@ def check(config: Config) -> None:
         method_of(method, config)
 
 
-def setup_of(
-    config: Config, train: Dataset, test: Dataset, device: torch.device, server_rows: tuple[int, int] | None = None
-) -> Setup:
+def setup_of(config: Config, train: Dataset, test: Dataset, device: torch.device, dealt: bool = False) -> Setup:
     """The setup of these sets: with a frozen backbone, its features of all images, cached once."""
     photos, folder = (train, test), record.project_root() / "results" / "runs" / "_features"
     if config.model.classifier in ("linear", "mlp"):
@@ -125,7 +112,7 @@ def setup_of(
         train, test = (replace(part, images=images) for part, images in zip(photos, cached, strict=True))
     if device.type == "cuda":
         train, test = (replace(part, images=part.images.to(device)) for part in (train, test))
-    return Setup(config, train, test, photos, device, server_rows=server_rows)
+    return Setup(config, train, test, photos, device, dealt=dealt)
 
 
 def fitted(config: Config, images: int) -> Config:
@@ -148,48 +135,33 @@ def fitted(config: Config, images: int) -> Config:
 
 def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[str]]:
     """Rows of each client, and the clients' names; depends on the seed and on no method."""
-    config, train, query = setup.config, setup.train, setup.config.query
-    first, held_out = config.federation.initial_model_images, config.federation.held_out_images
-    if len(train) <= first + held_out:
-        raise ValueError(
-            f"data set {train.name!r} has {len(train)} training images, and initial_model_images={first} with "
-            f"held_out_images={held_out} leaves none for the clients; lower them"
-        )
-    rows = np.sort(setup._order(seed)[first + held_out :])
-    parts, names = _parts(config, train, rows, seeding.rng_for(seed, "partition"))
-    needed = 1 if config.model.classifier or query.initial_fraction else config.labels_needed()
-    for name, part in zip(names, parts, strict=True):
-        if len(part) < needed:
-            raise ValueError(
-                f"client {name} holds {len(part)} images, but {query.initial_labels} initial labels and "
-                f"{query.cycles - 1} queries of {query.query_size} need {needed}; lower one of them, or clients"
-            )
-    return parts, names
-
-
-def _parts(
-    config: Config, train: Dataset, rows: np.ndarray, rng: np.random.Generator
-) -> tuple[list[np.ndarray], list[str]]:
-    """Rows of the training set for each client, and the clients' names, by `partition`."""
-    settings, how, groups = config.federation, config.federation.partition, train.images.groups
+    config, train = setup.config, setup.train
+    settings, query, how = config.federation, config.query, config.federation.partition
+    rows, rng, groups = setup.rows(seed)[2], seeding.rng_for(seed, "partition"), train.images.groups
+    needed, names = 1 if config.model.classifier or query.initial_fraction else config.labels_needed(), None
     if config.model.classifier == "linear":  # one annotator's flywheel
-        return [rows], ["person"]
-    if how == "natural":
+        parts, names = [np.arange(len(rows))], ["person"]
+    elif how == "natural":
         parts, names = partition.natural(groups if groups is None else [groups[row] for row in rows])
-        return [rows[part] for part in parts], [str(name) for name in names]
-    if how == "iid":
+    elif how == "iid":
         parts = partition.iid(len(rows), settings.clients, rng)
     elif how == "missing":
         classes = train.labels.classes.numpy()[rows]
         present = np.stack([(classes == c + 1).any(axis=1) for c in range(len(train.class_names))], axis=1)
         parts, _ = partition.missing_class(present, settings.missing_classes, rng)
     else:
-        split, more = partition.dirichlet_equal, {}
+        split, least = partition.dirichlet_equal, {}
         if how == "dirichlet":
-            split, more = partition.dirichlet, {"least": 10 if config.model.classifier else config.labels_needed()}
-        dominant = train.dominant_class().numpy()[rows]
-        parts = split(dominant, settings.clients, settings.dirichlet_alpha, rng, **more)
-    return [rows[part] for part in parts], [f"{number:02d}" for number in range(len(parts))]
+            split, least = partition.dirichlet, {"least": 10 if config.model.classifier else needed}
+        parts = split(train.dominant_class().numpy()[rows], settings.clients, settings.dirichlet_alpha, rng, **least)
+    names = [str(name) for name in names or (f"{number:02d}" for number in range(len(parts)))]
+    for name, part in zip(names, parts, strict=True):
+        if len(part) < needed:
+            raise ValueError(
+                f"client {name} holds {len(part)} images, but {query.initial_labels} initial labels and "
+                f"{query.cycles - 1} queries of {query.query_size} need {needed}; lower one of them, or clients"
+            )
+    return [rows[part] for part in parts], names
 
 
 def class_counts(setup: Setup, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -201,10 +173,9 @@ def class_counts(setup: Setup, seed: int) -> tuple[np.ndarray, list[str]]:
 
 def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
     """What to label first when there are no labels yet: client ('start': for the initial model) and id."""
-    rows = [("start", row) for row in setup.initial_rows(seed)]
-    for name, part in zip(*reversed(partition_clients(setup, seed)), strict=True):
+    rows = [("start", row) for row in setup.rows(seed)[0]]
+    for part, name in zip(*partition_clients(setup, seed), strict=True):
         rng = seeding.rng_for(seed, "ask", name, 0)
-        drawn = sampling.Scores.all(rng.random(len(part)))
-        chosen = sampling.top_k(drawn, setup.config.query.initial_labels, rng)
+        chosen = sampling.top_k(sampling.Scores.all(rng.random(len(part))), setup.config.query.initial_labels, rng)
         rows += [(name, part[position]) for position in chosen]
     return pd.DataFrame([(name, setup.train.images.ids[row]) for name, row in rows], columns=["client", "id"])

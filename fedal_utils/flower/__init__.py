@@ -1,9 +1,9 @@
 """Clients elsewhere, on Flower: only its public names are used, and nothing of it is changed.
 
 messages     what travels, and what the server takes of an answer
-workspace    a client's folder; `deal` hands the data out
+workspace    folders that `deal` hands the data out into
 client_app   what a client answers
-line         the server's connection to its clients; server_app: the notebooks' loop with clients at its end
+server_app   the notebooks' loop with clients at its end
 deployment   clients in this process, in Flower's simulation, or as processes of this machine over TLS
 """
 
@@ -17,4 +17,4 @@ except ImportError as error:
 
 from .deployment import deployed, in_process, simulate
 from .server_app import check, serve
-from .workspace import deal, facts_of
+from .workspace import deal

@@ -8,20 +8,16 @@ A task says which run, which step and how; an answer names the step that it is t
 """
 
 import io
-import json
 import math
 import re
-import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, MessageType, RecordDict
 
-from ..config import Config
 from ..federation import State, Step
 
 HELLO, SELECT, TRAIN = "query.hello", "query.select", MessageType.TRAIN
@@ -42,11 +38,6 @@ def state_of(arrays: Mapping[str, Array]) -> State:
         raise ValueError(f"wrong shape: an array cannot be read: {type(error).__name__}") from None
 
 
-def message_of(content: RecordDict, node: int, kind: str, ttl: float) -> Message:
-    """A server's message outside of Flower's processes, where its shorter constructor does not work."""
-    return Message(content, metadata=Metadata(1, "", 1, node, "", "", time.time(), ttl, kind))
-
-
 def without_paths(text: object, *folders: str | Path) -> str:
     """The text in one line of at most 300 signs, each path cut to its last part; of these folders nothing is left."""
     line = " ".join(str(text).split())
@@ -56,77 +47,43 @@ def without_paths(text: object, *folders: str | Path) -> str:
     return re.sub(r"(?:[A-Za-z]:|~|\.{1,3})?[/\\](?:[^\s'\"/\\:,;]*[/\\])*([^\s'\"/\\:,;]*)", r"\1", line)[:300]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a message asks for, beside a model: which run, which step of it, and how."""
-
-    config: Config
-    notebook: str
-    method: str
-    seed: int
-    classes: tuple[str, ...]  # everybody's, in their order
-    step: Step  # all of it that is not clients
-    queries: tuple[dict[str, Any], ...] = ()  # the client's so far, as rows of queries.csv
-
-    def record(self) -> ConfigRecord:
-        """As text."""
-        step = {k: v for k, v in vars(self.step).items() if k not in ("participants", "querying")}
-        return ConfigRecord({"task": json.dumps({**vars(self), "config": self.config.flat(), "step": step})})
-
-    def place(self) -> dict[str, int]:
-        """What an answer is to."""
-        return {"cycle": self.step.cycle, "round": self.step.round}
-
-    @classmethod
-    def of(cls, sent: Mapping[str, Any]) -> "Task":
-        """ValueError on a task that another version of this package sent."""
-        try:
-            told = json.loads(sent["task"])
-            told |= {"config": Config.of(**told["config"]), "step": Step(**told["step"])}
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"this message is of another version of the package: {error}") from None
-
-
 class Answer:
-    """A client's answer, of which nothing is believed: what is read is within its limits, or ValueError."""
+    """A client's answer to a step, of which nothing is believed: what is read is within its limits, or ValueError."""
 
-    def __init__(self, content: RecordDict, step: Step | None = None):
-        self.content = content
-        if step and [self.of("counts", name, int) for name in ("cycle", "round")] != [step.cycle, step.round]:
+    def __init__(self, content: RecordDict, step: Step):
+        self.content, self.step = content, step
+        if [self._of("counts", name, int) for name in ("cycle", "round")] != [step.cycle, step.round]:
             raise ValueError("it is an answer to another round")
 
-    def of(self, record: str, name: str, kind: type) -> Any:
+    def _of(self, record: str, name: str, kind: type) -> Any:
         found = self.content.get(record)
         if found is None or type(found.get(name)) is not kind:
             raise ValueError(f"{record!r} has no {name!r}, or it is no {kind.__name__}")
         return found[name]
 
     def number(self, name: str, kind: type, least: float, most: float) -> Any:
-        if not least <= (value := self.of("counts", name, kind)) <= most:  # NaN is in no range
+        if not least <= (value := self._of("counts", name, kind)) <= most:  # NaN is in no range
             raise ValueError(f"{name} must be in {least}..{most}, got {str(value)[:50]}")
         return value
 
-    def rows(self, cycle: int, client: str, allowed: Collection[str], most: int) -> list[dict[str, Any]]:
+    def rows(self, client: str, allowed: Collection[str], most: int) -> list[dict[str, Any]]:
         """Rows of queries.csv: ids that the client holds and has not queried, each once, no more than granted."""
         if "said" not in self.content:
             return []
-        ids, scores = self.of("said", "ids", list), self.of("said", "scores", list)
-        if len(ids) != len(scores) or len(ids) > most:
-            raise ValueError(f"{len(ids)} ids and {len(scores)} scores, where {most} images were granted")
-        if any(type(score) is not float or math.isinf(score) for score in scores):
-            raise ValueError("a score must be a number, or NaN for none")
+        ids, scores = self._of("said", "id", list), self._of("said", "score", list)
+        odd = any(type(score) is not float or math.isinf(score) for score in scores)  # a number, or NaN for none
+        if odd or len(ids) != len(scores) or len(ids) > most:
+            raise ValueError(f"{len(ids)} ids and {len(scores)} scores, or a bad one; {most} images were granted")
         if (wrong := [str(id_)[:50] for id_ in ids if id_ not in allowed]) or len(set(ids)) != len(ids):
             raise ValueError(f"it queries what it does not hold or has queried: {wrong[:3] or 'an image twice'}")
-        rows = zip(ids, scores, strict=True)
-        return [{"cycle": cycle, "client": client, "id": id_, "score": score} for id_, score in rows]
+        now = {"cycle": self.step.cycle, "client": client}
+        return [{**now, "id": id_, "score": score} for id_, score in zip(ids, scores, strict=True)]
 
     def state(self, like: State) -> State:
         """Weights of these names and shapes."""
         found = self.content.get("arrays")
         state = state_of(found) if isinstance(found, ArrayRecord) else {}
-        if state.keys() != like.keys() or any(state[key].shape != like[key].shape for key in like):
-            raise ValueError("wrong shape: other entries, or an entry of another shape, than were sent")
-        if not all(value.is_floating_point() for value in state.values()):
-            raise ValueError("wrong shape: integers in the place of floats")
+        fits = state.keys() == like.keys() and all(state[key].shape == like[key].shape for key in like)
+        if not (fits and all(value.is_floating_point() for value in state.values())):
+            raise ValueError("wrong shape: other entries, or of another shape or kind, than were sent")
         return {key: state[key] for key in like}

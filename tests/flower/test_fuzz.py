@@ -41,7 +41,7 @@ def answer() -> app.RecordDict:
     return app.RecordDict(
         {
             "counts": app.ConfigRecord({"cycle": 1, "round": 2, "steps": 5, "loss": 0.5}),
-            "said": app.ConfigRecord({"ids": ["a", "b"], "scores": [0.5, float("nan")]}),
+            "said": app.ConfigRecord({"id": ["a", "b"], "score": [0.5, float("nan")]}),
             "arrays": app.ArrayRecord({name: app.Array(value.numpy()) for name, value in LIKE.items()}),
         }
     )
@@ -50,7 +50,7 @@ def answer() -> app.RecordDict:
 def read(content: app.RecordDict) -> tuple:
     found = messages.Answer(content, STEP)
     steps, loss = found.number("steps", int, 0, 10), found.number("loss", float, 0, 1e6)
-    return steps, loss, found.rows(1, "00", {"a", "b", "c"}, 2), found.state(LIKE)
+    return steps, loss, found.rows("00", {"a", "b", "c"}, 2), found.state(LIKE)
 
 
 @settings(max_examples=CASES, suppress_health_check=list(HealthCheck), derandomize="FEDAL_FUZZ" not in os.environ)
