@@ -12,6 +12,6 @@ from .aggregate import average, class_wise_shares
 from .client import KEPT, Client, ClientLost, State, Update, broadcast, pack, state_of, unpack
 from .experiment import Experiment, runs, start
 from .local import train_client
-from .query import query_size, select, strategy_at
+from .query import query_size, select
 from .schemes import SCHEMES, Step, method_of, plan
 from .setup import Setup, class_counts, first_queries, partition_clients, prepare, setup_of
