@@ -26,15 +26,9 @@ def model(name="resnet8", seed=0):
 
 def task(client, start, labelled, unlabelled, classes=(0, 1, 2), **options):
     target = torch.tensor([classes[i % len(classes)] for i in range(labelled)], dtype=torch.int64)
-    return ClassifierTask(
-        seeding.torch_rng_for(3, client),
-        client,
-        rows=np.arange(start, start + labelled),
-        classes=target,
-        counts=torch.bincount(target, minlength=CLASSES),
-        unlabelled=np.arange(start + labelled, start + labelled + unlabelled),
-        **options,
-    )
+    rng, counts = seeding.torch_rng_for(3, client), torch.bincount(target, minlength=CLASSES)
+    rows, rest = np.arange(start, start + labelled), np.arange(start + labelled, start + labelled + unlabelled)
+    return ClassifierTask(rng, client, rows=rows, classes=target, counts=counts, unlabelled=rest, **options)
 
 
 def unequal(state=False, **options):

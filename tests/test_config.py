@@ -10,14 +10,8 @@ from fedal_utils.config import Config, TrainingConfig
 
 LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
 # A different, allowed value where the rule of `another` gives none.
-ANOTHER = {
-    "profile": "quick",
-    "max_update_ratio": 2.0,
-    "limit": (7, 7),
-    "seeds": (5,),
-    "cascade": (5.0, 3.0, 2.0, 1.5),
-    "cascade_order": config.FILTERS[::-1],
-}
+ANOTHER = dict(profile="quick", max_update_ratio=2.0, limit=(7, 7), seeds=(5,), cascade=(5.0, 3.0, 2.0, 1.5))
+ANOTHER["cascade_order"] = config.FILTERS[::-1]
 
 
 def another(name: str, value: object, names: tuple) -> object:

@@ -16,10 +16,7 @@ CONFIG = Config.of(cycles=2, rounds=2, profile="quick", methods=("sum", "random"
 
 
 def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
-    """State: weights, a float64 moment and the generator's own state; every number depends on all before it.
-
-    A new metric column appears at the end of each cycle, as with rare evaluation.
-    """
+    """State: weights, a float64 moment and the generator's own; every number depends on all before it."""
     for run in record.runs(config, "tiny", root=root):
         first = {"w": torch.randn(3, generator=run.torch_rng("start"))}
         start = record.shared(config, "tiny", run.seed, "start", lambda first=first: first, root)
@@ -42,7 +39,7 @@ def loop(root: Path, config: Config = CONFIG, stop_after: int = 0) -> None:
             costs = {"images": len(ids), "boxes": 3 * len(ids), "steps": 5}
             rows = [{"client": k, **costs, "loss": float(weights[k].abs()), "bytes_up": 4 * k} for k in range(2)]
             rows.append({"client": "server", "images": 2 * len(ids), "seconds": 2.5 * len(ids)})
-            if number == run.config.federation.rounds - 1:
+            if number == run.config.federation.rounds - 1:  # a new column, as with rare evaluation
                 rows[-1] |= {"ap50": float(torch.sigmoid(weights.sum())), "ap50/empty class": float("nan")}
             state = {"weights": weights, "moment": moment, "ids": ids, "draws": draws.get_state(), "note": ("a", 1)}
             run.commit(cycle, number, rows, queries, state)

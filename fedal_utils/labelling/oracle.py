@@ -19,9 +19,8 @@ from .store import Question, Store, store_path
 class Simulated:
     """An annotator who knows the truth and now and then names the wrong class.
 
-    truth: {image: class name, or list of {"class", "box"}}.
-    error: probability in [0, 1] that the class of an image, or of each of its boxes, is replaced by another one of the
-        store's; drawn by image, so the order of the questions changes nothing.
+    truth: {image: class name, or list of {"class", "box"}}. error: probability that the class of an image, or of each
+    of its boxes, is replaced by another one of the store's; drawn by image, so the order of questions changes nothing.
     seconds_per_image, seconds_per_box: what is noted for a look at the image, and for the drawing of a box.
     """
 

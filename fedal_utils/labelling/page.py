@@ -235,8 +235,8 @@ def launch(
 def serve(store: Store, folder: str | Path, seed: int | None = 0, names=False, **more: Any) -> None:
     """Serve the page for the images below a folder until Ctrl+C; everything is in the store by then.
 
-    seed: of the random order in which all images are asked for; None: only what the store asks for already, such as a
-    client's queries, which may lack the suffix of their files. names: as of `build`; more: as of `launch`.
+    seed: of the random order of all images; None: only what the store asks for, such as a client's queries, which may
+    lack the suffix of their files. names: as of `build`; more: as of `launch`.
     """
     images = {path.relative_to(folder).as_posix(): path for path in data.find_files(Path(folder), *data.SUFFIXES)}
     if not images:

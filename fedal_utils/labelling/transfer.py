@@ -27,8 +27,7 @@ def export(store: Store, form: str, out: str | Path) -> int:
 def load(path: str | Path, form: str, source: str | Path, who: str = "import") -> int:
     """Put labels that were made elsewhere into the store at `path`, made if need be; returns how many are new.
 
-    A question that waits is answered; an image that nobody asked for joins as well; where there is another label
-    already, this one counts from now on. Names may lack the ending that the store's have.
+    An image that nobody asked for joins; of several labels the last counts. Names may lack the ending of the store's.
     """
     if form not in READ:
         raise ValueError(f"format must be one of {', '.join(READ)}, got {form!r}")

@@ -29,9 +29,9 @@ def learning_curves(
 ) -> tuple[Figure, str]:
     """A panel for each x, each metric y and each table (several by their titles), with one legend.
 
-    xs: images, boxes, seconds (drawn as minutes), bytes (all rounds so far, both ways, as MB) or rounds.
-    methods: which ones, in this order; None = all. A method is dashed at its final value where it pays nothing.
-    points: "cycle" (the last round of each) or "round" (every evaluated round).
+    xs: images, boxes, seconds (drawn as minutes), bytes (all rounds so far, both ways, as MB) or rounds. methods: in
+    this order; None = all. points: "cycle" (the last round of each) or "round" (every evaluated round). A method is
+    dashed at its final value where it pays nothing.
     """
     tables = table if isinstance(table, Mapping) else {"": table}
     ys = [y] if isinstance(y, str) else list(y)
@@ -152,8 +152,7 @@ def beside_paper(
 ) -> tuple[Figure, str]:
     """A paper's published points (left, hollow) and our curves (right), each panel with its own axes; same colours.
 
-    paper: rows of `record.read_paper` (setting, x, value, unit), of one item; those without an x are left out.
-    titles, paper_x: of both panels, and label of the paper's axis.
+    paper: rows of `record.read_paper`, of one item; those without an x are left out. paper_x: label of the left axis.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.1))
     caption, points = _curves(right, table, "images", y), paper.dropna(subset=["x", "value"])
@@ -188,8 +187,7 @@ def paired_differences(
 def effects(frame: pd.DataFrame, ax: Axes | None = None, y: str = "ap50", xlabel: str = "") -> tuple[Figure, str]:
     """Differences in points of the metric `y` with their intervals, one row an effect, one marker for each part.
 
-    frame: columns of `metrics.effect`, in order of appearance from the top. An interval that holds zero is pale and its
-    marker hollow; one seed has none.
+    frame: columns of `metrics.effect`, in order of appearance. Hollow and pale: the interval holds zero.
     """
     names, parts = list(dict.fromkeys(frame["effect"])), list(dict.fromkeys(frame["part"]))
     ax = ax or plt.subplots(figsize=(7.6, 1.2 + 0.5 * len(names)))[1]

@@ -78,10 +78,7 @@ def two_views(
     index: Sequence[int],
     titles: Sequence[str],
 ) -> tuple[Figure, str]:
-    """Each image beside its mirror image, both with their detections; two such pairs a row.
-
-    flipped: of the mirrored images, with boxes mapped back to the plain ones. titles: one per shown image.
-    """
+    """Each image beside its mirror image, both with their detections; flipped: mapped back to the plain images."""
     shown, width = images.take(index), images.image_size[1]
     mirrored = replace(flipped, boxes=flip_boxes(flipped.boxes, width)).take(index)
     order = torch.arange(2 * len(shown)).view(2, -1).T.flatten()  # 0, N, 1, N + 1, ...

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedal_utils import __main__ as command
 from fedal_utils.labelling import Question, Store, page
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
@@ -396,12 +395,10 @@ def test_a_picture_that_cannot_be_shown_is_told_without_its_name_and_can_be_pass
         assert store.history()["action"].tolist() == ["unknown"]
 
 
-def test_without_gradio_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_gradio_the_checkouts_own_packages_are_named(monkeypatch):
     monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
-    assert command.main(["label", "--data", str(tmp_path), "--classes", "cat", "dog"]) == 2
-    said = capsys.readouterr().err
-    assert said == "error: the labelling page needs gradio: in the checkout, pip install -e '.[label]'\n"
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ImportError, match=r"in the checkout, pip install -e '\.\[label\]'"):
+        page.need_gradio()
 
 
 def test_a_folder_is_walked_and_a_wrong_one_is_refused(tmp_path, monkeypatch):

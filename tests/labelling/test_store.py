@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from fedal_utils.labelling import HISTORY, Question, Store, export, store_path
+from fedal_utils.labelling import HISTORY, Question, Store, store_path
 
 CLASSES = ["cat", "dog", "<b>x</b>"]
 BOX = {"class": "cat", "box": [1.0, 2.0, 30.5, 40.0]}
@@ -271,10 +271,7 @@ def test_processes_race_and_one_is_killed_and_nothing_acknowledged_is_lost(tmp_p
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(make, tmp_path):
     store = make(5)
-    (tmp_path / "out.csv").symlink_to("/dev/full")
     label(store, "Ann")
-    with pytest.raises(OSError, match="No space left on device: .*out.csv"):
-        export(store, "csv", tmp_path / "out.csv")
     store._db.execute("PRAGMA max_page_count = 1")
     with pytest.raises(OSError, match=r"labels\.sqlite: database or disk is full"):
         store.queue(Question(f"more {i}", size=(9, 9)) for i in range(2000))
