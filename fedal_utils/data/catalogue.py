@@ -37,10 +37,8 @@ class _Source(NamedTuple):
 
 def _devkit(class_names: Sequence[str], one_based: bool, train: str, test: str, place: Path) -> Found:
     """Splits of a folder in VOC's layout: names, or paths from it to those of another year, with spaces between."""
-    sides = []
-    for splits in (train, test):
-        paths = [place / split for split in splits.split()]
-        sides.append([record for path in paths for record in devkit_records(path.parent, path.name, one_based)])
+    paths = ([place / split for split in side.split()] for side in (train, test))
+    sides = ([r for path in side for r in devkit_records(path.parent, path.name, one_based)] for side in paths)
     return Found(*sides, class_names)
 
 
@@ -54,10 +52,9 @@ def _voc07_half(place: Path) -> Found:
 
 def _coco(files: Mapping[str, str], place: Path) -> Found:
     """Two COCO files, each with the folder of its images."""
-    read = []
-    for file, folder in ((place / file, place / folder) for file, folder in files.items()):
-        read.append(coco_records(file, read_json(file), folder.joinpath))
-    return Found(read[0][0], *read[1])
+    places = ((place / file, place / folder) for file, folder in files.items())
+    train, test = (coco_records(file, read_json(file), folder.joinpath) for file, folder in places)
+    return Found(train[0], *test)
 
 
 def _hit_uav(place: Path) -> Found:

@@ -162,14 +162,11 @@ def assemble(
     if not records:
         raise ValueError(f"data set {name!r} is empty: no image was found; at least one is needed")
     height, width = image_size = size_pair(image_size)
-
-    def ready(record: Record) -> Record:
-        if record.label is None:
-            return settled(record)
-        return replace(record, size=image_size, objects=(Object(record.label, (0, 0, width, height)),))
-
-    records, counts = in_order(ready, unique(records)), Counter(drops)
-    for record in records:
+    records, counts = in_order(lambda r: settled(r) if r.label is None else r, unique(records)), Counter(drops)
+    for i, record in enumerate(records):
+        if record.label is not None:
+            whole = Object(record.label, (0, 0, width, height))
+            records[i] = record = replace(record, size=image_size, objects=(whole,))
         if record.file is None:
             raise ValueError(f"{record.source}: image {record.id!r} of {name!r} does not exist")
         counts.update(record.drops)

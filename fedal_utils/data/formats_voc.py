@@ -20,7 +20,8 @@ _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def _xml_root(file: Path) -> ElementTree.Element:
+def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False) -> Record:
+    """What one XML file says about an image; a size of 0 in it counts as not told, as some tools write it."""
     declared = _DECLARED.match(file.read_bytes()) if file.is_file() else None
     text = "" if declared else re.sub(r"^\s*<\?xml[^>]*\?>", "", read_text(file))
     with reading(f"annotation {file} is truncated, not XML or wrongly encoded", "plain XML without entities"):
@@ -28,20 +29,7 @@ def _xml_root(file: Path) -> ElementTree.Element:
             text = declared.string[declared.end() :].decode(declared[1].decode())
         if "<!ENTITY" in text:
             raise ValueError("it defines entities")
-        return ElementTree.fromstring(text)
-
-
-def _numbers(element: ElementTree.Element, inner: str, tags: Sequence[str]) -> list[float]:
-    """The numbers in the tags of the one <inner>; not finite ones pass, for `settled` to name with their box."""
-    texts = [[e.text or "" for e in found.findall(tag)] for found in element.findall(inner) for tag in tags]
-    if [len(found) for found in texts] != [1] * len(tags):
-        raise ValueError(f"<{inner}> with {', '.join(tags)} is not there once, but {texts}")
-    return [float(text) for (text,) in texts]
-
-
-def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False) -> Record:
-    """What one XML file says about an image; a size of 0 in it counts as not told, as some tools write it."""
-    root = _xml_root(file)
+        root = ElementTree.fromstring(text)
     with reading(f"annotation {file}", "an <annotation> with one <size> of whole numbers"):
         if root.tag != "annotation":
             raise ValueError(f"its root is <{root.tag}>")
@@ -54,6 +42,14 @@ def voc_record(key: str, image: Path | None, file: Path, one_based: bool = False
             flag = {"": False, "0": False, "1": True}[difficult]
             objects.append(Object(class_name(name), (x1 - shift, y1 - shift, x2, y2), flag))
     return Record(root.findtext("sample") or key, image, size if all(size) else None, tuple(objects), source=file)
+
+
+def _numbers(element: ElementTree.Element, inner: str, tags: Sequence[str]) -> list[float]:
+    """The numbers in the tags of the one <inner>; not finite ones pass, for `settled` to name with their box."""
+    texts = [[e.text or "" for e in found.findall(tag)] for found in element.findall(inner) for tag in tags]
+    if [len(found) for found in texts] != [1] * len(tags):
+        raise ValueError(f"<{inner}> with {', '.join(tags)} is not there once, but {texts}")
+    return [float(text) for (text,) in texts]
 
 
 def voc_records(root: Path, files: Sequence[Path]) -> list[Record]:
