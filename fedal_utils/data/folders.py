@@ -123,8 +123,8 @@ def _coco(
     root: Path, images: Sequence[Path], contents: Mapping[Path, Any]
 ) -> tuple[list[Record], tuple[str, ...] | None, dict[Path, str]]:
     """Records and class names of all COCO files, and the split of each image whose file's name tells one."""
-    if any(f.name.startswith("instances") for f in contents):  # beside captions and key points of the same images
-        contents = {f: c for f, c in contents.items() if f.name.startswith("instances")}
+    plain = {f: c for f, c in contents.items() if f.name.startswith("instances")}
+    contents = plain or contents  # beside captions and key points of the same images
     by_name, names, said, read = _by_name(images), None, {}, []
     for file, content in contents.items():
         inner = file.relative_to(root)
@@ -213,14 +213,12 @@ def _told(
 ) -> Iterator[tuple[dict[str | None, list[Path]], str]]:
     """What tells a split, the plainest first: the images of train, val and test, and what to say of it."""
     sets = {f.stem: f for f in files if f.suffix == ".txt" and f.parts[-3:-1] == ("ImageSets", "Main")}
-    held = "test" if "test" in sets else "val"
-    learn = ["trainval"] if {"trainval", "test"} <= sets.keys() else [s for s in ("train", "val") if s in sets]
-    learn = [split for split in learn if split != held]
-    if held in sets and learn:
+    names = ["trainval", "test"] if {"trainval", "test"} <= sets.keys() else ["train", "val", "test"]
+    names = [split for split in names if split in sets]
+    if len(names) > 1:
         ids = {r.id.split("/")[-1]: r.file for r in records} | {r.id: r.file for r in records}
-        told = {split: [ids[i] for i in split_lines(sets[split], ids)] for split in (*learn, held)}
-        told = {_SPLITS[split]: paths for split, paths in told.items()}
-        yield told, f"told by ImageSets/Main ({', '.join(learn)}; {held})"
+        told = {_SPLITS[split]: [ids[i] for i in split_lines(sets[split], ids)] for split in names}
+        yield told, f"told by ImageSets/Main ({', '.join(names[:-1])}; {names[-1]})"
     images = [record.file for record in records]
     by_name = _by_name(images)
     for file, content in data_yamls(files).items():

@@ -111,20 +111,20 @@ def read_label_studio(path: str | Path, images: str | Path | None = None) -> lis
     """
     file = Path(path)
     root, tasks = Path(images or file.parent), read_json(file)
-    places, records = [], []
+    found, records = [], []
     for position, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
         shown = task.get("id", position) if isinstance(task, dict) else position
         with reading(f"{file}: task {shown!r}", _TASK):
             finished = [a for a in task["annotations"] if not a.get("was_cancelled")]
             if finished:
-                places.append([relative(name) for name in _place(task["data"])])
-                records.append(_task_record(finished[-1].get("result") or [], f"{file}: task {shown!r}"))
-    shared = Counter(name for name, _ in places)
-    for i, (name, longer) in enumerate(places):
+                record = _task_record(finished[-1].get("result") or [], f"{file}: task {shown!r}")
+                found.append((record, *map(relative, _place(task["data"]))))
+    shared = Counter(name for _, name, _ in found)
+    for record, name, longer in found:
         key = name if shared[name] == 1 else longer
         names = (key, longer, name.split("/")[-1]) if key == name else (key,)
         there = next((root / name for name in names if (root / name).is_file()), None)
-        records[i] = settled(replace(records[i], id=key, file=there))
+        records.append(settled(replace(record, id=key, file=there)))
     odd = [record for record in records if record.label is None]
     if odd and len(odd) < len(records):
         raise ValueError(f"{odd[0].source} has no choice, but other tasks have one")
