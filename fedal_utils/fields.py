@@ -71,8 +71,7 @@ class Part:
     def replace(self, **changes: Any) -> Any:
         """A copy with these values, by flat names; unknown names and wrong types are refused, lists become tuples."""
         known, default = self.paths(), type(self)().flat()
-        mine: dict[str, Any] = {}
-        inner: dict[str, dict[str, Any]] = {}
+        mine, inner = {}, {}
         for name, value in changes.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
