@@ -1,17 +1,11 @@
 """What to label next: pool and Oracle, observations, scores, selection, and every query strategy.
 
-pool         who is labelled since when; the Oracle is the only door to labels and counts their cost
-observation  what a strategy may observe of unlabelled images, computed when asked for
-scores, select, diversity   one number an image, bigger = query first; top k and cascades; sets of images
-registry     `strategy(...)` registers a function by name: read it to add one
-strategies   the classic ones
-huale, cald, hua, ksas, logo, dual_score   the published ones (matching, dual_terms: their parts)
+Read pool, observation, scores (and how they select), strategies (the registry; read it to add one); the published ones
+are in huale, cald, hua, ksas (with LoGo) and dual_score.
 """
 
-from . import cald, diversity, dual_score, dual_terms, hua, huale, ksas, logo, matching, scores
-from .observation import Observation, PoolObservation, Scene, View, predict
+from . import cald, diversity, dual_score, hua, huale, ksas, matching, scores
+from .observation import Observation, PoolObservation, Reconstructed, Scene, detection_losses, predict
 from .pool import Cost, Oracle, Pool, total
-from .registry import OBSERVATIONS, Strategy, find, kind_of, registered, strategy
-from .scores import Scores
-from .select import Selection, cascade, portions, top_k
-from .strategies import mixture
+from .scores import Scores, Selection, cascade, portions, top_k
+from .strategies import OBSERVATIONS, Strategy, find, kind_of, mixture, registered, strategy

@@ -1,4 +1,4 @@
-"""Diversity: sets of images that cover the pool, and how unlike the labelled images one is. No labels are seen.
+"""Sets of images that cover the pool, and how unlike the labelled images one is; no labels are seen.
 
 Monarch is R. Monarch, Human-in-the-Loop Machine Learning (2021).
 """
@@ -14,8 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from ..data import Detections
-from .scores import Scores, finite, reduce
-from .select import Selection
+from .scores import Scores, Selection, finite, reduce
 
 MANY = 10_000  # images, above which k-means goes by batches
 BLOCK = 1024  # rows of a large table that are looked at in float64 at a time
@@ -36,13 +35,12 @@ def k_center(embedding: Tensor, labelled: Tensor, k: int, rng: np.random.Generat
         nearest = torch.minimum(nearest, torch.cdist(points, block, compute_mode=EXACT).amin(1))
     distances = torch.empty_like(nearest)
     distances[order] = torch.where(torch.isinf(nearest), 0.0, nearest)
-    taken = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     selected = []
     for _ in range(k):
-        best = int(nearest.masked_fill(taken, -1.0).argmax())
-        taken[best] = True
+        best = int(nearest.argmax())
         selected.append(int(order[best]))
         nearest = torch.minimum(nearest, (points - points[best]).norm(dim=1))
+        nearest[best] = -1.0  # it is taken
     return Selection(np.array(selected, dtype=np.int64), Scores.all(distances))
 
 
@@ -61,15 +59,13 @@ def badge(logits: Tensor, embedding: Tensor, k: int, rng: np.random.Generator) -
     squared = finite("squared gradient", (apart.square().sum(1) * points.square().sum(1))[:, None])[:, 0]  # (N,)
     norms = squared.sqrt().cpu().numpy()
     nearest = torch.full_like(squared, torch.inf)
-    left, selected = np.ones(len(norms), dtype=bool), []
+    tie, left, selected = rng.permutation(len(norms)), np.ones(len(norms), dtype=bool), []
     for _ in range(k):
+        best = int(tie[norms[tie].argmax()])
         if selected:
             weights = np.where(left, nearest.cpu().numpy(), 0.0)
             weights = weights / weights.max() if weights.max() > 0 else left.astype(float)
             best = int(rng.choice(len(weights), p=weights / weights.sum()))
-        else:
-            tie = rng.permutation(len(norms))
-            best = int(tie[norms[tie].argmax()])
         left[best] = False
         selected.append(best)
         sizes = squared + squared[best]
@@ -82,17 +78,14 @@ def model_outlier(logits: Tensor, held_out_logits: Tensor, held_out_classes: Ten
     """How little the model is moved by an image, in [0, 1]; model-based outliers of Monarch (2021), ch. 4.
 
     1 - mean over classes of the rank of the image's logit (N, C) among those of the held-out images (V, C): the part
-    that lies below it, of equal ones the half. With held_out_classes (V,) class c is ranked among images of c alone.
+    below it, of equal ones the half. With held_out_classes (V,) class c is ranked among images of c alone.
     """
-    finite("logits", logits)
-    finite("held_out_logits", held_out_logits)
-    ranks = []
+    logits, held_out_logits, ranks = finite("logits", logits), finite("held_out_logits", held_out_logits), []
     for c in range(logits.shape[1]):
         held = held_out_logits[:, c] if held_out_classes is None else held_out_logits[held_out_classes == c, c]
         if len(held):
-            held, column = held.double().sort().values.to(logits.device), logits[:, c].double().contiguous()
-            below, to_equal = (torch.searchsorted(held, column, right=right) for right in (False, True))
-            ranks.append((below + to_equal).double() / (2 * len(held)))  # int / int would be float32
+            held, column = np.sort(held.double().cpu().numpy()), logits[:, c].double().cpu().numpy()
+            ranks.append(sum(np.searchsorted(held, column, side) for side in ("left", "right")) / (2 * len(held)))
     return Scores.all(1 - sum(ranks) / len(ranks))
 
 
@@ -130,18 +123,14 @@ def embedding_outlier(embedding: Tensor, labelled: Tensor, k: int = 10) -> Score
     return Scores.all(torch.cat(values))
 
 
-def cluster(embedding: Tensor, k: int, rng: np.random.Generator, many: int = MANY) -> np.ndarray:
+def cluster(embedding: Tensor, k: int, rng: np.random.Generator) -> np.ndarray:
     """Positions (k,): of each of k clusters of embedding (N, D) the image nearest to its centre; Monarch (2021), ch. 4.
 
-    k-means with one start; of more than `many` images by batches. The largest cluster comes first; where there are
-    fewer different images than clusters, the next nearest of each follow. Ties break by `rng`.
+    The largest cluster comes first; where there are fewer different images than clusters, the next nearest of each
+    follow. Ties break by `rng`.
     """
-    if k == 0:
-        return np.zeros(0, dtype=np.int64)
     points = finite("embedding", embedding.detach().cpu())
-    if len(points) <= many or points.dtype != torch.float32:
-        points = points.double()
-    label, centres = k_means(points.numpy(), k, rng, many)
+    label, centres = k_means(points.numpy(), k, rng)
     apart = (points.double() - torch.from_numpy(centres[label])).norm(dim=1).numpy()
     order = np.lexsort((rng.random(len(points)), apart))  # the nearest to its centre first
     sizes = np.bincount(label, minlength=len(centres))
@@ -155,16 +144,15 @@ def turns(label: np.ndarray, order: np.ndarray) -> np.ndarray:
     return turn
 
 
-def k_means(
-    points: np.ndarray, k: int, rng: np.random.Generator, many: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster (N,) of each row of `points` (N, D), and centres (k, D) in float64; of k = N rows a single cluster."""
-    if k == len(points):
-        return np.zeros(k, dtype=np.int64), points.mean(0, keepdims=True, dtype=np.float64)
-    method = MiniBatchKMeans if many and len(points) > many else KMeans
+def k_means(points: np.ndarray, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster (N,) of each row of `points` (N, D), and centres (k, D) in float64; of k = 0 or N a single cluster."""
+    if k in (0, len(points)):
+        return np.zeros(len(points), dtype=np.int64), points.mean(0, keepdims=True, dtype=np.float64)
+    by_batches = len(points) > MANY
+    method = (MiniBatchKMeans if by_batches else KMeans)(k, n_init=1, random_state=int(rng.integers(2**31)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than k: the caller fills up
-        found = method(k, n_init=1, random_state=int(rng.integers(2**31))).fit(points)
+        found = method.fit(points if by_batches else points.astype(np.float64))
     return found.labels_.astype(np.int64), found.cluster_centers_.astype(np.float64)
 
 

@@ -1,18 +1,17 @@
-"""The pooling of HUA (Park et al., Active Learning for Object Detection with Evidential Deep Learning and Hierarchical
-Uncertainty Aggregation, ICLR 2023), which shares three words of HUALE's name and none of the method.
-"""
+"""HUA's pooling (Park et al., ICLR 2023), which shares three words of HUALE's name and none of the method."""
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from .matching import in_blocks, iou_of
 from .observation import Observation
-from .registry import strategy
-from .scores import Scores
-from .select import Selection, top_k
+from .scores import Scores, Selection, top_k
+from .strategies import strategy
 
 SCORE_ABOVE, IOU = 0.3, 0.5
+_NEEDS = ("detections", "pre_nms_detections")
 
 
 def epistemic(probs: Tensor, predicted_loss: Tensor, scale: Tensor | float) -> Tensor:
@@ -27,33 +26,17 @@ def epistemic(probs: Tensor, predicted_loss: Tensor, scale: Tensor | float) -> T
     return (torch.special.entr(p).sum(-1) - within).clamp(min=0)
 
 
-def pool_hierarchy(values: Tensor, image: Tensor, obj: Tensor, level: Tensor, label: Tensor, images: int) -> Tensor:
-    """One number an image (images,) from its boxes' `values` (B,), bottom up; 0 for an image without any.
+def pool_hierarchy(boxes: pd.DataFrame, images: int) -> np.ndarray:
+    """(images,) by mean over a class's boxes, sum over classes, maximum over levels, sum over objects; 0 without boxes.
 
-    Mean over the boxes of one (object, level, class), sum over classes, maximum over levels, sum over objects; the keys
-    of the boxes are (B,) int64 >= 0, objects counted within their image.
+    boxes: columns image, object, level, label and value.
     """
-    values = values.double()
-    if not len(values):
-        return values.new_zeros(images)
-    objects, levels, labels = (int(field.max()) + 1 for field in (obj, level, label))
-    key = ((image * objects + obj) * levels + level) * labels + label
-    # A key divided by the number of labels is the key of the next step: the same digits without the last one.
-    for how, digits in (("mean", labels), ("sum", levels), ("amax", objects)):
-        key, group = key.unique(return_inverse=True)
-        values = values.new_zeros(len(key)).scatter_reduce(0, group, values, how, include_self=False)
-        key = key // digits
-    return values.new_zeros(images).index_add(0, key, values)
+    values = boxes.groupby(["image", "object", "level", "label"])["value"].mean()
+    values = values.groupby(["image", "object", "level"]).sum().groupby(["image", "object"]).max()
+    return values.groupby("image").sum().reindex(range(images), fill_value=0.0).to_numpy()
 
 
-@strategy(
-    "hua",
-    ("detections", "pre_nms_detections"),
-    "boxes",
-    selects=True,
-    score_above=SCORE_ABOVE,
-    source="Park et al. (ICLR 2023), from released code",
-)
+@strategy("hua", _NEEDS, "boxes", True, score_above=SCORE_ABOVE, source="Park et al. (ICLR 2023), from released code")
 def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
     """The k - n largest pooled uncertainties, and n = round(quota * k) images drawn from those that scored 0.
 
@@ -66,22 +49,22 @@ def hua(seen: Observation, k: int, rng: np.random.Generator) -> Selection:
         raise ValueError("'hua' needs the predicted loss of each box: set box_loss_head=True")
     own = dense.probs.gather(2, dense.labels.clamp(min=0)[..., None]).squeeze(2)  # (N, A)
     kept = dense.valid & (own > SCORE_ABOVE) & (own >= dense.probs[..., 1:].amax(2))
-    image, row = (kept & objects.valid.any(1, keepdim=True)).nonzero(as_tuple=True)  # (B,)
+    image, row = kept.nonzero(as_tuple=True)  # (B,)
 
     def overlapping(boxes: Tensor, image: Tensor) -> Tensor:
         return (iou_of(boxes[:, None], objects.boxes[image]) > IOU) & objects.valid[image]  # (block, T)
 
-    members = in_blocks(overlapping, objects.boxes.shape[1], dense.boxes[image, row], image)  # (B, T)
-    counted = members.any(1)
-    image, row, members = image[counted], row[counted], members[counted]
-    level = dense.extra["level"][image, row].long() if "level" in dense.extra else torch.zeros_like(row)
-    loss = dense.extra["predicted_loss"].double()[image, row]
-    _, group = torch.stack([image, level]).unique(dim=1, return_inverse=True)
-    means = torch.zeros_like(loss).scatter_reduce(0, group, loss, "mean", include_self=False)
-    values = epistemic(dense.probs[image, row], loss, means[group])
-    box, obj = members.nonzero(as_tuple=True)  # every (box, object) that overlap
-    pairs = (values[box], image[box], obj, level[box], dense.labels[image, row][box])
-    pooled = pool_hierarchy(*(t.cpu() for t in pairs), seen.count).numpy()  # a GPU adds in any order
+    box, obj = in_blocks(overlapping, objects.boxes.shape[1], dense.boxes[image, row], image).nonzero(as_tuple=True)
+    counted = box.unique()  # (B',) box, obj: every pair that overlaps
+    image, row = image[counted], row[counted]
+    level = dense.extra["level"][image, row] if "level" in dense.extra else torch.zeros_like(row)
+    loss = dense.extra["predicted_loss"][image, row].double()
+    columns = {"image": image, "level": level, "label": dense.labels[image, row], "loss": loss}
+    frame = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+    scale = frame.groupby(["image", "level"])["loss"].transform("mean")
+    frame["value"] = epistemic(dense.probs[image, row], loss, torch.tensor(scale)).numpy()
+    pairs = frame.iloc[torch.searchsorted(counted, box).numpy()].assign(object=obj.numpy())
+    pooled = pool_hierarchy(pairs, seen.count)
     unseen = np.flatnonzero(pooled == 0)
     drawn = rng.choice(unseen, min(round(seen.config.query.quota * k), len(unseen)), replace=False)
     others = np.setdiff1d(np.arange(seen.count), drawn)

@@ -13,35 +13,32 @@ LN2 = math.log(2)
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats of distributions along the last axis (Lin 1991), 0 .. ln 2; zeros are fine."""
-    entropy = torch.special.entr
-    p, q = p.double(), q.double()
+    entropy, p, q = torch.special.entr, p.double(), q.double()
     return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum(-1).clamp(0, LN2)
 
 
 def match(plain: Detections, other: Detections, iou: float = 0.5) -> Tensor:
     """Pairs one-to-one, image by image, from the largest IoU of all pairs down to `iou`; ties: the lowest rows.
 
-    Returns (N, T), the row of `other` that each plain box got, -1 where none. How views are matched: *reconstructed*.
+    Returns (N, T), the row of `other` of each plain box, -1 where none. How views are matched is *reconstructed*.
     """
-    if 0 in (plain.boxes.shape[1], other.boxes.shape[1]):
-        return torch.full(plain.labels.shape, -1, device=plain.labels.device)
 
     def pairs(boxes: Tensor, valid: Tensor, others: Tensor, valid_too: Tensor) -> Tensor:
         table = iou_of(boxes[:, :, None], others[:, None])  # (N, T, T2)
         table = torch.where(valid[:, :, None] & valid_too[:, None] & (table >= iou), table, -1.0)
         partner = torch.full(valid.shape, -1, device=valid.device)
-        mine = torch.arange(valid.shape[1], device=valid.device)
         # A pair that is the best of its row and of its column is what the greedy rule would take sooner or later: all
         # of them at once, until none is left, gives the same pairs in a few rounds. max takes the first of equals.
-        while True:
+        while table.numel():
             best, column = table.max(2)  # (N, T)
-            agreed = (best >= 0) & (table.argmax(1).gather(1, column) == mine)
-            if not bool(agreed.any()):
-                return partner
-            image, row = agreed.nonzero(as_tuple=True)
+            rows = torch.arange(valid.shape[1], device=valid.device)
+            image, row = ((best >= 0) & (table.argmax(1).gather(1, column) == rows)).nonzero(as_tuple=True)
+            if not len(image):
+                break
             partner[image, row] = column[image, row]
             table[image, row] = -1
             table[image, :, column[image, row]] = -1
+        return partner
 
     size = plain.boxes.shape[1] * other.boxes.shape[1]
     return in_blocks(pairs, size, plain.boxes, plain.valid, other.boxes, other.valid)

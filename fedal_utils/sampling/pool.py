@@ -1,7 +1,7 @@
 """Who is labelled since when, and the Oracle: the only door to labels, which counts their cost."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,8 +10,7 @@ from ..data import Images, Labels
 UNDECIDED = -2
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What labels cost: images looked at, boxes drawn, estimated annotation seconds."""
 
     images: int = 0
@@ -21,8 +20,7 @@ class Cost:
 
 def total(costs: Iterable[Cost]) -> Cost:
     """The costs of all clients in one."""
-    costs = [Cost(), *costs]
-    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("images", "boxes", "seconds")))
+    return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
 
 
 class Oracle:
@@ -32,13 +30,10 @@ class Oracle:
     2017, 1708.02750); ignored boxes count, for an annotator draws them too. diagnostic: opens `hidden_labels`.
     """
 
-    def __init__(
-        self, labels: Labels, seconds_per_image: float = 2.0, seconds_per_box: float = 7.0, diagnostic: bool = False
-    ):
-        self._labels, self._diagnostic = labels, diagnostic
-        self._boxes = (labels.classes > 0).sum(dim=1).numpy()  # (N,)
+    def __init__(self, labels: Labels, seconds_per_image=2.0, seconds_per_box=7.0, diagnostic=False):
+        self.seconds_per_image, self.seconds_per_box, self._diagnostic = seconds_per_image, seconds_per_box, diagnostic
+        self._labels, self._boxes = labels, (labels.classes > 0).sum(dim=1).numpy()  # (N,)
         self._annotated = np.zeros(len(self._boxes), dtype=bool)
-        self.seconds_per_image, self.seconds_per_box = seconds_per_image, seconds_per_box
 
     def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
         """Annotate these images: (n,) True where that could be done. cycle, scores: for `labelling.StoreOracle`."""
@@ -80,8 +75,7 @@ class Pool:
     """
 
     def __init__(self, client: str, images: Images, oracle: Oracle, index: Sequence[int]):
-        self.client, self.oracle, self._images = client, oracle, images
-        self.index = np.asarray(index, dtype=np.int64)
+        self.client, self.images, self.oracle, self.index = client, images, oracle, np.asarray(index, dtype=np.int64)
         self.ids = tuple(images.ids[i] for i in self.index)
         self.queried_in = np.full(len(self.index), -1, dtype=np.int64)
         self.scores = np.full(len(self.index), np.nan)
@@ -99,13 +93,12 @@ class Pool:
 
     def exclude(self, ids: Iterable[str]) -> None:
         """These images were queried and nobody could say: they are neither labelled nor queried again."""
-        here = np.isin(self.ids, list(ids))
-        self.queried_in[here & (self.queried_in == -1)] = UNDECIDED
+        self.queried_in[np.isin(self.ids, list(ids)) & (self.queried_in == -1)] = UNDECIDED
 
     def training_set(self) -> tuple[Images, Labels]:
         """The labelled images and their labels."""
         rows = self.index[self.labelled()]
-        return self._images.take(rows), self.labels_of(rows)
+        return self.images.take(rows), self.labels_of(rows)
 
     def label(self, positions: Sequence[int], cycle: int, scores: Sequence[float] | None = None) -> None:
         """Have these positions labelled in this cycle; scores: why, for the record."""
@@ -135,12 +128,11 @@ class Pool:
     def replay(self, rows: Iterable[dict]) -> None:
         """Label again what queries.csv says that this client queried."""
         place = {sample: p for p, sample in enumerate(self.ids)}
-        by_cycle: dict[int, list[tuple[int, float]]] = {}
-        for row in rows:
-            if str(row["client"]) == self.client:
-                if row["id"] not in place:
-                    raise ValueError(f"queries.csv names {row['id']!r}, which client {self.client} does not hold")
-                by_cycle.setdefault(int(row["cycle"]), []).append((place[row["id"]], float(row["score"])))
-        for cycle in sorted(by_cycle):
-            positions, scores = zip(*by_cycle[cycle], strict=True)
-            self.label(positions, cycle, scores)
+        mine = [
+            (int(row["cycle"]), row["id"], float(row["score"])) for row in rows if str(row["client"]) == self.client
+        ]
+        for stranger in [sample for _, sample, _ in mine if sample not in place]:
+            raise ValueError(f"queries.csv names {stranger!r}, which client {self.client} does not hold")
+        for cycle in sorted({cycle for cycle, _, _ in mine}):
+            _, ids, scores = zip(*(row for row in mine if row[0] == cycle), strict=True)
+            self.label([place[sample] for sample in ids], cycle, scores)

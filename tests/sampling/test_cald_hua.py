@@ -3,13 +3,13 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from observed import chosen, detections, observed
 
-from fedal_utils.sampling import View
 from fedal_utils.sampling.cald import consistency
 from fedal_utils.sampling.hua import epistemic, pool_hierarchy
 from fedal_utils.seeding import rng_for
@@ -17,7 +17,7 @@ from fedal_utils.seeding import rng_for
 
 def cald_seen(plain, *views, **more):
     """Views whose pixels are those of the plain image."""
-    named = {f"view {number}": View(plain.boxes, found) for number, found in enumerate(views)}
+    named = {f"view {number}": (plain.boxes, found) for number, found in enumerate(views)}
     return observed(len(plain), plain, views=named, **more)
 
 
@@ -26,6 +26,7 @@ def entropy(p):
 
 
 BOX = ([0, 0, 10, 10], [0.2, 0.8])
+COLUMNS = ["value", "image", "object", "level", "label"]
 
 
 def test_cald_consistency_by_hand():
@@ -41,10 +42,8 @@ def test_a_view_that_shows_nothing_counts_zero_and_a_views_value_is_one_at_most(
     plain, none = detections([BOX], columns=2), detections([], columns=2)
     assert consistency(cald_seen(plain, plain, none)).values == pytest.approx([-(0.5 + 0) / 2])
     # no overlap, opposite vectors: m = (1 - JS) x (.1 + .9) / 2 with JS near ln 2, so |m - 1.3| > 1: capped at 1
-    sure, unsure = (
-        detections([([0, 0, 9, 9], [0.01, 0.99])], columns=2),
-        detections([([50, 0, 59, 9], [0.99, 0.01])], columns=2),
-    )
+    sure = detections([([0, 0, 9, 9], [0.01, 0.99])], columns=2)
+    unsure = detections([([50, 0, 59, 9], [0.99, 0.01])], columns=2)
     assert consistency(cald_seen(sure, unsure)).values == pytest.approx([-1.0])
     # an image without a detection has consistency 0: queried first
     two = detections([], [BOX], columns=2)
@@ -58,10 +57,8 @@ def test_of_more_than_forty_boxes_fifty_even_steps_enter_the_last_included():
     plain, view = detections(boxes, columns=2), detections(moved, columns=2)
     s = 0.8 - 59 / 1000
     assert consistency(cald_seen(plain, view)).values == pytest.approx([-abs(0.7 + s - 1.3)], abs=1e-6)
-    ranks = set(np.round(np.linspace(0, 59, 50)).astype(int).tolist())
-    skipped = next(i for i in range(60) if i not in ranks)
-    moved = [*boxes]
-    moved[skipped] = (boxes[skipped][0][:3] + [7], boxes[skipped][1])
+    skipped = min(set(range(60)) - set(np.round(np.linspace(0, 59, 50)).astype(int).tolist()))
+    moved = [(b[:3] + [7], p) if i == skipped else (b, p) for i, (b, p) in enumerate(boxes)]
     unmoved = consistency(cald_seen(plain, plain)).values
     assert consistency(cald_seen(plain, detections(moved, columns=2))).values == pytest.approx(unmoved)
 
@@ -80,11 +77,10 @@ def test_hua_draws_its_quota_from_images_that_scored_zero():
 
 
 def test_the_second_stage_keeps_int_1_2_k_and_takes_empty_plain_views_first():
-    counts = np.array([1.0])
     # five images; image 3 is empty in its plain view but not in the changed one
     plain = detections([BOX], [BOX], [BOX], [], [BOX], columns=2)
     view = detections([([0, 0, 10, 5], [0.4, 0.6])], [BOX], [BOX], [BOX], [BOX], columns=2)
-    seen = cald_seen(plain, view, labelled_class_counts=counts)
+    seen = cald_seen(plain, view, labelled_class_counts=np.array([1.0]))
     assert chosen("cald", seen, 1, rng_for(0, "c")).positions.tolist() == [3]
     # k = 4: int(4.8) = 4 pass the first stage (round would keep 5): the last image of the first stage is left out
     first = consistency(seen).values
@@ -108,10 +104,8 @@ def test_the_normaliser_of_hua_is_the_mean_loss_of_one_image_and_level():
     dense = detections([row, row, row], [row], level=[[0, 0, 1], [0]], predicted_loss=[[1.0, 3.0, 5.0], [100.0]])
     values = chosen("hua", observed(2, objects, pre_nms_detections=dense), 1, rng_for(0, "c")).scores.values
     p = torch.tensor([[0.4, 0.6, 0.0]])
-    one = [
-        float(epistemic(p, torch.tensor([loss]), scale))
-        for loss, scale in ((1.0, 2.0), (3.0, 2.0), (5.0, 5.0), (100.0, 100.0))
-    ]
+    pairs = ((1.0, 2.0), (3.0, 2.0), (5.0, 5.0), (100.0, 100.0))
+    one = [float(epistemic(p, torch.tensor([loss]), scale)) for loss, scale in pairs]
     assert values == pytest.approx([max((one[0] + one[1]) / 2, one[2]), one[3]], rel=1e-6)
     alone = detections([row], [row], level=[[0], [0]], predicted_loss=[[1.0], [100.0]])
     both = chosen("hua", observed(2, objects, pre_nms_detections=alone), 1, rng_for(0, "c")).scores.values
@@ -158,16 +152,11 @@ def test_the_hierarchy_by_hand():
     # image 0, object 0: level 0: class 1 mean(1, 3) = 2, class 2: 5 -> 7; level 1: class 1: 4 -> 4; the larger: 7
     # image 0, object 2: level 1: class 2: 6 -> 6. Sum 13. Image 1: nothing. Image 2, object 0: .5
     rows = [(1, 0, 0, 0, 1), (3, 0, 0, 0, 1), (5, 0, 0, 0, 2), (4, 0, 0, 1, 1), (6, 0, 2, 1, 2), (0.5, 2, 0, 3, 1)]
-    columns = torch.tensor(rows, dtype=torch.float64).T
     for order in (list(range(6)), [5, 3, 1, 4, 2, 0]):
-        values, *keys = columns[:, order]
-        assert pool_hierarchy(values, *(key.long() for key in keys), 3).tolist() == [13, 0, 0.5]
-    nobody = torch.zeros(0, dtype=torch.int64)
-    assert pool_hierarchy(nobody.float(), nobody, nobody, nobody, nobody, 2).tolist() == [0, 0]
+        assert pool_hierarchy(pd.DataFrame([rows[i] for i in order], columns=COLUMNS), 3).tolist() == [13, 0, 0.5]
 
 
 @given(st.lists(st.tuples(*(st.integers(0, n) for n in (20, 3, 2, 3, 4))), max_size=60))
 def test_the_hierarchy_equals_the_oracle(rows):
-    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5).T
-    got = pool_hierarchy(columns[0].float(), *columns[1:], 4).tolist()
+    got = pool_hierarchy(pd.DataFrame(rows, columns=COLUMNS), 4).tolist()
     assert got == pytest.approx([slow_pool([(r[0], *r[2:]) for r in rows if r[1] == i]) for i in range(4)])

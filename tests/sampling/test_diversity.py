@@ -235,9 +235,10 @@ def heaps(sizes=(5, 3, 9), wide=4, seed=0, spread=0.1):
 
 
 @pytest.mark.parametrize("many", [10_000, 10])  # k-means, k-means by batches
-def test_clusters_give_the_image_nearest_to_each_centre_the_largest_first(many):
+def test_clusters_give_the_image_nearest_to_each_centre_the_largest_first(many, monkeypatch):
+    monkeypatch.setattr(diversity, "MANY", many)
     embedding, heap = heaps()
-    asked = diversity.cluster(embedding, 3, rng_for(0, "c"), many)
+    asked = diversity.cluster(embedding, 3, rng_for(0, "c"))
     assert asked.dtype == np.int64 and heap[asked].tolist() == [2, 0, 1]
     rows = embedding.double().numpy()
     if many > 17:  # centres are means: the nearest one by a loop
@@ -248,15 +249,16 @@ def test_clusters_give_the_image_nearest_to_each_centre_the_largest_first(many):
 
 
 @pytest.mark.parametrize("many", [10_000, 10])
-def test_clusters_are_filled_up_where_images_are_equal_and_take_each_once(many):
+def test_clusters_are_filled_up_where_images_are_equal_and_take_each_once(many, monkeypatch):
+    monkeypatch.setattr(diversity, "MANY", many)
     rows = torch.tensor([[0.0, 0], [9, 9], [-9, 9]])[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]]
     for k in (3, 5, 6, 8, 11):
-        asked = diversity.cluster(rows, k, rng_for(k, "c"), many)
+        asked = diversity.cluster(rows, k, rng_for(k, "c"))
         assert len(set(asked.tolist())) == k
         assert len({tuple(row) for row in rows[asked[:3]].tolist()}) == 3  # all three before any copy
-    assert sorted(diversity.cluster(rows, 12, rng_for(0, "c"), many).tolist()) == list(range(12))
-    assert diversity.cluster(rows, 0, rng_for(0, "c"), many).tolist() == []
-    firsts = {tuple(diversity.cluster(rows, 3, rng_for(seed, "c"), many)) for seed in range(40)}
+    assert sorted(diversity.cluster(rows, 12, rng_for(0, "c")).tolist()) == list(range(12))
+    assert diversity.cluster(rows, 0, rng_for(0, "c")).tolist() == []
+    firsts = {tuple(diversity.cluster(rows, 3, rng_for(seed, "c"))) for seed in range(40)}
     assert {positions[0] for positions in firsts} == set(range(6))  # any of the six copies of the largest heap
 
 

@@ -12,7 +12,7 @@ from observed import chosen, observed
 from fedal_utils.data import Detections
 from fedal_utils.sampling import Scores
 from fedal_utils.sampling.dual_score import mix, standardise
-from fedal_utils.sampling.dual_terms import as_labels
+from fedal_utils.sampling.observation import as_labels
 from fedal_utils.seeding import rng_for
 
 fewer = settings(max_examples=40)

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from observed import chosen, detections, observed
 
 from fedal_utils.sampling import Scores, top_k
-from fedal_utils.sampling import logo as logo_room
-from fedal_utils.sampling.ksas import box_divergence, specialised_divergence
+from fedal_utils.sampling.ksas import box_divergence, logo, specialised_divergence
 from fedal_utils.sampling.scores import reduce
 from fedal_utils.seeding import rng_for, torch_rng_for
 
@@ -255,7 +254,7 @@ def sure_as(*best):
 
 def lone(alone, embedding, global_scores, k, rng):
     what = {"class_scores": global_scores, "local_only_class_scores": alone, "local_only_embeddings": embedding}
-    return logo_room.logo(observed(len(global_scores), **what), k, rng)
+    return logo(observed(len(global_scores), **what), k, rng)
 
 
 def test_logo_clusters_the_lone_models_features_times_its_doubt():

@@ -7,7 +7,7 @@ from observed import chosen, detections, observed
 
 from fedal_utils import sampling
 from fedal_utils.config import Config
-from fedal_utils.sampling import registry
+from fedal_utils.sampling import strategies
 from fedal_utils.sampling.observation import PoolObservation
 from fedal_utils.seeding import rng_for
 
@@ -23,8 +23,8 @@ def own():
         return np.arange(k)
 
     yield my_margin
-    for key in [key for key in registry._KNOWN if key[1].startswith("my_")]:
-        del registry._KNOWN[key]
+    for key in [key for key in strategies._KNOWN if key[1].startswith("my_")]:
+        del strategies._KNOWN[key]
 
 
 def test_a_strategy_of_ones_own_is_found_by_name_and_selects(own):
@@ -53,7 +53,7 @@ def test_what_is_wrong_with_a_strategy_is_said(own):
         chosen("my_nan", observed(3), 1, rng_for(0, "c"))
 
 
-@pytest.mark.parametrize("kind", registry.KINDS)
+@pytest.mark.parametrize("kind", strategies.KINDS)
 def test_every_need_can_be_observed_and_every_strategy_names_its_source(kind):
     known = set(sampling.OBSERVATIONS)
     for name, strategy in sampling.registered(kind).items():

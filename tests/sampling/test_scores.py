@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from observed import chosen, observed, scored
 
 from fedal_utils.data import Detections
-from fedal_utils.sampling import Scores, cascade, diversity, mixture, portions, registry, strategy, top_k
+from fedal_utils.sampling import Scores, cascade, diversity, mixture, portions, strategies, strategy, top_k
 from fedal_utils.sampling import scores as by
 from fedal_utils.seeding import rng_for, torch_rng_for
 
@@ -190,9 +190,9 @@ def test_a_non_finite_score_names_the_image_and_never_sorts():
 def test_a_cascade_by_hand():
     first = Scores(np.array([5.0, 4.0, 3.0, 2.0, 9.0]), np.ones(5, dtype=bool))
     second = Scores(np.array([1.0, 3.0, 2.0, 99.0, 0.0]), np.ones(5, dtype=bool))  # image 3 is out by then
-    stages = cascade([first, second, first], [4, 2, 1], rng_for(0, "c"))
+    stages = cascade([first, second, first], [4, 2, 1], rng_for(0, "c"), "last")
     assert [stage.tolist() for stage in stages] == [[4, 0, 1, 2], [1, 2], [1]]
-    assert cascade([second, first], [2, 1], rng_for(0, "c"))[-1].tolist() == [1]
+    assert cascade([second, first], [2, 1], rng_for(0, "c"), "last")[-1].tolist() == [1]
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=8, max_size=8), min_size=1, max_size=4), st.data())
@@ -201,7 +201,7 @@ def test_each_step_of_a_cascade_takes_the_best_of_the_step_before(rows, data):
     sizes = sorted(data.draw(drawn), reverse=True)
     steps = [Scores(np.array(row), np.ones(8, dtype=bool)) for row in rows]
     before = np.arange(8)
-    for step, size, left in zip(steps, sizes, cascade(steps, sizes, rng_for(0, "c")), strict=True):
+    for step, size, left in zip(steps, sizes, cascade(steps, sizes, rng_for(0, "c"), "last"), strict=True):
         assert len(left) == len(set(left.tolist())) == size and set(left.tolist()) <= set(before.tolist())
         assert step.values[left].tolist() == sorted(step.values[before], reverse=True)[:size]
         before = left
@@ -306,7 +306,7 @@ def test_a_mixture_asks_in_order_among_what_is_left_and_fills_its_shares(rule):
     finally:
         assert low and high
         for name in ("my_low", "my_high", "my_mix"):
-            del registry._KNOWN["boxes", name]
+            del strategies._KNOWN["boxes", name]
     empty = observed(12, confidences(*[[]] * 12), held_out_detections=confidences([0.5]))
     picks = [chosen("mix", empty, 10, rng_for(0, "c"), rule).positions.tolist() for _ in range(2)]
     assert len(set(picks[0])) == 10 and picks[0] == picks[1]  # also by 'never', which would leave nobody to ask
