@@ -23,13 +23,8 @@ def curves_by_arm(table: pd.DataFrame, y: str) -> dict[tuple[str, str], Curves]:
     return curves
 
 
-def effect(
-    name: str, part: str, one: Curves, other: Curves, seeds: Sequence[int], where: slice = slice(None)
-) -> dict[str, object]:
-    """A row of EFFECT: the mean of the part `where` of each curve of `one` minus that of `other`, paired by seed.
-
-    name, part: what the row is called. one, other, seeds: curves, and the seeds of both that count.
-    """
+def effect(name: str, part: str, one: Curves, other: Curves, seeds: Sequence[int], where=slice(None)) -> dict:
+    """A row of EFFECT: the mean of the part `where` of each curve of `one` minus that of `other`, paired by seed."""
     test = paired_test([one[s][where].mean() for s in seeds], [other[s][where].mean() for s in seeds])
     return dict(zip(EFFECT, (name, part, *test.values()), strict=True))
 
@@ -41,41 +36,35 @@ def arm_gains(
     found = []
     for y in ys:
         curves = {arm: seeds for (arm, name), seeds in curves_by_arm(table, y).items() if name == method}
-        base = curves.get(reference, {})
-        for arm in (name for name in dict.fromkeys(table["arm"]) if name != reference):
-            seeds = [s for s in sorted(set(curves.get(arm, {})) & set(base)) if len(curves[arm][s]) == len(base[s])]
-            if seeds:
-                found.append(effect(arm, y, curves[arm], base, seeds))
+        base = curves.pop(reference, {})
+        for arm, mine in curves.items():
+            seeds = [s for s in sorted(set(mine) & set(base)) if len(mine[s]) == len(base[s])]
+            found += [effect(arm, y, mine, base, seeds)] if seeds else []
     return pd.DataFrame(found, columns=EFFECT)
 
 
-def gains_at_equal(
-    table: pd.DataFrame, xs: Sequence[str] = ("images", "boxes"), y: str = "ap50", baseline: str = "random"
-) -> pd.DataFrame:
-    """Each method (effect) minus the baseline at equal labels, counted in images and in boxes (part).
-
-    A difference is that of the mean heights of both curves over the labels that both reach.
-    """
+def gains_at_equal(table: pd.DataFrame, xs=("images", "boxes"), y="ap50", baseline="random") -> pd.DataFrame:
+    """Mean height of each method (effect) minus the baseline's over labels that both reach, images and boxes (part)."""
     runs = {key: rows.sort_values("cycle") for key, rows in cycle_ends(table).groupby(["method", "seed"])}
     found = []
     for method in (name for name in dict.fromkeys(table["method"]) if name != baseline):
         seeds = sorted(seed for name, seed in runs if name == method and (baseline, seed) in runs)
         for x in xs if seeds else ():
             pairs = {s: _mean_heights(runs[method, s], runs[baseline, s], x, y) for s in seeds}
-            one, other = ({s: np.array([100 * pair[side]]) for s, pair in pairs.items()} for side in (0, 1))
+            one, other = ({s: 100 * pair[side : side + 1] for s, pair in pairs.items()} for side in (0, 1))
             found.append(effect(method, f"equal {x}", one, other, seeds))
     return pd.DataFrame(found, columns=EFFECT)
 
 
-def _mean_heights(one: pd.DataFrame, other: pd.DataFrame, x: str, y: str) -> tuple[float, ...]:
+def _mean_heights(one: pd.DataFrame, other: pd.DataFrame, x: str, y: str) -> np.ndarray:
     """Mean heights of two curves over the range of x that they share; where x stands still, its last point counts."""
-    parts = [part.drop_duplicates(x, keep="last").astype({x: float}) for part in (one, other)]
-    curves = [(part[x].to_numpy(), part[y].to_numpy(dtype=float)) for part in parts]
+    parts = (part.drop_duplicates(x, keep="last") for part in (one, other))
+    curves = [(part[x].to_numpy(dtype=float), part[y].to_numpy(dtype=float)) for part in parts]
     low, high = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
     if not low < high:
         raise ValueError(f"two curves share no range of {x}: {curves[0][0].tolist()} and {curves[1][0].tolist()}")
     grid = np.unique(np.concatenate([[low, high], *(c[0][(c[0] > low) & (c[0] < high)] for c in curves)]))
-    return tuple(area_under_curve(grid, np.interp(grid, *c)) for c in curves)
+    return np.array([area_under_curve(grid, np.interp(grid, *c)) for c in curves])
 
 
 def finals(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
@@ -88,24 +77,19 @@ def finals(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
 def gaps(table: pd.DataFrame, y: str = "ap50", method: str = "random", reference: str = "centralised") -> pd.DataFrame:
     """An ablation's ends as effects, on the seeds that all arms have.
 
-    For each arm: the method minus the reference of the last arm that has one (a single node, trained as well as the
-    ablation knows how), then the gains of both over the first arm.
+    The method minus the last arm's reference (a single node, trained best), then gains of both over the first arm.
     """
-    curves, arms, end = curves_by_arm(table, y), list(dict.fromkeys(table["arm"])), slice(-1, None)
+    curves, arms = curves_by_arm(table, y), list(dict.fromkeys(table["arm"]))
     nodes = [arm for arm in arms if (arm, reference) in curves]
     keys = [*((arm, method) for arm in arms), *((arm, reference) for arm in nodes)]
     seeds = sorted(set.intersection(*(set(curves.get(key, {})) for key in keys)))
     if not nodes or not seeds:
         raise ValueError(f"no seed of {method!r} and {reference!r} has finished in all arms {arms}")
-    found = []
-    for arm in arms:
-        mine, parts = curves[arm, method], {f"{method} minus {reference}": curves[nodes[-1], reference]}
-        if arm != arms[0]:
-            parts[f"gain over {arms[0]}"] = curves[arms[0], method]
-        found += [effect(arm, part, mine, other, seeds, end) for part, other in parts.items()]
-        if arm in nodes[1:]:
-            node, first = curves[arm, reference], curves[nodes[0], reference]
-            found.append(effect(arm, f"{reference}'s gain", node, first, seeds, end))
+    rows = [(arm, f"{method} minus {reference}", (arm, method), (nodes[-1], reference)) for arm in arms]
+    rows += [(arm, f"gain over {arms[0]}", (arm, method), (arms[0], method)) for arm in arms[1:]]
+    rows += [(arm, f"{reference}'s gain", (arm, reference), (nodes[0], reference)) for arm in nodes[1:]]
+    rows.sort(key=lambda row: arms.index(row[0]))
+    found = [effect(arm, part, curves[a], curves[b], seeds, slice(-1, None)) for arm, part, a, b in rows]
     return pd.DataFrame(found, columns=EFFECT)
 
 

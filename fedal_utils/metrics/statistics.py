@@ -30,36 +30,31 @@ def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """The band that figures draw: 95 % t interval of the mean for three or more seeds, both for two, NaN for one."""
-    values = np.asarray(values, dtype=float)
     if len(values) < 3:
-        return (float(values.min()), float(values.max())) if len(values) == 2 else (math.nan, math.nan)
-    half = _half_width(values)
-    return float(values.mean() - half), float(values.mean() + half)
+        return (min(values), max(values)) if len(values) == 2 else (math.nan, math.nan)
+    mean, half = float(np.mean(values)), _half_width(np.asarray(values, dtype=float))
+    return mean - half, mean + half
 
 
 def _half_width(values: np.ndarray) -> float:
-    """Half the Student's 95 % t interval of the mean."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    n = len(values)  # half the Student's 95 % t interval of the mean; NaN for one value
+    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     """Is a different from b, seed by seed? {'difference', 'low', 'high', 'p', 'n'}; entry i of both is the same seed.
 
     `difference` is the mean of a - b, `low` and `high` its 95 % t interval (NaN for one seed), `p` two-sided from all
-    2^n sign flips of the differences (n seeds can show no p below 2 / 2^n). Sums that differ by rounding only are ties.
-    ValueError for unequal or non-finite values and for more than 16 seeds, where 2^n is no longer small.
+    2^n sign flips of the differences, n <= 16 (no p below 2 / 2^n). Sums that differ by rounding only are ties.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape or not 1 <= len(a) <= 16 or not np.isfinite([a, b]).all():
         raise ValueError(f"need finite values of the same 1..16 seeds, got {a.tolist()} and {b.tolist()}")
     rounding = 1e-12 * float(np.abs(a).sum() + np.abs(b).sum())
     difference = np.where(np.abs(a - b) <= rounding, 0.0, a - b)
-    n, mean = len(a), float(difference.mean())
-    if n == 1:
-        return {"difference": mean, "low": math.nan, "high": math.nan, "p": 1.0, "n": 1}
+    n, mean, half = len(a), float(difference.mean()), _half_width(difference)
     signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2^n, n), every way to flip n signs
     p = float(np.mean(np.abs(signs @ difference) >= abs(difference.sum()) - rounding))
-    half = _half_width(difference)
     return {"difference": mean, "low": mean - half, "high": mean + half, "p": p, "n": n}
 
 
@@ -78,29 +73,23 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
     last_low, last_high, area (over labelled images), area_low, area_high, minus_<baseline> (difference of areas on the
     same seeds), low, high, p, p_holm (p corrected for the number of methods).
     """
-    ends = cycle_ends(table)
-    server = table[table["client"].astype(str) == "server"]
-    areas: dict[str, dict[int, float]] = {}
-    rows = []
-    for method in dict.fromkeys(ends["method"]):
-        curves = {seed: part for seed, part in ends[ends["method"] == method].groupby("seed")}
-        traffic = server[server["method"] == method].groupby("seed")[["bytes_up", "bytes_down"]].sum().sum(axis=1)
-        if all(len(part) > 1 and (part["images"].diff().iloc[1:] > 0).all() for part in curves.values()):
-            areas[method] = {seed: area_under_curve(part["images"], part[y]) for seed, part in curves.items()}
-        finals = pd.concat([part.tail(1) for part in curves.values()])
-        costs = finals[["images", "boxes"]].mean().to_dict()
-        row = {"method": method, "seeds": len(curves), **costs, "minutes": finals["seconds"].mean() / 60}
-        row["megabytes"] = traffic.mean() / 1e6
-        for name, values in (("last", finals[y].tolist()), ("area", list(areas.get(method, {}).values()))):
+    server, ends, areas, rows = table[table["client"].astype(str) == "server"], cycle_ends(table), {}, []
+    for method, part in ends.groupby("method"):
+        curves = dict(list(part.groupby("seed")))
+        grow = all(len(curve) > 1 and (curve["images"].diff().iloc[1:] > 0).all() for curve in curves.values())
+        areas[method] = {s: area_under_curve(c["images"], c[y]) for s, c in curves.items()} if grow else {}
+    for method, mine in areas.items():
+        finals = ends[ends["method"] == method].groupby("seed").tail(1)
+        traffic = server[server["method"] == method][["bytes_up", "bytes_down"]].sum().sum() / len(finals)
+        row = {"method": method, "seeds": len(finals), **finals[["images", "boxes"]].mean()}
+        row |= {"minutes": finals["seconds"].mean() / 60, "megabytes": traffic / 1e6}
+        for name, values in (("last", finals[y].tolist()), ("area", list(mine.values()))):
             low, high = seed_interval(values)
             row |= {name: float(np.mean(values)) if values else math.nan, f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    for row in rows:
-        mine, theirs = areas.get(row["method"], {}), areas.get(baseline, {})
-        both = sorted(set(mine) & set(theirs)) if row["method"] != baseline else []
-        test = paired_test([mine[s] for s in both], [theirs[s] for s in both]) if both else {}
+        both = sorted(set(mine) & set(areas.get(baseline, {}))) if method != baseline else []
+        test = paired_test([mine[s] for s in both], [areas[baseline][s] for s in both]) if both else {}
         row[f"minus_{baseline}"] = test.get("difference", math.nan)
-        row |= {name: test.get(name, math.nan) for name in ("low", "high", "p")}
+        rows.append(row | {name: test.get(name, math.nan) for name in ("low", "high", "p")})
     return pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows]))
 
 

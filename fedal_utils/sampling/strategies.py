@@ -67,7 +67,7 @@ class Strategy:
             (_OF_LINEAR, classifier != "linear", "it needs classifier='linear'"),
             (alone, classifier == "linear", "a linear classifier is trained on one client's labels anyway"),
             ({"held_out_detections"}, config.federation.held_out_images < 1, "set held_out_images to 1 or more"),
-            (_OF_SSD, model.detector != "ssd", f"it needs detector='ssd', not {model.detector!r}"),
+            (_OF_SSD, model.detector != "ssd", f"set detector='ssd', not {model.detector!r}"),
             ({"predicted_losses"}, not model.image_loss_head, "it reads a head: set image_loss_head=True"),
             ({"hidden_label_losses"}, not config.query.diagnostic, "an upper bound, no method: set diagnostic=True"),
         ):
