@@ -1,15 +1,11 @@
-"""The labelling flywheel (active-vision, 2025): notebook 50. When to stop, and which labels to have looked at again.
+"""The labelling flywheel (active-vision, 2025): notebook 50. When to stop, and which labels to look at again.
 
-Part A, classes: a linear classifier on the features of a frozen network. Part B ("50b"), boxes: one node, every cycle
-trains from the first weights (digits: from an initial model).
+Part A, classes: a linear classifier on frozen features. Part B ("50b"), boxes: one node, from the first weights.
 """
 
-import contextlib
 import math
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +15,7 @@ from torch import Tensor
 from .. import metrics
 from ..detectors import LinearClassifier, out_of_fold
 from ..federation import Setup
-from ..labelling import Simulated, Store, StoreOracle, truth_of
+from ..labelling import Simulated, truth_of
 from ..sampling import Scores, top_k
 from ..seeding import rng_for
 from . import ssd_vae
@@ -70,25 +66,20 @@ PRESETS = {
 def stopping(table: pd.DataFrame, y: str, goal: float, budget: int, plateau: float = 0.0) -> pd.DataFrame:
     """Where each rule would have ended the labelling: columns method, rule, images, value (of y there), NaN if nowhere.
 
-    The evaluation set decides here, as in active-vision: a number that stops a loop is not a fair report of it.
-    table, y: of `record.table`, several seeds; its column.
-    goal, budget: the mean over seeds reaches it; so many images.
+    The evaluation set decides, as in active-vision: a number that stops a loop is no fair report of it.
+    table, y: of `record.table`; its column. goal, budget: the mean over seeds reaches it; so many images.
     plateau: the 95 % interval of the gain over the last cycle, paired by seed, lies below this many points (100 x y).
     """
     found = []
     for method, runs in metrics.cycle_ends(table).groupby("method", sort=False):
         wide = runs.pivot(index="cycle", columns="seed", values=y).dropna(axis=1)
-        images, mean, cycles = runs.groupby("cycle")["images"].mean(), wide.mean(axis=1), list(wide.index)
-        gains = {b: metrics.paired_test(100 * wide.loc[b], 100 * wide.loc[a]) for a, b in pairwise(cycles)}
-        most = {cycle: gain["difference" if math.isnan(gain["high"]) else "high"] for cycle, gain in gains.items()}
-        strikes = {
-            "goal": [cycle for cycle in cycles if mean[cycle] >= goal],
-            "budget": [cycle for cycle in cycles if images[cycle] >= budget],
-            "plateau": [cycle for cycle, high in most.items() if high < plateau],
-        }
-        for rule, where in strikes.items():
-            at = (float(images[where[0]]), float(mean[where[0]])) if where else (math.nan, math.nan)
-            found.append((method, rule, *at))
+        images, mean = runs.groupby("cycle")["images"].mean(), wide.mean(axis=1)
+        gains = {b: metrics.paired_test(100 * wide.loc[b], 100 * wide.loc[a]) for a, b in pairwise(wide.index)}
+        flat = [b for b, gain in gains.items() if gain["difference" if math.isnan(gain["high"]) else "high"] < plateau]
+        strikes = {"goal": mean.index[mean >= goal], "budget": images.index[images >= budget], "plateau": flat}
+        for rule, at in strikes.items():
+            where = (float(images[at[0]]), float(mean[at[0]])) if len(at) else (math.nan, math.nan)
+            found.append((method, rule, *where))
     return pd.DataFrame(found, columns=["method", "rule", "images", "value"])
 
 
@@ -96,65 +87,38 @@ WAYS = ("as given", "suspects corrected", "random ones corrected", "as many more
 
 
 def suspects(held_out: Tensor, classes: Tensor) -> Scores:
-    """How likely each given label is wrong, 0 .. 1: 1 - the probability that models which did not see it give it.
-
-    held_out (L, C) log-probabilities of `detectors.out_of_fold`, classes (L,) as given. Self-confidence of confident
-    learning (Northcutt et al. 2021, 1911.00068).
-    """
+    """1 - self-confidence (Northcutt et al. 2021) of labels (L,) by log-probabilities (L, C) of models without them."""
     return Scores.all(1 - held_out.gather(1, classes[:, None])[:, 0].exp())
 
 
-def label_errors(
-    setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Does it pay to look again? One row a seed: wrong, found, and accuracy after each of `WAYS`; and their effects.
+def label_errors(setup: Setup, seeds: Sequence[int], labels: int, error: float, again: int) -> tuple:
+    """Does it pay to look again? A frame of a row a seed: wrong, found, accuracy after each of `WAYS`; and of effects.
 
-    wrong: the share of wrong labels; found: of wrong ones among the suspects (at random one would find `wrong`). As
-    many more labels in the place of corrections (the same person, the same error) cost as much.
-    labels: random images that are labelled. error: the share of them whose label is wrong.
-    again: how many suspects are looked at once more.
+    wrong, found: the share of wrong labels, in all and among the suspects. labels, error: so many random images are
+    labelled, with this share of wrong labels. again: so many suspects are looked at once more (or images labelled).
     """
-    truth, found = truth_of(setup.photos[0], "classes"), []
+    names, images, strength = setup.class_names, setup.train.images, setup.config.flywheel.regularisation
+    true, tested = (part.labels.classes[:, 0].cpu() - 1 for part in (setup.train, setup.test))
+    knows, found = truth_of(setup.photos[0], "classes"), []
+
+    def accuracy(rows: np.ndarray, classes: Tensor) -> float:
+        model = LinearClassifier(len(names))
+        model.fit(images.take(rows).features[0], classes[rows], strength)
+        return metrics.accuracy(model(setup.test.images.features), tested, names)["accuracy"]
+
     for seed in seeds:
-        rng = rng_for(seed, "label errors")
-        order = rng.permutation(len(setup.train))
-        rows, more_rows = np.sort(order[:labels]), np.sort(order[: labels + again])
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stores:
-            person = Simulated(truth, error, setup.config.query.seconds_per_image, 0.0, seed)
-
-            def oracle_of(name: str, stores=stores, folder=folder, person=person, rows=rows) -> StoreOracle:
-                store = stores.enter_context(Store(Path(folder) / f"{name}.sqlite", setup.class_names))
-                oracle = StoreOracle(store, setup.train.images, setup.class_names, person, "random")
-                oracle.annotate(rows)
-                return oracle
-
-            checked, control, more = (oracle_of(name) for name in ("suspects", "random", "more"))
-            more.annotate(np.setdiff1d(more_rows, rows), 1)
-            given, before = _classes(checked, rows), _accuracy(setup, checked, rows)
-            features, strength = setup.train.images.take(rows).features[0], setup.config.flywheel.regularisation
-            _, logs = out_of_fold(features, given, len(setup.class_names), rng, strength)
-            chosen = top_k(suspects(logs, given), again, rng)
-            wrong = (given != setup.train.labels.classes[torch.from_numpy(rows), 0].cpu() - 1).numpy()
-            for oracle, where in ((checked, chosen), (control, rng.permutation(len(rows))[:again])):
-                oracle.annotator, oracle.strategy, oracle.who = Simulated(truth, seed=seed), "label errors", "checker"
-                oracle.annotate(rows[where], 1)
-            after = [before, *(_accuracy(setup, *one) for one in ((checked, rows), (control, rows), (more, more_rows)))]
-            row = {"seed": seed, "wrong": float(wrong.mean()), "found": float(wrong[chosen].mean())}
-            found.append(row | dict(zip(WAYS, after, strict=True)))
-    frame = pd.DataFrame(found)
-    points = {way: {s: np.array([100 * v]) for s, v in frame.set_index("seed")[way].items()} for way in WAYS}
+        rng, person = rng_for(seed, "label errors"), Simulated(knows, error, seed=seed)
+        order, given = rng.permutation(len(images)), true.clone()
+        rows, more = np.sort(order[:labels]), np.sort(order[: labels + again])
+        given[more] = torch.tensor([names.index(person.label(images.ids[row], "classes", names)) for row in more])
+        _, logs = out_of_fold(images.take(rows).features[0], given[rows], len(names), rng, strength)
+        suspected = rows[top_k(suspects(logs, given[rows]), again, rng)]
+        checked, control, others = given.clone(), given.clone(), rows[rng.permutation(len(rows))[:again]]
+        checked[suspected], control[others] = true[suspected], true[others]
+        after = [accuracy(rows, classes) for classes in (given, checked, control)] + [accuracy(more, given)]
+        wrong = (given != true).numpy()
+        row = {"seed": seed, "wrong": float(wrong[rows].mean()), "found": float(wrong[suspected].mean())}
+        found.append(row | dict(zip(WAYS, after, strict=True)))
+    points = {way: {row["seed"]: np.array([100 * row[way]]) for row in found} for way in WAYS}
     effects = [metrics.effect(way, "accuracy", points[way], points[WAYS[0]], seeds) for way in WAYS[1:]]
-    return frame, pd.DataFrame(effects)
-
-
-def _classes(oracle: StoreOracle, rows: np.ndarray) -> Tensor:
-    return oracle.labels_of(rows).classes[:, 0] - 1
-
-
-def _accuracy(setup: Setup, oracle: StoreOracle, rows: np.ndarray) -> float:
-    """On the test set, of a linear classifier trained on what the store says of these rows."""
-    model = LinearClassifier(len(setup.class_names))
-    features = setup.train.images.take(rows).features[0]
-    model.fit(features, _classes(oracle, rows), setup.config.flywheel.regularisation)
-    truth = setup.test.labels.classes[:, 0].cpu() - 1
-    return metrics.accuracy(model(setup.test.images.features), truth, setup.class_names)["accuracy"]
+    return pd.DataFrame(found), pd.DataFrame(effects)

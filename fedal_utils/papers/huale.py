@@ -1,7 +1,6 @@
 """HUALE: notebook 20. Its losses one at a time, the orders of its filters, and its gain taken apart.
 
-One node; every cycle trains from the first weights for the same number of steps. Scoring mirrors images, so training
-does, digits too. The small sizes are a Faster R-CNN on frozen features.
+One node; every cycle trains from the first weights. Scoring mirrors images, so training does, digits too.
 """
 
 import pandas as pd
@@ -52,31 +51,25 @@ _COCO: Sizes = {
 PRESETS = {"20": Preset(("random", "entropy_max", "cald", "cascade"), _FULL, {"coco": _COCO}, _SMALL)}
 
 ARMS = PLAIN, WHOLE = "plain", "HUALE losses"
-EMPHASIS = 1.0  # strength; the larger of the two that the notes propose
 
 
 def loss_arms(config: Config) -> dict[str, Config]:
-    """The same experiment under other losses: torchvision's own, all of HUALE's (*reconstructed*), and each one alone.
-
-    Which loss HUALE's "EIoU" names is not known: Extended IoU stands in the whole, the likelier reading, and Efficient
-    IoU alone beside it; the IoU head is the other reading of "Synchronic IoU-Localization".
-    """
+    """The same experiment under other losses: torchvision's own, all of HUALE's (*reconstructed*), and each alone."""
     plain = config.replace(box_loss="smooth_l1", auxiliary_head="none", emphasis=0.0)
     return {
         PLAIN: plain,
-        WHOLE: plain.replace(box_loss="extended_iou", auxiliary_head="sides", emphasis=EMPHASIS),
+        WHOLE: plain.replace(box_loss="extended_iou", auxiliary_head="sides", emphasis=1.0),
         "Extended IoU alone": plain.replace(box_loss="extended_iou"),
         "Efficient IoU alone": plain.replace(box_loss="efficient_iou"),
         "side likelihood alone": plain.replace(auxiliary_head="sides"),
         "IoU head alone": plain.replace(auxiliary_head="iou"),
-        "emphasis alone": plain.replace(emphasis=EMPHASIS),
+        "emphasis alone": plain.replace(emphasis=1.0),
     }
 
 
 def filter_orders(config: Config) -> dict[str, Config]:
     """The same experiment with the cascade's four filters in other orders: as published, reversed, turned by two."""
-    first = tuple(FILTERS)
-    orders = (first, first[::-1], first[2:] + first[:2])
+    orders = (FILTERS, FILTERS[::-1], FILTERS[2:] + FILTERS[:2])
     return {" > ".join(order): config.replace(cascade_order=order) for order in orders}
 
 
@@ -89,6 +82,7 @@ EFFECTS = {  # name: (arm and method) minus (arm and method)
     "against CALD as published": ((WHOLE, "cascade"), (PLAIN, "cald")),
     "cascade - CALD, equal losses": ((WHOLE, "cascade"), (WHOLE, "cald")),
 }
+# As HUALE's abstract averages, as CALD's does, and where all labels are random.
 PARTS = {"all cycles": slice(None), "without the first": slice(1, None), "first cycle": slice(0, 1)}
 
 
@@ -96,10 +90,8 @@ def gain_split(table: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     """HUALE's gain over random taken apart: a frame of effects (`metrics.EFFECT`), one row per effect and part.
 
     table: of `record.table`, with a column `arm` (names of `loss_arms`); an effect whose runs are missing is left out.
-    Parts: 'all cycles' (as HUALE's abstract averages), 'without the first' (as CALD's), 'first cycle' (all random).
     """
-    curves = metrics.curves_by_arm(table, y)
-    found = []
+    curves, found = metrics.curves_by_arm(table, y), []
     for effect, (one, other) in EFFECTS.items():
         a, b = curves.get(one, {}), curves.get(other, {})
         seeds = [seed for seed in sorted(set(a) & set(b)) if len(a[seed]) == len(b[seed]) > 1]

@@ -1,7 +1,6 @@
 """KAFAL: notebook 30. Its training taken apart.
 
-Eight of ten clients take part in a round, in the last one too (algorithm 1; the released code then takes all:
-`as_released`). Clients are of equal size, as those of its one published partition nearly are.
+Eight of ten clients, of equal size, take part in a round, in the last one too (`as_released`: all in the last).
 """
 
 from ..config import Config
@@ -45,8 +44,6 @@ PRESETS = {"30": Preset(_METHODS, _FULL, small=_SMALL, data={"smoke": "digit-ima
 
 def training_arms(config: Config) -> dict[str, Config]:
     """The same experiment with KAFAL's training taken apart: plain FedAvg, with the balanced softmax, and the whole."""
-    return {
-        "cross-entropy": config.replace(balanced_softmax=False, distillation_weight=0.0),
-        "balanced softmax": config.replace(balanced_softmax=True, distillation_weight=0.0),
-        "KCFU": config.replace(balanced_softmax=True, distillation_weight=1.0),
-    }
+    balanced = config.replace(balanced_softmax=True, distillation_weight=0.0)
+    plain, whole = balanced.replace(balanced_softmax=False), balanced.replace(distillation_weight=1.0)
+    return {"cross-entropy": plain, "balanced softmax": balanced, "KCFU": whole}

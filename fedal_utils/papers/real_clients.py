@@ -1,7 +1,4 @@
-"""Real clients: the sizes of notebook 60.
-
-Few rounds, for each of a client's answers is a process of its own. A client that fails costs the round that client.
-"""
+"""Real clients: the sizes of notebook 60. Few rounds, for each of a client's answers is a process of its own."""
 
 from .sizes import DIGITS, Preset, Sizes
 from .van_bommel import FULL, FULL_BY_DATA

@@ -1,7 +1,4 @@
-"""SSD with a VAE's dual score: notebook 40. Its weights swept.
-
-One node; in every cycle the detector begins again, and takes the same number of steps.
-"""
+"""SSD with a VAE's dual score: notebook 40, on one node, from the first weights in every cycle. Its weights swept."""
 
 from collections.abc import Sequence
 
@@ -54,8 +51,5 @@ PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 def sweep(config: Config, term: str = "d1", parts: Sequence[float] = PARTS) -> dict[float, tuple[Config, str]]:
     """alpha -> the experiment and the method that queries with it; the ends are the single terms."""
-    ends = {1.0: "vae", 0.0: term}
-    return {
-        part: (config, ends[part]) if part in ends else (config.replace(vae_weight=part), f"vae_{term}")
-        for part in parts
-    }
+    mixed = {part: (config.replace(vae_weight=part), f"vae_{term}") for part in parts}
+    return mixed | {end: (config, name) for end, name in ((1.0, "vae"), (0.0, term)) if end in parts}

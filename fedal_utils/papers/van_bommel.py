@@ -1,8 +1,4 @@
-"""Van Bommel (2021), active learning during federated learning: notebooks 10 to 14, and what the paper sends.
-
-The small sizes train a small detector of the paper's shape from scratch. A chain's first visits take as many steps as
-`first_pass_rounds` rounds; every scheme takes the same number of gradient steps.
-"""
+"""Van Bommel (2021), active learning during federated learning: notebooks 10 to 14, and what the paper sends."""
 
 import pandas as pd
 import torch
@@ -95,17 +91,12 @@ SCHEMES = {
 MEGABYTES = {"full": 14.017, "head": 5.7, "optimizer": 5.241}  # section 8: FP16 checkpoint, its head, SGD's state
 
 
-def paper_megabytes(
-    scheme: str, step: int, clients: int = 9, merge_at: int = 21, sizes: dict[str, float] = MEGABYTES
-) -> float:
+def paper_megabytes(scheme: str, step: int, clients: int = 9, merge_at: int = 21, sizes: dict = MEGABYTES) -> float:
     """MB sent by all clients, both ways, after a step of a scheme: the released analysis' formulas (section 8).
 
     They count two transfers for each hop of a chain, which needs one, and neither the initial model nor labels.
-    scheme, clients: its name; how many there are.
-    step: fedavg and local-first: the communication round, from 0; chains: the visit of the first pass, from 0 to
-        clients - 1, then clients for the merge, and from clients + 1 on the later visits (chain-fedavg: rounds).
-    merge_at: the round in which local-first merges for the first time.
-    sizes: MB of the model, of what is left of it with a frozen backbone, of the optimizer's state.
+    step: the round, from 0; of chains: the visit of the first pass, the merge, then later visits (or rounds).
+    merge_at, sizes: the first round in which local-first merges; MB by the names of `MEGABYTES`.
     """
     full, head, optimizer = (sizes[name] for name in ("full", "head", "optimizer"))
     each = {"chain": 2 * head, "chain-fedavg": 2 * head * clients, "accumulate": 2 * (full + optimizer)}
@@ -117,54 +108,47 @@ def paper_megabytes(
 
 def message_sizes(setup: federation.Setup) -> dict[str, float]:
     """MB of one packed message of this setup's detector: 'full', 'head' (backbone frozen), 'optimizer' (its state)."""
-    config = setup.config
-    dtype = config.federation.message_dtype
+    config, dtype = setup.config, setup.config.federation.message_dtype
     model = detectors.build(config, max(1, len(setup.class_names)), torch.Generator().manual_seed(0))
-    full = len(federation.broadcast(model, dtype))
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     moments = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[config.training.optimizer]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     state = {f"{moment}:{n}": torch.tensor(0.0) if moment == "step" else p for n, p in trained for moment in moments}
-    state[training.STEPS] = torch.tensor(0)
+    messages = {"full": federation.broadcast(model, dtype)}
     model.freeze_backbone()
-    head = len(federation.broadcast(model, dtype))
-    return {"full": full / 1e6, "head": head / 1e6, "optimizer": len(federation.pack(state)) / 1e6}
+    messages["head"] = federation.broadcast(model, dtype)
+    messages["optimizer"] = federation.pack({**state, training.STEPS: torch.tensor(0)})
+    return {name: len(message) / 1e6 for name, message in messages.items()}
 
 
 def traffic_table(setup: federation.Setup, table: pd.DataFrame) -> pd.DataFrame:
     """The bytes of every evaluated round beside the paper's formula, for our message sizes and for the paper's own.
 
-    table: of `record.table`. Columns: method, seed, step, ap50, metered (MB, packed messages, both ways, so far),
-    formula (the paper's, with this setup's message sizes), paper_sizes (the same formula with the paper's sizes).
+    MB so far, both ways: metered (packed messages), formula (with this setup's message sizes), paper_sizes.
     """
-    config, sizes = setup.config, message_sizes(setup)
-    merge_at = (config.query.cycles - 1) * config.federation.rounds
-    given = {"clients": config.federation.clients, "merge_at": merge_at}
-    frames = []
-    server = table[table["client"].astype(str) == "server"].sort_values(["method", "seed", "cycle", "round"])
-    for (method, _), run in server.groupby(["method", "seed"], sort=False):
-        scheme = federation.method_of(method, config).scheme.name
-        frame = run[["method", "seed"]].assign(step=range(len(run)), ap50=run["ap50"])
-        frame["metered"] = (run["bytes_up"] + run["bytes_down"]).cumsum() / 1e6
-        frame["formula"] = [paper_megabytes(scheme, step, **given, sizes=sizes) for step in frame["step"]]
-        frame["paper_sizes"] = [paper_megabytes(scheme, step, **given) for step in frame["step"]]
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    config, ours = setup.config, message_sizes(setup)
+    given = config.federation.clients, (config.query.cycles - 1) * config.federation.rounds
+    frame = table[table["client"].astype(str) == "server"].sort_values(["method", "seed", "cycle", "round"])
+    frame = frame.assign(metered=frame["bytes_up"] + frame["bytes_down"]).reset_index(drop=True)
+    runs = frame.groupby(["method", "seed"])
+    frame = frame.assign(step=runs.cumcount(), metered=runs["metered"].cumsum() / 1e6)
+    schemes = [federation.method_of(method, config).scheme.name for method in frame["method"]]
+    for name, sizes in (("formula", ours), ("paper_sizes", MEGABYTES)):
+        frame[name] = [paper_megabytes(*at, *given, sizes) for at in zip(schemes, frame["step"], strict=True)]
+    return frame[["method", "seed", "step", "ap50", "metered", "formula", "paper_sizes"]]
 
 
 def optimizer_ablation(config: Config) -> dict[str, Config]:
     """The same experiment with three policies for the optimizer state between rounds, and a control.
 
-    The first is the released code's: its warm-up of 1,000 iterations begins again in every local call of at most 280,
-    and never ends; kept at the client, it happens once. In the control every client takes as many steps in a row as the
-    single node does: what is left of the gap is due to averaging and to the split of the images alone.
+    The released code's warm-up of 1,000 iterations begins again in every call of at most 280. In the control clients
+    take the single node's steps in a row: what is left of the gap is due to averaging and the split.
     """
     iterations, many = config.federation.iterations, config.federation.clients
     warmup = round(1000 / 280 * iterations) if iterations else 1000
-    kept = config.replace(optimizer_state="client", warmup=warmup)
     longer = {"iterations": many * iterations} if iterations else {"epochs": many * config.training.epochs}
     return {
         "restart, warm-up": config.replace(optimizer_state="restart", warmup=warmup),
         "restart, no warm-up": config.replace(optimizer_state="restart", warmup=0),
-        "kept, one warm-up": kept,
-        f"kept, {many} x the steps": kept.replace(**longer),
+        "kept, one warm-up": config.replace(optimizer_state="client", warmup=warmup),
+        f"kept, {many} x the steps": config.replace(optimizer_state="client", warmup=warmup, **longer),
     }

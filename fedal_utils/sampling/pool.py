@@ -1,7 +1,7 @@
 """Who is labelled since when, and the Oracle: the only door to labels, which counts their cost."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from ..data import Images, Labels
 UNDECIDED = -2
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """What labels cost: images looked at, boxes drawn, estimated annotation seconds."""
 
     images: int = 0
@@ -20,7 +21,7 @@ class Cost(NamedTuple):
 
 def total(costs: Iterable[Cost]) -> Cost:
     """The costs of all clients in one."""
-    return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
+    return Cost(*map(sum, zip(*(vars(cost).values() for cost in (Cost(), *costs)), strict=True)))
 
 
 class Oracle:
