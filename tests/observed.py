@@ -4,11 +4,13 @@ import copy
 import math
 
 import numpy as np
+import oracles
 import torch
 
 from fedal_utils.config import Config
 from fedal_utils.data import Detections
 from fedal_utils.sampling import Observation, Selection, find, registered
+from fedal_utils.seeding import rng_for
 
 
 def observed(count: int, detections: Detections | None = None, config: Config | None = None, **what) -> Observation:
@@ -51,3 +53,52 @@ def detections(*images, columns=3, length=0, **extra):
         for i, row in enumerate(rows):
             more[name][i, : len(row)] = torch.as_tensor(np.array(row, dtype=np.float32).reshape(len(row), *tail))
     return Detections(boxes, scores, labels, probs, more)
+
+
+def lists(found):
+    """The way back: each image a list of (box, class vector, score, label), as plain Python numbers."""
+    fields = [t.double().tolist() for t in (found.boxes, found.probs, found.scores, found.labels)]
+    return [[one for one in zip(*image, strict=True) if one[3] > 0] for image in zip(*fields, strict=True)]
+
+
+def box(rng):
+    x, y = rng.integers(0, 50, 2)
+    return [x, y, x + rng.integers(4, 30), y + rng.integers(4, 30)]
+
+
+def vector(rng, classes):
+    p = rng.integers(0, 6, classes + 1) ** 2 + np.eye(classes + 1)[rng.integers(0, classes + 1)]
+    return p / p.sum()
+
+
+def two_views(seed, images=12, classes=3, most=6):
+    """A view and a shaken one: boxes moved a little, some gone, some new, some class vectors changed; some without any.
+
+    The coordinates are whole numbers, so equal IoUs do occur. Rows come best scored first.
+    """
+    rng = rng_for(seed, "views", classes)
+    views = [], []
+    for _ in range(images):
+        plain = [(box(rng), vector(rng, classes)) for _ in range(rng.integers(0, most + 1))]
+        shaken = [
+            ([c + int(d) for c, d in zip(b, rng.integers(-3, 4, 4), strict=True)], p if rng.random() < 0.5 else q)
+            for b, p in plain
+            if rng.random() < 0.8
+            for q in [vector(rng, classes)]
+        ]
+        if rng.random() < 0.5:
+            shaken.append((box(rng), vector(rng, classes)))
+        for view, rows in zip(views, (plain, shaken), strict=True):
+            view.append(sorted(rows, key=lambda one: -max(one[1][1:])))
+    length = rng.integers(0, 3) + most + 1
+    return [detections(*view, columns=classes + 1, length=length) for view in views]
+
+
+def slow_match(boxes, others, threshold=0.5):
+    """Greedy over all pairs, one after the other: {row: other row}."""
+    table = {(i, j): oracles.iou(a, b) for i, a in enumerate(boxes) for j, b in enumerate(others)}
+    pairs = {}
+    for (i, j), overlap in sorted(table.items(), key=lambda one: (-one[1], one[0])):
+        if overlap >= threshold and i not in pairs and j not in pairs.values():
+            pairs[i] = j
+    return pairs

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from oracles import coco_ap, voc_ap
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from fedal_utils import metrics
 from fedal_utils.data import Detections, Labels
 
 N_CASES = 300
-
-
-# --- cases: plain lists first, so that the oracles never see our types ------------------------------------------------
 
 
 def random_case(seed):
@@ -97,9 +96,6 @@ def xywh(box):
 
 def three_by_pycocotools(truths, founds, n_classes):
     """AP, AP50, AP75 in pycocotools' usual way, from JSON dicts to `summarize`; an ignored object has area -1."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     objects, results = [], []
     for i in range(len(truths)):
         for box, c, ignore, crowd in truths[i]:
@@ -110,21 +106,15 @@ def three_by_pycocotools(truths, founds, n_classes):
     if not results:
         return [0.0, 0.0, 0.0]  # loadRes cannot take an empty list
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {
-            "images": [{"id": 10 * i} for i in range(len(truths))],
-            "categories": [{"id": k} for k in range(1, n_classes + 1)],
-            "annotations": objects,
-        }
+        truth, images = COCO(), [{"id": 10 * i} for i in range(len(truths))]
+        categories = [{"id": k} for k in range(1, n_classes + 1)]
+        truth.dataset = {"images": images, "categories": categories, "annotations": objects}
         truth.createIndex()
         judge = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), "bbox")
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
     return judge.stats[:3].tolist()
-
-
-# --- against other counts ---------------------------------------------------------------------------------------------
 
 
 def test_ap_equals_pycocotools_and_the_plain_loop_oracles():
@@ -136,18 +126,13 @@ def test_ap_equals_pycocotools_and_the_plain_loop_oracles():
         theirs = three_by_pycocotools(truths, founds, n_classes)
         assert [ours[name] for name in ("ap_coco", "ap50", "ap75")] == theirs, f"case {seed}"
         per_class = [of_class(truths, founds, c) for c in range(1, n_classes + 1)]
-        for name, threshold in (("ap50", 0.5), ("ap75", 0.75)):
-            aps = [coco_ap(*one, threshold) for one in per_class]
-            assert ours[name] == pytest.approx(np.mean([one for one in aps if one is not None]), abs=1e-12), (
-                f"case {seed}"
-            )
-            for c, one in enumerate(aps if name == "ap50" else (), start=1):
-                ours_here = ours[f"ap50/class {c}"]
-                assert math.isnan(ours_here) if one is None else ours_here == pytest.approx(one, abs=1e-12)
-        both = [pair for one in per_class if (pair := voc_ap(*one)) is not None]
-        for k, name in enumerate(("ap_voc11", "ap_voc")):
-            expected = np.mean([float(pair[k]) for pair in both])
-            assert ours[name] == pytest.approx(expected, abs=1e-12), f"case {seed}"
+        for name, threshold in (("ap75", 0.75), ("ap50", 0.5)):
+            aps = np.array([coco_ap(*one, threshold) for one in per_class], dtype=float)  # NaN: nothing to find
+            assert ours[name] == pytest.approx(np.nanmean(aps), abs=1e-12), seed
+        each = [ours[f"ap50/class {c}"] for c in range(1, n_classes + 1)]
+        assert each == pytest.approx(aps, abs=1e-12, nan_ok=True), seed
+        both = np.array([pair for one in per_class if (pair := voc_ap(*one)) is not None], dtype=float)
+        assert [ours["ap_voc11"], ours["ap_voc"]] == pytest.approx(both.mean(axis=0), abs=1e-12), seed
         distinct.add(round(ours["ap_voc"], 6))
         empty += not any(founds)
         crowds += any(crowd for image in truths for *_, crowd in image)
@@ -201,10 +186,9 @@ def test_ignored_object_counts_neither_way(flags):
 
 def test_one_ignored_object_takes_one_detection_in_coco_but_any_number_in_voc_and_crowds():
     found = [(B, 0.9), (B, 0.85), (A, 0.8)]
-    difficult = by_hand([(A, False, False), (B, True, False)], found)
-    assert (difficult["ap50"], difficult["ap_voc"]) == pytest.approx((1 / 2, 1))
-    crowd = by_hand([(A, False, False), (B, True, True)], found)
-    assert (crowd["ap50"], crowd["ap_voc"]) == pytest.approx((1, 1))
+    for crowd, ap50 in ((False, 1 / 2), (True, 1)):
+        ours = by_hand([(A, False, False), (B, True, crowd)], found)
+        assert (ours["ap50"], ours["ap_voc"]) == pytest.approx((ap50, 1))
 
 
 def test_ties_follow_the_order_of_images_and_rows():
@@ -219,16 +203,11 @@ def test_nothing_detected_is_zero_and_absent_class_is_nan():
     ours = metrics.evaluate(*packed([[(A, 1, False, False)], []], [[], []], 2))
     assert all(ours[name] == 0 for name in ("ap50", "ap75", "ap_coco", "ap_voc", "ap_voc11", "ap50/class 1"))
     assert math.isnan(ours["ap50/class 2"])
-    detections, labels, names = packed([[(A, 1, False, False)]], [[]], 2)
-    none = Detections(
-        torch.zeros(1, 0, 4), torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0, 3)
-    )
-    assert metrics.evaluate(none, labels, names)["ap_voc"] == 0
-    columns = ["ap50", "ap75", "ap_coco", "ap_voc11", "ap_voc", "ap50/class 1", "ap50/class 2"]
-    assert list(metrics.evaluate(none, labels, names)) == columns
-
-
-# --- classifiers ------------------------------------------------------------------------------------------------------
+    _, labels, names = packed([[(A, 1, False, False)]], [[]], 2)
+    none = torch.zeros(1, 0)
+    found = metrics.evaluate(Detections(none[..., None].expand(1, 0, 4), none, none.long(), none), labels, names)
+    assert found["ap_voc"] == 0
+    assert list(found) == ["ap50", "ap75", "ap_coco", "ap_voc11", "ap_voc", "ap50/class 1", "ap50/class 2"]
 
 
 def test_accuracy_over_images_classes_and_clients_by_hand():
@@ -250,20 +229,11 @@ def test_coco_takes_a_hundred_detections_of_an_image_and_class():
     assert late["ap50"] == 0 and late["ap_voc"] == pytest.approx(1 / 101)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d, g: d.scores.__setitem__((1, 0), float("nan")), "a detection in image 1 is not finite"),
-        (lambda d, g: d.boxes.__setitem__((1, 0, 2), float("inf")), "a detection in image 1 is not finite"),
-        (lambda d, g: g.ignore.fill_(True), "2 images have 2 objects, all of them ignored"),
-        (lambda d, g: g.classes.fill_(0), "2 images have 0 objects"),
-    ],
-)
-def test_what_no_ap_can_be_made_of_is_refused(change, message):
-    detections, labels, names = packed([[(A, 1, False, False)]] * 2, [[(A, 1, 0.5)]] * 2, 1)
-    column = torch.arange(2), detections.labels.argmax(1)  # one detection an image, in the first column
-    boxes, scores = (t[column][:, None] for t in (detections.boxes, detections.scores))
-    detections = Detections(boxes, scores, torch.ones(2, 1, dtype=torch.int64), torch.zeros(2, 1, 2))
-    change(detections, labels)
-    with pytest.raises(ValueError, match=message):
-        metrics.evaluate(detections, labels, names)
+@pytest.mark.parametrize(("box", "score"), [(A, math.nan), ((0, 0, math.inf, 10), 0.5)])
+def test_what_no_ap_can_be_made_of_is_refused(box, score):
+    truths, founds = [[(A, 1, False, False)]] * 2, [[(A, 1, 0.5)], [(box, 1, score)]]
+    with pytest.raises(ValueError, match="a detection in image 1 is not finite"):
+        metrics.evaluate(*packed(truths, founds, 1))
+    for objects in ([(A, 1, True, False)], [(A, 1, False, True)], []):
+        with pytest.raises(ValueError, match="all of them ignored"):
+            metrics.evaluate(*packed([objects] * 2, founds[:1] * 2, 1))

@@ -32,8 +32,7 @@ def test_gains_at_equal_images_and_at_equal_boxes_by_hand():
     .3, .4, .5 at 30, 40, 60: (.35 x 10 + .45 x 20) / 30 = .41667. What gains by images loses by boxes."""
     one = labels_table({key: run for key, run in EQUAL.items() if key[1] == 0})
     gains = metrics.gains_at_equal(one)
-    assert list(gains.columns) == list(metrics.EFFECT)
-    assert gains["points"].tolist() == pytest.approx([7.5, -31.25 / 3])
+    assert list(gains.columns) == list(metrics.EFFECT) and gains["points"].tolist() == pytest.approx([7.5, -31.25 / 3])
     assert metrics.findings(gains).splitlines() == [
         "crowded, equal images: +7.5 points (one seed, so no interval).",
         "crowded, equal boxes: -10.4 points (one seed, so no interval).",
@@ -74,20 +73,18 @@ def test_gains_of_arms_by_hand():
     assert metrics.findings(gains.iloc[:0]) == "Nothing to compare."
 
 
-# --- an ablation ------------------------------------------------------------------------------------------------------
-
-
 def arms_table(values: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
     """Server rows of two rounds a run (the first worth nothing), clients' rows between them; seeds 0, 1, ..."""
-    rows = []
-    for arm, methods in values.items():
-        for method, ends in methods.items():
-            for seed, end in enumerate(ends):
-                for number, value in ((0, 0.1), (1, end)):
-                    one = {"arm": arm, "method": method, "seed": seed, "cycle": 0, "round": number}
-                    rows.append({**one, "client": "server", "ap50": value})
-                    rows.append({**one, "client": "00", "ap50": math.nan})
-    return pd.DataFrame(rows)
+    runs = [
+        (arm, m, seed, end) for arm, of in values.items() for m, ends in of.items() for seed, end in enumerate(ends)
+    ]
+    rows = [
+        (*run[:3], 0, number, client, value if client == "server" else math.nan)
+        for run in runs
+        for number, value in ((0, 0.1), (1, run[3]))
+        for client in ("server", "00")
+    ]
+    return pd.DataFrame(rows, columns=["arm", "method", "seed", "cycle", "round", "client", "ap50"])
 
 
 ARMS = {
@@ -101,8 +98,7 @@ def test_finals_are_the_ends_of_the_runs_in_the_order_of_the_arms():
     table = pd.concat([table[table["arm"] == arm].sample(frac=1, random_state=0) for arm in ARMS])
     ends = metrics.finals(table)
     assert list(dict.fromkeys(ends["arm"])) == ["restart", "kept"] and len(ends) == 12
-    for row in ends.itertuples():
-        assert row.value == pytest.approx(ARMS[row.arm][row.method][row.seed])
+    assert all(row.value == pytest.approx(ARMS[row.arm][row.method][row.seed]) for row in ends.itertuples())
 
 
 def test_gaps_by_hand():

@@ -12,9 +12,6 @@ def changes(arm, base) -> dict:
     return {name: value for name, value in arm.flat().items() if value != base.flat()[name]}
 
 
-# --- van Bommel -------------------------------------------------------------------------------------------------------
-
-
 def test_the_optimizer_is_reset_or_kept_and_a_client_takes_the_nodes_steps():
     base = papers.load("11_fedavg", iterations=28)
     arms = van_bommel.optimizer_ablation(base)
@@ -25,9 +22,6 @@ def test_the_optimizer_is_reset_or_kept_and_a_client_takes_the_nodes_steps():
     epochs = base.replace(iterations=0, epochs=2)
     assert van_bommel.optimizer_ablation(epochs)["restart, warm-up"].training.warmup == 1000
     assert list(van_bommel.optimizer_ablation(epochs).values())[-1].training.epochs == 2 * clients
-
-
-# --- HUALE ------------------------------------------------------------------------------------------------------------
 
 
 def test_an_arm_of_the_losses_differs_from_the_plain_one_in_what_its_name_says():
@@ -62,18 +56,13 @@ def curves_table(values) -> pd.DataFrame:
 
 def test_the_gain_is_split_as_by_hand():
     p, w = huale.PLAIN, huale.WHOLE
-    table = curves_table(
-        {
-            (p, "random", 0): [0.40, 0.50, 0.60],
-            (p, "random", 1): [0.30, 0.50, 0.70],
-            (p, "cascade", 0): [0.40, 0.52, 0.64],
-            (p, "cascade", 1): [0.30, 0.54, 0.72],
-            (w, "random", 0): [0.46, 0.53, 0.61],
-            (w, "random", 1): [0.38, 0.53, 0.71],
-            (w, "cascade", 0): [0.46, 0.57, 0.65],
-            (w, "cascade", 1): [0.38, 0.55, 0.75],
-        }
-    )
+    both = {
+        (p, "random"): ([0.40, 0.50, 0.60], [0.30, 0.50, 0.70]),
+        (p, "cascade"): ([0.40, 0.52, 0.64], [0.30, 0.54, 0.72]),
+        (w, "random"): ([0.46, 0.53, 0.61], [0.38, 0.53, 0.71]),
+        (w, "cascade"): ([0.46, 0.57, 0.65], [0.38, 0.55, 0.75]),
+    }
+    table = curves_table({(*key, seed): curve for key, curves in both.items() for seed, curve in enumerate(curves)})
     split = huale.gain_split(table).set_index(["effect", "part"])
     # whole cascade - plain random: seed 0 (6 + 7 + 5) / 3 = 6, seed 1 (8 + 5 + 5) / 3 = 6; without the first 6 and 5
     both = split.loc["losses and acquisition"]
@@ -118,17 +107,11 @@ def test_the_published_averages_include_the_first_cycle():
     assert split["last"].xs("CALD", level="minus").tolist() == pytest.approx([0.1, 0.1, 0.48], abs=0.01)
 
 
-# --- KAFAL ------------------------------------------------------------------------------------------------------------
-
-
 def test_kafals_training_is_taken_apart():
     base = papers.load("30_kafal")
     arms = kafal.training_arms(base)
     parts = [(arm.training.balanced_softmax, arm.training.distillation_weight) for arm in arms.values()]
     assert parts == [(False, 0.0), (True, 0.0), (True, 1.0)] and changes(arms["KCFU"], base) == {}
-
-
-# --- SSD with a VAE ---------------------------------------------------------------------------------------------------
 
 
 def test_the_sweep_ends_in_the_single_terms():

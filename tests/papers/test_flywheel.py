@@ -57,9 +57,6 @@ def test_a_plateau_of_one_seed_is_its_gain_and_unsure_gains_are_none():
     assert flywheel.stopping(unsure, "accuracy", 0.9, 30, 1.0).set_index("rule")["images"].isna().all()
 
 
-# --------------------------------------------------------------------------------------------------------- label errors
-
-
 def test_suspects_by_hand():
     logs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [1.0, 1e-30]], dtype=torch.float64).log()
     assert flywheel.suspects(logs, torch.tensor([0, 0, 1])).values == pytest.approx([0.1, 0.8, 1.0])

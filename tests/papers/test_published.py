@@ -20,6 +20,7 @@ RANGES = {
     "images": (1, 1e6),
 }
 FOUR = ["SUM", "AVG", "MAX", "RND"]
+paper, kafal_paper, logo_paper = (record.read_paper(name) for name in ("van-bommel", "kafal", "logo"))
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda p: p.stem)
@@ -33,14 +34,6 @@ def test_no_number_is_there_twice_and_each_says_where_it_comes_from(path):
         values = frame.loc[frame["unit"] == unit, "value"].dropna()
         assert values.between(low, high).all(), f"{unit}: {values[~values.between(low, high)].tolist()}"
     assert (frame["tolerance"].dropna() > 0).all()
-
-
-# ----------------------------------------------------------------------------------------------------- van Bommel 2021
-
-
-@pytest.fixture(scope="module")
-def paper() -> pd.DataFrame:
-    return record.read_paper(str(next(p for p in PAPERS if p.stem == "van-bommel")))
 
 
 def series(paper: pd.DataFrame, item: str, setting: str, metric: str = "ap50") -> dict[float, float]:
@@ -57,7 +50,7 @@ def number(paper: pd.DataFrame, item: str, setting: str, metric: str = "ap50") -
     return values[0]
 
 
-def test_a_number_that_stands_in_two_items_is_the_same(paper):
+def test_a_number_that_stands_in_two_items_is_the_same():
     for classes, settings in ((2, FOUR), (8, ["MAX", "RND"])):
         for setting in settings:
             by_round = series(paper, f"FedAvg, {classes} classes, by round", setting)
@@ -80,7 +73,7 @@ def test_a_number_that_stands_in_two_items_is_the_same(paper):
     assert series(paper, "chain then FedAvg, 2 classes, by round", "SUM")[0] == merged
 
 
-def test_the_mean_over_classes_is_the_whole(paper):
+def test_the_mean_over_classes_is_the_whole():
     for classes, setting in ((2, "SUM"), (2, "MAX"), (8, "SUM")):
         rows = paper[(paper["item"] == f"chain, {classes} classes, after the merge") & (paper["setting"] == setting)]
         per_class = rows.loc[rows["metric"].str.startswith("ap50/"), "value"]
@@ -95,7 +88,7 @@ def test_the_mean_over_classes_is_the_whole(paper):
         assert sum(both) / 2 == pytest.approx(whole, abs=2.1e-3)
 
 
-def test_the_order_that_the_paper_reports(paper):
+def test_the_order_that_the_paper_reports():
     end = {s: number(paper, "FedAvg, 2 classes, end", s) for s in FOUR}
     assert end["MAX"] > end["RND"] > end["AVG"] > end["SUM"]
     central = {s: number(paper, "centralised on each run's labels, 2 classes", s) for s in FOUR}
@@ -118,7 +111,7 @@ def test_the_order_that_the_paper_reports(paper):
     assert number(paper, "chain, 8 classes, best device", "SUM") > series(paper, "chain, 8 classes, by pass", "SUM")[5]
 
 
-def test_megabytes_follow_from_the_sizes(paper):
+def test_megabytes_follow_from_the_sizes():
     item = "communication, size of what is sent"
     model, head, state = (
         number(paper, item, s, "megabytes")
@@ -148,20 +141,8 @@ def test_megabytes_follow_from_the_sizes(paper):
         assert row.value == pytest.approx(totals[row.setting](row.x), abs=0.5), row
 
 
-# ------------------------------------------------------------------------------------------ KAFAL 2023 and LoGo 2023
-
 NOT_OURS = {"LL4AL", "ALFA-Mix"}
 METHODS = set(sampling.registered("images"))
-
-
-@pytest.fixture(scope="module")
-def kafal_paper() -> pd.DataFrame:
-    return record.read_paper("kafal")
-
-
-@pytest.fixture(scope="module")
-def logo_paper() -> pd.DataFrame:
-    return record.read_paper("logo")
 
 
 def accuracies(paper: pd.DataFrame, item: str) -> dict[str, dict[float, float]]:
@@ -187,7 +168,7 @@ def test_methods_go_by_our_names_and_every_source_says_of_what_kind_it_is(name):
     assert frame.loc[frame["item"].str.startswith("protocol"), "value"].notna().all()
 
 
-def test_kafals_clients_add_up(kafal_paper):
+def test_kafals_clients_add_up():
     images, first, cycle = (
         series(kafal_paper, f"protocol, {what}", "released partition", "images")
         for what in ("images of each client", "first labels of each client", "labels asked of each client a cycle")
@@ -205,17 +186,15 @@ def test_kafals_clients_add_up(kafal_paper):
     assert math.ceil(told["participation"] * told["clients"]) == 8
 
 
-def test_kafals_curves_are_the_same_by_labels_and_by_cycle(kafal_paper):
+def test_kafals_curves_are_the_same_by_labels_and_by_cycle():
     for more, counts in (("", [6] * 9), (", earlier cell", [4] * 2)):
-        by_labels = accuracies(kafal_paper, f"CIFAR-10, by labels{more}")
-        by_cycle = accuracies(kafal_paper, f"CIFAR-10, by cycle{more}")
+        by_labels, by_cycle = (accuracies(kafal_paper, f"CIFAR-10, by {x}{more}") for x in ("labels", "cycle"))
         assert [len(curve) for curve in by_labels.values()] == counts
-        assert by_labels == {
-            method: {5005 + 2506 * cycle: value for cycle, value in curve.items()} for method, curve in by_cycle.items()
-        }
+        for method, curve in by_cycle.items():
+            assert by_labels[method] == {5005 + 2506 * cycle: value for cycle, value in curve.items()}
 
 
-def test_all_methods_of_kafals_figure_start_together_and_kafal_ends_first(kafal_paper):
+def test_all_methods_of_kafals_figure_start_together_and_kafal_ends_first():
     for item, start, end, methods, beaten in (
         ("CIFAR-10, by cycle", 0.5060, 0.7460, 9, {2: "coreset"}),
         ("CIFAR-100, by cycle", 0.1767, 0.3204, 7, {2: "badge"}),
@@ -230,7 +209,7 @@ def test_all_methods_of_kafals_figure_start_together_and_kafal_ends_first(kafal_
             assert curves[beaten.get(cycle, "ksas")][cycle] == best
 
 
-def test_kafals_parameters_by_hand(kafal_paper):
+def test_kafals_parameters_by_hand():
     # conv 3 -> 16; blocks 16, 32, 64 of two 3x3 convs, each with its batch norm (2 a channel), the two wider ones with
     # a 1x1 shortcut without one; a last batch norm; linear 64 -> 10
     blocks = sum(9 * i * o + 9 * o * o + 4 * o + (i * o if i != o else 0) for i, o in ((16, 16), (16, 32), (32, 64)))
@@ -238,7 +217,7 @@ def test_kafals_parameters_by_hand(kafal_paper):
     assert protocol(kafal_paper)["parameters"] == total == 77_946
 
 
-def test_logos_numbers_and_protocols(logo_paper):
+def test_logos_numbers_and_protocols():
     for name, random, logo in (("CIFAR-10", 0.6914, 0.7192), ("CIFAR-100", 0.3267, 0.3427), ("SVHN", 0.8547, 0.8708)):
         item = f"{name}, re-run, end"
         assert number(logo_paper, item, "random", "accuracy") == random

@@ -23,11 +23,8 @@ def test_a_profile_changes_numbers_and_data_bring_their_detector():
         assert names(number)[:2] == ("digits", "yolo") and names(number, "paper")[:2] == ("kitti-2", "yolo")
     assert names("20_huale") == ("digits", "faster_rcnn", "lite0")
     assert names("20_huale", "paper") == ("voc07", "faster_rcnn", "resnet50")
-    assert [names("30_kafal", p)[:2] for p in config.PROFILES] == [
-        ("digit-images", "resnet8"),
-        ("cifar10", "mlp"),
-        ("cifar10", "resnet8"),
-    ]
+    kafal = [names("30_kafal", profile)[:2] for profile in config.PROFILES]
+    assert kafal == [("digit-images", "resnet8"), ("cifar10", "mlp"), ("cifar10", "resnet8")]
     days = papers.load("11_fedavg", "quick", "hit-uav")
     assert (days.federation.partition, days.federation.clients) == ("natural", 9) and days.labels_needed() <= 100
     assert papers.load("11_fedavg", "paper").labels_needed() == 220  # released code: 22 cycles of 10

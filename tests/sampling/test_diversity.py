@@ -30,9 +30,6 @@ def points(*places):
     return torch.tensor(places, dtype=torch.float32)[:, None]
 
 
-# --- greedy k-center --------------------------------------------------------------------------------------------------
-
-
 def test_k_center_by_hand():
     # known: 0. Pool: 1, 4, 10, 11. Farthest from 0: 11 (11 away). Then 1: 1, 4: 4, 10: min(10, 1) = 1 -> 4.
     # Then 1: min(1, 3) = 1, 10: 1: a tie.
@@ -73,9 +70,6 @@ def test_k_center_of_equal_images_takes_each_once():
     assert sorted(positions.tolist()) == [0, 1, 2, 3, 4]
     assert len({tuple(k_center(torch.ones(5, 3), torch.ones(2, 3), 5, rng_for(s, "c"))[0]) for s in range(9)}) > 3
     assert len(k_center(torch.ones(5, 3), torch.ones(2, 3), 0, rng_for(0, "c"))[0]) == 0
-
-
-# --- BADGE ------------------------------------------------------------------------------------------------------------
 
 
 def hallucinated(logits, embedding):
@@ -133,16 +127,6 @@ def test_badge_of_equal_images_takes_each_once_and_others_first():
         assert sorted(positions[:3] % 3) == [0, 1, 2] and sorted(positions) == list(range(12))
 
 
-def test_badge_of_a_model_that_is_sure_of_everything_draws_at_random():
-    logits = torch.tensor([[1000.0, 0], [0, 1000]]).repeat(3, 1)
-    runs = [badge(logits, torch.ones(6, 2), 3, rng_for(seed, "c")) for seed in range(40)]
-    assert all(not norms.any() and len(set(positions.tolist())) == 3 for positions, norms in runs)
-    assert {int(i) for positions, _ in runs for i in positions} == set(range(6))
-
-
-# --- model-based outliers ---------------------------------------------------------------------------------------------
-
-
 def slow_model_outlier(logits, held, classes=None):
     """1 - mean over columns of the part of held-out logits below, of equal ones the half; counted one by one."""
     out = []
@@ -185,9 +169,6 @@ def test_model_outlier_equals_the_slow_loop_ties_and_all(images, held, columns, 
     assert np.array_equal(turned.values, found.values)  # the order of the held-out images does not matter
 
 
-# --- embedding outliers -----------------------------------------------------------------------------------------------
-
-
 def unit(rows):
     return [[x / (math.hypot(*row) or 1) for x in row] for row in rows]
 
@@ -220,9 +201,6 @@ def test_without_labelled_images_nothing_is_far_from_them():
     scores = diversity.embedding_outlier(torch.ones(3, 2), torch.zeros(0, 2))
     assert not scores.scored.any() and not scores.values.any()
     assert len({tuple(top_k(scores, 3, rng_for(seed, "t"))) for seed in range(40)}) == 6  # so they come at random
-
-
-# --- cluster ----------------------------------------------------------------------------------------------------------
 
 
 def heaps(sizes=(5, 3, 9), wide=4, seed=0, spread=0.1):
@@ -262,9 +240,6 @@ def test_clusters_are_filled_up_where_images_are_equal_and_take_each_once(many, 
     assert {positions[0] for positions in firsts} == set(range(6))  # any of the six copies of the largest heap
 
 
-# --- representative ---------------------------------------------------------------------------------------------------
-
-
 def test_representative_by_hand():
     # centre of the pool: east (two to the east, north and south cancel out); labelled: north
     pool, known = torch.tensor([[2.0, 0], [5, 0], [0, 1], [0, -3]]), torch.tensor([[0.0, 4]])
@@ -297,7 +272,6 @@ def test_representative_equals_the_slow_loop_whatever_the_blocks(block, monkeypa
         lambda bad: k_center(points(1, 1), bad, 1, rng_for(0, "c")),
         lambda bad: badge(torch.zeros(2, 3), bad, 1, rng_for(0, "c")),
         lambda bad: diversity.model_outlier(bad, points(1)),
-        lambda bad: diversity.model_outlier(points(1), bad),
         lambda bad: diversity.embedding_outlier(points(1), bad),
         lambda bad: diversity.cluster(bad, 1, rng_for(0, "c")),
         lambda bad: top_k(diversity.embedding_outlier(bad, points(1)), 1, rng_for(0, "c")),

@@ -5,13 +5,12 @@ import math
 import warnings
 
 import numpy as np
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import chosen, detections, observed
+from observed import chosen, detections, lists, observed, slow_match, two_views
 
 from fedal_utils.sampling import Scores, top_k
 from fedal_utils.sampling.ksas import box_divergence, logo, specialised_divergence
@@ -38,9 +37,6 @@ def jeffreys(p, q):
 
 def normed(values):
     return [x / sum(values) for x in values]
-
-
-# --- whole images, by hand --------------------------------------------------------------------------------------------
 
 
 def test_ksas_eq_1_to_3_by_hand():
@@ -82,9 +78,6 @@ def test_classes_without_labels_are_a_limit_here_and_nan_in_the_released_formula
     torch.testing.assert_close(specialised_divergence(client, world, counts + 1), released(client, world, counts + 1))
 
 
-# --- whole images, laws -----------------------------------------------------------------------------------------------
-
-
 numbers = st.floats(-20, 20)
 rows = st.lists(st.tuples(*[numbers] * 3, *[numbers] * 3), min_size=1, max_size=5)
 some_counts = st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any)
@@ -121,8 +114,6 @@ def test_counts_in_another_unit_and_a_constant_on_the_scores_change_nothing(some
     assert torch.equal(specialised_divergence(rubbish, world, np.array(counts)), want)
 
 
-# --- boxes, by hand ---------------------------------------------------------------------------------------------------
-
 A, B = (0, 0, 10, 10), (40, 40, 60, 60)
 NEAR_A = (0, 0, 10, 8)  # IoU .8
 MIXED, OTHER = (0.2, 0.6, 0.2), (0.4, 0.2, 0.4)
@@ -147,41 +138,9 @@ def test_classes_without_labels_are_left_out_of_class_vectors():
     assert value == pytest.approx([jeffreys([1 / 3] * 3, [0.95, 0.025, 0.025])], rel=1e-6)
 
 
-# --- boxes, laws ------------------------------------------------------------------------------------------------------
-
-
-def random_pair(seed, images=8, classes=3, most=4):
-    """Two detectors' lists of (box, class vector): the second shakes, forgets and invents."""
-    rng = rng_for(seed, "two detectors", classes)
-
-    def vector():
-        return normed(
-            (rng.integers(0, 6, classes + 1) ** 2 + np.eye(classes + 1)[rng.integers(0, classes + 1)]).tolist()
-        )
-
-    def box():
-        x, y = rng.integers(0, 50, 2)
-        return [int(x), int(y), int(x + rng.integers(4, 30)), int(y + rng.integers(4, 30))]
-
-    one = [[(box(), vector()) for _ in range(rng.integers(0, most + 1))] for _ in range(images)]
-    other = [
-        [([c + int(rng.integers(-1, 2)) for c in b], vector()) for b, _ in image if rng.random() < 0.8]
-        + [(box(), vector()) for _ in range(rng.integers(0, 2))]
-        for image in one
-    ]
-    return one, other
-
-
 def slow_ksas(found, own, counts, how, unseen=0.05):
     """One image from lists of (box, class vector) by loops; None where both lists are empty."""
-    pairs = sorted(
-        ((-oracles.iou(a, b), i, j) for i, (a, _) in enumerate(found) for j, (b, _) in enumerate(own)),
-    )
-    mine, yours = {}, set()
-    for overlap, i, j in pairs:
-        if -overlap >= 0.5 and i not in mine and j not in yours:
-            mine[i] = j
-            yours.add(j)
+    mine = slow_match([b for b, _ in found], [b for b, _ in own])
     known = [c for c, n in enumerate(counts) if n > 0]
     mean = sum(counts[c] for c in known) / len(known)
     pi = [1.0] + [counts[c] / mean for c in known]
@@ -198,19 +157,23 @@ def slow_ksas(found, own, counts, how, unseen=0.05):
 
     values = [jeffreys(weighted(kept(found[i][1])), weighted(kept(own[j][1]))) for i, j in mine.items()]
     values += [alone(p) for i, (_, p) in enumerate(found) if i not in mine]
-    values += [alone(p) for j, (_, p) in enumerate(own) if j not in yours]
+    values += [alone(p) for j, (_, p) in enumerate(own) if j not in mine.values()]
     if not values:
         return None
     return {"sum": sum(values), "avg": sum(values) / len(values), "max": max(values)}[how]
 
 
+def rows_of(found):
+    return [[(box, p) for box, p, *_ in image] for image in lists(found)]
+
+
 @fewer
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any))
 def test_ksas_on_boxes_equals_the_oracle_and_its_laws_hold(seed, counts):
-    one, other = random_pair(seed)
-    found, own = detections(*one, columns=4), detections(*other, columns=4)
+    found, own = two_views(seed, images=8, most=4)
+    one, other = rows_of(found), rows_of(own)
     order = rng_for(seed, "order").permutation(len(one))
-    padded = detections(*one, columns=4, length=9), detections(*other, columns=4, length=7)
+    padded = detections(*one, columns=4, length=11), detections(*other, columns=4, length=9)
     rubbish = [dataclasses.replace(d, boxes=d.boxes * d.valid[..., None], probs=d.probs.nan_to_num(5)) for d in padded]
     for d in rubbish:
         d.boxes[~d.valid] = 0  # of no size, where the first kind of padding is NaN
@@ -237,14 +200,11 @@ def test_ksas_on_boxes_equals_the_oracle_and_its_laws_hold(seed, counts):
 
 @pytest.mark.parametrize("how", HOW)
 def test_equal_detectors_disagree_on_nothing(how):
-    one, _ = random_pair(3)
+    one = rows_of(two_views(3, images=8)[0])
     one[0] = [(A, MIXED + (0.0,)), (A, OTHER + (0.0,)), (B, MIXED + (0.0,))]  # two objects in one place
     found = detections(*one, columns=4)
     scores = reduced(found, found, np.array([4, 0, 1]), how)
     assert not scores.values.any() and scores.scored.tolist() == [bool(image) for image in one]
-
-
-# --- LoGo -------------------------------------------------------------------------------------------------------------
 
 
 def sure_as(*best):
@@ -271,9 +231,6 @@ def test_logo_fills_up_by_rounds_where_images_are_equal_and_warns_nobody():
         warnings.simplefilter("error")
         found = {k: lone(torch.zeros(5, 2), embedding, world, k, rng_for(0, "c")).positions.tolist() for k in range(6)}
     assert found == {0: [], 1: [0], 2: [0, 3], 3: [0, 1, 3], 4: [0, 1, 3, 4], 5: [0, 1, 2, 3, 4]}
-
-
-# --- choosing by name -------------------------------------------------------------------------------------------------
 
 
 def test_boxes_by_hand():

@@ -28,9 +28,7 @@ def own():
 
 
 def test_a_strategy_of_ones_own_is_found_by_name_and_selects(own):
-    found = detections(
-        [([0, 0, 9, 9], [0.1, 0.9])], [([0, 0, 9, 9], [0.6, 0.4])], [([0, 0, 9, 9], [0.3, 0.7])], columns=2
-    )
+    found = detections(*([([0, 0, 9, 9], [1 - p, p])] for p in (0.9, 0.4, 0.7)), columns=2)
     selection = chosen("my_margin", observed(3, found), 2, rng_for(0, "c"))
     assert selection.positions.tolist() == [1, 2] and selection.scores.scored.all()
     assert chosen("my_first", observed(3), 2, rng_for(0, "c")).positions.tolist() == [0, 1]
@@ -58,17 +56,13 @@ def test_every_need_can_be_observed_and_every_strategy_names_its_source(kind):
     known = set(sampling.OBSERVATIONS)
     for name, strategy in sampling.registered(kind).items():
         assert strategy.needs <= known and strategy.source, name
-    assert not any(
-        "label" in name and "labelled" not in name for name in known - {"hidden_label_losses", "pseudo_label_losses"}
-    )
+    of_labels = {name for name in known if "label" in name and "labelled" not in name}
+    assert of_labels == {"hidden_label_losses", "pseudo_label_losses"}
 
 
 def test_a_suffix_asks_another_model_than_the_global_one():
-    assert (
-        sampling.find("entropy.local", "images").model == "local"
-        and sampling.find("entropy", "images").model == "global"
-    )
-    assert sampling.find("entropy.local", "images").compares_local() and sampling.find("qbc", "images").compares_local()
+    local, plain, committee = (sampling.find(name, "images") for name in ("entropy.local", "entropy", "qbc"))
+    assert (local.model, plain.model) == ("local", "global") and local.compares_local() and committee.compares_local()
     assert "classifiers of whole images" in sampling.find("sum.local", "boxes").refusal(Config())
     with pytest.raises(ValueError, match="'entropy.elsewhere' is unknown"):
         sampling.find("entropy.elsewhere", "images")

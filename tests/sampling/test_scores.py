@@ -46,9 +46,6 @@ def values_of(strategy, found):
     return scored(strategy, found, len(found), rng_for(0, "s")).values
 
 
-# --- worked by hand ---------------------------------------------------------------------------------------------------
-
-
 def test_least_confidence_van_bommel_7_1_sum_avg_max_by_hand():
     # c = .9, .6, .3: 1 - c = .1, .4, .7: SUM 1.2, AVG .4, MAX .7. The second image: c = .5: all three .5.
     found = confidences([0.9, 0.6, 0.3], [0.5])
@@ -71,22 +68,17 @@ def test_entropy_margin_and_ratio_settles_2_2_2_3_and_monarch_ch_3_by_hand(value
 
 
 def test_images_without_detections_are_marked_and_carry_no_number():
-    for name in REDUCED:
-        scores = scored(name, confidences([], [0.9], []), 3, rng_for(0, "s"))
-        assert scores.scored.tolist() == [False, True, False]
-        assert np.isfinite(scores.values).all()
-        nothing = scored(name, confidences([], []), 2, rng_for(0, "s"))  # T = 0: not one detection anywhere
-        assert not nothing.scored.any() and len(nothing) == 2
-    held = confidences([0.4, 0.8])
-    scores = diversity.box_outlier(confidences([], [0.9], []), held)
-    assert scores.scored.tolist() == [False, True, False] and np.isfinite(scores.values).all()
-    assert not diversity.box_outlier(confidences([], []), held).scored.any()
-    for empty in (confidences([]), confidences([], [])):  # nothing was found on held-out images: no rank
-        unranked = diversity.box_outlier(confidences([0.9], [0.5]), empty)
-        assert not unranked.scored.any() and np.isfinite(unranked.values).all() and len(unranked) == 2
+    some, nothing, held = confidences([], [0.9], []), confidences([], []), confidences([0.4, 0.8])  # T = 0: not one box
+    for name in REDUCED + ("outlier",):
+        for found, want in ((some, [False, True, False]), (nothing, [False, False])):
+            given = name, found, len(want), rng_for(0, "s")
+            scores = scored(*given) if name in REDUCED else diversity.box_outlier(found, held)
+            assert scores.scored.tolist() == want and np.isfinite(scores.values).all()
+    unranked = diversity.box_outlier(
+        confidences([0.9], [0.5]), nothing
+    )  # nothing was found on held-out images: no rank
+    assert not unranked.scored.any() and np.isfinite(unranked.values).all() and len(unranked) == 2
 
-
-# --- laws -------------------------------------------------------------------------------------------------------------
 
 distribution = (
     st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any).map(lambda row: [n / sum(row) for n in row])
@@ -139,9 +131,6 @@ def test_padding_never_matters(images, extra):
         assert np.array_equal(values_of(how, plain), values_of(how, padded))
 
 
-# --- selection --------------------------------------------------------------------------------------------------------
-
-
 def test_ties_break_by_the_seed_and_not_by_the_order_in_memory():
     values = np.array([1.0, 0.5, 0.5, 0.5, 0.5, 0.0])
     scores = Scores(values, np.ones(6, dtype=bool))
@@ -168,9 +157,6 @@ def test_the_three_rules_for_images_without_detections(empty):
     assert len(orders) == (1 if empty == "never" else 6)  # all 3! orders of the empty ones turn up
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_non_finite_score_names_the_image_and_never_sorts():
     found = confidences([0.9], [0.5, 0.4])
     found.scores[1, 1] = float("nan")
@@ -182,9 +168,6 @@ def test_a_non_finite_score_names_the_image_and_never_sorts():
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="non-finite score at position 1"):
             top_k(Scores(np.array([0.0, bad]), np.ones(2, dtype=bool)), 1, rng_for(0, "t"))
-
-
-# --- cascade ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_cascade_by_hand():
@@ -206,8 +189,6 @@ def test_each_step_of_a_cascade_takes_the_best_of_the_step_before(rows, data):
         assert step.values[left].tolist() == sorted(step.values[before], reverse=True)[:size]
         before = left
 
-
-# --- whole images: uncertainty, committee -----------------------------------------------------------------------------
 
 PROBS = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.1, 0.2, 0.7]], dtype=torch.float64)
 
@@ -268,9 +249,6 @@ def test_a_committee_equals_a_loop_whoever_speaks_first(members, images, classes
         assert found[i] == pytest.approx(sum(apart) / members, abs=1e-9)
     assert ((found >= 0) & (found <= math.log(members) + 1e-12)).all()
     assert by.query_by_committee(committee.flip(0)).values == pytest.approx(found, abs=1e-12)
-
-
-# --- combination ------------------------------------------------------------------------------------------------------
 
 
 def slow_portions(shares, k):
