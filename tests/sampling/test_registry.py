@@ -63,7 +63,7 @@ def test_every_need_can_be_observed_and_every_strategy_names_its_source(kind):
 def test_a_suffix_asks_another_model_than_the_global_one():
     local, plain, committee = (sampling.find(name, "images") for name in ("entropy.local", "entropy", "qbc"))
     assert (local.model, plain.model) == ("local", "global") and local.compares_local() and committee.compares_local()
-    assert "classifiers of whole images" in sampling.find("sum.local", "boxes").refusal(Config())
+    assert "for classifiers" in sampling.find("sum.local_only", "boxes").refusal(Config())
     with pytest.raises(ValueError, match="'entropy.elsewhere' is unknown"):
         sampling.find("entropy.elsewhere", "images")
 
