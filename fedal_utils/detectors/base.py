@@ -106,8 +106,8 @@ class Detector(Model):
         return self
 
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Maps of pixels (B, 3, H, W) in 0..255; a frozen backbone keeps no graph unless they require a gradient."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (not self.frozen or pixels.requires_grad)):
+        """Maps of pixels (B, 3, H, W) in 0..255; a frozen backbone keeps no graph."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.backbone(pixels)
 
     def maps(self, inputs: Inputs) -> tuple[Tensor, ...]:

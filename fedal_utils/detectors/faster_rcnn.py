@@ -124,7 +124,16 @@ class FasterRCNN(Detector):
             goal = torch.where(positive[..., None], goal, delta)
             anchors = self.anchors.split([o.shape[1] for o in objectness])
             found, valid = propose(objectness, deltas, anchors, self.image_size, self.limits, self.rpn.nms_thresh)
-            rois, labels, at, counted = self._sampled(found, valid, boxes, classes, generator)
+            found, valid = torch.cat([found, boxes], dim=1), torch.cat([valid, real], dim=1)
+            matched, sampler = match(boxes, real, found, 0.5, 0.5), self.roi.fg_bg_sampler
+            objects, rest = sample((matched >= 0) & valid, (matched == -1) & valid, sampler, generator)
+            # (B, S) RoIs of the second stage: the sampled ones first, in their order
+            index = (objects | rest).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+            index = index[:, : sampler.batch_size_per_image]
+            at, counted = matched.gather(1, index), (objects | rest).gather(1, index)
+            labels = take(classes, at) * objects.gather(1, index)
+            pixel = found.new_tensor([0.0, 0, 1, 1])  # what is no RoI has an area, too
+            rois = torch.where(counted[..., None], take(found, index), pixel)
             density = take(crowding(boxes, real), at)
         sampled = positive | negative
         wrong = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none") * sampled
@@ -135,19 +144,6 @@ class FasterRCNN(Detector):
         every = (t.flatten(0, 1) for t in (rois, labels, take(boxes, at), density, counted))
         rest = self.roi.losses_of(self.roi.box_head(pooled), *every)
         return {"objectness": wrong.sum() / count, "proposal_regression": apart / count, **rest}
-
-    def _sampled(self, found, valid, boxes, classes, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """RoIs (B, S, 4) of the second stage, their classes, their boxes' index and which count (B, S) each."""
-        found, valid = torch.cat([found, boxes], dim=1), torch.cat([valid, classes > 0], dim=1)
-        matched, sampler = match(boxes, classes > 0, found, 0.5, 0.5), self.roi.fg_bg_sampler
-        positive, negative = sample((matched >= 0) & valid, (matched == -1) & valid, sampler, generator)
-        chosen = positive | negative
-        # the sampled ones first, in their order
-        index = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : sampler.batch_size_per_image]
-        at, counted = matched.gather(1, index), chosen.gather(1, index)
-        labels = take(classes, at) * positive.gather(1, index)
-        pixel = found.new_tensor([0.0, 0, 1, 1])  # what is no RoI has an area, too
-        return torch.where(counted[..., None], take(found, index), pixel), labels, at, counted
 
     def _rois(self, inputs: Inputs) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
         """Proposals of each image; of all the box head's features (R, hidden), class logits and deltas, extra."""

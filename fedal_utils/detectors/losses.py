@@ -33,16 +33,15 @@ def complete_iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tens
 
 
 def efficient_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Efficient IoU loss (N,) in [0, 3.25]; Zhang et al. 2021 (2101.08158): 0 for equal boxes, symmetric.
+    """Efficient IoU loss (N,) in [0, 3.25]; Zhang et al. 2021 (2101.08158), with the enclosing box' sides cw and ch.
 
-    1 - IoU + rho^2 / (cw^2 + ch^2) + (w - w*)^2 / cw^2 + (h - h*)^2 / ch^2, where rho is the distance of the centres
-    and cw, ch the sides of the enclosing box.
+    1 - IoU + rho^2 / (cw^2 + ch^2) + (w - w*)^2 / cw^2 + (h - h*)^2 / ch^2, where rho is the distance of the centres.
     """
     enclosing = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     between = ((boxes[:, :2] + boxes[:, 2:]) - (targets[:, :2] + targets[:, 2:])) / 2  # (N, 2) of the centres
     sides = (boxes[:, 2:] - boxes[:, :2]) - (targets[:, 2:] - targets[:, :2])  # (N, 2) differences
     distance = _ratio(between.square().sum(1), enclosing.square().sum(1))
-    return 1 - _iou(boxes, targets) + distance + _ratio(sides, enclosing).square().sum(1)
+    return 1 - extended_iou(boxes, targets).relu() + distance + _ratio(sides, enclosing).square().sum(1)
 
 
 def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
@@ -54,7 +53,9 @@ def extended_iou(boxes: Tensor, targets: Tensor) -> Tensor:
     corner = torch.minimum(boxes[:, :2], targets[:, :2])  # (N, 2)
     starts = torch.maximum(boxes[:, :2], targets[:, :2]) - corner
     ends = torch.minimum(boxes[:, 2:], targets[:, 2:]) - corner
-    overlap = _signed_overlap(boxes, targets)
+    overlap = torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(
+        boxes[:, :2], targets[:, :2]
+    )  # or minus a gap
     width, height = overlap.relu().unbind(1)  # (N,) each
     # clamp's gradient at its bound differs between versions of PyTorch
     gap_x, gap_y = torch.where(overlap > 0, 0, overlap).unbind(1)  # <= 0
@@ -81,7 +82,7 @@ def side_likelihood_loss(boxes: Tensor, targets: Tensor, deviations: Tensor, siz
     errors = (targets - boxes) / sizes.repeat(1, 2)  # (N, 4)
     variances = deviations.square()
     losses = 0.5 * (variances.log() + errors.square() / variances)
-    return _iou(boxes, targets).detach() * losses.sum(1)
+    return extended_iou(boxes, targets).relu().detach() * losses.sum(1)
 
 
 def crowding(boxes: Tensor, real: Tensor) -> Tensor:
@@ -147,8 +148,7 @@ def compensation_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
 def ranking_loss(predicted: Tensor, loss: Tensor, margin: float = 1.0) -> Tensor:
     """How badly predicted losses (B,) order images as their true losses (B,) do; Yoo and Kweon 2019 (1905.03677) eq. 2.
 
-    Mean over pairs of max(0, -sign(l_i - l_j) (p_i - p_j) + margin). The paper pairs image i with image B - 1 - i; here
-    all pairs i < j of different loss count.
+    Mean over all pairs i < j of different loss of max(0, -sign(l_i - l_j) (p_i - p_j) + margin); the paper has B / 2.
     """
     predicted, loss = _at_least_float32(predicted), _at_least_float32(loss.detach())
     i, j = torch.triu_indices(len(loss), len(loss), 1, device=loss.device)  # B = 3: (0, 1), (0, 2), (1, 2)
@@ -159,18 +159,6 @@ def ranking_loss(predicted: Tensor, loss: Tensor, margin: float = 1.0) -> Tensor
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _signed_overlap(boxes: Tensor, targets: Tensor) -> Tensor:
-    """(N, 2) overlap along x and y; where disjoint, minus the gap."""
-    return torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
-
-
-def _iou(boxes: Tensor, targets: Tensor) -> Tensor:
-    """(N,) IoU of pairs, in [0, 1]; 0 where neither has an area."""
-    width, height = _signed_overlap(boxes, targets).relu().unbind(1)
-    both = width * height
-    return _ratio(both, box_area(boxes) + box_area(targets) - both)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

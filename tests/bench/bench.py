@@ -2,8 +2,7 @@
 
     python tests/bench/bench.py [PART ...] [--out FILE] [--small] [--seconds N]
 
-Parts that the machine cannot run are left out; one that fails leaves its traceback and harms no other. No assertion on
-time. Columns: what, against, ratio (against / what, bigger is better), median (of what, in `unit`), machine, commit.
+Columns: what, against, ratio (against / what, bigger is better), median (of what, in `unit`), machine, commit.
 """
 
 import argparse
@@ -59,17 +58,13 @@ class Bench:
         return time.perf_counter() - begun
 
     def in_turn(self, what: str, against: str, ours, theirs, unit: str = "ms", runs: int = 5, **scale) -> None:
-        """A, B, A, B, ...: the machine's drift meets both. ours_do, theirs_do: how many units one call is (1).
-
-        unit: 'ms' (of one) or 'images/s'.
-        """
+        """A, B, A, B, ...: the machine's drift meets both. ours_do, theirs_do: how many units one call is (1)."""
         ours(), theirs()
         pairs = [(self.clock(ours), self.clock(theirs)) for _ in range(1 if self.small else runs)]
         a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
         self.add(what, against, a / scale.get("ours_do", 1), b / scale.get("theirs_do", 1), unit)
 
     def alone(self, what: str, ours, unit: str = "ms", runs: int = 5, ours_do: int = 1) -> None:
-        """Nothing to hold it against."""
         ours()
         median = statistics.median(self.clock(ours) for _ in range(1 if self.small else runs))
         self.add(what, "", median / ours_do, None, unit)

@@ -2,10 +2,8 @@
 
     python tests/bench/gpu.py [--minutes N] [--dry] [--out results/gpu.tar.gz]
 
-It needs torch, torchvision, numpy, pandas, scipy, scikit-learn, matplotlib and pycocotools; no notebook is run and
-nothing is downloaded: a run whose data are not there is left out. Runs resume where they were broken off, so the
-command can be given again. The archive holds records and the table of the benchmark; `python -m fedal_utils merge
-ARCHIVE` takes them over. --dry does the same in miniature on any machine.
+No notebook is run and nothing is downloaded: a run whose data are not there is left out. Runs resume where they were
+broken off. `python -m fedal_utils merge ARCHIVE` takes records and table over. --dry: in miniature on any machine.
 """
 
 import argparse

@@ -252,34 +252,6 @@ def test_a_box_loss_head_trains_itself_and_nothing_else(arm):
     assert not any(p.grad is not None for name, p in model.named_parameters() if name in head)
 
 
-@pytest.mark.parametrize("arm", [{}, *ARMS])
-@pytest.mark.parametrize("what", ["no column", "padding", "ignored", "one of two", "not a number"])
-def test_losses_are_finite_without_objects_and_say_what_is_not_a_number(arm, what):
-    model = rcnn(arm, classes=1, box_loss_head=True)
-    boxes = torch.tensor([[[4.0, 4, 30, 34], [20, 10, 50, 40]]] * 2)
-    classes, ignore = torch.ones(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool)
-    if what == "no column":
-        boxes, classes, ignore = boxes[:, :0], classes[:, :0], ignore[:, :0]
-    elif what == "padding":
-        boxes, classes = boxes * 0, classes * 0
-    elif what == "ignored":
-        ignore = ~ignore
-    elif what == "one of two":
-        boxes[0], classes[0] = 0, 0
-    else:
-        boxes[1, 0, 2] = float("nan")
-    parts = model.loss(pixels(2), boxes, classes, ignore, torch_rng_for(0, "loss"))
-    if what == "not a number":
-        assert sum(parts.values()).isnan()
-        return
-    assert all(torch.isfinite(part) for part in parts.values()) and parts["classification"] > 0
-    for name in parts.keys() - {"objectness", "classification"}:
-        assert (parts[name] == 0) == (what != "one of two"), name
-    sum(parts.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    assert model.roi.box_predictor.cls_score.weight.grad.any()
-
-
 def test_an_unsure_box_ranks_below_a_sure_one_of_less_probability_by_hand():
     model = rcnn(auxiliary_head="iou", classes=1).eval()
     proposals = torch.tensor([[0.0, 0, 20, 20], [40, 40, 60, 60]])
