@@ -36,9 +36,9 @@ def _as_written(node: yaml.Node) -> Any:
 
 
 def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
-    """Contents of the set's data.yaml, or without one of every YAML file that names classes."""
-    yamls, found = [f for f in files if f.suffix.lower() in (".yaml", ".yml")], {}
-    for file in [f for f in yamls if f.stem == "data"] or yamls:
+    """Contents of the set's YAML files: data.yaml, or others that name classes and where the images are."""
+    found = {}
+    for file in (f for f in files if f.suffix.lower() in (".yaml", ".yml")):
         text = read_text(file)
         if file.stem == "data" or "names" in text:
             with reading(f"{file} is not YAML", "plain YAML"):
@@ -47,7 +47,7 @@ def data_yamls(files: Sequence[Path]) -> dict[Path, dict]:
                 content = _as_written(yaml.compose(text) or yaml.ScalarNode("", ""))
             if isinstance(content, dict) and (file.stem == "data" or "names" in content):
                 found[file] = content
-    return found
+    return {f: c for f, c in found.items() if f.stem == "data" or c.keys() & {"train", "val", "nc"}} or found
 
 
 def yolo_names(files: Sequence[Path]) -> tuple[dict[int, str] | None, list[Path]]:
