@@ -32,8 +32,7 @@ MOST = 100  # detections of an image and class that enter COCO's numbers; VOC ta
 def evaluate(detections: Detections, labels: Labels, class_names: Sequence[str]) -> dict[str, float]:
     """All APs of one set of detections: ap50, ap75, ap_coco, ap_voc11, ap_voc and 'ap50/<class>', in [0, 1].
 
-    Row i of both is the same image; class k is `class_names[k - 1]`, NaN without countable ground truth. ValueError: no
-    countable ground truth at all, or a detection that is not finite.
+    Row i of both is the same image; class k is `class_names[k - 1]`, NaN without countable ground truth.
     """
     found = _rows(detections.labels, detections.boxes, score=detections.scores.double())
     truth = _rows(labels.classes, labels.boxes, crowd=labels.crowd, ignore=labels.ignore | labels.crowd)
@@ -48,10 +47,9 @@ def evaluate(detections: Detections, labels: Labels, class_names: Sequence[str])
 
 
 def accuracy(scores: torch.Tensor, classes: torch.Tensor, class_names: Sequence[str], mixes=None) -> dict[str, float]:
-    """Accuracy of whole-image classification: 'accuracy', and 'accuracy/<class>' (NaN for a class without an image).
+    """'accuracy' of classes (N,) from 0 by scores (N, C), and 'accuracy/<class>' (NaN for a class without an image).
 
-    scores (N, C), classes (N,) from 0. mixes (M, C): each client's share of every class, which weighs the test set for
-    'accuracy_mean_client', the mean over clients, and 'accuracy_worst_client'.
+    mixes (M, C): each client's classes, which weigh the test set for 'accuracy_mean_client', 'accuracy_worst_client'.
     """
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("a class score is not finite: a broken model has no accuracy")
@@ -79,8 +77,7 @@ def _rows(classes: torch.Tensor, boxes: torch.Tensor, **more: torch.Tensor) -> p
 def _coco(found: pd.DataFrame, truth: pd.DataFrame, images: int, class_names: Sequence[str]) -> dict[str, float]:
     """By pycocotools, the referee, silently.
 
-    It overwrites an 'ignore' of ours with `iscrowd`. What it does respect is an area outside every range, so a plainly
-    ignored object gets one: same IoU, same one match, but counted neither way.
+    It overwrites an 'ignore' of ours with `iscrowd`, but sets an object aside whose area is outside every range.
     """
     sides, ids = [], [{"id": i} for i in range(max(images, len(class_names)) + 1)]
     with contextlib.redirect_stdout(io.StringIO()):

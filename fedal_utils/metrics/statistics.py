@@ -18,10 +18,7 @@ def cycle_ends(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def area_under_curve(x: Sequence[float], y: Sequence[float]) -> float:
-    """Area under a learning curve by trapezoids, divided by its width: the mean of y over the range of x.
-
-    A constant curve gives its constant. ValueError for fewer than two points, NaN, or x that does not grow.
-    """
+    """Area under a learning curve by trapezoids, divided by its width: the mean of y over the range of x."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) < 2 or x.shape != y.shape or not (np.isfinite(y).all() and (np.diff(x) > 0).all() and np.isfinite(x[-1])):
         raise ValueError(f"a curve needs two or more finite points with growing x, got {x.tolist()} and {y.tolist()}")
@@ -47,7 +44,7 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     `difference` is the mean of a - b, `low` and `high` its 95 % t interval (NaN for one seed), `p` two-sided from all
     2^n sign flips of the differences, n <= 16 (no p below 2 / 2^n). Sums that differ by rounding only are ties.
     """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    a, b = (np.asarray(values, dtype=float) for values in (a, b))
     if a.shape != b.shape or not 1 <= len(a) <= 16 or not np.isfinite([a, b]).all():
         raise ValueError(f"need finite values of the same 1..16 seeds, got {a.tolist()} and {b.tolist()}")
     rounding = 1e-12 * float(np.abs(a).sum() + np.abs(b).sum())
@@ -69,9 +66,8 @@ def holm(p: Sequence[float]) -> np.ndarray:
 def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> pd.DataFrame:
     """One row per method: the end of its learning curve, the area under it, and what lies between it and `baseline`.
 
-    Columns: method, seeds, images, boxes, minutes (estimated annotation time), megabytes (both ways, whole run), last,
-    last_low, last_high, area (over labelled images), area_low, area_high, minus_<baseline> (difference of areas on the
-    same seeds), low, high, p, p_holm (p corrected for the number of methods).
+    Columns: method, seeds, images, boxes, minutes (of annotation), megabytes (both ways), last and area (over
+    labelled images) with _low and _high, minus_<baseline> (areas, same seeds) with low, high, p and p_holm.
     """
     server, ends, areas, rows = table[table["client"].astype(str) == "server"], cycle_ends(table), {}, []
     for method, part in ends.groupby("method"):
@@ -93,23 +89,15 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
     return pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows]))
 
 
-def power(
-    size: pd.DataFrame, all_labels: pd.DataFrame, twice: pd.DataFrame, found: pd.DataFrame, y: str = "ap50"
-) -> pd.DataFrame:
+def power(size, all_labels, twice, found: pd.DataFrame, y: str = "ap50") -> pd.DataFrame:
     """Whether a size can tell methods apart: a row of points of `y`.
 
     size, all_labels, twice: tables of the baseline at this size, with all labels at once, with twice the steps.
-    found: the `summary` of all methods.
-    Columns: start, end, all_labels, twice_the_steps (of the last cycle), labels_add (end - start), steps_add (by the
-    doubling; less than the labels is wanted), smallest (half the widest interval of a method's difference from the
-    baseline: no smaller one could be shown).
+    found: the `summary` of all methods; `smallest` is half the widest interval of a difference from the baseline.
+    labels_add, steps_add: what the cycles' labels add to the start, what the doubling adds to the end (less is wanted).
     """
-    first, last = (cycle_ends(size).groupby("seed")[y].nth(place).mean() for place in (0, -1))
+    start, end = (cycle_ends(size).groupby("seed")[y].nth(place).mean() for place in (0, -1))
     full, more = (cycle_ends(table).groupby("seed")[y].last().mean() for table in (all_labels, twice))
-    points = {"start": first, "end": last, "all_labels": full, "twice_the_steps": more}
-    points |= {
-        "labels_add": last - first,
-        "steps_add": more - last,
-        "smallest": (found["high"] - found["low"]).max() / 2,
-    }
-    return 100 * pd.DataFrame([points])
+    row = {"start": start, "end": end, "all_labels": full, "twice_the_steps": more}
+    row |= {"labels_add": end - start, "steps_add": more - end, "smallest": (found["high"] - found["low"]).max() / 2}
+    return 100 * pd.DataFrame([row])
