@@ -38,7 +38,6 @@ def load(notebook: str, profile="smoke", data: str | None = None, seeds: Sequenc
 
 def power_arms(config: Config) -> dict[str, Config]:
     """What `metrics.power` compares: this size, all labels at once for as many steps, and twice the steps."""
-    settings, cycles = config.federation, config.query.cycles
-    rounds = settings.rounds if settings.reset_each_cycle else cycles * settings.rounds
-    whole = config.replace(initial_fraction=1.0, cycles=1, rounds=rounds)
-    return {"this size": config, "all labels": whole, "twice the steps": config.replace(rounds=2 * settings.rounds)}
+    rounds, cycles = config.federation.rounds, 1 if config.federation.reset_each_cycle else config.query.cycles
+    whole = config.replace(initial_fraction=1.0, cycles=1, rounds=cycles * rounds)
+    return {"this size": config, "all labels": whole, "twice the steps": config.replace(rounds=2 * rounds)}
