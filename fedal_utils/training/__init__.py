@@ -1,7 +1,7 @@
 """How a model learns, and what it says of images.
 
-schedule: task, batches, learning rates, an optimizer whose state lives on. inference: predictions, embeddings, features
-that are kept. fit: a detector, its gradients as `graphs`, and a VAE. classifier: one client's; streams: many clients'.
+schedule: batches, learning rates, optimizers. inference: predictions, embeddings, kept features. fit: a detector (its
+gradients as `graphs`), a VAE. classifier: one client's; streams: many clients'.
 """
 
 from .classifier import ClassifierTask, LocalResult, fit_classifier, fit_in_turn

@@ -50,8 +50,7 @@ def fit(
     optimizer.zero_grad(set_to_none=graphs is None)
     averaged = copy.deepcopy(net.state_dict()) if config.ema > 0 else None
     done = added = in_row = 0
-    waiting: list[tuple[Tensor, Tensor]] = []  # losses of steps that nobody has read yet
-    sums: dict[str, float] = {}
+    waiting, sums = [], {}  # losses of steps that nobody has read yet; of all losses of this pass
     for epoch, last, index, batch in _batches(images, labels, config, task, device):
         names, values = graphs.gradients(batch) if graphs else add_gradients(net, batch, config.amp, generator)
         waiting.append((values, index))
@@ -140,8 +139,7 @@ def fit_vae(
     vae.to(device).train()
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr, weight_decay=VAE_DECAY)
     noise = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
-    sums: dict[str, float] = {}
-    in_row, scaled = 0, None
+    sums, in_row, scaled = {}, 0, None
     if 12 * len(rows) * math.prod(vae.size) <= SCALED_BYTES:  # scaling an image costs as much as learning from it
         parts = images.batches([rows[chunk] for chunk in chunks(len(rows), 64)], device)
         scaled = torch.cat([vae.prepare(pixels) for pixels in parts])

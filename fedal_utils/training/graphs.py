@@ -35,8 +35,7 @@ def graphs_of(model: Detector, amp: bool, seed: int) -> "Graphs":
     graphs = remembered(_GRAPHS, key, lambda: Graphs(model, amp), KEPT)
     graphs.generator.manual_seed(seed)
     graphs.net.train().load_state_dict(model.state_dict())
-    for parameter in graphs.reached:
-        parameter.grad.zero_()
+    graphs.net.zero_grad(set_to_none=False)
     return graphs
 
 
@@ -61,13 +60,12 @@ class Graphs:
         places, run = self.batches[key]
         for place, tensor in zip(places, flat, strict=True):
             place.copy_(tensor)
-        values = run()
-        return self.names, values
+        return self.names, run()
 
     def _prepare(self, batch: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
         """Places for batches of this shape, and what adds the gradients of the batch that lies there."""
-        layout = {4: torch.channels_last}
-        places = [t.clone(memory_format=layout.get(t.dim(), torch.contiguous_format)) for t in batch]
+        layouts = (torch.channels_last if t.dim() == 4 else torch.contiguous_format for t in batch)
+        places = [t.clone(memory_format=layout) for t, layout in zip(batch, layouts, strict=True)]
         inputs = tuple(places[:-3]) if len(places) > 4 else places[0]
 
         def add() -> Tensor:
@@ -81,8 +79,7 @@ class Graphs:
             self.reached = [p for p in self.net.parameters() if p.grad is not None]
             for place, value in zip(self.net.buffers(), before, strict=True):
                 place.copy_(value)
-            for parameter in self.reached:
-                parameter.grad.zero_()
+            self.net.zero_grad(set_to_none=False)
         run = captured(add, [*self.net.buffers(), *(p.grad for p in self.reached)], self.device, self.generator)
         self.generator.set_state(state)
         return places, run

@@ -198,10 +198,10 @@ def learned_losses(model: SSD, images: Source, batch: int = 64, device: Device =
 def image_losses(
     model: SSD, images: Source, labels: Labels, batch: int = 32, device: Device = "cpu", summed: bool = False
 ) -> dict[str, Tensor]:
-    """`SSD.image_losses` of each of N > 0 images against its labels, `batch` at once, in order, on the CPU."""
+    """`SSD.image_losses` of each of N > 0 images against its labels, in order, on the CPU."""
     model.to(device).eval()
     pieces, kept = chunks(len(images), batch), []
     for rows, x in zip(pieces, images.batches(pieces, device), strict=True):
         target = labels.take(rows).to(device)
-        kept.append(model.image_losses(x, target.boxes, target.classes, target.ignore, summed=summed))
+        kept.append(model.image_losses(x, target.boxes, target.classes, target.ignore, summed))
     return {name: torch.cat([part[name] for part in kept]).cpu() for name in kept[0]}
