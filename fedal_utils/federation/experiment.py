@@ -105,7 +105,11 @@ class Experiment:
             return [train_on_one_node(self, step)]
         if not step.participants:
             return []
-        message = self._message(step)
+        if step.head_only:
+            self.model.freeze_backbone(self.config.model.frozen or not step.send_backbone)
+        message = broadcast(self.model, self.config.federation.message_dtype)
+        if step.head_only:
+            self.model.freeze_backbone()  # it is neither trained nor sent back
         here, lost = self._participants(step, message)
         return self._accepted(step, lost | self.train_clients(step, here, message), message)
 
@@ -122,15 +126,6 @@ class Experiment:
                 schedule="cosine", final_lr=settings.round_lr_decay
             )  # it falls within one long call
         return recipe, max(1, round(settings.iterations * step.length)) if settings.iterations else None
-
-    def _message(self, step: Step) -> bytes:
-        """What is sent to the participants: the model, or its head. Freezes the backbone where the step does."""
-        if step.head_only:
-            self.model.freeze_backbone(self.config.model.frozen or not step.send_backbone)
-        message = broadcast(self.model, self.config.federation.message_dtype)
-        if step.head_only:
-            self.model.freeze_backbone()
-        return message
 
     def _participants(self, step: Step, message: bytes) -> tuple[list[Client], dict[str, Update | Exception]]:
         """Who trains in this round, and who would have but its update is lost."""

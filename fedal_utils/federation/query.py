@@ -10,21 +10,13 @@ import torch
 
 from .. import detectors, training
 from ..detectors import VAE, Classifier, Detector
-from ..sampling import Pool, PoolObservation, Strategy, find, kind_of
+from ..sampling import Pool, PoolObservation, find, kind_of
 from ..training import ClassifierTask
 from .client import Client, State, broadcast, pack, state_of, unpack
 
 if TYPE_CHECKING:
     from .experiment import Experiment
     from .schemes import Step
-
-
-def strategy_at(experiment: "Experiment", cycle: int) -> Strategy:
-    """The method's strategy in this cycle: the first labels are random, but for a chain's (and as_released)."""
-    config, method = experiment.config, experiment.method
-    scored = config.as_released and kind_of(config) == "boxes" and "reconstruction_errors" not in method.strategy.needs
-    own = cycle > 0 or method.scheme.queries_at_once or scored
-    return method.strategy if own else find("random", kind_of(config))
 
 
 def query_size(experiment: "Experiment", client: Client, cycle: int) -> int:
@@ -41,8 +33,11 @@ def query_size(experiment: "Experiment", client: Client, cycle: int) -> int:
 
 def select(experiment: "Experiment", step: "Step", client: Client) -> tuple[np.ndarray, np.ndarray]:
     """Positions (k,) of its pool that the client would have labelled next, and their scores (NaN: none)."""
-    config, run, cycle = experiment.config, experiment.run, step.cycle
-    strategy, count = strategy_at(experiment, cycle), query_size(experiment, client, cycle)
+    config, run, cycle, strategy = experiment.config, experiment.run, step.cycle, experiment.method.strategy
+    scored = config.as_released and kind_of(config) == "boxes" and "reconstruction_errors" not in strategy.needs
+    if cycle == 0 and not (scored or experiment.method.scheme.queries_at_once):
+        strategy = find("random", kind_of(config))  # the first labels
+    count = query_size(experiment, client, cycle)
     if count == 0:  # all is labelled
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     state = client.local_state or client.stale_global_state  # its own, else the global one as it knows it

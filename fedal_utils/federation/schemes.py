@@ -157,9 +157,8 @@ class Chain(FedAvg):
 
     def aggregate(self, experiment: "Experiment", step: Step, updates: Sequence[Update]) -> None:
         if step.merge_by_class:
-            experiment.merge_by_class()
-        else:
-            experiment.average(updates)  # of one visitor: its own weights go on
+            return experiment.merge_by_class()
+        experiment.average(updates)  # of one visitor: its own weights go on
 
 
 class ChainThenFedAvg(Chain):

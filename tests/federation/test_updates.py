@@ -72,9 +72,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --------------------------------------------------------------------------------------------------------------- laws
-
-
 floats = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6)
 counts = st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 1000)), min_size=1, max_size=9)
 
@@ -127,9 +124,6 @@ def test_fedavg_1602_05629_alg_1_by_hand():
     assert average(idle)["w"].tolist() == [3, 7]  # nothing labelled, no say
 
 
-# -------------------------------------------------------------------------------------------------------------- bytes
-
-
 def test_a_state_survives_packing_bit_for_bit_and_the_same_state_packs_to_the_same_bytes():
     state = state_of(new_model("batch"), list(new_model("batch").state_dict()))
     there = unpack(pack(state))
@@ -162,9 +156,6 @@ def test_half_precision_on_the_wire_really_rounds():
         pack(vector(7e4), "fp16")
 
 
-# -------------------------------------------------------------------------------------------------------- what travels
-
-
 def test_counters_stay_at_home_and_statistics_travel():
     everything = set(new_model("batch").state_dict())
     counters = {k for k in everything if k.endswith("num_batches_tracked")}
@@ -179,9 +170,6 @@ def test_a_frozen_backbone_is_not_sent():
     assert len(pack(sent)) < 1_000_000 < sum(v.numel() * 4 for v in model.state_dict().values())
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def test_one_client_equals_training_without_a_federation_bit_for_bit(scenes):
     model = new_model()
     got = one_round(scenes, model, "A")
@@ -194,13 +182,7 @@ def test_one_client_equals_training_without_a_federation_bit_for_bit(scenes):
     assert got.steps == 2 and got.loss == rows[-1]["loss"]
     assert got.images == 4 and got.boxes == int((part.labels.classes > 0).sum()) and got.client == "A"
     assert not same(merged, dict(model.state_dict()))  # it did learn
-
-
-def test_scratch_space_may_hold_anything(scenes):
-    model = new_model()
-    a = one_round(scenes, model)
-    b = one_round(scenes, model, scratch=new_model(seed=9))
-    assert a.payload == b.payload
+    assert got.payload == one_round(scenes, model, "A", scratch=new_model(seed=9)).payload  # it may hold anything
 
 
 def test_batch_norm_statistics_are_averaged_as_the_weights_are(scenes):
@@ -212,24 +194,17 @@ def test_batch_norm_statistics_are_averaged_as_the_weights_are(scenes):
     assert torch.equal(average(updates)[key], (a * (2 / 6) + b * (4 / 6)).float())
 
 
-# --------------------------------------------------------------------------------------------------------- who and how
-
-
 def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generator_only():
     names = [f"{i:02d}" for i in range(10)]
     for fraction, size in ((1.0, 10), (0.3, 3), (0.25, 2), (0.01, 1), (0.96, 10)):
         chosen = federation.sample_clients(names, fraction, rng_for(0, "t"))
         assert len(chosen) == size == len(set(chosen)) and chosen == sorted(chosen) and set(chosen) <= set(names)
-    assert federation.sample_clients(names, 0.3, rng_for(0, "t")) == federation.sample_clients(
-        names[::-1], 0.3, rng_for(0, "t")
-    )
+    one, other = (federation.sample_clients(order, 0.3, rng_for(0, "t")) for order in (names, names[::-1]))
+    assert one == other
     drawn = [tuple(federation.sample_clients(names, 0.3, rng_for(seed, "t"))) for seed in range(300)]
     assert len(set(drawn)) > 60
     times = [sum(name in one for one in drawn) for name in names]  # 90 each on average, standard deviation 8
     assert 58 < min(times) and max(times) < 122
-
-
-# ------------------------------------------------------------------------------------------------------ parts by class
 
 
 @pytest.mark.parametrize(
@@ -241,7 +216,6 @@ def test_client_sampling_has_the_size_that_was_asked_and_depends_on_the_generato
         ([[np.nan, 0.2], [np.nan, 0.1]], [1, 0]),  # not judged: no vote
         ([[np.nan, 0.2], [0.1, 0.1]], [1 / 2, 1 / 2]),
         ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [1 / 3, 1 / 3, 1 / 3]),
-        ([[0.3, 0.0, np.nan]], [1]),
     ],
 )
 def test_class_wise_parts_by_hand_van_bommel_7_2(metric, parts):
@@ -273,9 +247,6 @@ def test_whole_percents_by_hand_and_for_all_counts():
         assert percents.max() - percents.min() < 1.5 and (np.diff(percents) <= 0).all()
 
 
-# ----------------------------------------------------------------------------------------------- optimizers that travel
-
-
 def with_state(client, images, steps, *moment):
     memory = {"momentum_buffer:w": torch.tensor(moment), "steps": torch.tensor(steps)}
     return Update(client, pack(vector(0.0)), images, 1, 1, 0.5, pack(memory))
@@ -287,11 +258,7 @@ def test_moments_that_travelled_are_averaged_and_the_most_steps_count():
     assert merged["steps"].dtype == torch.int64 and set(merged) == {"momentum_buffer:w", "steps"}
     alone = federation.average_optimizer_states([with_state("A", 1, 6, 0.0, 4.0)])
     assert alone["momentum_buffer:w"].tolist() == [0, 4] and int(alone["steps"]) == 6
-
-
-def test_where_one_lacks_its_optimizer_nobody_gets_one():
     assert federation.average_optimizer_states([with_state("A", 1, 6, 1.0), update("B", vector(0.0))]) == {}
-    assert federation.average_optimizer_states([update("B", vector(0.0))]) == {}
 
 
 def test_an_optimizer_state_goes_in_and_out_and_travels_only_when_told(scenes):
@@ -319,9 +286,6 @@ def test_a_client_that_diverges_is_named_and_its_optimizer_state_as_it_was(scene
     with pytest.raises(TrainingDiverged, match="client A: .* is not finite in fp16"):
         one_round(scenes, model, message=pack(large), dtype="fp16", kept=memory, **kept)
     assert same(memory, before)
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
 
 
 def raw_update(client, state):
@@ -355,13 +319,10 @@ def test_updates_that_do_not_fit_are_refused(updates, message):
         average(updates)
 
 
-# ---------------------------------------------------------------------------------------------- what is left out of it
-
 BEFORE = vector(1, 1)
 
 
-def at(**distances):
-    """An update so far from BEFORE, of each client: (1, 1) and as much along (0.6, 0.8)."""
+def at(**distances):  # from BEFORE: (1, 1) and as much along (0.6, 0.8)
     return [update(name, vector(1 + 0.6 * d, 1 + 0.8 * d)) for name, d in distances.items()]
 
 
@@ -369,17 +330,12 @@ def at(**distances):
     ("above", "distances", "out"),
     [
         (1.5, (1, 1, 2), "C"),  # median 1
-        (2.5, (1, 1, 2), ""),
-        (1.5, (2, 1, 1), "A"),
         (1.5, (1, 2, 2), ""),  # median 2: who moved less is never too large
         (3.0, (1, 2, 5), ""),  # the median is 2, not 1: itself is one of them
-        (2.25, (1, 2, 5), "C"),
-        (3.0, (1, 1, 1, 1000), "D"),
         (1.5, (1, 2, 3, 4), "D"),  # median 2.5: above 3.75
         (3.0, (1000, 1, 1.25, 1000, 0.75), "AD"),  # two of five: median 1.25
         (3.0, (1, 1000, 1000), ""),  # most of them: they are the median
         (1.5, (1, 1000), ""),
-        (1.5, (), ""),
         (1.5, (0, 0, 0), ""),  # nobody moved
     ],
 )

@@ -91,7 +91,6 @@ LIES = {
     "no counts": (answering("train", lambda content: content.pop("counts")), "refused"),
     "a huge number of steps": (count("train", "steps", 10**9), "refused"),
     "no steps": (count("train", "steps", 0), "refused"),
-    "steps as a list": (count("train", "steps", [2]), "refused"),
     "a loss that is NaN": (count("train", "loss", float("nan")), "refused"),
     "another round": (count("train", "round", 7), "refused"),
     "a huge number of boxes": (count("query.select", "boxes", 10**8), "refused"),
@@ -99,8 +98,6 @@ LIES = {
     "ids of another client": (said("id", lambda ids: ["not mine", *ids[1:]]), "refused"),
     "an id twice": (said("id", lambda ids: [ids[0], *ids[:-1]]), "refused"),
     "more than was granted": (said("id", lambda ids: ids * 100), "refused"),
-    "fewer scores than ids": (said("score", lambda scores: scores[1:]), "refused"),
-    "ids as numbers": (said("id", lambda ids: list(range(len(ids)))), "refused"),
     "lost": (lambda message, kind: None if kind == "train" else message, "no answer"),
 }
 
