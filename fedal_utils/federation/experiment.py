@@ -122,9 +122,8 @@ class Experiment:
         recipe, settings = self.config.training, self.config.federation
         recipe = recipe.replace(lr=recipe.lr * step.lr_factor, epochs=max(1, round(recipe.epochs * step.length)))
         if step.first_pass and recipe.schedule == "constant" and settings.round_lr_decay < 1:
-            recipe = recipe.replace(
-                schedule="cosine", final_lr=settings.round_lr_decay
-            )  # it falls within one long call
+            # one long call in the place of many rounds: the learning rate falls within it
+            recipe = recipe.replace(schedule="cosine", final_lr=settings.round_lr_decay)
         return recipe, max(1, round(settings.iterations * step.length)) if settings.iterations else None
 
     def _participants(self, step: Step, message: bytes) -> tuple[list[Client], dict[str, Update | Exception]]:
