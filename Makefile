@@ -14,6 +14,9 @@ N ?=
 # Of `make gpu`: minutes after which it stops by itself, and DRY=1 for a miniature.
 MINUTES ?=
 DRY ?=
+# Of `make badges`: owner/name on GitHub (empty = that of git's remote origin, or none), and its branch.
+REPO ?=
+BRANCH ?=
 # More arguments for pytest, e.g. ARGS="-x tests/test_record.py".
 ARGS ?=
 
@@ -23,7 +26,7 @@ PY = "$(VENV)/bin/python"
 KEY = $$(sed -n '/^requires-python/,/^\[project.urls/p' pyproject.toml | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test fuzz torture clients bench gpu lint data clean clean-runs doctor key
+.PHONY: help env reproduce test fuzz torture clients bench gpu lint data badges clean clean-runs doctor key
 
 help:  ## this text
 	@echo "fedal: federated active learning for object detection. Needs Python >= 3.10 and make; all else is fetched."
@@ -62,6 +65,9 @@ lint: env  ## check the style of code and notebooks
 
 data: env  ## download the small real data sets (BCCD, HIT-UAV) into $FEDAL_DATA or data/
 	@$(PY) -m fedal_utils data bccd hit-uav
+
+badges: env  ## say where the repository lies; badges and Colab's install cells follow (REPO=owner/name BRANCH=)
+	@$(PY) -m fedal_utils badges --repo "$(REPO)" --branch "$(BRANCH)"
 
 doctor: env  ## what this machine has: versions, GPU, memory, data, profile
 	@$(PY) -m fedal_utils doctor

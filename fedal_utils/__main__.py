@@ -44,6 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--jobs": dict(type=int, help="notebooks side by side; default: two where all train on one thread"),
     "--set": dict(type=setting, action="append", default=[], metavar="NAME=VALUE", help="a parameter or a setting"),
     "--silence": dict(type=float, help="minutes that it may print nothing; default: those of the profile"),
+    "--repo": dict(default="", metavar="OWNER/NAME", help="on GitHub; default: that of git's remote origin"),
+    "--branch": dict(default="", help="default: main"),
     "path": dict(help="a folder, a file, or the name of a data set"),
     "--json": dict(action="store_true", help="as JSON"),
     "--picture": dict(metavar="PNG", help="draw some of its images with their boxes"),
@@ -93,11 +95,19 @@ def publish_(given: argparse.Namespace) -> None:
     """Copy the last executed notebooks, outputs in, to results/notebooks."""
     for name in given.names or [path.stem for path in notebooks.find() if notebooks.executed(path).exists()]:
         print(publish.publish(name))
+    navigation(given)
 
 
 def navigation(given: argparse.Namespace) -> None:
-    """Bring badges and previous/next links in the notebooks up to date."""
+    """Bring badges, previous/next links and install cells of the notebooks up to date."""
     print("changed:", ", ".join(publish.navigation()) or "none")
+
+
+def badges(given: argparse.Namespace) -> None:
+    """Say where the repository lies; badges, links and install cells follow."""
+    publish.badges(given.repo, given.branch)
+    print("repository: {} {}".format(*publish.address()))
+    navigation(given)
 
 
 def doctor(given: argparse.Namespace) -> None:
@@ -193,6 +203,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int | None], str] = {
     run: "notebook --profile --data --seeds --set --silence",
     publish_: "names",
     navigation: "",
+    badges: "--repo --branch",
     doctor: "",
     data: "names",
     inspect: "path --json --picture --seed",

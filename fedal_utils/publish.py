@@ -1,8 +1,10 @@
-"""Publish executed copies of notebooks, and keep the notebooks' badges and navigation in order."""
+"""Publish executed copies of notebooks; keep badges, navigation and install cells in order, from one address."""
 
+import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,10 +12,67 @@ from typing import Any
 
 from . import notebooks, record
 
-REPOSITORY = "https://github.com/fedal-project/fedal"  # pyproject.toml and CITATION.cff repeat it; a test compares
-BRANCH = "main"
 MAX_PUBLISHED = 1_000_000  # bytes
 NOISE = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-view+json")
+ADDRESS = {"pyproject.toml": 'Repository = "{}"', "CITATION.cff": 'repository-code: "{}"'}  # or `# Repository: none`
+INSTALL = """\
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+if "google.colab" in sys.modules:  # elsewhere: `make reproduce`, or pip install -e ".[EXTRAS]"
+    if not os.path.isdir("fedal_utils"):
+        if not os.path.isdir("fedal"):
+            source = SOURCE
+            subprocess.run(["git", "clone", "-q", "--depth", "1", *source.split(), "fedal"], check=True)
+        os.chdir("fedal")
+    with open("../kept.txt", "w") as kept:  # pip adds what is missing, and stops rather than replace these
+        kept.writelines(f"{name}=={version(name)}\\n" for name in ("torch", "torchvision", "numpy"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "../kept.txt", "-e", ".[EXTRAS]"]
+    subprocess.run(pip, check=True)"""
+
+
+def address() -> tuple[str, str]:
+    """("owner/name", branch) of the repository, as pyproject.toml has it; ("", "") where it names none."""
+    text = (record.project_root() / "pyproject.toml").read_text()
+    found = re.search(r'^Repository = "https://github\.com/([^/"]+/[^/"]+)/tree/([^"]+)"', text, re.MULTILINE)
+    return found.groups() if found else ("", "")
+
+
+def badges(repository: str = "", branch: str = "") -> None:
+    """Write where the repository lies on GitHub ("owner/name") into pyproject.toml and CITATION.cff.
+
+    Without a name that of git's remote `origin`; where it is elsewhere or there is none, the lines become comments.
+    """
+    root = record.project_root()
+    if not repository:
+        done = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True)
+        repository = "".join(re.findall(r"github\.com[:/]([^/]+/[^/]+?)(?:\.git)?/?\s*$", done.stdout))
+    if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"a repository on GitHub is owner/name, got {repository!r}")
+    for name, line in ADDRESS.items():
+        if (root / name).exists():
+            key, text = line.partition('"')[0], (root / name).read_text()
+            line = line.format(f"https://github.com/{repository}/tree/{branch or 'main'}") if repository else ""
+            line = line or f"# {key.strip(' =:')}: none, see make badges"
+            text = re.sub(rf"^(# )?{key.strip(' =:')}\b.*", line, text, flags=re.MULTILINE)
+            record.write_atomic(root / name, text)
+
+
+def colab(name: str) -> str:
+    """The badge that opens a notebook on Colab; "" where the repository has no address."""
+    repository, branch = address()
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    place = f"https://colab.research.google.com/github/{repository}/blob/{branch}/notebooks/{name}.ipynb"
+    return f"[![Open in Colab]({image})]({place})" if repository else ""
+
+
+def code_digest(content: dict[str, Any]) -> str:
+    """Of a notebook's code cells, the same for source and executed copy; what depends on the address is left out."""
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    told = ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
+    return hashlib.sha256(json.dumps([text for text in told if "google.colab" not in text]).encode()).hexdigest()[:16]
 
 
 def publish(name: str) -> Path:
@@ -36,40 +95,51 @@ def publish(name: str) -> Path:
             return {k: v if k in ("image/png", "image/jpeg") else clean(v) for k, v in value.items() if k not in NOISE}
         return value
 
-    def moved(match: re.Match) -> str:
-        """A relative link, good beside the notebook, as it is good in the folder: to published copies if there are."""
-        mark, target = match.groups()
-        if re.match(r"\w+:|/", target) or target.endswith(".ipynb") and (folder / target).exists():
-            return match[0]
-        return mark + Path(os.path.relpath(path.parent / target, folder)).as_posix()
-
-    content = clean(notebooks.read(notebooks.executed(path)))
+    executed = notebooks.read(notebooks.executed(path))
+    content = clean(executed)
+    content["metadata"]["fedal"]["code"] = code_digest(executed)
     for cell in content["cells"]:
         if cell["cell_type"] == "markdown":
-            text = re.sub(r"""(\]\(|\b(?:src|href)=["'])([^)"'\s#]+)""", moved, "".join(cell["source"]))
-            cell["source"] = text.splitlines(keepends=True)
+            cell["source"] = _moved("".join(cell["source"]), path, folder).splitlines(keepends=True)
     size = len(json.dumps(content, indent=1, ensure_ascii=False).encode())
     if size > MAX_PUBLISHED:
         raise ValueError(f"{path.stem} has {size / 1e6:.2f} MB with outputs, 1 MB is allowed")
     return record.write_atomic(folder / path.name, content)
 
 
+def _moved(text: str, path: Path, folder: Path) -> str:
+    """Relative links, good beside the notebook, as they are good in the folder: to copies there if there are."""
+
+    def moved(match: re.Match) -> str:
+        mark, target = match.groups()
+        if re.match(r"\w+:|/", target) or target.endswith(".ipynb") and (folder / target).exists():
+            return match[0]
+        return mark + Path(os.path.relpath(path.parent / target, folder)).as_posix()
+
+    return re.sub(r"""(\]\(|\b(?:src|href)=["'])([^)"'\s#]+)""", moved, text)
+
+
 def navigation(write: bool = True) -> list[str]:
-    """Bring Colab badge and links under each notebook's title up to date; the names of those that were not."""
-    paths, stale = notebooks.find(), []
+    """Bring badge, links and install cell of each notebook and copy up to date; the names of those that were not."""
+    paths, stale, (repository, branch) = notebooks.find(), [], address()
+    source = f'"-b {branch} https://github.com/{repository}"' if repository else 'os.environ["FEDAL_REPOSITORY"]'
     for before, path, after in zip([None, *paths[:-1]], paths, [*paths[1:], None], strict=True):
-        target = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/{BRANCH}/notebooks/{path.name}"
-        badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        parts = [f"{badge}(https://colab.research.google.com/github/{target})"]
-        parts += [f"{word}: [{p.stem}]({p.name})" for word, p in (("previous", before), ("next", after)) if p]
-        line = f"<!-- navigation -->{' · '.join(parts)}<!-- /navigation -->"
-        content = notebooks.read(path)
-        cell = next(cell for cell in content["cells"] if cell["cell_type"] == "markdown")
-        title, _, rest = "".join(cell["source"]).partition("\n")
-        rest = re.sub(r"\s*<!-- navigation -->.*?<!-- /navigation -->", "", rest, count=1, flags=re.DOTALL)
-        cell["source"] = f"{title}\n\n{line}\n\n{rest.lstrip()}".rstrip().splitlines(keepends=True)
-        if content != notebooks.read(path):
-            stale.append(path.stem)
-            if write:
-                record.write_atomic(path, content)
-    return stale
+        parts = [f"{word}: [{p.stem}]({p.name})" for word, p in (("previous", before), ("next", after)) if p]
+        line = f"<!-- navigation -->{' · '.join(filter(None, [colab(path.stem), *parts]))}<!-- /navigation -->"
+        for file in (path, path.parents[1] / "results" / "notebooks" / path.name):
+            content = notebooks.read(file) if file.exists() else {"cells": []}
+            for cell in content["cells"]:
+                text = "".join(cell["source"])
+                if cell is content["cells"][0]:
+                    title, _, rest = text.partition("\n")
+                    rest = re.sub(r"\s*<!-- navigation -->.*?<!-- /navigation -->", "", rest, count=1, flags=re.DOTALL)
+                    text = f"{title}\n\n{_moved(line, path, file.parent)}\n\n{rest.lstrip()}".rstrip()
+                elif cell["cell_type"] == "code" and "google.colab" in text:
+                    extras = re.search(r"\.\[([\w,]+)\]", text)[1]
+                    text = INSTALL.replace("EXTRAS", extras).replace("SOURCE", source)
+                cell["source"] = text.splitlines(keepends=True)
+            if file.exists() and content != notebooks.read(file):
+                stale.append(path.stem)
+                if write:
+                    record.write_atomic(file, content)
+    return list(dict.fromkeys(stale))

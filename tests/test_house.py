@@ -232,8 +232,8 @@ def test_conda_and_pip_users_get_the_same_packages_with_bounds():
 
 def test_version_and_repository_are_the_same_everywhere():
     citation = (ROOT / "CITATION.cff").read_text()
-    assert PROJECT["urls"]["Repository"] == publish.REPOSITORY
-    assert f'repository-code: "{publish.REPOSITORY}"' in citation
+    urls = re.findall(r"https://github\.com/\S+/tree/[^\s\"]+", citation)
+    assert urls == [*PROJECT.get("urls", {}).values()] and bool(urls) == bool(publish.address()[0])
     assert f"\nversion: {fedal_utils.__version__}\n" in citation and PROJECT["version"] == fedal_utils.__version__
     assert PROJECT["license"] == "Apache-2.0" and "\nlicense: Apache-2.0\n" in citation
 
