@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, federation, labelling, notebooks, papers, plots, publish, record
+from . import __version__, federation, labelling, notebooks, papers, plots, record
 from .config import PROFILES
 
 
@@ -94,19 +94,19 @@ def run(given: argparse.Namespace) -> None:
 def publish_(given: argparse.Namespace) -> None:
     """Copy the last executed notebooks, outputs in, to results/notebooks."""
     for name in given.names or [path.stem for path in notebooks.find() if notebooks.executed(path).exists()]:
-        print(publish.publish(name))
+        print(notebooks.publish(name))
     navigation(given)
 
 
 def navigation(given: argparse.Namespace) -> None:
     """Bring badges, previous/next links and install cells of the notebooks up to date."""
-    print("changed:", ", ".join(publish.navigation()) or "none")
+    print("changed:", ", ".join(notebooks.navigation()) or "none")
 
 
 def badges(given: argparse.Namespace) -> None:
     """Say where the repository lies; badges, links and install cells follow."""
-    publish.badges(given.repo, given.branch)
-    print("repository: {} {}".format(*publish.address()))
+    notebooks.badges(given.repo, given.branch)
+    print("repository: {} {}".format(*notebooks.address()))
     navigation(given)
 
 
@@ -236,6 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["FEDAL_DATA"] = str(Path(os.environ["FEDAL_DATA"]).expanduser().absolute())
     try:
         return given.call(given) or 0
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
     except notebooks.NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1

@@ -16,14 +16,14 @@ from packaging.requirements import Requirement
 
 import fedal_utils
 from fedal_utils import __main__ as command
-from fedal_utils import config, notebooks, papers, publish
+from fedal_utils import config, notebooks, papers
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 # A room imports only from the rooms before it. The README's map is in the same order.
 ROOMS = """
     fields config seeding data detectors training metrics sampling record federation plots labelling papers flower
-    notebooks publish __main__
+    notebooks __main__
 """.split()
 ONLY_IN = dict(flwr="flower", gradio="labelling", papermill="notebooks", argparse="__main__", random="seeding")
 NOWHERE = {"ultralytics", "yolov5", "hydra", "lightning", "pytorch_lightning", "wandb", "pickle"}
@@ -211,7 +211,7 @@ def test_notebooks_need_few_names(capsys):
 
 def test_badges_and_navigation_are_up_to_date(monkeypatch):
     monkeypatch.setenv("FEDAL_HOME", str(ROOT))
-    stale = publish.navigation(write=False)
+    stale = notebooks.navigation(write=False)
     assert not stale, f"{stale}: run `python -m fedal_utils navigation`"
 
 
@@ -233,7 +233,7 @@ def test_conda_and_pip_users_get_the_same_packages_with_bounds():
 def test_version_and_repository_are_the_same_everywhere():
     citation = (ROOT / "CITATION.cff").read_text()
     urls = re.findall(r"https://github\.com/\S+/tree/[^\s\"]+", citation)
-    assert urls == [*PROJECT.get("urls", {}).values()] and bool(urls) == bool(publish.address()[0])
+    assert urls == [*PROJECT.get("urls", {}).values()] and bool(urls) == bool(notebooks.address()[0])
     assert f"\nversion: {fedal_utils.__version__}\n" in citation and PROJECT["version"] == fedal_utils.__version__
     assert PROJECT["license"] == "Apache-2.0" and "\nlicense: Apache-2.0\n" in citation
 

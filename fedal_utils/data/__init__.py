@@ -4,7 +4,7 @@ from torchvision.ops import clip_boxes_to_image as clip_boxes
 
 from . import partition
 from .augment import FILL, AugmentDraws, apply_augmentation, draw_augmentation, random_crop
-from .catalogue import NAMES, contact_sheet, inspect_folder, load, load_classes, report_lines
+from .catalogue import NAMES, contact_sheet, inspect_folder, load, load_classes, missing, report_lines
 from .classification import CLASS_NAMES
 from .digits import Digits, digit_scenes
 from .download import KITTI, PINNED, fetch

@@ -108,6 +108,16 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("FEDAL_DATA") or "data").expanduser()
 
 
+def missing(name: str, root: str | Path | None = None) -> str:
+    """How to get a set by name that is not in the data root; "" if it is, is drawn, or comes by itself (CIFAR)."""
+    root = data_root(root)
+    if name not in SOURCES or any((root / place).is_dir() for place in SOURCES[name].places):
+        return ""
+    source = SOURCES[name]
+    way = f"python -m fedal_utils data {source.download.lower()}" if source.download else f"get it from {source.origin}"
+    return f"{root / source.places[0]} does not exist; {way}".rstrip(",")
+
+
 def find(name: str, root: Path, seed: int = 0, kind: str = "boxes", fetch: bool = True) -> Found:
     """Both sides of a set before any pixel is read: a known name, or a folder here or in `root`; kind: see `load`."""
     if kind == "classes":

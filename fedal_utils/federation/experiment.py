@@ -30,7 +30,9 @@ def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -
     config = config or setup.config
     for method in options.get("methods") or config.methods:
         method_of(method, config)  # refused before the first run starts
-    return record.runs(config, notebook, plan=plan, fingerprint=setup.fingerprint, **options)
+    changes = {k: v for k, (v, _) in config.differences(setup.config).items() if k not in ("methods", "seeds")}
+    arm = ", ".join(f"{name} {value}" for name, value in changes.items())
+    return record.runs(config, notebook, plan=plan, fingerprint=setup.fingerprint, arm=arm, **options)
 
 
 def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> "Experiment":

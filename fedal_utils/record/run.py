@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,13 +118,15 @@ class Run:
         self.committed = 0
         self._sheets = {name: pd.DataFrame(columns=columns, dtype=object) for name, columns in COLUMNS.items()}
         self._clock = time.monotonic()
+        self.place, self.later, self.pace = "", 0, []  # run k of n; rounds of the runs after it; seconds of rounds
 
     def __str__(self) -> str:
         return f"{self.notebook} {self.method} seed {self.seed}"
 
     def rounds(self) -> Iterator[tuple[int, int]]:
         """(cycle, round) of each round still to do; round counts from 0 within its cycle. Each must be committed."""
-        options = {"total": len(self.plan), "desc": f"{self}", "unit": "round", "disable": progress() != "bar"}
+        options = {"total": len(self.plan), "unit": "round", "disable": progress() != "bar"}
+        options["desc"] = f"{self}{self.place}"
         for position in tqdm(range(self.committed, len(self.plan)), initial=self.committed, **options):
             yield self.plan[position]
             if self.committed != position + 1:
@@ -172,13 +175,16 @@ class Run:
         content = {"committed": self.committed + 1, "sheets": entries, "state": state}
         files.save_state(last, content)  # the round exists now
         self._sheets, self.committed = sheets, self.committed + 1
+        self.pace.append(seconds)
         self._clock = time.monotonic()
         self._finish()
         if progress() == "lines":
             server = next((row for row in rows if row.get("client") == "server"), {})
             shown = [name for name in ("images", "ap50", "accuracy", "loss") if server.get(name) is not None]
-            place = f"{self}  cycle {cycle + 1} round {number + 1}, {self.committed} of {len(self.plan)}"
-            print(place, *(f"{n} {float(server[n]):.4g}" for n in shown), f"{seconds:.1f} s", sep="  ", flush=True)
+            place = f"{self}{self.place}  cycle {cycle + 1} round {number + 1}, {self.committed} of {len(self.plan)}"
+            left = (len(self.plan) - self.committed + self.later) * float(np.mean(self.pace)) / 60
+            told = [place, *(f"{n} {float(server[n]):.4g}" for n in shown), f"{seconds:.1f} s"]
+            print(*told, f"about {left:.2g} min to go", sep="  ", flush=True)
 
     def _open(self, ending: contextlib.ExitStack) -> bool:
         """Take up what is in the folder, if nobody else works there. Returns False if the run is finished."""
@@ -242,19 +248,22 @@ def runs(
     root: Root = None,
     plan: Plan = None,
     fingerprint: str = "",
+    arm: str = "",
 ) -> Iterator[Run]:
     """Every run that is still to do, seed by seed and method by method: finished ones are skipped, broken ones resumed.
 
     plan: the (cycle, round) pairs of a method, where they are not the same for all (see `every_round`).
-    fingerprint: stands for the data (ids, labels, files); a run of other data starts anew.
+    fingerprint: stands for the data (ids, labels, files); a run of other data starts anew. arm: for the progress line.
     RuntimeError if another process works in a run's folder; ValueError if its config.json differs or a CSV was changed.
     """
-    for seed in config.seeds if seeds is None else seeds:
-        for method in config.methods if methods is None else methods:
-            run = Run(config, notebook, method, seed, root, plan, fingerprint)
-            with contextlib.ExitStack() as ending:
-                if run._open(ending):
-                    yield run
+    pairs = product(config.seeds if seeds is None else seeds, config.methods if methods is None else methods)
+    every, pace = [Run(config, notebook, method, seed, root, plan, fingerprint) for seed, method in pairs], []
+    for number, run in enumerate(every, 1):
+        run.place, run.pace = f", run {number} of {len(every)}{arm and f' ({arm})'}", pace
+        run.later = sum(len(other.plan) for other in every[number:] if not (other.folder / "done.json").exists())
+        with contextlib.ExitStack() as ending:
+            if run._open(ending):
+                yield run
 
 
 def state(config: Config, notebook: str, method: str, seed: int, root: Root = None) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from small_house import printed, write_notebook
 
 from fedal_utils import __main__ as command
 from fedal_utils import notebooks
+from fedal_utils.notebooks import batch
 
 
 def test_runs_by_this_interpreter_from_the_root_with_the_parameters_given(house, monkeypatch):
@@ -76,7 +78,7 @@ def test_a_disk_that_fills_up_under_papermill_is_one_sentence_with_a_name(house,
     assert "no space left" in error and "10_good.partial.ipynb" in error
 
 
-def test_a_kernel_does_not_outlive_its_runner(house):
+def test_a_kernel_does_not_outlive_its_runner(house, capfd):
     note = house / "pid"
     code = f"import os, pathlib, time; pathlib.Path({str(note)!r}).write_text(str(os.getpid())); time.sleep(600)"
     write_notebook(house / "notebooks" / "12_long.ipynb", code)
@@ -94,10 +96,10 @@ def test_a_kernel_does_not_outlive_its_runner(house):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt):
-            notebooks.reproduce("12", "smoke")
+        assert command.main(["reproduce", "--nb", "12", "--profile", "smoke"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == "interrupted: the same command goes on where it stopped\n"
     until(lambda: gone(int(note.read_text())))
 
 
@@ -115,13 +117,37 @@ def gone(process: int) -> bool:
 
 
 def test_reproduce_goes_on_after_a_failure_and_names_notebook_cell_and_error(house, capsys):
-    assert command.main(["reproduce", "--profile", "smoke", "--seeds", "3", "--jobs", "1"]) == 1
+    card = "# 11\n\n| | |\n|---|---|\n| `smoke` | digits, 1 seed: about 2 minutes |"
+    write_notebook(house / "notebooks" / "11_bad.ipynb", "before = 1", "ratio = before / 0", text=card)
+    assert command.main(["reproduce", "--profile", "smoke", "--jobs", "1"]) == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0] == "2 notebooks, profile smoke" and lines[3].endswith("1 of 2 notebooks")
-    assert [line.split()[::3] for line in lines[1:3]] == [["10_good", "done"], ["11_bad", "FAILED"]]
-    assert lines[4] == "FAILED: 11_bad, cell [4]: ZeroDivisionError: division by zero"
+    assert lines[0] == "2 notebooks, profile smoke" and lines[5].endswith("1 of 2 notebooks")
+    assert lines[1] == "10_good  begins, expected: unknown" and lines[3] == "11_bad   begins, expected: about 2 minutes"
+    assert [line.split()[::3] for line in (lines[2], lines[4])] == [["10_good", "done"], ["11_bad", "FAILED"]]
+    assert lines[6] == "FAILED: 11_bad, cell [4]: ZeroDivisionError: division by zero"
     assert "ratio = before / 0" in err
+    path = house / "results" / "tables" / "minutes-smoke.csv"
+    assert re.fullmatch(r"notebook,minutes\n10_good,0\.\d\n", path.read_text())
+    path.write_text("notebook,minutes\n10_good,30\n")
+    assert batch.expected(house / "notebooks" / "10_good.ipynb", "smoke") == "about 30 min"
+
+
+def test_on_a_terminal_each_notebook_has_a_live_line_with_what_it_printed_last(house, monkeypatch, capsys):
+    write_notebook(house / "notebooks" / "12_slow.ipynb", "import time; print('run 1 of 9', flush=True); time.sleep(4)")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert notebooks.reproduce("10,12", "smoke", jobs=2) == []
+    live = r"\r\x1b\[J.*12_slow +0\.\d min, expected: unknown  run 1 of 9"
+    assert re.search(live, capsys.readouterr().out, re.DOTALL)
+
+
+def test_the_size_of_the_papers_is_planned_and_stops_where_something_is_missing(house, monkeypatch, capsys):
+    monkeypatch.setenv("FEDAL_DATA", str(house / "nothing"))
+    assert command.main(["reproduce", "--nb", "10", "--profile", "paper", "--data", "bccd"]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(r"10_good +bccd +MISSING +hours: not run\ndisk: \d+ GB free", out)
+    assert "nothing was run; missing:" in err and "python -m fedal_utils data bccd" in err
+    assert not (house / "results").exists()
 
 
 def test_a_notebook_that_reads_the_runs_of_others_starts_when_they_are_done(house, capsys):
@@ -129,7 +155,8 @@ def test_a_notebook_that_reads_the_runs_of_others_starts_when_they_are_done(hous
     path = house / "notebooks" / "05_late.ipynb"
     write_notebook(path, "import pathlib; assert pathlib.Path('results/good').exists()", fedal={"after": ["10_good"]})
     assert notebooks.reproduce("05,10", "smoke", jobs=2) == []
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["10_good", "05_late"]
+    done = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("done")]
+    assert done == ["10_good", "05_late"]
     (house / "results" / "good").unlink()
     assert notebooks.reproduce("05", "smoke", jobs=1) == ["05_late"]
 

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -343,11 +344,12 @@ def test_a_disk_that_fills_up_within_a_commit_leaves_a_run_that_resumes(unbroken
 
 def test_progress_is_a_line_per_round(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("FEDAL_PROGRESS", "lines")
-    run = first_run(tmp_path)
+    run = first_run(tmp_path, seeds=(0, 1))
     for cycle, number in run.rounds():
         commit(run, cycle, number, ap50=0.25)
     last = capfd.readouterr().out.splitlines()[3]
-    assert last.startswith("tiny sum seed 0  cycle 2 round 2, 4 of 4  images 1  ap50 0.25")
+    assert last.startswith("tiny sum seed 0, run 1 of 2  cycle 2 round 2, 4 of 4  images 1  ap50 0.25")
+    assert run.later == 4 and re.search(r" s  about \S+ min to go$", last)
 
 
 def test_the_plan_of_every_round_has_the_extra_rounds_after_the_last_cycle(tmp_path):

@@ -1,4 +1,4 @@
-"""Run notebooks headless and strictly: one, known by the stem of its file, or all that lie in `notebooks/`."""
+"""Run a notebook headless and strictly; notebooks are known by the stem of their file in `notebooks/`."""
 
 import ast
 import json
@@ -8,15 +8,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import federation, papers, record
-from .config import Config
+from .. import federation, papers, record
+from ..config import Config
 
 SILENCE = {"smoke": 15.0, "quick": 60.0, "paper": 0.0}  # minutes that a notebook may print nothing; 0 = without limit
 
@@ -107,7 +105,7 @@ def run(
     profile: str | None = None,
     *,
     silence: float | None = None,
-    show: bool = False,
+    show: Any = None,
     stop: threading.Event | None = None,
     **wishes: Any,
 ) -> Path:
@@ -115,7 +113,7 @@ def run(
 
     profile: what fits the machine unless given.
     silence: minutes that it may print nothing, those of the profile unless given; how long it takes does not matter.
-    show: pass on what the cells print.
+    show: an open file for what the cells print; True: this process's own.
     stop: once it is set, the notebook is given up.
     wishes: parameters of the notebook, or settings of its config, see `checked`.
     Returns the `executed` copy. NotebookFailed names the failing cell.
@@ -154,7 +152,8 @@ def run(
             language="python",
             progress_bar=False,
             autosave_cell_every=2,  # seconds
-            **({"stdout_file": sys.stdout, "stderr_file": sys.stderr} if show else {}),
+            stdout_file=sys.stdout if show is True else show,
+            stderr_file=sys.stderr if show is True else None,
             kernel_manager_class=kernel,
             resources={"metadata": {"path": str(path.parents[1])}},  # the kernel works there
         )
@@ -197,58 +196,3 @@ def _kernel(threads: int) -> type:
             type(self).last = self
 
     return Kernel
-
-
-def reproduce(
-    nb: str | None = None,
-    profile: str | None = None,
-    seeds: Sequence[int] | None = None,
-    data: str | None = None,
-    jobs: int | None = None,
-) -> list[str]:
-    """Run every notebook (or those of `nb`, see `find`), print the minutes of each; the names of those that failed.
-
-    profile: what fits the machine unless given.
-    seeds, data: reach the notebooks that have such a parameter; ValueError if none has.
-    jobs: notebooks that run side by side; by default two where there are two cores and all train on one thread.
-    A notebook that fails does not stop the others. Metadata {"fedal": {"after": [...]}} names notebooks whose runs
-    another reads: it starts when they are done.
-    """
-    profile, wanted, given = profile or default_profile(), find(nb), {}
-    stems, waves, narrow = {path.stem for path in wanted}, ([], []), (os.cpu_count() or 1) > 1
-    for path in wanted:
-        values = {"profile": profile, "seeds": seeds, "data": data}
-        wishes = {name: values[name] for name in parameters(path) if values.get(name) is not None}
-        given[path], config = checked(path, wishes)  # refused early: the last notebook may be hours away
-        narrow = narrow and config.threads == 1
-        waves[bool(stems & {*read(path)["metadata"].get("fedal", {}).get("after", [])})].append(path)
-    for name, value in (("seeds", seeds), ("data", data)):
-        if value is not None and not any(name in wishes for wishes in given.values()):
-            raise ValueError(f"none of {', '.join(p.stem for p in given)} has a parameter {name!r}")
-    width = max(len(path.stem) for path in given)
-    print(f"{len(given)} notebook{'s' * (len(given) > 1)}, profile {profile}", flush=True)
-    start, stop, problems = time.monotonic(), threading.Event(), {}
-
-    def attempt(path: Path) -> None:
-        begin = time.monotonic()
-        try:
-            run(path.stem, stop=stop, **given[path])
-        except Exception as error:  # does not take the others down
-            kind = "" if isinstance(error, NotebookFailed) else f"{path.stem}: {type(error).__name__}: "
-            problems[path.stem] = f"{kind}{error}"
-            print(problems[path.stem], file=sys.stderr, flush=True)
-        end, minutes = "FAILED" if path.stem in problems else "done", (time.monotonic() - begin) / 60
-        print(f"{path.stem:<{width}}  {minutes:5.1f} min  {end}", flush=True)
-
-    pool = ThreadPoolExecutor(jobs or 1 + narrow)
-    try:
-        for wave in waves:
-            list(pool.map(attempt, wave))
-    finally:
-        stop.set()  # of an interruption: no kernel goes on by itself
-        pool.shutdown(cancel_futures=True)
-    good, minutes = len(given) - len(problems), (time.monotonic() - start) / 60
-    print(f"{'all':<{width}}  {minutes:5.1f} min  {good} of {len(given)} notebooks")
-    failed = [f"FAILED: {text.splitlines()[0]}" for text in problems.values()]
-    print(*failed, "In results/: figures/, tables/, notebooks/", sep="\n")
-    return sorted(problems)

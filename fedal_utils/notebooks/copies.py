@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import notebooks, record
+from .. import record
+from .runner import executed, find, read
 
 MAX_PUBLISHED = 1_000_000  # bytes
 NOISE = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-view+json")
@@ -77,9 +78,9 @@ def code_digest(content: dict[str, Any]) -> str:
 
 def publish(name: str) -> Path:
     """Copy the executed copy of a notebook to `results/notebooks/`, without traces of its machine, links mended."""
-    (path,) = notebooks.find(name)
+    (path,) = find(name)
     home, folder = path.parents[1], path.parents[1] / "results" / "notebooks"
-    if not notebooks.executed(path).exists():
+    if not executed(path).exists():
         raise ValueError(f"{path.stem} has not been run: python -m fedal_utils run {path.stem}")
     places = {str(home): ".", str(home.resolve()): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
     places |= {tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
@@ -95,9 +96,9 @@ def publish(name: str) -> Path:
             return {k: v if k in ("image/png", "image/jpeg") else clean(v) for k, v in value.items() if k not in NOISE}
         return value
 
-    executed = notebooks.read(notebooks.executed(path))
-    content = clean(executed)
-    content["metadata"]["fedal"]["code"] = code_digest(executed)
+    done = read(executed(path))
+    content = clean(done)
+    content["metadata"]["fedal"]["code"] = code_digest(done)
     for cell in content["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = _moved("".join(cell["source"]), path, folder).splitlines(keepends=True)
@@ -121,13 +122,13 @@ def _moved(text: str, path: Path, folder: Path) -> str:
 
 def navigation(write: bool = True) -> list[str]:
     """Bring badge, links and install cell of each notebook and copy up to date; the names of those that were not."""
-    paths, stale, (repository, branch) = notebooks.find(), [], address()
+    paths, stale, (repository, branch) = find(), [], address()
     source = f'"-b {branch} https://github.com/{repository}"' if repository else 'os.environ["FEDAL_REPOSITORY"]'
     for before, path, after in zip([None, *paths[:-1]], paths, [*paths[1:], None], strict=True):
         parts = [f"{word}: [{p.stem}]({p.name})" for word, p in (("previous", before), ("next", after)) if p]
         line = f"<!-- navigation -->{' · '.join(filter(None, [colab(path.stem), *parts]))}<!-- /navigation -->"
         for file in (path, path.parents[1] / "results" / "notebooks" / path.name):
-            content = notebooks.read(file) if file.exists() else {"cells": []}
+            content = read(file) if file.exists() else {"cells": []}
             for cell in content["cells"]:
                 text = "".join(cell["source"])
                 if cell is content["cells"][0]:
@@ -138,7 +139,7 @@ def navigation(write: bool = True) -> list[str]:
                     extras = re.search(r"\.\[([\w,]+)\]", text)[1]
                     text = INSTALL.replace("EXTRAS", extras).replace("SOURCE", source)
                 cell["source"] = text.splitlines(keepends=True)
-            if file.exists() and content != notebooks.read(file):
+            if file.exists() and content != read(file):
                 stale.append(path.stem)
                 if write:
                     record.write_atomic(file, content)
