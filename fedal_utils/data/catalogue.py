@@ -123,7 +123,7 @@ def find(name: str, root: Path, seed: int = 0, kind: str = "boxes", fetch: bool 
     if kind == "classes":
         return find_classes(name, root, seed)
     if name not in SOURCES:
-        return own_folder(place_of(name, root, NAMES), seed, kind == "unlabelled")
+        return own_folder(place_of(name, root, NAMES), seed)
     source = SOURCES[name]
     place = next((root / place for place in source.places if (root / place).is_dir()), None)
     if place is None and source.download and fetch:
@@ -150,8 +150,8 @@ def load(
     seed: also draws the digits, and the 80 : 20 split of a folder that tells none; KITTI's split is fixed.
     limit: at most so many train and test images, drawn by a named generator, nested, in the set's order.
     min_object: objects whose shorter side, letterboxed, is below this many pixels become ignore.
-    digits: DigitScenes in train and test. kind: "boxes"; "unlabelled" to keep a folder's images without annotation,
-        as not labelled; "classes" of whole images: one of `CLASS_NAMES`, or class folders, also in a .zip.
+    digits: DigitScenes in train and test. kind: "boxes", or "classes" of whole images: one of `CLASS_NAMES`, or class
+        folders, also in a .zip. Of a folder that is labelled in part, `Dataset.labelled` of train tells which are.
     """
     limit = limit or (None, None)
     if name == "digits":
@@ -176,7 +176,7 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> 
     """What `load` or `load_classes` reads, without pixels: a dict that JSON can hold.
 
     Keys: format, classes, classes_from, split_from, left_out (how many by reason), and under `splits` for train and
-    test images, boxes, per_class (images, where a class is a whole image's) and the first ids.
+    test images, not_labelled, boxes, per_class (images, where a class is a whole image's) and the first ids.
     """
     if name == "digits":
         raise ValueError("data set 'digits' is drawn, not read from files: there is nothing to inspect")
@@ -195,7 +195,8 @@ def inspect_folder(name: str, root: str | Path | None = None, seed: int = 0) -> 
         kinds = Counter(things or (record.label for record in records))
         per_class = {kind: kinds[kind] for kind in found.class_names or ()}
         ids = [record.id for record in records[:5]]
-        splits[split] = {"images": len(records), "boxes": len(things), "per_class": per_class, "ids": ids}
+        splits[split] = {"images": len(records), "not_labelled": sum(r.objects is r.label for r in records)}  # None
+        splits[split] |= {"boxes": len(things), "per_class": per_class, "ids": ids}
     told = {"classes": list(found.class_names or ()), **asdict(found.reading), "splits": splits}
     told["left_out"] = {reason: n for reason, n in left_out.items() if n}
     return {key: told[key] for key in ("format", "classes", "classes_from", "split_from", "left_out", "splits")}

@@ -1,7 +1,8 @@
 """A folder of the user's own: which format it is in, which images belong to it, and how it splits into train and test.
 
 The split is told by `ImageSets/Main`, by data.yaml (or train.txt, val.txt, test.txt), or by the names of folders and
-COCO files; otherwise it is drawn 80 : 20. Test is `test`, or `val` without one; train is the rest.
+COCO files; otherwise it is drawn 80 : 20. Test is `test`, or `val` without one; train is the rest. An image without an
+annotation is not labelled: it belongs to train. Without objects it has an empty annotation (in COCO: an entry).
 """
 
 import os
@@ -26,6 +27,7 @@ _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 _NO_WORD = ("", "set", "data", "images", "labels")
 _TOOLS = {"LabelMe": {"shapes"}, "VIA": {"_via_img_metadata"}, "Label Studio": {"data", "annotations"}}
 _TOOLS |= {"COCO or CreateML": {"annotations"}}  # by the keys of their files
+_NO_PHOTOGRAPHS = re.compile(r"(?i)mask|thumb|preview|segment|depth|visual|annot")  # names of folders
 _BOX_COLUMN = re.compile(rb"(?i)\b(x_?min|x1|bbox|left)\b")
 
 
@@ -49,13 +51,19 @@ def split_of(words: Iterable[str]) -> str | None:
 
 
 def drawn_split(records: Sequence[Record], seed: int, source: object) -> tuple[list[Record], list[Record], str]:
-    """80 : 20 by a named generator, at least one in either, and what to say of it; where nothing tells a split."""
+    """80 : 20 of the labelled ones in an order that labels do not change, and what to say of it; at least one in test.
+
+    Without any label, test is what to label first for the evaluation: 4 % of all, 50 at most.
+    """
     if len(records) < 2:
         raise ValueError(f"{source}: {len(records)} image(s) cannot be split into train and test; 2 are needed")
-    count = max(1, round(0.2 * len(records)))
-    test = set(rng_for(seed, "split", "test").permutation(len(records))[:count].tolist())
+    known = [r.objects is not None or r.label is not None for r in records]
+    count = max(1, round(0.2 * sum(known)) if any(known) else min(50, round(0.04 * len(records))))
+    order = rng_for(seed, "split", "test").permutation(len(records)).tolist()
+    test = set([i for i in order if known[i] or not any(known)][:count])
     sides = ([r for i, r in enumerate(records) if (i in test) == side] for side in (False, True))
-    return *sides, f"drawn 80 : 20 with seed {seed}, as nothing tells one"
+    part = "80 : 20" + " of the labelled images" * (0 < sum(known) < len(known)) if any(known) else "4 % for test"
+    return *sides, f"drawn {part} with seed {seed}, as nothing tells one"
 
 
 def place_of(name: str, root: Path, known: Sequence[str]) -> Path:
@@ -67,8 +75,8 @@ def place_of(name: str, root: Path, known: Sequence[str]) -> Path:
     raise ValueError(f"data set {name!r} is not known, nor a folder here or in {root}; allowed are {allowed}")
 
 
-def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
-    """Both sides of a folder in any of the formats. unlabelled: keep images without an annotation as not labelled."""
+def own_folder(root: Path, seed: int) -> Found:
+    """Both sides of a folder in any of the formats."""
     if (root / "training" / "label_2").is_dir():
         return kitti_found(root, KITTI_CLASSES)
     files = [root] if root.is_file() else find_files(root)
@@ -104,7 +112,7 @@ def own_folder(root: Path, seed: int, unlabelled: bool = False) -> Found:
         raise ValueError(f"annotation {record.source} has no image {record.id} with one of {', '.join(SUFFIXES)}")
     drops = Counter({f"labels of {tool} beside it, such as {file.name}, not read": 1 for tool, file in foreign.items()})
     if labelled := [record for record in records if record.objects is not None]:
-        records = _with_the_rest(root, layout, labelled, images, unlabelled, drops)
+        records = _with_the_rest(root, layout, labelled, images, drops)
         names = names or tuple(sorted({thing.name for record in labelled for thing in record.objects}))
     train, test, split_from = _sides(root, files, records, said, seed, drops)
     classes_from = ", ".join(f.relative_to(root).as_posix() for f in told) or ("the objects" if labelled else "")
@@ -167,27 +175,29 @@ def _foreign(files: Sequence[Path], contents: Mapping[Path, Any]) -> dict[str, P
 
 
 def _with_the_rest(
-    root: Path, layout: str, labelled: list[Record], images: Sequence[Path], unlabelled: bool, drops: Counter
+    root: Path, layout: str, labelled: list[Record], images: Sequence[Path], drops: Counter
 ) -> list[Record]:
-    """The labelled images and those without an annotation that belong to the set; counts in `drops` what is left out.
+    """The labelled images, and the others as not labelled; counts in `drops` what is left out.
 
-    An image belongs to it if one of its folder is labelled, or the folder is named images or after a split; masks,
-    thumbnails and previews do not.
+    Those are the images of a folder without any label whose name, or whose images' names, say that they are masks,
+    thumbnails or previews of the others.
     """
-    known = {record.file for record in labelled}
-    folders, records = {path.parent for path in known}, list(labelled)
+    known, records = {record.file for record in labelled}, list(labelled)
+    folders, names, rest = {path.parent for path in known}, {path.stem for path in known}, defaultdict(list)
     for path in (path for path in images if path not in known):
-        inner = path.relative_to(root)
-        if path.parent not in folders and inner.parts[0] != "images" and not split_of(inner.parts[:-1]):
-            drops[f"left out in {inner.parent.as_posix()}, where no image has a label"] += 1
-        elif unlabelled:
-            records.append(Record(inner.as_posix() if layout == "COCO" else key_of(path, root), path, source=path))
-        elif layout == "Pascal VOC":
-            raise ValueError(f"image {path} has no annotation {path.stem}.xml; without objects it needs an empty one")
-        else:
-            drops["not_in_json" if layout == "COCO" else "no_label_file"] += 1
-            records += [Record(key_of(path, root), path, None, (), source=path)] if layout == "YOLO" else []
-    return records if layout == "COCO" else sorted(records, key=lambda record: record.file)  # COCO's order is of ids
+        rest[path.parent].append(path)
+    for folder, paths in rest.items():
+        inner = folder.relative_to(root)
+        copies = _NO_PHOTOGRAPHS.search(str(inner)) or names & {path.stem for path in paths}
+        if copies and folder not in folders and inner.parts[:1] != ("images",) and not split_of(inner.parts):
+            drops[f"left out in {inner.as_posix()}, where no image has a label"] += len(paths)
+            continue
+        for path in paths:
+            key = path.relative_to(root).as_posix() if layout == "COCO" else key_of(path, root)
+            records.append(Record(key, path, source=path))
+    if layout == "COCO" and len(records) == len(labelled):
+        return records  # in the order of its ids
+    return sorted(records, key=lambda record: record.file)
 
 
 def _sides(
@@ -204,6 +214,13 @@ def _sides(
             raise ValueError(f"{root}: image {min(both)} is in train and in {held} ({by})")
         train, test = ([r for r in records if r.file in side] for side in (learn, test))
         drops["in_no_split"] += len(records) - len(train) - len(test)
+        labelled = [r for r in test if r.objects is not None]
+        if any(r.objects is not None for r in records):
+            if not labelled:
+                first = ", ".join(r.id for r in test[:3])
+                raise ValueError(f"{root}: no image of {held} is labelled ({by}); label some of them first: {first}")
+            drops["test_not_labelled"] += len(test) - len(labelled)
+            test = labelled
         return train, test, by
     return drawn_split(records, seed, root)
 

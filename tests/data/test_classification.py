@@ -262,7 +262,9 @@ def test_inspect_tells_of_class_sets_and_class_folders(place):
     assert (report["format"], report["classes"]) == ("class folders", ["cat", "dog"])
     assert report["split_from"] == "the folders test, train"
     ids = ["train/cat/a.png", "train/cat/c.png", "train/dog/b.png"]
-    assert report["splits"]["train"] == {"images": 3, "boxes": 0, "per_class": {"cat": 2, "dog": 1}, "ids": ids}
+    assert report["splits"]["train"] == {
+        **{"images": 3, "not_labelled": 0, "boxes": 0, "per_class": {"cat": 2, "dog": 1}, "ids": ids}
+    }
     digits = data.inspect_folder("digit-images")
     assert digits["splits"]["train"]["images"] == sum(digits["splits"]["train"]["per_class"].values()) == 1257
     assert len(data.contact_sheet("digit-images", count=5)) == 5

@@ -31,8 +31,9 @@ def test_a_folder_of_ones_own_with_three_images(tmp_path, write, told):
     train, test = data.load(str(write(tmp_path / "mine")), SIZE)
     assert (len(train), len(test)) == (2, 1) and train.name == "mine train" and train.reading.format == told
     assert {Path(i).stem for i in train.images.ids + test.images.ids} == {"a", "b", "c"}
-    assert "split drawn 80 : 20 with seed 0" in train.describe() and train.reading == test.reading
     labelled = told != "images without labels"
+    drawn = f"split drawn {'80 : 20' if labelled else '4 % for test'} with seed 0"
+    assert drawn in train.describe() and train.reading == test.reading
     assert train.class_names == test.class_names == (("cat", "dog") if labelled else ())
     assert (train.labels is not None) == labelled and train.labelled is None
     assert data.load("mine", SIZE, root=tmp_path)[1].images.ids == test.images.ids
@@ -186,28 +187,43 @@ def test_labels_of_a_tool_that_is_not_read_are_an_error_that_names_it(tmp_path, 
     assert told in data.load(str(labelled), SIZE)[0].describe()
 
 
-def test_images_nobody_labelled_are_kept_apart_from_negatives_where_asked(tmp_path):
-    """a and b are labelled, c has no object, d and e have no annotation at all."""
+def test_images_nobody_labelled_are_kept_apart_from_negatives(tmp_path):
+    """a and b are labelled, c has no object, d and e have no annotation at all, e lies in a folder of its own."""
     pictures = [*THREE[:2], Picture("c", objects=())]
     roots = {write.__name__: write(tmp_path / write.__name__, pictures) for write in (voc, yolo, coco)}
     (roots["yolo"] / "labels" / "c.txt").write_text("")
     for kind, root in roots.items():
-        for i in "de":
-            image(Picture(i), root / ("JPEGImages" if kind == "voc" else "images"))
-        sides = data.load(str(root), SIZE, kind="unlabelled")
+        image(Picture("d"), root / ("JPEGImages" if kind == "voc" else "images")), image(Picture("e"), root / "more")
+        train, test = data.load(str(root), SIZE)
         told = {}
-        for side in sides:
+        for side in (train, test):
             known = [True] * len(side) if side.labelled is None else side.labelled.tolist()
-            counted = side.labels.valid.sum(1).tolist() if side.labels else [0] * len(side)
-            known = known if side.labels else [False] * len(side)
-            told |= {Path(i).stem: (k, n) for i, k, n in zip(side.images.ids, known, counted, strict=True)}
+            counted = zip(side.images.ids, known, side.labels.valid.sum(1).tolist(), strict=True)
+            told |= {Path(i).stem: (k, n) for i, k, n in counted}
         assert told == {"a": (True, 2), "b": (True, 1), "c": (True, 0), "d": (False, 0), "e": (False, 0)}, kind
-    with pytest.raises(ValueError, match=r"image .*d\.png has no annotation d\.xml"):
-        counts(roots["voc"])
-    train, test = data.load(str(roots["yolo"]), SIZE)  # as YOLO has it: images without a file are negatives, counted
-    assert train.drops == {"no_label_file": 2} and len(train) + len(test) == 5
-    train, test = data.load(str(roots["coco"]), SIZE)
-    assert train.drops == {"not_in_json": 2} and len(train) + len(test) == 3
+        assert len(test) == 1 and test.labelled is None  # the labelled ones are split, the others are for training
+        assert "2 images not labelled" in train.describe() and "drawn 80 : 20 of the labelled images" in train.describe()
+        assert data.inspect_folder(str(root))["splits"]["train"]["not_labelled"] == 2
+
+
+def test_labels_that_come_later_change_neither_the_order_of_the_draw_nor_a_told_split(tmp_path):
+    """What is named for test is test once it is labelled, and stays; unlabelled images of a told test are left out."""
+    root = folder(tmp_path / "drawn", [Picture(f"p{i:02d}") for i in range(20)])
+    (first,) = data.load(str(root), SIZE)[1].images.ids
+    inside, before = sorted(file.name for file in root.iterdir() if file.name != first), {Path(first).stem}
+    for count in (5, 10, 20):
+        for name in (first, *inside[: count - 1]):
+            xml(Picture(Path(name).stem), root / f"{Path(name).stem}.xml")
+        train, test = (side.images.ids for side in data.load(str(root), SIZE))
+        assert (len(train), len(test)) == (20 - count // 5, count // 5) and before <= set(test)
+        before = set(test)
+    told = voc(tmp_path / "told", THREE, splits={"train": "a", "test": "bc"})
+    (told / "Annotations" / "b.xml").unlink()
+    train, test = data.load(str(told), SIZE)
+    assert test.images.ids == ("c",) and train.drops == {"test_not_labelled": 1}
+    (told / "Annotations" / "c.xml").unlink()
+    with pytest.raises(ValueError, match="no image of test is labelled .* label some of them first: b, c"):
+        counts(told)
 
 
 def test_a_file_that_belongs_to_nothing_is_an_error(tmp_path):
@@ -247,10 +263,6 @@ def test_pipes_are_passed_over_and_names_that_are_not_utf8_are_refused(tmp_path)
     root = voc(tmp_path / "set")
     os.mkfifo(root / "JPEGImages" / "pipe.png"), os.mkfifo(root / "Annotations" / "pipe.xml")
     assert counts(root) == (2, 1)
-    (root / "Annotations" / "a.xml").unlink()
-    os.mkfifo(root / "Annotations" / "a.xml")
-    with pytest.raises(ValueError, match=r"a\.png has no annotation"):
-        counts(root)
     plain = folder(tmp_path / "plain")
     shutil.copy(plain / "a.jpg", os.path.join(os.fsencode(plain), b"caf\xe9.jpg"))
     with pytest.raises(ValueError, match=r"caf\\udce9\.jpg' is not UTF-8"):
@@ -270,8 +282,8 @@ def test_inspect_tells_what_load_reads(tmp_path, capsys):
         "split_from": "told by ImageSets/Main (train; test)",
         "left_out": {"in_no_split": 2},
         "splits": {
-            "train": {"images": 3, "boxes": 3, "per_class": {"cat": 2, "dog": 1}, "ids": ["a", "b", "d"]},
-            "test": {"images": 2, "boxes": 2, "per_class": {"cat": 2, "dog": 0}, "ids": ["c", "e"]},
+            "train": {"images": 3, "not_labelled": 0, "boxes": 3, "per_class": {"cat": 2, "dog": 1}, "ids": ["a", "b", "d"]},
+            "test": {"images": 2, "not_labelled": 0, "boxes": 2, "per_class": {"cat": 2, "dog": 0}, "ids": ["c", "e"]},
         },
     }
     assert Image.open(tmp_path / "sheet.png").width > 300
