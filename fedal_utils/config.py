@@ -13,6 +13,9 @@ from .fields import Part, fraction, name, number
 
 PROFILES = ("smoke", "quick", "paper")
 LISTS = ("methods", "seeds", "side_seeds")  # which runs there are, not what one of them does
+SIZES = (
+    "clients initial_model_images initial_model_iterations initial_labels query_size rounds iterations epochs".split()
+)
 FILTERS = ("semantic", "diversity", "overlap", "localisation")  # of HUALE's cascade, in the published order
 
 
@@ -68,6 +71,7 @@ class DataConfig(Part):
     digit_classes: int = number(10, least=1)  # DigitScenes: the digits 0 to digit_classes - 1
     limit: tuple[int, int] | None = None  # at most so many training and test images
     min_object: float = number(0.0, least=0)  # pixels: a box with a shorter side is ignored
+    kept: tuple[str, ...] = ()  # SIZES that the user set: the others follow from a folder of their own
 
 
 @dataclass(frozen=True, kw_only=True)

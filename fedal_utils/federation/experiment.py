@@ -16,13 +16,13 @@ import numpy as np
 
 from .. import detectors, record
 from ..config import Config, TrainingConfig
-from ..sampling import Oracle, Pool, total
+from ..sampling import Oracle, Pool, Unanswered, total
 from . import aggregate as merging
 from . import query as querying
 from .client import KEPT, Client, ClientLost, State, Update, broadcast, pack, state_of, unpack
 from .local import ap_by_class, evaluate, initial_model, train_here, train_on_one_node
 from .schemes import Step, method_of, plan
-from .setup import Setup, partition_clients
+from .setup import Setup, labelled_rows, partition_clients
 
 
 def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -> Iterator[record.Run]:
@@ -38,9 +38,11 @@ def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -
 def start(run: record.Run, setup: Setup, oracle: Oracle | None = None) -> "Experiment":
     """An experiment, fresh or where a broken run stopped; oracle: who annotates, in the place of the known labels."""
     if setup.train.labels is None:
-        raise ValueError(f"data set {setup.train.name!r} has no labels: it can be scored, but nobody can annotate it")
+        told = "notebook 05_your_own_images names what to label first"
+        raise ValueError(f"data set {setup.train.name!r} has no labels, and nobody can annotate it: {told}")
     query = run.config.query
-    oracle = oracle or Oracle(setup.train.labels, query.seconds_per_image, query.seconds_per_box, query.diagnostic)
+    costs = query.seconds_per_image, query.seconds_per_box
+    oracle = oracle or Oracle(setup.train.labels, *costs, query.diagnostic, setup.train.labelled)
     clients = []
     for part, name in zip(*partition_clients(setup, run.seed), strict=True):
         pool = Pool(name, setup.train.images, oracle, part)
@@ -82,14 +84,20 @@ class Experiment:
             yield step
 
     def query(self, step: Step, client: Client) -> None:
-        """Observe the client's unlabelled images, select, and have the Oracle annotate them."""
+        """Observe the client's unlabelled images, select, and have the Oracle annotate them.
+
+        Of a set that is labelled in part, each client begins with all the labels that are there.
+        """
         if method := self.method.labels_of:  # the reference queries what that method queried, in the same cycles
             run = self.run
             if record.missing(run.config, run.notebook, [method], [run.seed], run.root, run.fingerprint):
                 raise ValueError(f"{run} gets the labels of method {method!r}: run that first, put it before this one")
             rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
             return client.pool.replay(rows[rows["cycle"] == step.cycle].to_dict("records"))
-        positions, scores = querying.select(self, step, client)
+        if step.cycle == 0 and self.setup.train.labelled is not None:
+            positions, scores = np.flatnonzero(labelled_rows(self.setup.train)[client.pool.index]), None
+        else:
+            positions, scores = querying.select(self, step, client)
         if len(positions):
             client.pool.label(positions, step.cycle, scores)
 
@@ -97,7 +105,15 @@ class Experiment:
         """Each participant trains from the global model (or its own), on its own labels.
 
         The `status` of a client that sends nothing says why. With on_failure='stop' a lost one ends the run.
+        `Unanswered`, with all that the clients queried, where labels are not known: it goes on once they are there.
         """
+        if waiting := getattr(self.oracle, "waiting", None):
+            place = {
+                row: (c.name, id_) for c in self.clients for row, id_ in zip(c.pool.index, c.pool.ids, strict=True)
+            }
+            rows = [dict(zip(("client", "id", "score"), (*place[row], s), strict=True)) for row, s in waiting.items()]
+            told = "label them, then run the same again (notebook 05_your_own_images shows them)"
+            raise Unanswered(f"{self.run}: {len(rows)} images wait for labels: {told}", rows)
         if self.config.federation.reset_each_cycle and step.cycle > 0 and step.round == 0:
             self._remember_global(self.clients)
             self.model.load_state_dict(initial_model(self.run, self.setup), strict=False)

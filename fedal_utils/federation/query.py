@@ -28,7 +28,8 @@ def query_size(experiment: "Experiment", client: Client, cycle: int) -> int:
     count, part = later if cycle else initial
     if part:
         count = math.ceil(round(part * len(client.pool), 9))  # 0.05 * 20 is a little more than one
-    return min(count, len(client.pool.unlabelled())) if config.model.classifier or query.initial_fraction else count
+    few = config.model.classifier or query.initial_fraction or experiment.setup.train.labelled is not None
+    return min(count, len(client.pool.unlabelled())) if few else count
 
 
 def select(experiment: "Experiment", step: "Step", client: Client) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
         load, more = data.load, {"digits": digits, "min_object": settings.min_object}
     train, test = load(settings.dataset, settings.image_size, root=place, limit=settings.limit, **more)
     if settings.dataset not in (*data.NAMES, *data.CLASS_NAMES):
-        config = fitted(config, len(train))
+        config = fitted(config, train)
     if config.federation.partition == "natural" and train.images.groups:
         config = config.replace(clients=len(set(train.images.groups)))
     check(config)
@@ -115,13 +115,35 @@ def setup_of(config: Config, train: Dataset, test: Dataset, device: torch.device
     return Setup(config, train, test, photos, device, dealt=dealt)
 
 
-def fitted(config: Config, images: int) -> Config:
-    """Clients, budgets and cycles shrunk until `images` training images suffice; two are enough."""
+def fitted(config: Config, train: Dataset) -> Config:
+    """The sizes that suit a folder of the user's own, but for those in `kept`; all shrunk until its images suffice.
+
+    Labelled in part, or not at all: a cycle of training on all labels without an initial model, then the next queries.
+    """
+    images, known, own = len(train), int(labelled_rows(train).sum()), {}
     if images < 2:
         raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
     clients = max(1, min(config.federation.clients, images // 4))
+    if not (config.model.classifier or config.profile == "paper"):
+        clients = clients if "clients" in config.data.kept else max(1, min(clients, images // 8))
+        size, start, settings = (
+            max(1, min(50, images // clients // 12)),
+            max(1, min(100, images // 16)),
+            config.federation,
+        )
+        own = dict(initial_labels=size, query_size=size)
+        if known < images:
+            size, passes = max(1, min(50, images // clients // 6)), (600 * clients // max(1, known)).bit_length() - 1
+            own = dict(initial_labels=size, query_size=size, rounds=5, iterations=0, epochs=1 << max(0, min(4, passes)))
+        elif settings.initial_model_images:  # a shared start and rounds that grow with the labels
+            steps = min(100, size * config.query.cycles // 2)
+            own |= dict(initial_model_images=start, initial_model_iterations=min(400, max(60, 8 * start)))
+            own |= dict(iterations=max(settings.iterations, steps))
+    config = config.replace(**{name: value for name, value in own.items() if name not in config.data.kept})
+    if known < images:
+        config = config.replace(cycles=2, initial_model_images=0, initial_model_iterations=0, held_out_images=0)
     start_images = min(config.federation.initial_model_images, images // 5)
-    share = (images - start_images) // clients
+    share = (images - start_images - min(config.federation.held_out_images, images // 10)) // clients
     first = max(1, min(config.query.initial_labels, share // 3))
     budget = max(1, min(config.query.query_size, (share - first) // 2))
     cycles = max(1, min(config.query.cycles, 1 + (share - first) // budget))
@@ -130,7 +152,14 @@ def fitted(config: Config, images: int) -> Config:
     return config.replace(
         **dict(clients=clients, initial_model_images=start_images, initial_labels=first, query_size=budget),
         **dict(cycles=cycles, first_pass_rounds=first_pass),
+        held_out_images=min(config.federation.held_out_images, images // 10),
     )
+
+
+def labelled_rows(train: Dataset) -> np.ndarray:
+    """(N,) bool: the images whose labels are known."""
+    known = torch.full((len(train),), train.labels is not None) if train.labelled is None else train.labelled
+    return known.numpy(force=True)
 
 
 def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[str]]:
@@ -138,11 +167,15 @@ def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[s
     config, train = setup.config, setup.train
     settings, query, how = config.federation, config.query, config.federation.partition
     rows, rng, groups = setup.rows(seed)[2], seeding.rng_for(seed, "partition"), train.images.groups
-    needed, names = 1 if config.model.classifier or query.initial_fraction else config.labels_needed(), None
+    stays = not labelled_rows(train).all()  # more labels come: an image stays with its client
+    needed, names = 1 if stays or config.model.classifier or query.initial_fraction else config.labels_needed(), None
     if config.model.classifier == "linear":  # one annotator's flywheel
         parts, names = [np.arange(len(rows))], ["person"]
     elif how == "natural":
         parts, names = partition.natural(groups if groups is None else [groups[row] for row in rows])
+    elif stays and how == "iid":
+        draws = [seeding.rng_for(seed, "partition", Path(train.images.ids[row]).stem).random() for row in rows]
+        parts = [np.sort(part) for part in np.array_split(np.argsort(draws, kind="stable"), settings.clients)]
     elif how == "iid":
         parts = partition.iid(len(rows), settings.clients, rng)
     elif how == "missing":
@@ -172,10 +205,13 @@ def class_counts(setup: Setup, seed: int) -> tuple[np.ndarray, list[str]]:
 
 
 def first_queries(setup: Setup, seed: int = 0) -> pd.DataFrame:
-    """What to label first when there are no labels yet: client ('start': for the initial model) and id."""
-    rows = [("start", row) for row in setup.rows(seed)[0]]
-    for part, name in zip(*partition_clients(setup, seed), strict=True):
+    """What to label first when there are no labels yet: client and id; "test" is held out for the evaluation."""
+    parts, names = partition_clients(setup, seed)
+    count = setup.config.query.initial_labels
+    held = setup.test.images.ids[: max(1, round(count * len(parts) / 4))] if setup.test.labels is None else ()
+    rows = [("test", id_) for id_ in held]
+    for part, name in zip(parts, names, strict=True):
         rng = seeding.rng_for(seed, "ask", name, 0)
-        chosen = sampling.top_k(sampling.Scores.all(rng.random(len(part))), setup.config.query.initial_labels, rng)
-        rows += [(name, part[position]) for position in chosen]
-    return pd.DataFrame([(name, setup.train.images.ids[row]) for name, row in rows], columns=["client", "id"])
+        chosen = sampling.top_k(sampling.Scores.all(rng.random(len(part))), min(count, len(part)), rng)
+        rows += [(name, setup.train.images.ids[part[position]]) for position in chosen]
+    return pd.DataFrame(rows, columns=["client", "id"])

@@ -2,6 +2,6 @@
 from and to files; `page` in the browser imports Gradio when it is built.
 """
 
-from .oracle import Simulated, StoreOracle, Unanswered, oracle_of, pictures, simulated, truth_of
+from .oracle import Simulated, StoreOracle, oracle_of, pictures, simulated, truth_of
 from .store import HISTORY, Question, Store, store_path
 from .transfer import export, load

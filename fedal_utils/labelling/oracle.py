@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import record
 from ..data import Dataset, Images, Labels, letterbox_boxes, letterbox_fit, to_original
-from ..sampling import Cost
+from ..sampling import Cost, Unanswered
 from ..seeding import rng_for
 from .store import Question, Store, store_path
 
@@ -44,10 +44,6 @@ class Simulated:
             label = self.label(question.image, store.task, store.classes)
             boxes = len(label) if store.task == "boxes" else 0
             store.answer(who, question.image, label, seconds=self.seconds[0] + boxes * self.seconds[1])
-
-
-class Unanswered(RuntimeError):
-    """Questions wait for a person; what was asked is in the store, and the loop goes on once they are answered."""
 
 
 class StoreOracle:

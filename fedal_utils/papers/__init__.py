@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..config import PROFILES, Config
+from ..config import PROFILES, SIZES, Config
+from ..data import CLASS_NAMES, NAMES
 from . import flywheel, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
 
 _PAPERS = (van_bommel, huale, kafal, ssd_vae, flywheel, real_clients)
@@ -33,6 +34,8 @@ def load(notebook: str, profile="smoke", data: str | None = None, seeds: Sequenc
         config = config.replace(clients=1, partition="iid", iterations=many * config.federation.iterations, **labels)
     if seeds is not None:
         more["seeds"] = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    if data not in (*NAMES, *CLASS_NAMES):
+        more["kept"] = tuple(name for name in SIZES if name in more)
     return config.replace(**more)
 
 

@@ -204,13 +204,14 @@ class Run:
         stored = read_run(*run)
         if stored and stored.done:
             return False
-        problems = ["the data set is not the one of this run, which starts anew"]
-        if stored:
-            back = f"; going back to round {stored.committed} of {len(self.plan)}"
-            problems = [problem + back for problem in stored.damaged]
-        for problem in problems:
-            warnings.warn(f"{self}: {problem}", stacklevel=3)
-        if problems and not (stored and stored.committed):
+        for problem in stored.damaged if stored else ():
+            back = f"going back to round {stored.committed} of {len(self.plan)}"
+            warnings.warn(f"{self}: {problem}; {back}", stacklevel=3)
+        if stored is None:
+            print(
+                f"{self}: images or labels are others than before, so it starts anew; the old run is kept", flush=True
+            )
+        if stored is None or (stored.damaged and not stored.committed):
             aside = self.folder / f"before-{'damaged' if stored else 'other-data'}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.mkdir(exist_ok=True)
             there = [file for file in self.folder.glob("[!.]*") if file.is_file()]

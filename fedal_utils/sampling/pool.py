@@ -24,25 +24,39 @@ def total(costs: Iterable[Cost]) -> Cost:
     return Cost(*map(sum, zip(*(vars(cost).values() for cost in (Cost(), *costs)), strict=True)))
 
 
+class Unanswered(RuntimeError):
+    """Queries wait for a person; the loop goes on once they are answered. queries: a row each, where they are known."""
+
+    def __init__(self, message: str, queries: Sequence[dict] = ()):
+        super().__init__(message)
+        self.queries = list(queries)
+
+
 class Oracle:
-    """Answers with the ground truth, and counts what that costs.
+    """Answers with the ground truth, and counts what that costs; where that is not known, the row joins `waiting`.
 
     A look at an image takes 2 s (our estimate), drawing a box 7 s, the median of extreme clicking (Papadopoulos et al.
     2017, 1708.02750); ignored boxes count, for an annotator draws them too. diagnostic: opens `hidden_labels`.
+    labelled: (N,) bool, whose truth is known; None = all.
     """
 
-    def __init__(self, labels: Labels, seconds_per_image=2.0, seconds_per_box=7.0, diagnostic=False):
+    def __init__(self, labels: Labels, seconds_per_image=2.0, seconds_per_box=7.0, diagnostic=False, labelled=None):
         self.seconds_per_image, self.seconds_per_box, self._diagnostic = seconds_per_image, seconds_per_box, diagnostic
         self._labels, self._boxes = labels, (labels.classes > 0).sum(dim=1).numpy()  # (N,)
         self._annotated = np.zeros(len(self._boxes), dtype=bool)
+        self._known = np.ones(len(self._boxes), dtype=bool) if labelled is None else np.asarray(labelled)
+        self.waiting: dict[int, float] = {}  # row -> score
 
     def annotate(self, index: np.ndarray, cycle: int = 0, scores: Sequence[float] | None = None) -> np.ndarray:
         """Annotate these images: (n,) True where that could be done. cycle, scores: for `labelling.StoreOracle`."""
         again = np.asarray(index)[self._annotated[index]]
         if len(again):
             raise ValueError(f"images {again.tolist()} were annotated before: no label is paid twice")
-        self._annotated[index] = True
-        return np.ones(len(index), dtype=bool)
+        known = self._known[index]
+        self._annotated[np.asarray(index)[known]] = True
+        told = np.full(len(index), np.nan) if scores is None else scores
+        self.waiting |= {int(row): float(told[i]) for i, row in enumerate(index) if not known[i]}
+        return known
 
     def undecided(self, cycles: Iterable[int]) -> set[str]:
         """Ids that were queried in these cycles and that nobody could label: none of ground truth."""
@@ -57,7 +71,7 @@ class Oracle:
 
     def hidden_labels(self, index: np.ndarray) -> Labels:
         """Labels that were not queried, for an upper bound that is marked as one; else PermissionError."""
-        if not self._diagnostic:
+        if not (self._diagnostic and self._known[index].all()):
             raise PermissionError("labels that were not queried are for upper bounds: set diagnostic=True, and say so")
         return self._labels.take(index)
 

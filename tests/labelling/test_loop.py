@@ -9,7 +9,8 @@ import torch
 from fedal_utils import federation, labelling, papers, record
 from fedal_utils.data import Dataset, Images, Labels
 from fedal_utils.federation import Setup
-from fedal_utils.labelling import Store, Unanswered
+from fedal_utils.labelling import Store
+from fedal_utils.sampling import Unanswered
 from fedal_utils.training import CachedImages
 
 NAMES = ("ant", "bee", "cow", "dog")

@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fedal_utils.data import Dataset, Images, Labels, letterbox_boxes
-from fedal_utils.labelling import Question, Simulated, Store, StoreOracle, Unanswered, pictures, truth_of
-from fedal_utils.sampling import Cost, Pool
+from fedal_utils.labelling import Question, Simulated, Store, StoreOracle, pictures, truth_of
+from fedal_utils.sampling import Cost, Pool, Unanswered
 
 NAMES = ("ant", "bee", "cow", "dog")
 

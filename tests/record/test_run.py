@@ -171,12 +171,13 @@ def test_two_processes_share_a_state_that_is_made_once(tmp_path, server):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_run_of_other_data_starts_anew_and_is_kept_aside(tmp_path, rounds):
+def test_a_run_of_other_data_starts_anew_and_is_kept_aside(tmp_path, rounds, capsys):
     finish(tmp_path, rounds, fingerprint="aaaa")  # broken off, or finished
     with contextlib.suppress(StopIteration):
-        first_run(tmp_path, "aaaa", cycles=1)  # the same data: no warning
-    with pytest.warns(UserWarning, match="the data set is not the one of this run, which starts anew"):
-        run = first_run(tmp_path, "bbbb", cycles=1)
+        first_run(tmp_path, "aaaa", cycles=1)  # the same data
+    assert "starts anew" not in capsys.readouterr().out
+    run = first_run(tmp_path, "bbbb", cycles=1)
+    assert "images or labels are others than before, so it starts anew" in capsys.readouterr().out
     assert run.committed == 0 and run.resumed is None
     assert json.loads((run.folder / "config.json").read_text())["fingerprint"] == "bbbb"
     assert len(list(run.folder.glob("before-other-data-*/rounds.csv"))) == 1
