@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from . import __version__, federation, labelling, notebooks, papers, plots, record
@@ -54,7 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--store": dict(metavar="FILE", help="where the labels go; default: DATA/labels.sqlite"),
     "--seed": dict(type=int, default=0, help="of all that is random"),
     "--show-names": dict(action="store_true", help="show file names, which often contain the class"),
-    "--queried": dict(action="store_true", help="only what the store asks for already (a client's queries)"),
+    "--queried": dict(nargs="?", const="", metavar="CSV", help="only what the store, or this table, asks for"),
     "--host": dict(default="127.0.0.1", help="default: this machine alone; else it asks for a token"),
     "--allow": dict(nargs="*", default=[], metavar="NAME", help="host names that the page may be called by"),
     "--port": dict(type=int, help="default: a free one from 7860 up"),
@@ -154,7 +155,11 @@ def label(given: argparse.Namespace) -> None:
     page.need_gradio()
     more = {"host": given.host, "allow": given.allow, "token": given.token, "server_port": given.port}
     with labelling.Store(given.store or labelling.store_path(given.data), given.classes, given.task) as store:
-        page.serve(store, given.data, None if given.queried else given.seed, given.show_names, **more)
+        if given.queried:
+            labelling.queue(store, pd.read_csv(given.queried))
+        page.serve(store, given.data, given.seed if given.queried is None else None, given.show_names, **more)
+    if not given.store and (count := labelling.OwnFolder(given.data).write()):
+        print(f"{count:,} of them lie beside the images in {labelling.LABELS}, where all notebooks read them")
 
 
 def export(given: argparse.Namespace) -> None:

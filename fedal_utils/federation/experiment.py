@@ -101,19 +101,23 @@ class Experiment:
         if len(positions):
             client.pool.label(positions, step.cycle, scores)
 
+    def waiting(self) -> list[dict]:
+        """What the clients queried and nobody has labelled yet: rows of client, id and score, as they were selected."""
+        scores, found = getattr(self.oracle, "waiting", {}), []
+        for client in self.clients:
+            ids = dict(zip(client.pool.index.tolist(), client.pool.ids, strict=True))
+            found += [{"client": client.name, "id": ids[row], "score": scores[row]} for row in scores if row in ids]
+        return found
+
     def train(self, step: Step) -> list[Update]:
         """Each participant trains from the global model (or its own), on its own labels.
 
         The `status` of a client that sends nothing says why. With on_failure='stop' a lost one ends the run.
         `Unanswered`, with all that the clients queried, where labels are not known: it goes on once they are there.
         """
-        if waiting := getattr(self.oracle, "waiting", None):
-            place = {
-                row: (c.name, id_) for c in self.clients for row, id_ in zip(c.pool.index, c.pool.ids, strict=True)
-            }
-            rows = [dict(zip(("client", "id", "score"), (*place[row], s), strict=True)) for row, s in waiting.items()]
+        if waiting := self.waiting():
             told = "label them, then run the same again (notebook 05_your_own_images shows them)"
-            raise Unanswered(f"{self.run}: {len(rows)} images wait for labels: {told}", rows)
+            raise Unanswered(f"{self.run}: {len(waiting)} images wait for labels: {told}", waiting)
         if self.config.federation.reset_each_cycle and step.cycle > 0 and step.round == 0:
             self._remember_global(self.clients)
             self.model.load_state_dict(initial_model(self.run, self.setup), strict=False)

@@ -6,7 +6,7 @@ from ..config import PROFILES, SIZES, Config
 from ..data import CLASS_NAMES, NAMES
 from . import flywheel, huale, kafal, real_clients, sizes, ssd_vae, van_bommel
 
-_PAPERS = (van_bommel, huale, kafal, ssd_vae, flywheel, real_clients)
+_PAPERS = (sizes, van_bommel, huale, kafal, ssd_vae, flywheel, real_clients)
 
 
 def load(notebook: str, profile="smoke", data: str | None = None, seeds: Sequence[int] | None = None, **more) -> Config:

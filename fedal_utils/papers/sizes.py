@@ -58,6 +58,9 @@ BY_DATA: dict[str, Sizes] = {
     },
 }
 
+# A user's own photographs: notebook 05.
+PRESETS = {"05": Preset(("avg",), {"dataset": "bccd", **PHOTOGRAPHS}, small={"": {"seeds": (0,)}})}
+
 # One node instead of clients, without an initial model of its own; in every cycle the detector begins again.
 ONE_NODE: Sizes = {
     **dict(partition="iid", clients=1, initial_model_images=0, initial_model_iterations=0, rounds=1),

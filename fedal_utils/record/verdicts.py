@@ -166,10 +166,16 @@ def publish_verdicts(frame: pd.DataFrame, profile: str) -> Path:
     return save(both.drop_duplicates(keys, keep="last").sort_values(keys)[VERDICT_COLUMNS], path.name)
 
 
-def save(result: Any, name: str) -> Path:
-    """Write a table to `results/tables/<name>` (CSV) or a figure to `results/figures/<name>` (PNG), without a date."""
+def save(result: Any, name: str, key: str = "") -> Path:
+    """Write a table to `results/tables/<name>` (CSV) or a figure to `results/figures/<name>` (PNG), without a date.
+
+    key: a column; the rows that the table had before stay, but for those of the same key.
+    """
     results = project_root() / "results"
     if isinstance(result, pd.DataFrame):
+        if key and (results / "tables" / name).exists():
+            before = pd.read_csv(results / "tables" / name)
+            result = pd.concat([before[~before[key].isin(result[key])], result])
         return write_atomic(results / "tables" / name, result.to_csv(index=False, lineterminator="\n"))
     options = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
     return write_atomic(results / "figures" / name, lambda file: result.savefig(file, **options))
