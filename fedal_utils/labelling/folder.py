@@ -65,16 +65,15 @@ class OwnFolder:
         return data.inspect_folder(str(self.path))
 
     def ask(self, setup: Setup, queries: pd.DataFrame) -> None:
-        """Put what is queried into the folder's store, where there is one, and have the annotator answer."""
-        if self.annotator is None and not store_path(self.path).is_file():
+        """Have the annotator label what is queried, through the folder's store; without one nothing happens."""
+        if self.annotator is None:
             return
         sizes = {
             i: s for part in setup.photos for i, s in zip(part.images.ids, part.images.sizes.tolist(), strict=True)
         }
         with Store(store_path(self.path), self.classes, "boxes") as store:
             queue(store, queries, sizes, setup.config.methods[0])
-            if self.annotator is not None:
-                self.annotator.answer_all(store, "simulated")
+            self.annotator.answer_all(store, "simulated")
         self.write()
 
     def write(self) -> int:
