@@ -101,7 +101,12 @@ def publish_(given: argparse.Namespace) -> None:
 
 def navigation(given: argparse.Namespace) -> None:
     """Bring badges, previous/next links and install cells of the notebooks up to date."""
-    print("changed:", ", ".join(notebooks.navigation()) or "none")
+    print("changed:", ", ".join(notebooks.navigation() + notebooks.scoreboard()[0]) or "none")
+
+
+def scoreboard(given: argparse.Namespace) -> None:
+    """Bring the tables of README.md and results/README.md up to date with what lies in results/."""
+    print("changed:", ", ".join(notebooks.scoreboard()[0]) or "none")
 
 
 def badges(given: argparse.Namespace) -> None:
@@ -208,6 +213,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int | None], str] = {
     run: "notebook --profile --data --seeds --set --silence",
     publish_: "names",
     navigation: "",
+    scoreboard: "",
     badges: "--repo --branch",
     doctor: "",
     data: "names",

@@ -1,16 +1,20 @@
 """Run many notebooks, side by side, with a live line for each; the size of the papers is planned before it starts."""
 
+import contextlib
 import os
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
+from tqdm import tqdm
 
 from .. import data as sets
 from .. import record
@@ -32,49 +36,34 @@ def expected(path: Path, profile: str) -> str:
         return f"about {known[path.stem]:.2g} min"
     row = rf"\| (?:[^|\n]*`{profile}`[^|\n]*|machine, minutes) \| ([^|\n]*) \|"
     card = re.search(row, "".join(read(path)["cells"][0]["source"]))
-    return card[1].rpartition(": ")[2] if card else "unknown"
+    parts = [part for part in re.split("[:,;] ", card[1]) if re.search("second|minute|hour|day", part)] if card else []
+    return re.sub(" (on|of|in) .*", "", parts[-1]) if parts else "unknown"
 
 
-class _Line:
-    """A notebook that runs: elapsed and expected minutes, and the last line that it printed (it is its stdout)."""
+@contextlib.contextmanager
+def _live(name: str, expects: str) -> Iterator[SimpleNamespace]:
+    """A notebook's line while it runs, renewed each second on a terminal, else told every five minutes.
 
-    def __init__(self, name: str, expects: str):
-        self.name, self.expects, self.begin, self.said = name, expects, time.monotonic(), ""
+    Gives the open file that takes what the notebook prints: the last of it stands on the line.
+    """
+    watched, ended, said, begin = sys.stdout.isatty(), threading.Event(), deque([""], 1), time.monotonic()
+    bar = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, file=sys.stdout, disable=not watched)
 
-    def write(self, text: str) -> None:
-        self.said = (text.strip().splitlines() or [self.said])[-1]
+    def renew() -> None:
+        while not ended.wait(1 if watched else 300):
+            text = f"{name}  {(time.monotonic() - begin) / 60:5.1f} min, expected: {expects}  {said[0][-100:]}"
+            bar.set_description_str(text) if watched else tqdm.write(text)
 
-    def flush(self) -> None:
-        pass
-
-    def took(self) -> float:
-        return (time.monotonic() - self.begin) / 60
-
-    def __str__(self) -> str:
-        return f"{self.name}  {self.took():5.1f} min, expected: {self.expects}  {self.said}".rstrip()
-
-
-class _Screen:
-    """Lines of notebooks: on a terminal below all others and renewed each second, else told every five minutes."""
-
-    def __init__(self):
-        self.lines: dict[str, _Line] = {}
-        self.watched, self.lock, self.ended = sys.stdout.isatty(), threading.Lock(), threading.Event()
-        threading.Thread(target=self._renew, daemon=True).start()
-
-    def _renew(self) -> None:
-        while not self.ended.wait(1 if self.watched else 300):
-            self.tell(*([] if self.watched else map(str, list(self.lines.values()))))
-
-    def tell(self, *texts: str, file=None) -> None:
-        """Print these for good, the live lines anew below them."""
-        with self.lock:
-            print("\r\x1b[J" * self.watched, end="", flush=True)
-            print(*texts, sep="\n", end="\n" * bool(texts), file=file or sys.stdout, flush=True)
-            if self.watched and self.lines and not self.ended.is_set():
-                width = shutil.get_terminal_size().columns - 1
-                live = [str(line)[:width] for line in list(self.lines.values())]
-                print(*live, sep="\n", end="\x1b[A" * (len(live) - 1), flush=True)
+    if not watched:
+        print(f"{name}  begins, expected: {expects}", flush=True)
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield SimpleNamespace(write=lambda text: said.extend(text.strip().splitlines()), flush=lambda: None)
+    finally:
+        ended.set()
+        thread.join()
+        bar.close()
 
 
 def plan(configs: Mapping[Path, Config]) -> None:
@@ -121,30 +110,30 @@ def reproduce(
     print(f"{len(given)} notebook{'s' * (len(given) > 1)}, profile {profile}", flush=True)
     if profile == "paper":
         plan(configs)
-    width, start, stop, problems, screen = max(map(len, stems)), time.monotonic(), threading.Event(), {}, _Screen()
+    width, start, stop, problems, lock = max(map(len, stems)), time.monotonic(), threading.Event(), {}, threading.Lock()
     narrow = (os.cpu_count() or 1) > 1 and all(config.threads == 1 for config in configs.values())
 
     def wave(stem: str) -> int:
         return 1 + max(map(wave, after[stem]), default=-1)
 
     def attempt(path: Path) -> None:
-        name, whole = path.stem, not (root / "results" / "runs" / path.stem).exists() and {*own.values()} == {None}
-        line = screen.lines[name] = _Line(f"{name:<{width}}", expected(path, profile))
-        screen.tell(*([] if screen.watched else [f"{line.name}  begins, expected: {line.expects}"]))
+        name, begin = path.stem, time.monotonic()
+        whole = not (root / "results" / "runs" / name).exists() and {*own.values()} == {None}
         try:
-            run(name, stop=stop, show=line, **given[path])
+            with _live(f"{name:<{width}}", expected(path, profile)) as shown:
+                run(name, stop=stop, show=shown, **given[path])
         except Exception as error:  # does not take the others down
+            if stop.is_set():
+                return
             kind = "" if isinstance(error, NotebookFailed) else f"{name}: {type(error).__name__}: "
             problems[name] = f"{kind}{error}"
-        del screen.lines[name]
-        if stop.is_set():
-            return
-        screen.tell(*([problems[name]] if name in problems else []), file=sys.stderr)
-        screen.tell(f"{line.name}  {line.took():5.1f} min  {'FAILED' if name in problems else 'done'}")
-        with screen.lock:
+            tqdm.write(problems[name], file=sys.stderr)
+        took = (time.monotonic() - begin) / 60
+        tqdm.write(f"{name:<{width}}  {took:5.1f} min  {'FAILED' if name in problems else 'done'}")
+        with lock:
             known = minutes(profile)
-            if whole and name not in problems and not 2 / 3 < line.took() / known.get(name, 1e9) < 3 / 2:
-                rows = sorted({**known, name: round(line.took(), 1)}.items())
+            if whole and name not in problems and not 2 / 3 < took / known.get(name, 1e9) < 3 / 2:
+                rows = sorted({**known, name: round(took, 1)}.items())
                 record.save(pd.DataFrame(rows, columns=["notebook", "minutes"]), f"minutes-{profile}.csv")
 
     pool = ThreadPoolExecutor(jobs or 1 + narrow)
@@ -153,7 +142,6 @@ def reproduce(
             list(pool.map(attempt, [path for path in given if wave(path.stem) == number]))
     finally:
         stop.set()  # of an interruption: no kernel goes on by itself
-        screen.ended.set()
         pool.shutdown(cancel_futures=True)
     good, total = len(given) - len(problems), (time.monotonic() - start) / 60
     print(f"{'all':<{width}}  {total:5.1f} min  {good} of {len(given)} notebooks")

@@ -15,36 +15,19 @@ from .runner import executed, find, read
 
 MAX_PUBLISHED = 1_000_000  # bytes
 NOISE = ("papermill", "execution", "widgets", "application/vnd.jupyter.widget-view+json")
-ADDRESS = {"pyproject.toml": 'Repository = "{}"', "CITATION.cff": 'repository-code: "{}"'}  # or `# Repository: none`
-INSTALL = """\
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-
-if "google.colab" in sys.modules:  # elsewhere: `make reproduce`, or pip install -e ".[EXTRAS]"
-    if not os.path.isdir("fedal_utils"):
-        if not os.path.isdir("fedal"):
-            source = SOURCE
-            subprocess.run(["git", "clone", "-q", "--depth", "1", *source.split(), "fedal"], check=True)
-        os.chdir("fedal")
-    with open("../kept.txt", "w") as kept:  # pip adds what is missing, and stops rather than replace these
-        kept.writelines(f"{name}=={version(name)}\\n" for name in ("torch", "torchvision", "numpy"))
-    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "../kept.txt", "-e", ".[EXTRAS]"]
-    subprocess.run(pip, check=True)"""
+ADDRESS = re.compile(r'^(?:# )?Repository\b(?: = "https://github\.com/([^/"]+/[^/"]+)/tree/([^"]+)")?.*', re.MULTILINE)
 
 
 def address() -> tuple[str, str]:
     """("owner/name", branch) of the repository, as pyproject.toml has it; ("", "") where it names none."""
-    text = (record.project_root() / "pyproject.toml").read_text()
-    found = re.search(r'^Repository = "https://github\.com/([^/"]+/[^/"]+)/tree/([^"]+)"', text, re.MULTILINE)
-    return found.groups() if found else ("", "")
+    found = ADDRESS.search((record.project_root() / "pyproject.toml").read_text())
+    return (found[1] or "", found[2] or "") if found else ("", "")
 
 
 def badges(repository: str = "", branch: str = "") -> None:
-    """Write where the repository lies on GitHub ("owner/name") into pyproject.toml and CITATION.cff.
+    """Write where the repository lies on GitHub ("owner/name") into pyproject.toml, for `address`.
 
-    Without a name that of git's remote `origin`; where it is elsewhere or there is none, the lines become comments.
+    Without a name that of git's remote `origin`; where it is elsewhere or there is none, the line becomes a comment.
     """
     root = record.project_root()
     if not repository:
@@ -52,13 +35,10 @@ def badges(repository: str = "", branch: str = "") -> None:
         repository = "".join(re.findall(r"github\.com[:/]([^/]+/[^/]+?)(?:\.git)?/?\s*$", done.stdout))
     if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"a repository on GitHub is owner/name, got {repository!r}")
-    for name, line in ADDRESS.items():
-        if (root / name).exists():
-            key, text = line.partition('"')[0], (root / name).read_text()
-            line = line.format(f"https://github.com/{repository}/tree/{branch or 'main'}") if repository else ""
-            line = line or f"# {key.strip(' =:')}: none, see make badges"
-            text = re.sub(rf"^(# )?{key.strip(' =:')}\b.*", line, text, flags=re.MULTILINE)
-            record.write_atomic(root / name, text)
+    line = f'Repository = "https://github.com/{repository}/tree/{branch or "main"}"'
+    text = (root / "pyproject.toml").read_text()
+    line = line if repository else "# Repository: none, see make badges"
+    record.write_atomic(root / "pyproject.toml", ADDRESS.sub(line, text))
 
 
 def colab(name: str) -> str:
@@ -121,8 +101,11 @@ def _moved(text: str, path: Path, folder: Path) -> str:
 
 
 def navigation(write: bool = True) -> list[str]:
-    """Bring badge, links and install cell of each notebook and copy up to date; the names of those that were not."""
-    paths, stale, (repository, branch) = find(), [], address()
+    """Bring badge, links and install cell of each notebook and copy up to date; the names of those that were not.
+
+    The first install cell is the pattern of all: they differ in the extras that they install.
+    """
+    paths, stale, install, (repository, branch) = find(), [], "", address()
     source = f'"-b {branch} https://github.com/{repository}"' if repository else 'os.environ["FEDAL_REPOSITORY"]'
     for before, path, after in zip([None, *paths[:-1]], paths, [*paths[1:], None], strict=True):
         parts = [f"{word}: [{p.stem}]({p.name})" for word, p in (("previous", before), ("next", after)) if p]
@@ -136,8 +119,9 @@ def navigation(write: bool = True) -> list[str]:
                     rest = re.sub(r"\s*<!-- navigation -->.*?<!-- /navigation -->", "", rest, count=1, flags=re.DOTALL)
                     text = f"{title}\n\n{_moved(line, path, file.parent)}\n\n{rest.lstrip()}".rstrip()
                 elif cell["cell_type"] == "code" and "google.colab" in text:
-                    extras = re.search(r"\.\[([\w,]+)\]", text)[1]
-                    text = INSTALL.replace("EXTRAS", extras).replace("SOURCE", source)
+                    install = install or re.sub(r"source = .*", lambda _: f"source = {source}", text)
+                    extras = re.search(r"\.\[[\w,]+\]", text)[0]
+                    text = re.sub(r"\.\[[\w,]+\]", extras, install)
                 cell["source"] = text.splitlines(keepends=True)
             if file.exists() and content != read(file):
                 stale.append(path.stem)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -76,7 +77,7 @@ def test_the_address_comes_from_the_command_or_from_origin_and_is_never_invented
     assert "is owner/name" in capsys.readouterr().err
 
 
-def test_on_colab_the_install_cell_clones_once_keeps_torch_and_fails_loudly(tmp_path, monkeypatch):
+def test_on_colab_the_install_cell_clones_once_keeps_torch_and_fails_loudly(root, tmp_path, monkeypatch):
     calls = []
 
     def run(words, check):
@@ -87,7 +88,8 @@ def test_on_colab_the_install_cell_clones_once_keeps_torch_and_fails_loudly(tmp_
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
-    cell = notebooks.INSTALL.replace("EXTRAS", "backbones").replace("SOURCE", '"-b dev https://github.com/me/mine"')
+    text = "".join(notebooks.read(root / "notebooks" / "00_start_here.ipynb")["cells"][1]["source"])
+    cell = re.sub("source = .*", 'source = "-b dev https://github.com/me/mine"', text)
     exec(cell, {})
     assert not calls  # elsewhere it does nothing
     monkeypatch.setitem(sys.modules, "google.colab", None)
@@ -99,7 +101,7 @@ def test_on_colab_the_install_cell_clones_once_keeps_torch_and_fails_loudly(tmp_
     assert f"torch=={version('torch')}\n" in (tmp_path / "kept.txt").read_text()
     monkeypatch.chdir(tmp_path / "fedal" / "fedal_utils")
     with pytest.raises(KeyError, match="FEDAL_REPOSITORY"):
-        exec(notebooks.INSTALL.replace("SOURCE", 'os.environ["FEDAL_REPOSITORY"]'), {})
+        exec(re.sub("source = .*", 'source = os.environ["FEDAL_REPOSITORY"]', text), {})
 
 
 def test_a_digest_tells_whether_a_copy_shows_the_code_of_its_source(house):

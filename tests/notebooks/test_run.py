@@ -137,8 +137,7 @@ def test_on_a_terminal_each_notebook_has_a_live_line_with_what_it_printed_last(h
     write_notebook(house / "notebooks" / "12_slow.ipynb", "import time; print('run 1 of 9', flush=True); time.sleep(4)")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert notebooks.reproduce("10,12", "smoke", jobs=2) == []
-    live = r"\r\x1b\[J.*12_slow +0\.\d min, expected: unknown  run 1 of 9"
-    assert re.search(live, capsys.readouterr().out, re.DOTALL)
+    assert re.search(r"\r12_slow +0\.\d min, expected: unknown  run 1 of 9", capsys.readouterr().out)
 
 
 def test_the_size_of_the_papers_is_planned_and_stops_where_something_is_missing(house, monkeypatch, capsys):
