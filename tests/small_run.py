@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from fedal_utils import config, federation, papers
+from fedal_utils.data import Dataset, Images, Labels
 from fedal_utils.federation import Experiment, Setup
+from fedal_utils.training import CachedImages
 
 SMALL = dict(
     **dict(scenes=(60, 8), digit_classes=3, initial_model_images=6, initial_model_iterations=6, held_out_images=6),
@@ -22,6 +24,23 @@ def settings(**changes) -> config.Config:
 def prepared(**changes) -> Setup:
     torch.set_num_threads(1)
     return federation.prepare(settings(**changes), device="cpu")
+
+
+def heaps(count: int, **changes) -> Setup:
+    """A flywheel over four heaps of features, 40 of them in the test set; its photos are black."""
+    rng, names = torch.Generator().manual_seed(0), ("ant", "bee", "cow", "dog")
+    centres, sets = 3 * torch.randn(4, 6, generator=rng), []
+    for name, size in (("train", count), ("test", 40)):
+        classes, ids = torch.arange(size) % 4, tuple(f"{name}/{i:04d}.png" for i in range(size))
+        cached = (centres[classes] + torch.randn(size, 6, generator=rng),)
+        sizes, no = torch.tensor([[20, 10]] * size), torch.zeros(size, 1, dtype=torch.bool)
+        labels = Labels(torch.tensor([0.0, 0, 8, 8]).repeat(size, 1, 1), classes[:, None] + 1, no, no.clone())
+        photos = Images(ids, torch.zeros(size, 3, 8, 8, dtype=torch.uint8), sizes)
+        features = CachedImages(ids, cached, None, sizes, (8, 8), None)
+        sets.append([Dataset(name, images, labels, names) for images in (features, photos)])
+    (train, photos), (test, others) = sets
+    config = papers.load("50_flywheel", "smoke", seconds_per_box=0.0, **changes)
+    return Setup(config, train, test, (photos, others), torch.device("cpu"))
 
 
 class BrokenOff(Exception):
@@ -41,6 +60,13 @@ def one(experiment: Experiment, enough: int | None = None) -> int:
         experiment.log(step, updates)
         logged += 1
     return logged
+
+
+def results(root: Path, method: str = "*") -> dict[str, bytes]:
+    """The files that must not depend on how a loop came to its end."""
+    files = [path for name in ("rounds", "queries") for path in root.rglob(f"{method}/seed*/{name}.csv")]
+    assert files
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def loop(root: Path, setup: Setup | None = None, enough: int | None = None, turned: bool = False, **changes) -> Setup:

@@ -102,38 +102,23 @@ def slow_mosaic(given, sources, centres, min_visible=0.1, min_side=2.0):
     for b, (four, (cx, cy)) in enumerate(zip(sources.tolist(), centres.tolist(), strict=True)):
         for y in range(height):
             for x in range(width):
-                source = four[(2 if y >= cy else 0) + (1 if x >= cx else 0)]
-                canvas[b, :, y, x] = pixels[
-                    source, :, y - cy if y >= cy else y - cy + height, x - cx if x >= cx else x - cx + width
-                ]
+                source = four[2 * (y >= cy) + (x >= cx)]
+                canvas[b, :, y, x] = pixels[source, :, (y - cy) % height, (x - cx) % width]
         kept = []
         for quadrant, source in enumerate(four):
             right, low = quadrant % 2, quadrant // 2
             dx, dy = cx - (0 if right else width), cy - (0 if low else height)
             limits = (cx if right else 0, cy if low else 0, width if right else cx, height if low else cy)
-            for box, kind, ignored in zip(
-                boxes[source].tolist(), classes[source].tolist(), ignore[source].tolist(), strict=True
-            ):
-                if kind == 0:
-                    continue
+            for box, kind, ignored in zip(*(t[source].tolist() for t in (boxes, classes, ignore)), strict=True):
                 whole = [box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy]
                 part = [*map(max, whole[:2], limits[:2]), *map(min, whole[2:], limits[2:])]
                 w, h = part[2] - part[0], part[3] - part[1]
-                if w <= 0 or h <= 0:
-                    continue
                 area = (whole[2] - whole[0]) * (whole[3] - whole[1])
-                if part != whole and (w * h < min_visible * area or min(w, h) < min_side):
-                    continue
-                kept.append((kind, ignored, part))
+                visible = part == whole or (w * h >= min_visible * area and min(w, h) >= min_side)
+                if kind > 0 and min(w, h) > 0 and visible:
+                    kept.append((kind, ignored, part))
         objects.append(kept)
     return canvas, objects
-
-
-def objects_of(boxes, classes, ignore):
-    return [
-        [(k, i, box) for box, k, i in zip(*(t[b].tolist() for t in (boxes, classes, ignore)), strict=True) if k > 0]
-        for b in range(len(boxes))
-    ]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -142,15 +127,12 @@ def test_a_mosaic_is_what_scissors_make(seed):
     g = rng(seed)
     sources = torch.randint(0, 5, (5, 4), generator=g)
     centre = torch.stack([torch.randint(0, side + 1, (5,), generator=g) for side in (WIDTH, HEIGHT)], dim=1)
-    pixels, *labels = a.join_four(given, torch.ones(5).bool(), sources, centre)
+    pixels, boxes, classes, ignore = a.join_four(given, torch.ones(5).bool(), sources, centre)
     canvas, objects = slow_mosaic(given, sources, centre)
     assert torch.equal(pixels, canvas)
-    got = objects_of(*labels)
-    assert [[o[:2] for o in row] for row in got] == [[o[:2] for o in row] for row in objects]
-    for mine, slow in zip(got, objects, strict=True):
-        for (_, _, box), (_, _, want) in zip(mine, slow, strict=True):
-            assert box == pytest.approx(want, abs=1e-4)
-    boxes, classes, ignore = labels
+    for *labels, want in zip(boxes.tolist(), classes.tolist(), ignore.tolist(), objects, strict=True):
+        got = [(kind, ignored, pytest.approx(box, abs=1e-4)) for box, kind, ignored in zip(*labels, strict=True) if kind]
+        assert got == want
     assert boxes.shape == (5, 24, 4) and classes.shape == ignore.shape == (5, 24)
     assert not boxes[classes == 0].any() and not ignore[classes == 0].any()
     assert ((classes[:, 1:] == 0) | (classes[:, :-1] > 0)).all()  # padding comes last

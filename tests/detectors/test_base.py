@@ -4,6 +4,7 @@ import pytest
 import torch
 from detector_cases import NoWaiting, pixels, random_boxes, random_targets, same_detections, small
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import roi_heads
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchSSD
@@ -76,9 +77,7 @@ def test_post_processing_with_a_box_per_class_equals_that_of_torchvisions_roi_he
     boxes, scores, labels = HEADS.postprocess_detections(logits, deltas, proposals, [(64, 64)] * 2)
     wanted = [{"boxes": b, "scores": s, "labels": n} for b, s, n in zip(boxes, scores, labels, strict=True)]
     decoded = clip_boxes(HEADS.box_coder.decode(deltas, proposals), (64, 64))[:, 1:]
-    padded, probs = (
-        nn.utils.rnn.pad_sequence(list(t.split([40, 25])), batch_first=True) for t in (decoded, logits.softmax(-1))
-    )
+    padded, probs = (pad_sequence(t.split([40, 25]), batch_first=True) for t in (decoded, logits.softmax(-1)))
     found = select(padded, probs, 0.1, 0.5, 30)
     same_detections(found, wanted)
     assert_well_formed(found, 4)
@@ -180,7 +179,10 @@ def test_every_parameter_gets_a_finite_gradient(kind, classes):
 def test_padding_has_no_say_in_the_targets(kind):
     model = small(kind, image_size=(64, 64)).eval()  # eval: no BatchNorm statistics move between the calls
     rows = random_targets(torch_rng_for(0, "targets"), 2, columns=4)
-    padded = [torch.cat([t, torch.zeros_like(t)], dim=1) for t in rows]
+    more = [torch.zeros_like(t) for t in rows]
+    if kind == "yolo":
+        more[0][:, 2:] = torch.tensor([3.0, 3, 30, 30])  # leftovers
+    padded = [torch.cat(pair, dim=1) for pair in zip(rows, more, strict=True)]
     model.train(kind == "faster_rcnn")
     a, b = (model.loss(pixels(2), *t, torch_rng_for(0, "loss")) for t in (rows, padded))
     assert {k: v.item() for k, v in a.items()} == pytest.approx({k: v.item() for k, v in b.items()}, rel=1e-6)

@@ -31,11 +31,8 @@ def sampled(seed=0):
     """Targets of three images, the last of them without an object, and proposals, half of them near an object."""
     rng = torch_rng_for(seed, "proposals")
     boxes = torch.tensor([[4.0, 4, 30, 34], [20, 10, 50, 40], [40, 44, 60, 62]])
-    targets = [
-        {"boxes": boxes, "labels": torch.tensor([1, 3, 2])},
-        {"boxes": boxes[1:], "labels": torch.tensor([2, 2])},
-        {"boxes": boxes[:0], "labels": torch.zeros(0, dtype=torch.int64)},
-    ]
+    parts = (boxes, [1, 3, 2]), (boxes[1:], [2, 2]), (boxes[:0], [])
+    targets = [{"boxes": box, "labels": torch.tensor(names, dtype=torch.int64)} for box, names in parts]
     near = boxes.repeat(10, 1) + torch.randn(30, 4, generator=rng) * 2
     low = torch.rand(30, 2, generator=rng) * 40
     far = torch.cat([low, low + 4 + torch.rand(30, 2, generator=rng) * 20], dim=1)

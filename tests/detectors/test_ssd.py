@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detector_cases import as_list, pixels, random_boxes, random_targets, same_detections, small
+from detector_cases import as_list, pixels, random_boxes, random_targets, same_detections, small, targets
 from oracles import matched_boxes
 from torch import nn
 from torchvision.models.detection import ssd300_vgg16
@@ -57,8 +57,8 @@ def test_the_loss_equals_torchvisions_in_value_and_gradient_of_the_batch_and_of_
 
     def theirs(rows):
         outputs = {"bbox_regression": deltas[rows], "cls_logits": logits[rows]}
-        targets, own = as_list(boxes[rows], classes[rows]), torch_matched(boxes[rows], classes[rows], anchors)
-        found = REFERENCE.compute_loss(targets, outputs, [anchors] * len(targets), own)
+        wanted, own = as_list(boxes[rows], classes[rows]), torch_matched(boxes[rows], classes[rows], anchors)
+        found = REFERENCE.compute_loss(wanted, outputs, [anchors] * len(wanted), own)
         return {"classification": found["classification"], "regression": found["bbox_regression"]}
 
     ours, wanted = multibox(*each, (0, 1)), theirs(slice(None))
@@ -139,13 +139,9 @@ def test_anchors_sit_in_the_middle_of_their_cells_and_follow_the_head():
 
 def few_targets():
     """Targets of four images with 0, 1, 3 objects and with an ignored box beside a real one."""
-    boxes, classes, ignore = torch.zeros(4, 3, 4), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3).bool()
-    boxes[1, 0], classes[1, 0] = torch.tensor([4.0, 6, 30, 40]), 2
-    boxes[2] = torch.tensor([[2.0, 3, 20, 25], [30, 28, 62, 60], [40, 2, 58, 18]])
-    classes[2] = torch.tensor([1, 3, 2])
-    boxes[3, :2], classes[3, :2] = torch.tensor([[8.0, 8, 40, 40], [30, 30, 62, 62]]), 1
-    ignore[3, 1] = True
-    return boxes, classes, ignore
+    three = [((2, 3, 20, 25), 1, False), ((30, 28, 62, 60), 3, False), ((40, 2, 58, 18), 2, False)]
+    beside = [((8, 8, 40, 40), 1, False), ((30, 30, 62, 62), 1, True)]
+    return targets([[], [((4, 6, 30, 40), 2, False)], three, beside])
 
 
 @pytest.mark.parametrize(
@@ -190,9 +186,9 @@ def test_the_box_loss_head_learns_five_times_the_mean_squared_error_of_positive_
 
 
 def test_the_ranking_is_that_of_predictions_by_a_loop_against_each_images_own_loss():
-    model, x, targets = small(image_loss_head=True), pixels(4), few_targets()
+    model, x, few = small(image_loss_head=True), pixels(4), few_targets()
     with torch.no_grad():
-        found = model.loss(x, *targets)["ranking"].item()
+        found = model.loss(x, *few)["ranking"].item()
         maps = model.neck(model.backbone(x))
         predicted = []
         for image in range(4):
@@ -200,12 +196,12 @@ def test_the_ranking_is_that_of_predictions_by_a_loop_against_each_images_own_lo
             layers = zip(model.loss_head.each, means, strict=True)
             hidden = torch.cat([layer(mean).clamp(min=0) for layer, mean in layers])
             predicted.append(model.loss_head.joint(hidden).item())
-        ones = (model.loss(x[i : i + 1], *(t[i : i + 1] for t in targets)) for i in range(4))
+        ones = (model.loss(x[i : i + 1], *(t[i : i + 1] for t in few)) for i in range(4))
         apart = [{k: v.item() for k, v in one.items()} for one in ones]
-        each, summed = model.image_losses(x, *targets), model.image_losses(x, *targets, summed=True)
+        each, summed = model.image_losses(x, *few), model.image_losses(x, *few, summed=True)
     assert hidden.shape == (3 * 32,) and not model.predicted_loss(x).requires_grad
     assert model.predicted_loss(x).tolist() == pytest.approx(predicted, rel=1e-4, abs=1e-5)
-    positives = (match_anchors(*targets, model.anchors) >= 0).sum(1).tolist()
+    positives = (match_anchors(*few, model.anchors) >= 0).sum(1).tolist()
     assert positives[0] == 0 < min(positives[1:])
     for i, one in enumerate(apart):
         assert one["ranking"] == 0  # an image alone

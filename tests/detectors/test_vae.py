@@ -18,10 +18,6 @@ def built(size=SIZE, latent=4, seed=0, **options):
     return build_vae(Config.of(vae_size=size, latent=latent, **options), torch_rng_for(seed, "weights"))
 
 
-def losses(model, x):
-    return losses_of(model, x, *model(x))
-
-
 def penalty(mean, log_std, released=False):
     x = torch.zeros(len(mean), 3, 2, 2)
     return losses_of(built(as_released=released), x, x, mean, log_std)["kl"]
@@ -107,9 +103,9 @@ def test_reconstruction_by_hand():
     x = torch.full((4, 3, *SIZE), 0.5)
     x[0], x[1] = 0.0, 1.0
     x[2, 1, 3, 4], x[2, 2, 7, 7] = 1.0, 0.3
-    got = losses(model, x)
+    got = losses_of(model, x, *model(x))
     torch.testing.assert_close(got["reconstruction"], torch.tensor([192.0, 192.0, 0.25 + 0.04, 0.0]))  # 768 / 4
     _, mean, log_std = model(x)
     torch.testing.assert_close(got["kl"], penalty(mean, log_std))
     model.as_released = True
-    torch.testing.assert_close(losses(model, x)["kl"], penalty(mean, log_std, True))
+    torch.testing.assert_close(losses_of(model, x, *model(x))["kl"], penalty(mean, log_std, True))

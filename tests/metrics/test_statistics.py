@@ -25,12 +25,9 @@ def test_bad_curves_are_refused(x, y):
 
 
 def test_cycle_ends_keeps_the_last_server_row_of_each_cycle():
-    table = pd.DataFrame(
-        [
-            {"method": "sum", "seed": s, "cycle": c, "round": r, "client": k, "ap50": c + r / 10}
-            for s, c, r, k in itertools.product((0, 1), (0, 1), (0, 1, 2), ("0", "server"))
-        ]
-    ).sample(frac=1, random_state=0)
+    rows = itertools.product((0, 1), (0, 1), (0, 1, 2), ("0", "server"))
+    table = pd.DataFrame(rows, columns=["seed", "cycle", "round", "client"]).sample(frac=1, random_state=0)
+    table = table.assign(method="sum", ap50=table["cycle"] + table["round"] / 10)
     ends = metrics.cycle_ends(table)[["seed", "cycle", "round", "ap50"]].values.tolist()
     assert ends == [[0, 0, 2, 0.2], [0, 1, 2, 1.2], [1, 0, 2, 0.2], [1, 1, 2, 1.2]]
 
@@ -85,15 +82,11 @@ def test_holm_by_hand():
 
 def curves_table(curves: dict[str, list[list[float]]], images=(10, 20)) -> pd.DataFrame:
     """curves: method -> per seed the ap50 at the end of each cycle; every row counts 1 MB each way."""
-    return pd.DataFrame(
-        [
-            {"method": m, "seed": s, "cycle": c, "round": 0, "client": "server", "images": n, "boxes": 2 * n}
-            | {"seconds": 60 * n, "bytes_up": 1e6, "bytes_down": 1e6, "ap50": v}
-            for m, seeds in curves.items()
-            for s, values in enumerate(seeds)
-            for c, (n, v) in enumerate(zip(images, values, strict=True))
-        ]
-    )
+    runs = ((m, s, values) for m, seeds in curves.items() for s, values in enumerate(seeds))
+    rows = [(m, s, c, images[c], v) for m, s, values in runs for c, v in enumerate(values)]
+    table = pd.DataFrame(rows, columns=["method", "seed", "cycle", "images", "ap50"])
+    costs = dict(boxes=2 * table["images"], seconds=60 * table["images"], bytes_up=1e6, bytes_down=1e6)
+    return table.assign(round=0, client="server", **costs)
 
 
 def test_summary_and_findings_by_hand():

@@ -42,7 +42,7 @@ def test_seeds_and_tuples_arrive_as_lists(house, capsys):
 
 def test_a_failing_cell_is_told_reason_first_and_the_part_before_it_is_kept(house):
     with pytest.raises(notebooks.NotebookFailed) as caught:
-        notebooks.run("11_bad")
+        notebooks.run("notebooks/11_bad.ipynb")
     first, *rest = str(caught.value).splitlines()
     assert first == "11_bad, cell [4]: ZeroDivisionError: division by zero"
     assert rest.index("    in") < rest.index("    ratio = before / 0") and "\x1b" not in "".join(rest)
@@ -198,13 +198,6 @@ def test_literals_are_read_without_running_anything_and_only_literals_are_parame
             notebooks.parameters(write_notebook(path, parameters=text))
 
 
-def test_find_by_name_number_and_list(house):
-    for wish in ("11_bad", "11", "notebooks/11_bad.ipynb", "11, 10,11"):
-        assert notebooks.find(wish)[0] == house / "notebooks" / "11_bad.ipynb"
-    with pytest.raises(ValueError, match="'1' is unknown or ambiguous; there are: 10_good, 11_bad"):
-        notebooks.find("1")
-
-
 def test_the_command_line_reads_seeds_settings_and_folders(house, monkeypatch):
     assert command.seeds("") is None and command.seeds("0") == (0,) and command.seeds("0,2, 1") == (0, 2, 1)
     words = ["cycles=3", "set=bccd", "size=(4, 5)", "text='3'", "flag=True", "empty="]
@@ -220,6 +213,7 @@ def test_the_command_line_reads_seeds_settings_and_folders(house, monkeypatch):
     ("words", "reason"),
     [
         ("run 99_nothing", "notebook '99_nothing' is unknown"),
+        ("run 1", "notebook '1' is unknown or ambiguous; there are: 10_good, 11_bad, 12_set"),
         ("run 12 --set limit=10", "12_set: parameter 'limit' must be None or a pair"),
         ("run 12 --set lr=inf", "12_set: parameter 'lr' must be float, got 'inf'"),
         ("run 12 --seeds=-1", "12_set: seeds must be a list of different integers >= 0"),

@@ -1,19 +1,13 @@
 """The flywheel's stopping rules, by hand."""
 
-import dataclasses
 import math
 
 import pandas as pd
 import pytest
+import small_run
 import torch
 
-from fedal_utils import papers
-from fedal_utils.data import Dataset, Images, Labels
-from fedal_utils.federation import Setup
 from fedal_utils.papers import flywheel
-from fedal_utils.training import CachedImages
-
-NAMES = ("ant", "bee", "cow", "dog")
 
 
 def curve(values, method="margin", images=10) -> list[dict]:
@@ -62,27 +56,8 @@ def test_suspects_by_hand():
     assert flywheel.suspects(logs, torch.tensor([0, 0, 1])).values == pytest.approx([0.1, 0.8, 1.0])
 
 
-def setup_of(count: int = 140) -> Setup:
-    """Four heaps of features, and as many in the test set."""
-    rng, sets = torch.Generator().manual_seed(0), []
-    centres = 3 * torch.randn(4, 6, generator=rng)
-    for name, size in (("train", count), ("test", 40)):
-        classes = torch.arange(size) % 4
-        features = centres[classes] + torch.randn(size, 6, generator=rng)
-        ids, sizes = tuple(f"{name}/{i:04d}.png" for i in range(size)), torch.tensor([[8, 8]] * size)
-        no = torch.zeros(size, 1, dtype=torch.bool)
-        labels = Labels(torch.tensor([0.0, 0, 8, 8]).repeat(size, 1, 1), classes[:, None] + 1, no, no.clone())
-        photos = Dataset(name, Images(ids, torch.zeros(size, 3, 8, 8, dtype=torch.uint8), sizes), labels, NAMES)
-        sets.append(
-            (dataclasses.replace(photos, images=CachedImages(ids, (features,), None, sizes, (8, 8), None)), photos)
-        )
-    (train, photos), (test, test_photos) = sets
-    config = papers.load("50_flywheel", "smoke", seconds_per_box=0.0)
-    return Setup(config, train, test, (photos, test_photos), torch.device("cpu"))
-
-
 def test_label_errors_are_found_and_mending_them_pays():
-    found, effects = flywheel.label_errors(setup_of(), (0, 1), labels=80, error=0.3, again=20)
+    found, effects = flywheel.label_errors(small_run.heaps(140), (0, 1), labels=80, error=0.3, again=20)
     assert list(found["seed"]) == [0, 1] and found["wrong"].between(0.15, 0.45).all()
     assert (found["found"] > 2 * found["wrong"]).all()  # suspects rank wrong labels above right ones
     assert found["suspects corrected"].mean() >= found["as given"].mean()
