@@ -96,24 +96,19 @@ def publish_(given: argparse.Namespace) -> None:
     """Copy the last executed notebooks, outputs in, to results/notebooks."""
     for name in given.names or [path.stem for path in notebooks.find() if notebooks.executed(path).exists()]:
         print(notebooks.publish(name))
-    navigation(given)
-
-
-def navigation(given: argparse.Namespace) -> None:
-    """Bring badges, previous/next links and install cells of the notebooks up to date."""
-    print("changed:", ", ".join(notebooks.navigation() + notebooks.scoreboard()[0]) or "none")
+    scoreboard(given)
 
 
 def scoreboard(given: argparse.Namespace) -> None:
-    """Bring the tables of README.md and results/README.md up to date with what lies in results/."""
-    print("changed:", ", ".join(notebooks.scoreboard()[0]) or "none")
+    """Bring the notebooks' badges, links and install cells up to date, and the tables of both READMEs."""
+    print("changed:", ", ".join(notebooks.navigation() + notebooks.scoreboard()[0]) or "none")
 
 
 def badges(given: argparse.Namespace) -> None:
     """Say where the repository lies; badges, links and install cells follow."""
     notebooks.badges(given.repo, given.branch)
     print("repository: {} {}".format(*notebooks.address()))
-    navigation(given)
+    scoreboard(given)
 
 
 def doctor(given: argparse.Namespace) -> None:
@@ -212,7 +207,6 @@ COMMANDS: dict[Callable[[argparse.Namespace], int | None], str] = {
     reproduce: "--nb --profile --data --seeds --jobs",
     run: "notebook --profile --data --seeds --set --silence",
     publish_: "names",
-    navigation: "",
     scoreboard: "",
     badges: "--repo --branch",
     doctor: "",

@@ -212,7 +212,7 @@ def test_notebooks_need_few_names(capsys):
 def test_badges_and_navigation_are_up_to_date(monkeypatch):
     monkeypatch.setenv("FEDAL_HOME", str(ROOT))
     stale = notebooks.navigation(write=False)
-    assert not stale, f"{stale}: run `python -m fedal_utils navigation`"
+    assert not stale, f"{stale}: run `python -m fedal_utils scoreboard`"
 
 
 def test_the_tables_of_the_readme_are_up_to_date_and_it_is_short(monkeypatch):

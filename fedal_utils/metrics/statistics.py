@@ -66,7 +66,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> pd.DataFrame:
     """One row per method: the end of its learning curve, the area under it, and what lies between it and `baseline`.
 
-    Columns: method, seeds, images, boxes, minutes (of annotation), megabytes (both ways), last and area (over
+    Columns: method, seeds, images, boxes, annotation_minutes, megabytes (both ways), last and area (over
     labelled images) with _low and _high, minus_<baseline> (areas, same seeds) with low, high, p and p_holm.
     """
     server, ends, areas, rows = table[table["client"].astype(str) == "server"], cycle_ends(table), {}, []
@@ -78,7 +78,7 @@ def summary(table: pd.DataFrame, y: str = "ap50", baseline: str = "random") -> p
         finals = ends[ends["method"] == method].groupby("seed").tail(1)
         traffic = server[server["method"] == method][["bytes_up", "bytes_down"]].sum().sum() / len(finals)
         row = {"method": method, "seeds": len(finals), **finals[["images", "boxes"]].mean()}
-        row |= {"minutes": finals["seconds"].mean() / 60, "megabytes": traffic / 1e6}
+        row |= {"annotation_minutes": finals["seconds"].mean() / 60, "megabytes": traffic / 1e6}
         for name, values in (("last", finals[y].tolist()), ("area", list(mine.values()))):
             low, high = seed_interval(values)
             row |= {name: float(np.mean(values)) if values else math.nan, f"{name}_low": low, f"{name}_high": high}

@@ -21,8 +21,8 @@ def scoreboard(write: bool = True) -> tuple[list[str], dict[str, str]]:
     results, stale = record.project_root() / "results", []
     tables = {"notebooks": _notebooks(results), "records": _records(results)}
     if (results / "tables" / "verdicts.csv").exists():
-        sheet = pd.read_csv(results / "tables" / "verdicts.csv", dtype=str, keep_default_na=False)
-        tables |= _verdicts(sheet.assign(seeds=sheet["seeds"].replace("", "0").astype(float).astype(int)))
+        found = pd.read_csv(results / "tables" / "verdicts.csv", dtype=str, keep_default_na=False)
+        tables |= _verdicts(found.replace({"seeds": {"0": "", "0.0": ""}}))
     for page in (results.parent / "README.md", results / "README.md"):
         before = text = page.read_text() if page.exists() else ""
         for name, table in tables.items():
@@ -82,17 +82,18 @@ def _records(results: Path) -> str:
 
 def _verdicts(found: pd.DataFrame) -> dict[str, str]:
     """All verdicts, and a row for each paper."""
-    rows, every = [], []
+
+    def kinds(column: pd.Series) -> str:
+        return ", ".join(dict.fromkeys(filter(None, column)))
+
+    rows = []
     for paper, part in found.groupby("paper"):
-        counts = [f"*{verdict}*" + f" x {n}" * (n > 1) for verdict, n in part["verdict"].value_counts().items()]
-        told = [", ".join(dict.fromkeys(part[name])) for name in ("data", "scale")]
-        seeds = sorted({n for n in part["seeds"] if n})
-        told.append(" to ".join(map(str, dict.fromkeys([*seeds[:1], *seeds[-1:]]))))
+        counts = [f"*{verdict}* ({n})" for verdict, n in part["verdict"].value_counts().items()]
+        told = map(kinds, (part["data"], part["scale"], part["seeds"]))
         rows.append([f"[{paper}](results/README.md#verdicts)", ", ".join(counts), *told])
-    for row in found.itertuples():
-        facts = f"*{row.verdict}*; {row.scale}, {row.data}" + f", {row.seeds} seeds" * bool(row.seeds)
-        if row.smallest_detectable:
-            facts += f"; could have shown {float(row.smallest_detectable):.1f}"
-        every.append([row.notebook, row.paper, row.item, row.theirs, row.ours, facts])
-    papers = _table("paper | verdicts | data | scale | seeds", rows)
-    return {"papers": papers, "verdicts": _table("notebook | paper | item | theirs | ours | verdict", every)}
+    facts = "*" + found["verdict"] + "*; " + found["scale"] + ", " + found["data"]
+    for column, words in (("seeds", ", {} seeds"), ("smallest_detectable", "; could have shown {:.4}")):
+        facts += [words.format(cell) if cell else "" for cell in found[column]]
+    every = found.assign(verdict=facts)[["notebook", "paper", "item", "theirs", "ours", "verdict"]]
+    papers = _table("paper | verdicts (how many) | data | scale | seeds", rows)
+    return {"papers": papers, "verdicts": _table(" | ".join(every), every.to_numpy())}

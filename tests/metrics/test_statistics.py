@@ -96,9 +96,9 @@ def test_summary_and_findings_by_hand():
         {"random": random, "sum": [[0.2, 0.4], [0.3, 0.5], [0.4, 0.6]], "max": [[0, 0.2], [0.4, 0.6], [0.2, 0.4]]}
     )
     found = metrics.summary(table).set_index("method")
-    assert found.loc["sum", ["images", "boxes", "minutes", "megabytes", "last", "area"]].tolist() == pytest.approx(
-        [20, 40, 20, 4, 0.5, 0.4]
-    )
+    assert found.loc[
+        "sum", ["images", "boxes", "annotation_minutes", "megabytes", "last", "area"]
+    ].tolist() == pytest.approx([20, 40, 20, 4, 0.5, 0.4])
     assert found.loc["sum", "minus_random"] == pytest.approx(0.1) and found.loc["sum", "p"] == 0.25
     assert found.loc["sum", "p_holm"] == 0.5 and math.isnan(found.loc["random", "minus_random"])
     assert metrics.findings(found.reset_index()).replace(" -0.0", " +0.0").splitlines() == [

@@ -45,7 +45,7 @@ def test_tables_of_notebooks_records_and_verdicts(house):
     pd.DataFrame(ROWS, columns=VERDICT_COLUMNS).to_csv(results / "tables" / "verdicts.csv", index=False)
     assert notebooks.scoreboard()[0] == [*pages]
     readme, page = ((house / page).read_text() for page in pages)
-    assert "| *inconclusive* x 2, *formula checked* | bccd, voc07 | full | 3 to 5 |" in readme
+    assert "| *inconclusive* (2), *formula checked* (1) | bccd, voc07 | full | 5, 3 |" in readme
     assert (
         "| 10 | huale | gain | a 2 > b 1 | a 2, b 1 | *inconclusive*; full, bccd, 5 seeds; could have shown 1.5 |"
         in page
