@@ -183,7 +183,6 @@ def test_images_nobody_labelled_are_kept_apart_from_negatives(tmp_path):
     roots = {write.__name__: write(tmp_path / write.__name__, pictures) for write in (voc, yolo, coco)}
     (roots["yolo"] / "labels" / "c.txt").write_text("")
     for kind, root in roots.items():
-<<<<<<< ours
         image(Picture("d"), root / ("JPEGImages" if kind == "voc" else "images")), image(Picture("e"), root / "more")
         train, test = data.load(str(root), SIZE)
         told = {}
@@ -191,15 +190,6 @@ def test_images_nobody_labelled_are_kept_apart_from_negatives(tmp_path):
             known = [True] * len(side) if side.labelled is None else side.labelled.tolist()
             counted = zip(side.images.ids, known, side.labels.valid.sum(1).tolist(), strict=True)
             told |= {Path(i).stem: (k, n) for i, k, n in counted}
-=======
-        folder(root / ("JPEGImages" if kind == "voc" else "images"), [Picture("d"), Picture("e")], ".png")
-        sides = data.load(str(root), SIZE, kind="unlabelled")
-        told = {}
-        for side in sides:
-            counted = side.labels.valid.sum(1).tolist() if side.labels else [0] * len(side)
-            known = [side.labels is not None] * len(side) if side.labelled is None else side.labelled.tolist()
-            told |= {Path(i).stem: (k, n) for i, k, n in zip(side.images.ids, known, counted, strict=True)}
->>>>>>> theirs
         assert told == {"a": (True, 2), "b": (True, 1), "c": (True, 0), "d": (False, 0), "e": (False, 0)}, kind
         assert len(test) == 1 and test.labelled is None  # the labelled ones are split, the others are for training
         assert "2 images not labelled" in train.describe() and "drawn 80 : 20 of the labelled images" in train.describe()
