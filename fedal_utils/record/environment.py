@@ -18,7 +18,7 @@ from .. import __version__
 
 @functools.cache
 def _commit() -> dict[str, Any]:
-    """{'commit', 'dirty'} of the checkout around this package (results/ apart), or $FEDAL_COMMIT; {} outside one."""
+    """{'commit', 'dirty'} of the checkout (results and texts apart), or $FEDAL_COMMIT; {} outside one."""
     if os.environ.get("FEDAL_COMMIT"):
         return {"commit": os.environ["FEDAL_COMMIT"], "dirty": False}
     folder = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ def _commit() -> dict[str, Any]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         top, commit = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).splitlines()
         if Path(top).resolve() == folder:
-            changes = git(["git", "status", "--porcelain", "-uno", "--", ".", ":!results"])
+            changes = git(["git", "status", "--porcelain", "-uno", "--", ".", ":!results", ":!*.md"])
             return {"commit": commit, "dirty": bool(changes)}
     return {}
 
