@@ -120,30 +120,27 @@ def fitted(config: Config, train: Dataset) -> Config:
 
     Labelled in part, or not at all: a cycle of training on all labels without an initial model, then the next queries.
     """
-    images, known, own = len(train), int(labelled_rows(train).sum()), {}
+    images, known, settings, own = len(train), int(labelled_rows(train).sum()), config.federation, {}
     if images < 2:
         raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
-    clients = max(1, min(config.federation.clients, images // 4))
-    if not (config.model.classifier or config.profile == "paper"):
-        clients = clients if "clients" in config.data.kept else max(1, min(clients, images // 8))
-        size, start, settings = (
-            max(1, min(50, images // clients // 12)),
-            max(1, min(100, images // 16)),
-            config.federation,
-        )
+    as_set = config.model.classifier or config.profile == "paper"
+    clients = max(1, min(settings.clients, images // (4 if as_set or "clients" in config.data.kept else 8)))
+    if not as_set:
+        size = max(1, min(50, images // clients // (6 if known < images else 12)))
         own = dict(initial_labels=size, query_size=size)
         if known < images:
-            size, passes = max(1, min(50, images // clients // 6)), (600 * clients // max(1, known)).bit_length() - 1
-            own = dict(initial_labels=size, query_size=size, rounds=5, iterations=0, epochs=1 << max(0, min(4, passes)))
+            passes = (600 * clients // max(1, known)).bit_length() - 1
+            own |= dict(rounds=5, iterations=0, epochs=1 << max(0, min(4, passes)))
         elif settings.initial_model_images:  # a shared start and rounds that grow with the labels
-            steps = min(100, size * config.query.cycles // 2)
-            own |= dict(initial_model_images=start, initial_model_iterations=min(400, max(60, 8 * start)))
+            start, steps = max(1, min(100, images // 16)), min(100, size * config.query.cycles // 2)
+            own |= dict(initial_model_images=start, initial_model_iterations=max(60, min(400, 8 * start)))
             own |= dict(iterations=max(settings.iterations, steps))
     config = config.replace(**{name: value for name, value in own.items() if name not in config.data.kept})
     if known < images:
         config = config.replace(cycles=2, initial_model_images=0, initial_model_iterations=0, held_out_images=0)
     start_images = min(config.federation.initial_model_images, images // 5)
-    share = (images - start_images - min(config.federation.held_out_images, images // 10)) // clients
+    held_out = min(config.federation.held_out_images, images // 10)
+    share = (images - start_images - held_out) // clients
     first = max(1, min(config.query.initial_labels, share // 3))
     budget = max(1, min(config.query.query_size, (share - first) // 2))
     cycles = max(1, min(config.query.cycles, 1 + (share - first) // budget))
@@ -151,8 +148,7 @@ def fitted(config: Config, train: Dataset) -> Config:
     first_pass = min(config.federation.first_pass_rounds, max(1, rounds - 1))  # leaves one later pass
     return config.replace(
         **dict(clients=clients, initial_model_images=start_images, initial_labels=first, query_size=budget),
-        **dict(cycles=cycles, first_pass_rounds=first_pass),
-        held_out_images=min(config.federation.held_out_images, images // 10),
+        **dict(cycles=cycles, first_pass_rounds=first_pass, held_out_images=held_out),
     )
 
 

@@ -1,9 +1,9 @@
 """A user's own photographs on their way round the loop: queries go to the page, answers lie beside the images."""
 
-import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,20 @@ from .oracle import Simulated, pictures, truth_of
 from .store import Question, Store, store_path
 from .transfer import export
 
-LABELS = "labels.json"  # COCO, beside the images, made of the store
+LABELS = "labels.sqlite.json"  # COCO, beside the images, made of the store
 
 
+@dataclass
 class OwnFolder:
-    """A folder of photographs.
+    """A folder of photographs; what its page was told is written beside the images at once."""
 
-    annotator: answers all that is asked at once, of these classes; None = a person, at the page or in another tool.
-    settings: what its images need of a config.
-    """
+    path: str | Path
+    annotator: Simulated | None = None  # answers at once what is queried; None = a person, at the page or elsewhere
+    classes: Sequence[str] | None = None  # that the annotator tells apart
+    settings: dict[str, Any] = field(default_factory=dict)  # what its images need of a config
 
-    def __init__(
-        self,
-        path: str | Path,
-        annotator: Simulated | None = None,
-        classes=None,
-        settings: Mapping[str, Any] | None = None,
-    ):
-        self.path, self.annotator, self.classes = Path(path).expanduser(), annotator, classes
-        self.settings = dict(settings or {})
+    def __post_init__(self) -> None:
+        self.path = Path(self.path).expanduser()
         self.write()
 
     @classmethod
@@ -53,28 +48,24 @@ class OwnFolder:
         folder = record.project_root() / "results" / "runs" / "_photographs" / source
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        truth, named = truth_of(known, "boxes"), {}
-        for id_, picture in pictures(known.images).items():
-            name = f"{Path(id_).stem}.png"
+        truth = {f"{Path(id_).stem}.png": boxes for id_, boxes in truth_of(known, "boxes").items()}
+        for name, picture in zip(truth, pictures(known.images).values(), strict=True):
             Image.fromarray(picture).save(folder / name)
-            named[name] = truth[id_]
-        return cls(folder, Simulated(named), known.class_names, settings)
+        return cls(folder, Simulated(truth), known.class_names, settings)
 
     def report(self) -> dict[str, Any]:
         """What is read from it, see `data.inspect_folder`."""
         return data.inspect_folder(str(self.path))
 
     def ask(self, setup: Setup, queries: pd.DataFrame) -> None:
-        """Have the annotator label what is queried, through the folder's store; without one nothing happens."""
-        if self.annotator is None:
-            return
-        sizes = {
-            i: s for part in setup.photos for i, s in zip(part.images.ids, part.images.sizes.tolist(), strict=True)
-        }
-        with Store(store_path(self.path), self.classes, "boxes") as store:
-            queue(store, queries, sizes, setup.config.methods[0])
-            self.annotator.answer_all(store, "simulated")
-        self.write()
+        """Have the annotator label what is queried, through the folder's store; a person does it later."""
+        parts = (part.images for part in setup.photos)
+        sizes = {id_: size for part in parts for id_, size in zip(part.ids, part.sizes.tolist(), strict=True)}
+        if self.annotator is not None:
+            with Store(store_path(self.path), self.classes, "boxes") as store:
+                queue(store, queries, sizes, setup.config.methods[0])
+                self.annotator.answer_all(store, "simulated")
+            self.write()
 
     def write(self) -> int:
         """Write the boxes of the store beside the images, as which every reader takes them; returns how many images.
@@ -88,17 +79,14 @@ class OwnFolder:
             way = "put them into the store (`python -m fedal_utils import`) and move them away"
             raise ValueError(f"{self.path} has a store and other labels, such as {others[0].name}: {way}")
         with Store(store_path(self.path)) as store:
-            if store.task != "boxes" or not store.labels():
-                return 0
-            return export(store, "coco", self.path / LABELS)
+            there = store.task == "boxes" and store.labels()
+            return export(store, "coco", self.path / LABELS) if there else 0
 
 
 def queue(store: Store, queries: pd.DataFrame, sizes: Mapping[str, Any] | None = None, strategy: str = "") -> int:
     """Put queried images (columns client, id, perhaps score) into a store that has not asked for them; how many."""
     asked, sizes = store.cycles(), sizes or {}
     cycle = max(asked.values(), default=-1) + 1
-    scores = queries["score"] if "score" in queries else [math.nan] * len(queries)
-    rows = [
-        (i, None if math.isnan(s) else float(s)) for i, s in zip(queries["id"], scores, strict=True) if i not in asked
-    ]
-    return store.queue(Question(i, strategy, score, cycle, sizes.get(i)) for i, score in rows)
+    scores = queries.reindex(columns=["id", "score"]).set_index("id")["score"].astype(object)
+    scores = scores.where(scores.notna(), None).to_dict()
+    return store.queue(Question(i, strategy, s, cycle, sizes.get(i)) for i, s in scores.items() if i not in asked)
