@@ -104,7 +104,7 @@ class Experiment:
     def waiting(self) -> list[dict]:
         """What the clients queried and nobody has labelled yet: rows of client, id and score, as they were selected."""
         scores, found = getattr(self.oracle, "waiting", {}), []
-        for client in self.clients:
+        for client in self.clients if scores else ():
             ids = dict(zip(client.pool.index.tolist(), client.pool.ids, strict=True))
             found += [{"client": client.name, "id": ids[row], "score": scores[row]} for row in scores if row in ids]
         return found

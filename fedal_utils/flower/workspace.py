@@ -52,6 +52,8 @@ def read_set(folder: Path, classes: Sequence[str], image_size: Sequence[int]) ->
 def deal(setup: Setup, place: str | Path, seed: int = 0) -> list[str]:
     """Write each client's images, and the server's, into folders below `place`, unless done; the clients' names."""
     place, (train, test), (first, held_out, _) = Path(place), setup.photos, setup.rows(seed)
+    if train.labels is None or train.labelled is not None:
+        raise ValueError(f"{train.name} has images without labels: take notebook 05_your_own_images until all have one")
     parts, names = federation.partition_clients(setup, seed)
     holds = {name: [train.images.ids[row] for row in rows] for name, rows in zip(names, parts, strict=True)}
     dealt = {name: setup.config.flat()[name] for name in _DEALT}
