@@ -155,7 +155,7 @@ def beside_paper(
     paper: rows of `record.read_paper`, of one item; those without an x are left out. paper_x: label of the left axis.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.1))
-    caption, points = _curves(right, table, "images", y), paper.dropna(subset=["x", "value"])
+    caption, points = _curves(right, table, "images", y, bands=["random"]), paper.dropna(subset=["x", "value"])
     for name in ordered(dict.fromkeys(points["setting"])):
         rows, look = points[points["setting"] == name].sort_values("x"), style_of(name)
         value = rows["value"].astype(float) / np.where(rows["unit"].isin(("percent", "%")), 100, 1)
