@@ -22,7 +22,8 @@ def scoreboard(write: bool = True) -> tuple[list[str], dict[str, str]]:
     tables = {"notebooks": _notebooks(results), "records": _records(results)}
     if (results / "tables" / "verdicts.csv").exists():
         found = pd.read_csv(results / "tables" / "verdicts.csv", dtype=str, keep_default_na=False)
-        tables |= _verdicts(found.replace({"seeds": {"0": "", "0.0": ""}}))
+        found["seeds"] = found["seeds"].str.removesuffix(".0").replace("0", "")
+        tables |= _verdicts(found)
     for page in (results.parent / "README.md", results / "README.md"):
         before = text = page.read_text() if page.exists() else ""
         for name, table in tables.items():
