@@ -75,11 +75,6 @@ def data_place(data: str) -> str | None:
     return (data if named else str(path if Path.cwd() == record.project_root() else path.absolute())) or None
 
 
-def data_folder() -> Path:
-    """$FEDAL_DATA, or `data/` of the checkout."""
-    return Path(os.environ.get("FEDAL_DATA") or record.project_root() / "data")
-
-
 def reproduce(given: argparse.Namespace) -> int:
     """Run every notebook headless, rebuild every table and figure."""
     return int(bool(notebooks.reproduce(given.nb, given.profile, given.seeds, data_place(given.data), given.jobs)))
@@ -119,8 +114,8 @@ def doctor(given: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         print("GPU memory {:.1f} GiB free of {:.1f}".format(*(size / 2**30 for size in torch.cuda.mem_get_info())))
     print(f"memory {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB")
-    there = ", ".join(sorted(p.name for p in data_folder().glob("*") if p.is_dir()))
-    print(f"data in {data_folder()}: {there or 'none (DigitScenes needs none; `make data` fetches some)'}")
+    there = ", ".join(sorted(p.name for p in record.data_folder().glob("*") if p.is_dir()))
+    print(f"data in {record.data_folder()}: {there or 'none (DigitScenes needs none; `make data` fetches some)'}")
     print(f"profile chosen without PROFILE=: {notebooks.default_profile()}")
 
 
@@ -130,17 +125,17 @@ def data(given: argparse.Namespace) -> None:
 
     known = {name.lower(): name for name in (*PINNED, KITTI)}
     for name in given.names or PINNED:
-        print(f"{name}: {fetch(known.get(name.lower(), name), data_folder())}")
+        print(f"{name}: {fetch(known.get(name.lower(), name), record.data_folder())}")
 
 
 def inspect(given: argparse.Namespace) -> None:
     """Tell what is read from a folder or a named set: format, classes, split, what was left out."""
     from . import data
 
-    report = data.inspect_folder(given.path, data_folder(), given.seed)
+    report = data.inspect_folder(given.path, record.data_folder(), given.seed)
     print(json.dumps(report, indent=1, ensure_ascii=False) if given.json else data.report_lines(report))
     if given.picture:
-        sheet = data.contact_sheet(given.path, data_folder(), given.seed)
+        sheet = data.contact_sheet(given.path, record.data_folder(), given.seed)
         figure, _ = plots.image_grid(sheet.images, sheet.labels, sheet.class_names, range(len(sheet)))
         kind = Path(given.picture).suffix[1:] or "png"
         record.write_atomic(given.picture, lambda file: figure.savefig(file, format=kind))

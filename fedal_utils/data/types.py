@@ -166,6 +166,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def known(self) -> Tensor:
+        """(N,) bool: the images whose labels are known."""
+        return torch.full((len(self),), self.labels is not None) if self.labelled is None else self.labelled
+
     def take(self, index: Index) -> "Dataset":
         """These rows of images and labels; `drops` still tells of the whole set."""
         labels = None if self.labels is None else self.labels.take(index)
@@ -204,9 +209,8 @@ class Dataset:
             per_class = self.class_counts().sum(dim=0).tolist()
             listed = ", ".join(f"{name} {n:,}" for name, n in zip(self.class_names, per_class, strict=True))
             line += f", {sum(per_class):,} boxes ({listed})"
-            known = torch.ones(len(self), dtype=torch.bool) if self.labelled is None else self.labelled
-            empty = known & (self.labels.classes == 0).all(dim=1).cpu()
-            told = {"ignored": self.labels.ignore, "images without objects": empty, "images not labelled": ~known}
+            empty = self.known & (self.labels.classes == 0).all(dim=1).cpu()
+            told = {"ignored": self.labels.ignore, "images without objects": empty, "images not labelled": ~self.known}
             line += "".join(f", {int(mask.sum()):,} {what}" for what, mask in told.items() if mask.any())
         if self.drops:
             line += "; read: " + ", ".join(f"{reason} {n:,}" for reason, n in self.drops.items())

@@ -22,7 +22,7 @@ from . import query as querying
 from .client import KEPT, Client, ClientLost, State, Update, broadcast, pack, state_of, unpack
 from .local import ap_by_class, evaluate, initial_model, train_here, train_on_one_node
 from .schemes import Step, method_of, plan
-from .setup import Setup, labelled_rows, partition_clients
+from .setup import Setup, partition_clients
 
 
 def runs(setup: Setup, notebook: str, config: Config | None = None, **options) -> Iterator[record.Run]:
@@ -95,7 +95,7 @@ class Experiment:
             rows = record.queries(run.config, run.notebook, run.root, [method], [run.seed], run.fingerprint)
             return client.pool.replay(rows[rows["cycle"] == step.cycle].to_dict("records"))
         if step.cycle == 0 and self.setup.train.labelled is not None:
-            positions, scores = np.flatnonzero(labelled_rows(self.setup.train)[client.pool.index]), None
+            positions, scores = np.flatnonzero(self.setup.train.known[client.pool.index]), None
         else:
             positions, scores = querying.select(self, step, client)
         if len(positions):

@@ -1,7 +1,6 @@
 """What all runs of one setting share: the data, who holds what, and the initial model of a seed."""
 
 import hashlib
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def prepare(config: Config, device: str | torch.device | None = None, root: str 
     root: where data sets lie; by default $FEDAL_DATA, else `data/` of the checkout. Clients and query sizes are shrunk
     to a small folder of the user's own. ValueError on what cannot be combined. Sets the number of CPU threads.
     """
-    place = Path(root or os.environ.get("FEDAL_DATA") or record.project_root() / "data")
+    place = Path(root or record.data_folder())
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = config.data
     load, more = data.load_classes, {}
@@ -120,7 +119,7 @@ def fitted(config: Config, train: Dataset) -> Config:
 
     Labelled in part, or not at all: a cycle of training on all labels without an initial model, then the next queries.
     """
-    images, known, settings, own = len(train), int(labelled_rows(train).sum()), config.federation, {}
+    images, known, settings, own = len(train), int(train.known.sum()), config.federation, {}
     if images < 2:
         raise ValueError(f"one training image to start from and one to ask for are needed, got {images} images")
     as_set = config.model.classifier or config.profile == "paper"
@@ -152,18 +151,12 @@ def fitted(config: Config, train: Dataset) -> Config:
     )
 
 
-def labelled_rows(train: Dataset) -> np.ndarray:
-    """(N,) bool: the images whose labels are known."""
-    known = torch.full((len(train),), train.labels is not None) if train.labelled is None else train.labelled
-    return known.numpy(force=True)
-
-
 def partition_clients(setup: Setup, seed: int) -> tuple[list[np.ndarray], list[str]]:
     """Rows of each client, and the clients' names; depends on the seed and on no method."""
     config, train = setup.config, setup.train
     settings, query, how = config.federation, config.query, config.federation.partition
     rows, rng, groups = setup.rows(seed)[2], seeding.rng_for(seed, "partition"), train.images.groups
-    stays = not labelled_rows(train).all()  # more labels come: an image stays with its client
+    stays = not bool(train.known.all())  # more labels come: an image stays with its client
     needed, names = 1 if stays or config.model.classifier or query.initial_fraction else config.labels_needed(), None
     if config.model.classifier == "linear":  # one annotator's flywheel
         parts, names = [np.arange(len(rows))], ["person"]

@@ -1,6 +1,5 @@
 """A user's own photographs on their way round the loop: queries go to the page, answers lie beside the images."""
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ class OwnFolder:
         """
         if place and Path(place).expanduser().is_dir():
             return cls(place)
-        root = Path(os.environ.get("FEDAL_DATA") or record.project_root() / "data")
+        root = record.data_folder()
         source = place or ("bccd" if profile != "smoke" and (root / "BCCD").is_dir() else "digits")
         settings = {"image_size": (128, 128), "flip": 0.0} if source == "digits" else {}
         size, digits = settings.get("image_size", (480, 640)), data.Digits((count, 1), 3)

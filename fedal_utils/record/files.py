@@ -30,6 +30,11 @@ def project_root() -> Path:
     return Path(os.environ.get("FEDAL_HOME") or next(checkouts, here)).expanduser().absolute()
 
 
+def data_folder() -> Path:
+    """Where data sets lie: $FEDAL_DATA, or `data/` of the `project_root`."""
+    return Path(os.environ.get("FEDAL_DATA") or project_root() / "data")
+
+
 def write_atomic(path: str | Path, content: bytes | str | Mapping[str, Any] | Callable[[BinaryIO], None]) -> Path:
     """Write a file under a temporary name, flush it to disk, rename it: readers see the old file or the new one.
 
